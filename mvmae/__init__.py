@@ -1,3 +1,20 @@
-"""Multi-View Masked Autoencoder: timm-compatible encoders and their pretraining."""
+"""Multi-View Masked Autoencoder: timm-compatible encoders and their pretraining.
+
+``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm.
+"""
+
+from .decoder import MAEDecoder as MAEDecoder
+from .encoders import create_model as create_model
+from .encoding import encode_visible as encode_visible
+from .losses import NTXentLoss as NTXentLoss
+from .losses import ReconstructionLoss as ReconstructionLoss
+from .masking import Mask as Mask
+from .masking import num_visible as num_visible
+from .masking import random_mask as random_mask
+from .model import MultiViewMAE as MultiViewMAE
+from .model import MultiViewOutput as MultiViewOutput
+from .model import projection_mlp as projection_mlp
+from .patches import patchify as patchify
+from .patches import unpatchify as unpatchify
 
 __version__ = "0.1.0.dev0"

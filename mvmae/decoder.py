@@ -1,0 +1,100 @@
+"""The light decoder that rebuilds the pixels (Section 3.1.4).
+
+Shapes: B images, L patches, K visible, T prefix tokens, D encoder width, E decoder width, P patch side, C channels.
+"""
+
+from typing import cast
+
+import torch
+from timm.models.vision_transformer import Block, LayerNorm
+from torch import Tensor, nn
+
+from .masking import Mask
+from .patches import pair, sincos_table
+
+
+class MAEDecoder(nn.Module):
+    """Transformer blocks over visible latents and mask tokens, down to the pixels of every patch: y = g(z) (Section 3.1.4).
+
+    Args:
+        encoder_dim: width D of the encoder's tokens.
+        grid_size: rows and columns of patches.
+        patch_size: side of a patch in pixels, or (height, width).
+        in_chans: number of channels C of the images.
+        num_prefix_tokens: number T of the encoder's class and register tokens; they are decoded along, without positions.
+        dim: width E, a multiple of 4 and of ``num_heads`` (MAE: 512).
+        depth: number of blocks (paper, Table 5: 4).
+        num_heads: attention heads (MAE: 16).
+
+    Raises:
+        ValueError: if the width does not divide into heads or positions.
+    """
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        *,
+        grid_size: tuple[int, int],
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_prefix_tokens: int = 1,
+        dim: int = 512,
+        depth: int = 4,
+        num_heads: int = 16,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"decoder width {dim} is not a multiple of its {num_heads} heads")
+        ph, pw = pair(patch_size)
+        self.grid_size = (grid_size[0], grid_size[1])
+        self.num_prefix_tokens = num_prefix_tokens
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.register_buffer("pos_embed", sincos_table(dim, self.grid_size).float(), persistent=False)
+        self.blocks = nn.Sequential(
+            *(Block(dim=dim, num_heads=num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
+        )
+        self.norm = LayerNorm(dim)
+        self.head = nn.Linear(dim, ph * pw * in_chans)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise: Xavier-uniform weights (Section 4.1.1), zero biases, the mask token from N(0, 0.02) (MAE)."""
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor, mask: Mask, *, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Predict every patch.
+
+        Args:
+            tokens: the encoder's output for the visible patches, prefix tokens first, (B, T + K, D).
+            mask: which patches those are.
+            grid_size: rows and columns of patches, where they are not those that the decoder was built for.
+
+        Returns:
+            pred, (B, L, P * P * C).
+
+        Raises:
+            ValueError: if tokens and mask do not belong together.
+        """
+        prefix, (batch, visible) = self.num_prefix_tokens, mask.visible.shape
+        if tokens.ndim != 3 or tokens.shape[:2] != (batch, prefix + visible):
+            raise ValueError(
+                f"tokens have the shape {tuple(tokens.shape)}: ({batch}, {prefix} prefix + {visible} visible, D) is expected"
+            )
+        tokens = self.embed(tokens)  # (B, T + K, E)
+        hidden = self.mask_token.to(tokens.dtype).expand(batch, mask.masked.shape[1] - visible, -1)
+        patches = torch.cat([tokens[:, prefix:], hidden], dim=1)
+        patches = patches.gather(1, mask.restore[:, :, None].expand_as(patches))  # (B, L, E), in the order of the image
+        tokens = torch.cat([tokens[:, :prefix], patches + self._positions(grid_size, patches)], dim=1)
+        tokens = self.norm(self.blocks(tokens)[:, prefix:])
+        return cast(Tensor, self.head(tokens))
+
+    def _positions(self, grid_size: tuple[int, int] | None, like: Tensor) -> Tensor:
+        table = self.get_buffer("pos_embed")
+        if grid_size is not None and grid_size != self.grid_size:
+            table = sincos_table(table.shape[1], grid_size)
+        return table.to(like)

@@ -1,0 +1,117 @@
+"""How a plain ViT of timm encodes only the visible patches of an image.
+
+Shapes: B images, C channels, H x W pixels, P patch side, L patches, K visible, T prefix tokens (class and register tokens),
+D encoder width.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .masking import Mask
+from .patches import grid_size
+
+
+def check_encoder(vit: nn.Module) -> VisionTransformer:
+    """Give ``vit`` back if `encode_visible` can run it.
+
+    Raises:
+        TypeError: if it is not a plain ViT of timm, naming what is in the way.
+    """
+    name = type(vit).__name__
+    if not isinstance(vit, VisionTransformer):
+        raise TypeError(f"{name} is not a timm VisionTransformer: use a plain ViT, such as timm's vit_* or mvmae_vit_*")
+    if type(vit).forward_features is not VisionTransformer.forward_features:
+        raise TypeError(f"{name} has a forward of its own, which would be passed over: use a plain ViT of timm")
+    if not isinstance(vit.patch_embed, PatchEmbed):
+        raise TypeError(
+            f"{name} embeds patches with {type(vit.patch_embed).__name__}, which sees beyond one patch: "
+            "use a ViT with a plain patch projection"
+        )
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise TypeError(f"{name} drops patches of its own (patch_drop_rate): build it without, the mask takes its place")
+    return vit
+
+
+def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
+    """Encode the visible patches of images, z = ViT(x_visible + x_pos) (Eq. 2).
+
+    Masked patches are left out before the patch projection: no value of theirs reaches the encoder. With nothing masked the
+    result is that of ``vit.forward_features``.
+
+    Args:
+        vit: any plain ViT of timm (`check_encoder`).
+        images: (B, C, H, W), normalised, of the encoder's image size unless it was built with ``dynamic_img_size``.
+        mask: over the L patches of the images, for each of the B images.
+
+    Returns:
+        tokens after the final norm, prefix tokens first: (B, T + K, D).
+
+    Raises:
+        TypeError: if the encoder is not a plain ViT, or the images are not floating point.
+        ValueError: if images or mask do not fit the encoder.
+    """
+    vit = check_encoder(vit)
+    grid = _check_images(vit, images, mask)
+    tokens = _embed_visible(vit.patch_embed, images, mask.visible, grid)  # (B, K, D)
+    prefix, positions = _positions(vit, grid)
+    if positions is not None:
+        tokens = tokens + F.embedding(mask.visible, positions)
+    tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, T + K, D)
+    tokens = vit.norm_pre(vit.pos_drop(tokens))
+    tokens = checkpoint_seq(vit.blocks, tokens) if vit.grad_checkpointing else vit.blocks(tokens)
+    encoded: Tensor = vit.norm(tokens)
+    return encoded
+
+
+def _check_images(vit: VisionTransformer, images: Tensor, mask: Mask) -> tuple[int, int]:
+    embed, size = vit.patch_embed, tuple(images.shape[2:])
+    if images.ndim != 4 or images.shape[1] != embed.proj.in_channels:
+        raise ValueError(
+            f"images have the shape {tuple(images.shape)}: (B, {embed.proj.in_channels}, H, W) is expected by the encoder"
+        )
+    if not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}: floating point, normalised by mean and std, is expected")
+    grid = grid_size((images.shape[2], images.shape[3]), embed.patch_size)
+    if not vit.dynamic_img_size and embed.img_size is not None and size != tuple(embed.img_size):
+        raise ValueError(
+            f"image size {size[0]}x{size[1]} is not the encoder's {embed.img_size[0]}x{embed.img_size[1]}: build the encoder "
+            f"with img_size={size}, or with dynamic_img_size=True"
+        )
+    if mask.masked.shape != (len(images), grid[0] * grid[1]):
+        raise ValueError(
+            f"the mask is for {tuple(mask.masked.shape)} (images, patches): ({len(images)}, {grid[0] * grid[1]}) is expected"
+        )
+    return grid
+
+
+def _embed_visible(embed: PatchEmbed, images: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Project the visible patches alone: gathering first costs a copy of 20 % of the pixels instead of the other 80 %."""
+    (rows, columns), (ph, pw) = grid, embed.patch_size
+    patches = images.unflatten(3, (columns, pw)).unflatten(2, (rows, ph)).permute(0, 2, 4, 1, 3, 5)
+    image = torch.arange(len(images), device=images.device)[:, None]
+    pixels = patches[image, visible // columns, visible % columns]  # (B, K, C, Ph, Pw)
+    tokens = F.linear(pixels.flatten(2), embed.proj.weight.flatten(1), embed.proj.bias)
+    normed: Tensor = embed.norm(tokens)
+    return normed
+
+
+def _positions(vit: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Give the prefix tokens with their positions, (1, T, D), and the positions of all patches, (L, D) or None."""
+    tokens = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+    prefix = torch.cat(
+        [token for token in tokens if token is not None] or [vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)],
+        1,
+    )
+    if vit.pos_embed is None:
+        return prefix, None
+    with_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    positions = vit.pos_embed
+    if vit.dynamic_img_size:
+        positions = resample_abs_pos_embed(
+            positions, new_size=list(grid), old_size=list(vit.patch_embed.grid_size), num_prefix_tokens=with_prefix
+        )
+    return prefix + positions[:, :with_prefix] if with_prefix else prefix, positions[0, with_prefix:]

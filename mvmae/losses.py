@@ -1,0 +1,227 @@
+"""The two training objectives: reconstruction (Eq. 3) and NT-Xent (Eqs. 4 to 6).
+
+Shapes: B images of this process, N images of all processes, V views, L patches, D width of a latent.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .patches import normalize_patches
+
+LossOn = Literal["masked", "all"]
+PLAIN_LOGITS_BYTES = 256 * 2**20
+"""Above this many bytes of logits `NTXentLoss` works in chunks unless it is told otherwise."""
+
+
+class ReconstructionLoss(nn.Module):
+    """Mean squared error between predicted and true patches (Eq. 3).
+
+    The mean runs over the pixels of a patch, then over patches, views and images: Eq. 3's sum over pixels would be about
+    10^5 times larger and make its weight against Eq. 6 meaningless (MAE, since the paper is silent). In float32 at least.
+
+    Args:
+        norm_pix: compare with patches normalised by their own mean and standard deviation (MAE, since the paper is silent).
+        loss_on: ``"masked"`` counts masked patches only (MAE, "lambda = 0 ... the same as the baseline, the MAE");
+            ``"all"`` counts every patch, the literal Eq. 3.
+    """
+
+    def __init__(self, *, norm_pix: bool = True, loss_on: LossOn = "masked") -> None:
+        super().__init__()
+        if loss_on not in get_args(LossOn):
+            raise ValueError(f"loss_on {loss_on!r} is unknown: one of {get_args(LossOn)} is expected")
+        self.norm_pix = norm_pix
+        self.loss_on = loss_on
+
+    def forward(self, pred: Tensor, target: Tensor, masked: Tensor) -> Tensor:
+        """Give the loss as a scalar.
+
+        Args:
+            pred: predicted patches, (B, L, P * P * C).
+            target: true patches in the units of the images, (B, L, P * P * C); normalised here if ``norm_pix``.
+            masked: (B, L) bool, True = masked.
+
+        Raises:
+            ValueError: if the shapes differ.
+        """
+        if pred.shape != target.shape or masked.shape != pred.shape[:2]:
+            raise ValueError(
+                f"pred {tuple(pred.shape)}, target {tuple(target.shape)} and masked {tuple(masked.shape)} do not agree: "
+                "(B, L, P*P*C) twice and (B, L) are expected"
+            )
+        with torch.autocast(pred.device.type, enabled=False):
+            pred, target = (x if x.dtype == torch.float64 else x.float() for x in (pred, target))
+            if self.norm_pix:
+                target = normalize_patches(target)
+            per_patch = (pred - target).square().mean(dim=-1)  # (B, L)
+            if self.loss_on == "all":
+                return per_patch.mean()
+            return (per_patch * masked).sum() / masked.sum()
+
+    def extra_repr(self) -> str:
+        """Name the options."""
+        return f"norm_pix={self.norm_pix}, loss_on={self.loss_on!r}"
+
+
+class NTXentLoss(nn.Module):
+    """Normalised, temperature-scaled cross-entropy between views (Eqs. 4 to 6).
+
+    Every view of an image is an anchor; its positives are the other views of the same image (one, for V = 2; averaged where
+    there are more), its negatives all views of the other images of the *global* batch (2N - 2 for V = 2). Logits are computed
+    in float32 at least, under autocast too.
+
+    With several processes each returns the mean over its own anchors against the latents of all. The mean of that over
+    processes is Eq. 6 over the global batch, and gradients averaged over processes, as DistributedDataParallel does, are
+    its gradients. All processes must bring the same number of images.
+
+    Args:
+        temperature: tau of Eq. 4, above 0 (paper, Section 3.2.2: 0.07).
+        gather: take negatives from all processes of the default group.
+        chunk_size: anchors at a time; the memory is then linear in the batch, for one more matrix product in the backward
+            pass. None: all at once up to 256 MiB of logits, in chunks of that size above.
+    """
+
+    def __init__(self, temperature: float = 0.07, *, gather: bool = True, chunk_size: int | None = None) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature} is out of range: a number above 0 is expected, the paper's is 0.07")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size {chunk_size} is out of range: at least 1, or None, is expected")
+        self.temperature = temperature
+        self.gather = gather
+        self.chunk_size = chunk_size
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Give the loss as a scalar.
+
+        Args:
+            z: latents, (B, V, D), of any length: they are normalised here (Eq. 5).
+
+        Raises:
+            ValueError: if there are fewer than two views, or fewer than two images in the global batch.
+        """
+        if z.ndim != 3 or z.shape[1] < 2:
+            raise ValueError(f"z has the shape {tuple(z.shape)}: (B, V, D) with at least 2 views is expected")
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)  # Eq. 5: dot products are cosines now
+            keys, offset = gather_latents(z) if self.gather else (z, 0)
+            if len(keys) < 2:
+                raise ValueError(
+                    "a global batch of 1 image has no negatives for the contrastive loss: use a batch of 2 or more, "
+                    "or loss_weight=0"
+                )
+            anchors, keys = z.flatten(0, 1), keys.flatten(0, 1)  # (B*V, D), (N*V, D)
+            first_self = offset * z.shape[1]
+            denominator = self._log_denominator(anchors, keys, first_self)
+            return (denominator - mean_positive_similarity(z).flatten() / self.temperature).mean()  # Eqs. 4, 6
+
+    def _log_denominator(self, anchors: Tensor, keys: Tensor, first_self: int) -> Tensor:
+        chunk_size = self.chunk_size
+        if chunk_size is None:
+            row_bytes = len(keys) * keys.element_size()
+            if len(anchors) * row_bytes <= PLAIN_LOGITS_BYTES:
+                return log_denominator(anchors, keys, first_self, self.temperature)
+            chunk_size = max(PLAIN_LOGITS_BYTES // 4 // row_bytes, 1)
+        result: Tensor = _ChunkedLogDenominator.apply(anchors, keys, first_self, self.temperature, chunk_size)
+        return result
+
+    def extra_repr(self) -> str:
+        """Name the options."""
+        return f"temperature={self.temperature}, gather={self.gather}, chunk_size={self.chunk_size}"
+
+
+def mean_positive_similarity(z: Tensor) -> Tensor:
+    """Give, for every view, the mean cosine to the other views of its image: the numerator of Eq. 4.
+
+    Args:
+        z: latents of unit length, (B, V, D).
+
+    Returns:
+        (B, V).
+    """
+    similarity = z @ z.transpose(1, 2)  # (B, V, V)
+    own = similarity.diagonal(dim1=1, dim2=2)
+    return (similarity.sum(dim=2) - own) / (z.shape[1] - 1)
+
+
+def log_denominator(anchors: Tensor, keys: Tensor, first_self: int, temperature: float) -> Tensor:
+    """Give the logarithm of the denominator of Eq. 4: over all latents but the anchor itself.
+
+    Args:
+        anchors: (A, D), of unit length.
+        keys: (N * V, D), of unit length; anchor i is key ``first_self + i``.
+        first_self: where the first anchor stands among the keys.
+        temperature: tau.
+
+    Returns:
+        (A,).
+    """
+    return _logits_without_self(anchors, keys, first_self, temperature).logsumexp(dim=1)
+
+
+def _logits_without_self(anchors: Tensor, keys: Tensor, first_self: int, temperature: float) -> Tensor:
+    logits = anchors @ keys.T / temperature
+    rows = torch.arange(len(anchors), device=anchors.device)
+    return logits.index_put((rows, rows + first_self), logits.new_tensor(float("-inf")))
+
+
+class _ChunkedLogDenominator(torch.autograd.Function):
+    """`log_denominator` with the logits of one chunk of anchors in memory at a time, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, keys: Tensor, first_self: int, temperature: float, chunk_size: int) -> Tensor:
+        starts = range(0, len(anchors), chunk_size)
+        chunks = [anchors[i : i + chunk_size] for i in starts]
+        result = torch.cat([log_denominator(a, keys, first_self + i, temperature) for i, a in zip(starts, chunks, strict=True)])
+        ctx.save_for_backward(anchors, keys, result)
+        ctx.options = first_self, temperature, chunk_size
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        anchors, keys, result = ctx.saved_tensors
+        first_self, temperature, chunk_size = ctx.options
+        grad_anchors, grad_keys = torch.empty_like(anchors), torch.zeros_like(keys)
+        for i in range(0, len(anchors), chunk_size):
+            rows = slice(i, i + chunk_size)
+            weights = _logits_without_self(anchors[rows], keys, first_self + i, temperature)
+            weights.sub_(result[rows, None]).exp_().mul_(grads[0][rows, None] / temperature)  # softmax, times the chain
+            torch.mm(weights, keys, out=grad_anchors[rows])
+            grad_keys.addmm_(weights.T, anchors[rows])
+        return grad_anchors, grad_keys, None, None, None
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate a tensor over all processes; the gradient of one's part is the sum of everybody's for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        ctx.size = len(x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        start = dist.get_rank() * ctx.size
+        return total[start : start + ctx.size]
+
+
+def gather_latents(z: Tensor) -> tuple[Tensor, int]:
+    """Collect the latents of all processes, with gradient, in the order of their ranks.
+
+    Args:
+        z: (B, V, D), of this process.
+
+    Returns:
+        (N, V, D), and where this process's first image stands in it. Without processes: ``z`` and 0.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return z, 0
+    gathered: Tensor = _AllGather.apply(z)
+    return gathered, dist.get_rank() * len(z)

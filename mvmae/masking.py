@@ -1,0 +1,101 @@
+"""Random masking of patches (Section 3.1.2, Eq. 1), with the mask as data.
+
+Shapes: B images, L patches of an image, K of them visible.
+"""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Mask(NamedTuple):
+    """Which patches of each image the encoder sees: Eq. 1 as three tensors that agree with each other.
+
+    Attributes:
+        visible: (B, K) int64, positions of the visible patches in ascending order.
+        restore: (B, L) int64, where each patch stands in the sequence "K visible patches, then L - K masked ones".
+        masked: (B, L) bool, True where a patch is masked.
+    """
+
+    visible: Tensor
+    restore: Tensor
+    masked: Tensor
+
+    @classmethod
+    def from_masked(cls, masked: Tensor) -> "Mask":
+        """Build a mask from the patches to hide.
+
+        Args:
+            masked: (B, L) bool, True = masked, with the same number of visible patches, at least one, in every row.
+
+        Raises:
+            ValueError: if the rows do not hide the same number of patches, or all of them.
+            TypeError: if ``masked`` is not a (B, L) tensor of booleans.
+        """
+        if masked.dtype != torch.bool or masked.ndim != 2:
+            raise TypeError(f"masked is {masked.dtype} of shape {tuple(masked.shape)}: (B, L) of torch.bool is expected")
+        counts = set((~masked).sum(dim=1).tolist())
+        if len(counts) != 1 or 0 in counts:
+            raise ValueError(f"the rows leave {sorted(counts)} patches visible: one number, at least 1, is expected")
+        order = masked.int().argsort(dim=1, stable=True)
+        return cls(order[:, : counts.pop()], order.argsort(dim=1), masked)
+
+    def select(self, rows: slice) -> "Mask":
+        """Give the mask of some of the images."""
+        return Mask(*(part[rows] for part in self))
+
+
+def num_visible(length: int, mask_ratio: float) -> int:
+    """Count the patches that stay visible: ``round(length * (1 - mask_ratio))``, in exact arithmetic.
+
+    Args:
+        length: number L of patches, at least 1.
+        mask_ratio: share of the patches that is masked, in [0, 1).
+
+    Raises:
+        ValueError: if the ratio is out of range or leaves no patch visible.
+    """
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask ratio {mask_ratio} is out of range: a number in [0, 1) is expected, the paper's is 0.8")
+    visible = round(length * (1 - Fraction(repr(float(mask_ratio)))))
+    if visible < 1:
+        raise ValueError(
+            f"mask ratio {mask_ratio} leaves none of {length} patches visible: at most {1 - 1 / length:.4g} leaves one"
+        )
+    return visible
+
+
+def random_mask(
+    batch_size: int,
+    length: int,
+    mask_ratio: float,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Mask:
+    """Draw a mask for every image, uniformly over all sets of K patches (Section 3.1.2).
+
+    Args:
+        batch_size: number B of images (of views, where an image has several: their masks are independent).
+        length: number L of patches of an image.
+        mask_ratio: share of the patches that is masked, in [0, 1).
+        generator: source of the random numbers; torch's global one where it is None. The numbers are drawn on the
+            generator's own device, so that a CPU generator gives the same masks for every device.
+        device: where the mask is wanted; the generator's device, or the CPU, where it is None.
+
+    Raises:
+        ValueError: if the ratio is out of range or leaves no patch visible.
+    """
+    visible = num_visible(length, mask_ratio)
+    drawn_on = device if generator is None else generator.device
+    noise = torch.rand(batch_size, length, generator=generator, device=drawn_on)
+    masked = torch.ones(batch_size, length, dtype=torch.bool, device=drawn_on)
+    order = noise.argsort(dim=1, stable=True)
+    shown = order[:, :visible].sort(dim=1).values
+    masked.scatter_(1, shown, False)
+    hidden = order[:, visible:].sort(dim=1).values
+    restore = torch.cat([shown, hidden], dim=1).argsort(dim=1)
+    mask = Mask(shown, restore, masked)
+    return mask if device is None else Mask(*(part.to(device, non_blocking=True) for part in mask))

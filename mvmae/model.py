@@ -1,0 +1,183 @@
+"""The multi-view masked autoencoder: Eqs. 1 to 7 in the order of the paper.
+
+Shapes: B images, V views, C channels, H x W pixels, P patch side, L patches, K visible, T prefix tokens, D encoder width.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .decoder import MAEDecoder
+from .encoders import SinCosVisionTransformer
+from .encoding import check_encoder, encode_visible
+from .losses import LossOn, NTXentLoss, ReconstructionLoss
+from .masking import Mask, num_visible, random_mask
+from .patches import grid_size, patchify
+
+Pool = Literal["avg", "token"]
+
+
+class MultiViewOutput(NamedTuple):
+    """What a forward pass of `MultiViewMAE` gives.
+
+    Attributes:
+        loss: L of Eq. 7, a scalar.
+        loss_rec: L_r of Eq. 3, a scalar.
+        loss_con: L_c of Eq. 6, a scalar; 0, and not computed, where ``loss_weight`` is 0.
+        z: pooled latents, before the projector, (B, V, D).
+        pred: predicted patches, normalised ones where ``norm_pix``, (B * V, L, P * P * C).
+        target: true patches in the units of the views, (B * V, L, P * P * C).
+        mask: which patches were hidden, over the B * V views.
+    """
+
+    loss: Tensor
+    loss_rec: Tensor
+    loss_con: Tensor
+    z: Tensor
+    pred: Tensor
+    target: Tensor
+    mask: Mask
+
+
+class MultiViewMAE(nn.Module):
+    """The pretraining model: an encoder, a light decoder, and the two objectives (Sections 3.1 and 3.2).
+
+    ``encoder`` keeps its weights bit for bit and its names: ``model.encoder.state_dict()`` is what to keep after pretraining.
+    Parameters of it that the method does not train (fixed sine-cosine positions, a classifier head, an attention pool) do not
+    require a gradient while it is held here.
+
+    Args:
+        encoder: a plain ViT of timm, pretrained or not, or the name of one, which is then created untrained.
+        decoder_dim: width of the decoder (MAE: 512).
+        decoder_depth: blocks of the decoder (paper, Table 5: 4).
+        decoder_heads: attention heads of the decoder (MAE: 16).
+        mask_ratio: share of the patches that is masked, above 0 and below 1 (paper, Table 5: 0.8).
+        loss_weight: lambda of Eq. 7, at least 0 (paper, Table 5: 2.0). 0 leaves out the contrastive loss; with one view
+            that is MAE.
+        temperature: tau of Eq. 4, above 0 (paper, Section 3.2.2: 0.07).
+        pool: the vector of Eq. 4: ``"avg"``, the mean of the visible patch tokens after the final norm (the paper names no
+            class token), or ``"token"``, the class token.
+        projector: applied to the pooled latents before Eq. 4; none in the paper. Any module from (N, D) to (N, any width),
+            such as `projection_mlp`.
+        norm_pix: see `ReconstructionLoss`.
+        loss_on: see `ReconstructionLoss`.
+
+    Raises:
+        TypeError: if the encoder is not a plain ViT of timm.
+        ValueError: if an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module | str,
+        *,
+        decoder_dim: int = 512,
+        decoder_depth: int = 4,
+        decoder_heads: int = 16,
+        mask_ratio: float = 0.8,
+        loss_weight: float = 2.0,
+        temperature: float = 0.07,
+        pool: Pool = "avg",
+        projector: nn.Module | None = None,
+        norm_pix: bool = True,
+        loss_on: LossOn = "masked",
+    ) -> None:
+        super().__init__()
+        vit = check_encoder(timm.create_model(encoder) if isinstance(encoder, str) else encoder)
+        if pool not in get_args(Pool) or (pool == "token" and not vit.has_class_token):
+            raise ValueError(f'pool {pool!r} is not to be had: "avg" is, and "token" where the encoder has a class token')
+        if loss_weight < 0:
+            raise ValueError(f"loss_weight {loss_weight} is out of range: at least 0 is expected, the paper's is 2.0")
+        embed = vit.patch_embed
+        visible = num_visible(embed.num_patches, mask_ratio)
+        if visible == embed.num_patches and loss_on == "masked":
+            raise ValueError(
+                f"mask ratio {mask_ratio} masks none of {visible} patches, so that nothing is left to reconstruct: "
+                'raise it, or use loss_on="all"'
+            )
+        self.encoder = vit
+        self.decoder = MAEDecoder(
+            vit.embed_dim,
+            grid_size=embed.grid_size,
+            patch_size=embed.patch_size,
+            in_chans=embed.proj.in_channels,
+            num_prefix_tokens=vit.num_prefix_tokens,
+            dim=decoder_dim,
+            depth=decoder_depth,
+            num_heads=decoder_heads,
+        )
+        self.projector = projector if projector is not None else nn.Identity()
+        self.reconstruction_loss = ReconstructionLoss(norm_pix=norm_pix, loss_on=loss_on)
+        self.contrastive_loss = NTXentLoss(temperature)
+        self.mask_ratio = mask_ratio
+        self.loss_weight = loss_weight
+        self.pool = pool
+        self._freeze_what_is_not_trained()
+
+    def _freeze_what_is_not_trained(self) -> None:
+        for name, parameter in self.encoder.named_parameters():
+            fixed = name == "pos_embed" and isinstance(self.encoder, SinCosVisionTransformer)
+            if fixed or name.partition(".")[0] in ("head", "head_dist", "attn_pool"):
+                parameter.requires_grad_(False)
+        if self.loss_weight == 0:  # neither of these is on the way to the reconstruction
+            for module in (self.projector, self.encoder.fc_norm):
+                module.requires_grad_(False)
+
+    def forward(self, views: Tensor, *, mask: Mask | None = None, generator: torch.Generator | None = None) -> MultiViewOutput:
+        """Mask, encode, pool, decode, and compare.
+
+        Args:
+            views: V target views of each of B images, (B, V, C, H, W), normalised by the encoder's mean and std.
+            mask: over the B * V views, in the order of ``views.flatten(0, 1)``; drawn where it is None.
+            generator: source of the random mask; torch's global one where it is None.
+
+        Returns:
+            The losses, and the tensors they were computed from.
+
+        Raises:
+            TypeError: if the views are not floating point.
+            ValueError: if views or mask do not fit the encoder, or the contrastive loss lacks views or images.
+        """
+        if views.ndim != 5:
+            raise ValueError(f"views have the shape {tuple(views.shape)}: (B, V, C, H, W) is expected")
+        images = views.flatten(0, 1)  # (B * V, C, H, W)
+        patch_size = self.encoder.patch_embed.patch_size
+        grid = grid_size((images.shape[2], images.shape[3]), patch_size)
+        if mask is None:
+            mask = random_mask(len(images), grid[0] * grid[1], self.mask_ratio, generator=generator, device=images.device)
+        tokens = encode_visible(self.encoder, images, mask)  # Eqs. 1 and 2: (B * V, T + K, D)
+        z = self.pool_tokens(tokens).unflatten(0, views.shape[:2])  # (B, V, D)
+        pred = self.decoder(tokens, mask, grid_size=grid)  # (B * V, L, P * P * C)
+        target = patchify(images, patch_size)
+        loss_rec = self.reconstruction_loss(pred, target, mask.masked)  # Eq. 3
+        loss_con = loss_rec.new_zeros(())
+        if self.loss_weight:
+            loss_con = self.contrastive_loss(self.projector(z.flatten(0, 1)).unflatten(0, views.shape[:2]))  # Eqs. 4-6
+        loss = loss_rec + self.loss_weight * loss_con  # Eq. 7
+        return MultiViewOutput(loss, loss_rec, loss_con, z, pred, target, mask)
+
+    def pool_tokens(self, tokens: Tensor) -> Tensor:
+        """Give the latent vector of each view that Eq. 4 compares.
+
+        Args:
+            tokens: the encoder's output, (B, T + K, D).
+
+        Returns:
+            (B, D): the mean patch token or the class token, through the encoder's ``fc_norm`` where it has one.
+        """
+        pooled = tokens[:, 0] if self.pool == "token" else tokens[:, self.encoder.num_prefix_tokens :].mean(dim=1)
+        latent: Tensor = self.encoder.fc_norm(pooled)
+        return latent
+
+
+def projection_mlp(in_dim: int, hidden_dim: int = 2048, out_dim: int = 256) -> nn.Sequential:
+    """Build the projection head of SimCLR (Chen et al., 2020): linear, ReLU, linear. The paper has none.
+
+    Args:
+        in_dim: width D of the encoder.
+        hidden_dim: width between the two layers.
+        out_dim: width of the vectors that are compared.
+    """
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
