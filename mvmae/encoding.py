@@ -4,6 +4,8 @@ Shapes: B images, C channels, H x W pixels, P patch side, L patches, K visible, 
 D encoder width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, resample_abs_pos_embed
@@ -54,16 +56,16 @@ def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
         TypeError: if the encoder is not a plain ViT, or the images are not floating point.
         ValueError: if images or mask do not fit the encoder.
     """
-    vit = check_encoder(vit)
-    grid = _check_images(vit, images, mask)
-    tokens = _embed_visible(vit.patch_embed, images, mask.visible, grid)  # (B, K, D)
-    prefix, positions = _positions(vit, grid)
+    encoder: Any = check_encoder(vit)
+    grid = _check_images(encoder, images, mask)
+    tokens = _embed_visible(encoder.patch_embed, images, mask.visible, grid)  # (B, K, D)
+    prefix, positions = _positions(encoder, grid)
     if positions is not None:
         tokens = tokens + F.embedding(mask.visible, positions)
     tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, T + K, D)
-    tokens = vit.norm_pre(vit.pos_drop(tokens))
-    tokens = checkpoint_seq(vit.blocks, tokens) if vit.grad_checkpointing else vit.blocks(tokens)
-    encoded: Tensor = vit.norm(tokens)
+    tokens = encoder.norm_pre(encoder.pos_drop(tokens))
+    tokens = checkpoint_seq(encoder.blocks, tokens) if encoder.grad_checkpointing else encoder.blocks(tokens)
+    encoded: Tensor = encoder.norm(tokens)
     return encoded
 
 
@@ -91,7 +93,7 @@ def _check_images(vit: VisionTransformer, images: Tensor, mask: Mask) -> tuple[i
 def _embed_visible(embed: PatchEmbed, images: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
     """Project the visible patches alone: gathering first costs a copy of 20 % of the pixels instead of the other 80 %."""
     (rows, columns), (ph, pw) = grid, embed.patch_size
-    patches = images.unflatten(3, (columns, pw)).unflatten(2, (rows, ph)).permute(0, 2, 4, 1, 3, 5)
+    patches = images.reshape(*images.shape[:2], rows, ph, columns, pw).permute(0, 2, 4, 1, 3, 5)
     image = torch.arange(len(images), device=images.device)[:, None]
     pixels = patches[image, visible // columns, visible % columns]  # (B, K, C, Ph, Pw)
     tokens = F.linear(pixels.flatten(2), embed.proj.weight.flatten(1), embed.proj.bias)
@@ -102,10 +104,8 @@ def _embed_visible(embed: PatchEmbed, images: Tensor, visible: Tensor, grid: tup
 def _positions(vit: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """Give the prefix tokens with their positions, (1, T, D), and the positions of all patches, (L, D) or None."""
     tokens = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-    prefix = torch.cat(
-        [token for token in tokens if token is not None] or [vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)],
-        1,
-    )
+    none = vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)
+    prefix = torch.cat([none, *(token for token in tokens if token is not None)], dim=1)
     if vit.pos_embed is None:
         return prefix, None
     with_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
