@@ -25,8 +25,9 @@ class MultiViewOutput(NamedTuple):
     Attributes:
         loss: L of Eq. 7, a scalar.
         loss_rec: L_r of Eq. 3, a scalar.
-        loss_con: L_c of Eq. 6, a scalar; 0, and not computed, where ``loss_weight`` is 0.
-        z: pooled latents, before the projector, (B, V, D).
+        loss_con: L_c of Eq. 6, a scalar; 0, and not computed, where ``loss_weight`` is 0 or ``contrast`` is False.
+        z: pooled latents, (B, V, D).
+        projected: the vectors that Eq. 4 compares, (B, V, any width): ``z``, through the projector where there is one.
         pred: predicted patches, normalised ones where ``norm_pix``, (B * V, L, P * P * C).
         target: true patches in the units of the views, (B * V, L, P * P * C).
         mask: which patches were hidden, over the B * V views.
@@ -36,6 +37,7 @@ class MultiViewOutput(NamedTuple):
     loss_rec: Tensor
     loss_con: Tensor
     z: Tensor
+    projected: Tensor
     pred: Tensor
     target: Tensor
     mask: Mask
@@ -125,13 +127,21 @@ class MultiViewMAE(nn.Module):
             for module in (self.projector, self.encoder.fc_norm):
                 module.requires_grad_(False)
 
-    def forward(self, views: Tensor, *, mask: Mask | None = None, generator: torch.Generator | None = None) -> MultiViewOutput:
+    def forward(
+        self,
+        views: Tensor,
+        *,
+        mask: Mask | None = None,
+        generator: torch.Generator | None = None,
+        contrast: bool = True,
+    ) -> MultiViewOutput:
         """Mask, encode, pool, decode, and compare.
 
         Args:
             views: V target views of each of B images, (B, V, C, H, W), normalised by the encoder's mean and std.
             mask: over the B * V views, in the order of ``views.flatten(0, 1)``; drawn where it is None.
             generator: source of the random mask; torch's global one where it is None.
+            contrast: False leaves out Eqs. 4 to 6, for a look at the reconstruction or a loss of one's own on ``projected``.
 
         Returns:
             The losses, and the tensors they were computed from.
@@ -152,11 +162,11 @@ class MultiViewMAE(nn.Module):
         pred = self.decoder(tokens, mask, grid_size=grid)  # (B * V, L, P * P * C)
         target = patchify(images, patch_size)
         loss_rec = self.reconstruction_loss(pred, target, mask.masked)  # Eq. 3
-        loss_con = loss_rec.new_zeros(())
-        if self.loss_weight:
-            loss_con = self.contrastive_loss(self.projector(z.flatten(0, 1)).unflatten(0, views.shape[:2]))  # Eqs. 4-6
+        projected = self.projector(z.flatten(0, 1)).unflatten(0, views.shape[:2])
+        contrast = contrast and self.loss_weight > 0
+        loss_con = self.contrastive_loss(projected) if contrast else loss_rec.new_zeros(())  # Eqs. 4 to 6
         loss = loss_rec + self.loss_weight * loss_con  # Eq. 7
-        return MultiViewOutput(loss, loss_rec, loss_con, z, pred, target, mask)
+        return MultiViewOutput(loss, loss_rec, loss_con, z, projected, pred, target, mask)
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """Give the latent vector of each view that Eq. 4 compares.

@@ -1,0 +1,115 @@
+"""State of a run on the disk: written whole or not at all, checked when read, the one before kept."""
+
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Stop
+
+NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write ``checkpoint.pt``, keeping the one before as ``checkpoint-previous.pt``.
+
+    Written beside, brought to the disk, then renamed: whatever ends the process, one of the two is whole.
+
+    Args:
+        folder: the run's folder.
+        state: tensors, numbers, strings, lists and dictionaries of them.
+    """
+    newest, unfinished = folder / NEWEST, folder / (NEWEST + ".unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if newest.exists():
+        os.replace(newest, folder / PREVIOUS)
+    os.replace(unfinished, newest)
+    _sync_folder(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by one with this text, whole or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Read the newest checkpoint that is whole; None where the folder holds none at all.
+
+    Raises:
+        Stop: if there are checkpoints, and none of them is whole.
+    """
+    found = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).exists()]
+    reasons = []
+    for path in found:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            reasons.append(str(error))
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+    if found:
+        raise Stop(f"no checkpoint in {folder} can be read: {'; '.join(reasons)}")
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint: every byte of it is checked against its checksum, and no code in it is run.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or holds more than tensors and plain values.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{path} is damaged: wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values, and is not opened: it could run code") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint: a dictionary is expected, it holds {type(state).__name__}")
+    return state
+
+
+def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], free: frozenset[str]) -> list[str]:
+    """Compare the settings of a run with those it is resumed with.
+
+    Args:
+        stored: settings in the checkpoint.
+        given: settings of this call.
+        free: names that may change.
+
+    Returns:
+        a line for each setting that did change and may.
+
+    Raises:
+        Stop: naming every other setting that changed, with both values.
+    """
+    changed = {name for name in {*stored, *given} if stored.get(name) != given.get(name)}
+    lines = {name: f"{name} was {stored.get(name)!r} and is {given.get(name)!r} now" for name in sorted(changed)}
+    refused = [line for name, line in lines.items() if name not in free]
+    if refused:
+        raise Stop(f"cannot resume with other settings: {'; '.join(refused)}. Use the old ones, or another --output-dir")
+    return list(lines.values())
