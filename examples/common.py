@@ -96,7 +96,7 @@ class Processes(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
-    control: dist.ProcessGroup | None
+    control: Any
 
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set in any process: the same answer in all of them, with no wait for the device."""
