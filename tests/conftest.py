@@ -1,0 +1,98 @@
+"""What all tests share: one thread, no network, a seeded generator, a tiny ViT, two processes."""
+
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read when the libraries are imported, here and in the processes that tests start. `HF_HUB_OFFLINE=0 pytest -m network`.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+if sys.platform == "linux":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a CUDA device where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., Any]:
+    """Builds timm's ViT with 32 x 32 pixels, 16 patches, width 48 and 2 blocks; keywords go to timm."""
+
+    def build(**kwargs: Any) -> Any:
+        tiny = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+        return timm.create_model("vit_tiny_patch16_224", **(tiny | kwargs))
+
+    return build
+
+
+@pytest.fixture
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """Runs `fn(*args)` in two gloo processes: `two_processes(fn, *args)` gives `[result of rank 0, of rank 1]`.
+
+    `fn` stands at the top level of a test file and finds its rank by `torch.distributed.get_rank()`; arguments and
+    results are pickled. The traceback of the process that failed first is raised here; after 60 seconds both end.
+    """
+
+    def run(fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+        folder = tmp_path_factory.mktemp("two_processes")
+        context = torch.multiprocessing.get_context("spawn")
+        processes = [context.Process(target=_process, args=(rank, folder, fn, args), daemon=True) for rank in range(2)]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        try:
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        errors = sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime_ns)
+        if errors:
+            raise RuntimeError(f"in process {errors[0].name[-1]} of 2:\n{errors[0].read_text()}")
+        if late:
+            raise TimeoutError(f"{fn.__name__} still ran after {timeout} s in process {late}")
+        codes = [process.exitcode for process in processes]
+        if codes != [0, 0]:
+            raise RuntimeError(f"{fn.__name__}: the processes ended with {codes}")
+        return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(2)]
+
+    return run
+
+
+def _process(rank: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+        result = pickle.dumps(fn(*args))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error{rank}").write_text(traceback.format_exc())
+        os._exit(1)  # without waiting for the other process
+    (folder / f"result{rank}").write_bytes(result)

@@ -1,0 +1,193 @@
+"""The layers of the package: what a module may import, held against what it does import."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mvmae
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "mvmae").glob("*.py"))
+ABOVE = "(all above)"
+
+# module: siblings | third party | third party that only a function may import, when it is called
+LAYERS = {
+    "patches": ("", "torch", ""),
+    "masking": ("", "torch", ""),
+    "losses": ("", "torch", ""),
+    "metrics": ("", "torch", ""),
+    "images": ("", "torch numpy PIL", "simplejpeg"),
+    "views": ("images", "torch numpy PIL", ""),
+    "sources": ("images", "torch numpy timm PIL", "skimage pyarrow datasets"),
+    "data": ("images views sources", "torch numpy", ""),
+    "encoders": ("masking patches", "torch timm huggingface_hub", ""),
+    "decoder": ("masking patches", "torch timm", ""),
+    "model": ("patches masking losses metrics encoders decoder", "torch timm", ""),
+    "dense": ("encoders", "torch timm torchvision", ""),
+    "visualize": (ABOVE, "torch numpy PIL", ""),
+    "hub": (ABOVE, "torch timm safetensors huggingface_hub", ""),
+    "__init__": (ABOVE, "timm", ""),
+}
+
+
+def allowed(module: str) -> tuple[set[str], set[str], set[str]]:
+    """Siblings, third party, and third party inside functions, that `module` may import."""
+    siblings, third_party, lazy = LAYERS[module]
+    above = list(LAYERS)[: list(LAYERS).index(module)]
+    return set(above if siblings == ABOVE else siblings.split()), set(third_party.split()), set(lazy.split())
+
+
+def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, str, bool]]:
+    """Each import of a tree: the node, the name (`.views` for a sibling, `torch` for a package), inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            # `from mvmae import views` is the module, and `from mvmae import MultiViewMAE` the package itself
+            names = [f"mvmae.{alias.name}" for alias in node.names] if node.module == "mvmae" else [node.module or ""]
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level
+            names = [dots + node.module] if node.module else [dots + alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module", "__import__"):
+            names = [ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else "(computed)"]
+        for name in names:
+            own = name.removeprefix("mvmae") if name.split(".")[0] == "mvmae" else name
+            yield node, own if own.startswith("..") else ".".join(own.split(".")[: 2 if own.startswith(".") else 1]), inside
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports(node, inside or function)
+
+
+def problems(module: str, source: str) -> list[str]:
+    """What breaks the rules in the source of a module: imports outside its layer, `print`, `assert`."""
+    tree = ast.parse(source)
+    siblings, third_party, lazy = allowed(module)
+    found = []
+    for node, name, inside in imports(tree):
+        good = {f".{sibling}" for sibling in siblings} | third_party | sys.stdlib_module_names | (lazy if inside else set())
+        if name not in good:
+            found.append(f"mvmae/{module}.py:{node.lineno}: imports {name or 'mvmae'}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            found.append(f"mvmae/{module}.py:{node.lineno}: assert; raise ValueError or TypeError instead")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            found.append(f"mvmae/{module}.py:{node.lineno}: print; use logging instead")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_a_module_imports_only_from_its_layer(path):
+    assert path.stem in LAYERS, f"{path.name} is not in the table: say what it may import"
+    assert problems(path.stem, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("patches", "import timm"),
+        ("patches", "def f():\n    import numpy"),
+        ("patches", "from .masking import Mask"),
+        ("losses", "from . import masking"),
+        ("losses", "from mvmae.masking import Mask"),
+        ("losses", "from mvmae import masking"),
+        ("losses", "import mvmae.masking"),
+        ("losses", "import mvmae"),
+        ("encoders", "def f():\n    from .model import MultiViewMAE"),
+        ("model", "from .data import read"),
+        ("model", "from . import hub"),
+        ("model", "import examples.common"),
+        ("model", "import common"),
+        ("model", "from ..examples import common"),
+        ("model", "import importlib\n\ndef f(name):\n    importlib.import_module(name)"),
+        ("images", "import simplejpeg"),
+        ("images", "try:\n    import simplejpeg\nexcept ImportError:\n    pass"),
+        ("sources", "import importlib\nimportlib.import_module('skimage.data')"),
+        ("hub", "print('saved')"),
+        ("hub", "def f(x):\n    assert x"),
+    ],
+)
+def test_the_rules_catch(module, source):
+    assert len(problems(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("patches", "import math\nfrom collections.abc import Sequence\nimport torch.nn.functional as F"),
+        ("images", "def f():\n    import simplejpeg"),
+        ("sources", "def f():\n    import importlib\n    return importlib.import_module('skimage.data')"),
+        ("model", "from .losses import NTXentLoss\nfrom . import masking\nfrom torch import nn"),
+        ("hub", "from .model import MultiViewMAE\nfrom .visualize import draw\nlog.print('no builtin')"),
+    ],
+)
+def test_the_rules_let_pass(module, source):
+    assert problems(module, source) == []
+
+
+def test_the_common_part_of_the_examples_knows_nothing_of_the_method():
+    names = [name for _, name, _ in imports(ast.parse((ROOT / "examples" / "common.py").read_text()))]
+    assert names
+    assert [name for name in names if not name or name.startswith(".")] == []
+
+
+def test_public_names_are_re_exported_by_name():
+    tree = ast.parse((ROOT / "mvmae" / "__init__.py").read_text())
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Import), f"mvmae/__init__.py:{node.lineno}: from .x import Y as Y"
+        if isinstance(node, ast.ImportFrom):
+            assert [alias.asname for alias in node.names] == [alias.name for alias in node.names]
+
+
+def public_names() -> list[str]:
+    tree = ast.parse((ROOT / "mvmae" / "__init__.py").read_text())
+    return [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_a_public_name_has_a_docstring_of_its_own(name):
+    thing = getattr(mvmae, name)
+    doc = thing.__doc__ or ""
+    assert doc.strip()
+    if inspect.isclass(thing):
+        assert "__doc__" in vars(thing)
+        assert not doc.startswith(f"{name}("), "the docstring that NamedTuple or dataclass made up"
+
+
+def run_python(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_importing_the_package_imports_no_extra_and_nothing_that_is_not_re_exported():
+    # timm and its own dependencies first: what they import is not ours to judge
+    new = run_python(
+        "import sys, timm, torchvision, huggingface_hub, safetensors.torch, PIL.Image; before = set(sys.modules);"
+        "import mvmae; print(*set(sys.modules) - before)"
+    )
+    extras = {"matplotlib", "tqdm", "skimage", "simplejpeg", "scipy", "sklearn", "pyarrow", "datasets", "pycocotools"}
+    assert {name.split(".")[0] for name in new} & extras == set()
+    assert "mvmae" in new
+    loaded = {name.removeprefix("mvmae.") for name in new if name.startswith("mvmae.")}
+    assert loaded == reached("__init__")
+
+
+def reached(module: str) -> set[str]:
+    """The siblings that come with a module: those it imports outside functions, and so on."""
+    path = ROOT / "mvmae" / f"{module}.py"
+    direct = {name[1:] for _, name, inside in imports(ast.parse(path.read_text())) if name.startswith(".") and not inside}
+    return direct.union(*(reached(name) for name in direct))
+
+
+def test_the_top_level_of_the_repository_holds_what_it_should():
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode or not git.stdout or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in git.stdout.splitlines()}
+    wanted = {"mvmae", "examples", "tests", "setup.cfg", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} == wanted

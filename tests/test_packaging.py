@@ -1,0 +1,160 @@
+"""What the package promises to those who install it: its version, its dependencies, its names and signatures."""
+
+import ast
+import importlib.metadata
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import mvmae
+from mvmae.model import MultiViewOutput
+
+ROOT = Path(__file__).parents[1]
+REQUIREMENTS = [Requirement(line) for line in importlib.metadata.requires("mvmae") or []]
+
+
+def extra(requirement: Requirement) -> str:
+    """The extra that asks for a requirement, "" for a dependency."""
+    found = re.search(r'extra == "([^"]+)"', str(requirement.marker or ""))
+    return found.group(1) if found else ""
+
+
+def test_the_version_is_the_installed_one():
+    assert importlib.metadata.version("mvmae") == mvmae.__version__, 'install again: pip install -e ".[test]"'
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_a_dependency_has_a_lower_bound_and_is_not_pinned(requirement):
+    if requirement.name != "mvmae":  # an extra that holds another one
+        operators = [specifier.operator for specifier in requirement.specifier]
+        assert operators.count(">=") == 1
+        assert set(operators) <= {">=", "<", "!="}
+
+
+def test_the_dependencies_and_extras_are_the_documented_ones():
+    names = {requirement.name for requirement in REQUIREMENTS if not extra(requirement)}
+    assert {"torch", "timm", "huggingface-hub", "safetensors", "pillow"} <= names
+    assert {"train", "test", "lint"} <= set(importlib.metadata.metadata("mvmae").get_all("Provides-Extra"))
+
+
+def distributions_of(module: str) -> set[str]:
+    """The distributions that provide a top-level module, by the names that requirements use."""
+    return {canonicalize_name(name) for name in importlib.metadata.packages_distributions().get(module, [module])}
+
+
+def imported(path: Path) -> tuple[set[str], set[str]]:
+    """Top-level third-party modules that a file imports when it is itself imported, and those inside functions."""
+    tree = ast.parse(path.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    at_once, lazily = set(), set()
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        (lazily if id(node) in inside else at_once).update(name.split(".")[0] for name in names)
+    own = {*sys.stdlib_module_names, "mvmae"}
+    return at_once - own, lazily - own
+
+
+# modules that come with a dependency whose business they are: torchvision with timm, numpy with torchvision
+COMES_WITH = {"torchvision": "timm", "numpy": "torchvision"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "mvmae").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_module_imports_is_declared(path):
+    dependencies = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS if not extra(requirement)}
+    extras = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS if extra(requirement) not in ("", "lint")}
+    at_once, lazily = imported(path)
+    for module in at_once:
+        assert distributions_of(module) & dependencies or module in COMES_WITH, f"declare {module}"
+    for module in lazily:
+        assert distributions_of(module) & (dependencies | extras) or module in COMES_WITH, f"an extra for {module}"
+
+
+@pytest.mark.parametrize(("module", "parent"), COMES_WITH.items())
+def test_what_is_not_declared_comes_with_a_dependency(module, parent):
+    requirements = map(Requirement, importlib.metadata.requires(parent) or [])
+    assert module in {requirement.name for requirement in requirements if not extra(requirement)}
+
+
+# Parameters may be added, with defaults; what stands here stays.
+SIGNATURES = {
+    "MultiViewMAE": lambda encoder, *, decoder_dim=512, decoder_depth=4, decoder_heads=16, mask_ratio=0.8,
+    loss_weight=2.0, temperature=0.07, pool="avg", projector=None, norm_pix=True, loss_on="masked": ...,
+    "MultiViewMAE.forward": lambda self, views, *, mask=None, generator=None: ...,
+    "NTXentLoss": lambda temperature=0.07, *, gather=True, chunk_size=None: ...,
+    "NTXentLoss.forward": lambda self, z: ...,
+    "ReconstructionLoss": lambda *, norm_pix=True, loss_on="masked": ...,
+    "ReconstructionLoss.forward": lambda self, pred, target, masked: ...,
+    "MAEDecoder.forward": lambda self, tokens, mask: ...,
+    "MultiViewTransform": lambda image_size=224, *, num_views=2, scale=(0.2, 1.0): ...,
+    "MultiViewTransform.__call__": lambda self, image, *, generator=None: ...,
+    "random_mask": lambda batch_size, length, mask_ratio, *, generator=None, device=None: ...,
+    "patchify": lambda images, patch_size: ...,
+    "unpatchify": lambda patches, patch_size, grid_size, in_chans: ...,
+    "encode_visible": lambda vit, images, mask: ...,
+}
+
+
+def differences(promised: inspect.Signature, actual: inspect.Signature) -> list[str]:
+    """What a call that the promised signature allows would find changed."""
+    found = []
+    for name, parameter in promised.parameters.items():
+        now = actual.parameters.get(name)
+        if now is None or (now.kind, now.default) != (parameter.kind, parameter.default):
+            found.append(f"{parameter} became {now}")
+    for name, parameter in actual.parameters.items():
+        if name not in promised.parameters and parameter.default is parameter.empty:
+            found.append(f"{parameter} is new and has no default")
+    order = [name for name in actual.parameters if name in promised.parameters]
+    positional = [name for name, parameter in promised.parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    if order[: len(positional)] != positional or list(actual.parameters)[: len(positional)] != positional:
+        found.append(f"the order became {order}")
+    return found
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_public_signature_keeps_what_was_promised(name):
+    thing = mvmae
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    assert differences(inspect.signature(SIGNATURES[name]), inspect.signature(thing)) == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda images, *, size=1: ...,
+        lambda images, size=2, *, out=None: ...,
+        lambda size=1, images=None, *, out=None: ...,
+        lambda images, size=1, *, out=None, more: ...,
+        lambda images, extra=0, size=1, *, out=None: ...,
+        lambda images, size=1, out=None: ...,
+    ],
+)
+def test_a_changed_signature_is_noticed(changed):
+    promised = inspect.signature(lambda images, size=1, *, out=None: ...)
+    assert differences(promised, inspect.signature(changed)) != []
+
+
+def test_a_signature_may_grow():
+    promised = inspect.signature(lambda images, size=1, *, out=None: ...)
+    assert differences(promised, inspect.signature(lambda images, size=1, more=0, *, out=None, extra=None: ...)) == []
+
+
+def test_several_tensors_come_back_by_name():
+    assert mvmae.Mask._fields == ("visible", "restore", "masked")
+    assert {"loss", "loss_rec", "loss_con", "z", "pred", "target", "mask"} <= set(MultiViewOutput._fields)
+
+
+def test_importing_the_package_registers_the_encoders_with_timm():
+    names = {"tiny_patch16", "small_patch16", "base_patch16", "large_patch16", "huge_patch14"}
+    assert {f"mvmae_vit_{name}" for name in names} <= set(timm.list_models("mvmae_vit_*"))
+    assert callable(mvmae.create_model)
