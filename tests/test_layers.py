@@ -54,11 +54,19 @@ def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, str,
         elif isinstance(node, ast.ImportFrom):
             dots = "." * node.level
             names = [dots + node.module] if node.module else [dots + alias.name for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "import_module",
+            "importlib.import_module",
+            "__import__",
+        ):
             names = [ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else "(computed)"]
         for name in names:
             own = name.removeprefix("mvmae") if name.split(".")[0] == "mvmae" else name
-            yield node, own if own.startswith("..") else ".".join(own.split(".")[: 2 if own.startswith(".") else 1]), inside
+            yield (
+                node,
+                own if own.startswith("..") else ".".join(own.split(".")[: 2 if own.startswith(".") else 1]),
+                inside,
+            )
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         yield from imports(node, inside or function)
 
@@ -69,7 +77,12 @@ def problems(module: str, source: str) -> list[str]:
     siblings, third_party, lazy = allowed(module)
     found = []
     for node, name, inside in imports(tree):
-        good = {f".{sibling}" for sibling in siblings} | third_party | sys.stdlib_module_names | (lazy if inside else set())
+        good = (
+            {f".{sibling}" for sibling in siblings}
+            | third_party
+            | sys.stdlib_module_names
+            | (lazy if inside else set())
+        )
         if name not in good:
             found.append(f"mvmae/{module}.py:{node.lineno}: imports {name or 'mvmae'}")
     for node in ast.walk(tree):
@@ -180,7 +193,9 @@ def test_importing_the_package_imports_no_extra_and_nothing_that_is_not_re_expor
 def reached(module: str) -> set[str]:
     """The siblings that come with a module: those it imports outside functions, and so on."""
     path = ROOT / "mvmae" / f"{module}.py"
-    direct = {name[1:] for _, name, inside in imports(ast.parse(path.read_text())) if name.startswith(".") and not inside}
+    direct = {
+        name[1:] for _, name, inside in imports(ast.parse(path.read_text())) if name.startswith(".") and not inside
+    }
     return direct.union(*(reached(name) for name in direct))
 
 

@@ -70,7 +70,9 @@ COMES_WITH = {"torchvision": "timm", "numpy": "torchvision"}
 @pytest.mark.parametrize("path", sorted((ROOT / "mvmae").glob("*.py")), ids=lambda path: path.stem)
 def test_what_a_module_imports_is_declared(path):
     dependencies = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS if not extra(requirement)}
-    extras = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS if extra(requirement) not in ("", "lint")}
+    extras = {
+        canonicalize_name(requirement.name) for requirement in REQUIREMENTS if extra(requirement) not in ("", "lint")
+    }
     at_once, lazily = imported(path)
     for module in at_once:
         assert distributions_of(module) & dependencies or module in COMES_WITH, f"declare {module}"
@@ -86,8 +88,9 @@ def test_what_is_not_declared_comes_with_a_dependency(module, parent):
 
 # Parameters may be added, with defaults; what stands here stays.
 SIGNATURES = {
-    "MultiViewMAE": lambda encoder, *, decoder_dim=512, decoder_depth=4, decoder_heads=16, mask_ratio=0.8,
-    loss_weight=2.0, temperature=0.07, pool="avg", projector=None, norm_pix=True, loss_on="masked": ...,
+    "MultiViewMAE": lambda encoder, *, decoder_dim=512, decoder_depth=4, decoder_heads=16, mask_ratio=0.8, loss_weight=2.0, temperature=0.07, pool="avg", projector=None, norm_pix=True, loss_on="masked": (
+        ...
+    ),
     "MultiViewMAE.forward": lambda self, views, *, mask=None, generator=None: ...,
     "NTXentLoss": lambda temperature=0.07, *, gather=True, chunk_size=None: ...,
     "NTXentLoss.forward": lambda self, z: ...,
@@ -114,7 +117,9 @@ def differences(promised: inspect.Signature, actual: inspect.Signature) -> list[
         if name not in promised.parameters and parameter.default is parameter.empty:
             found.append(f"{parameter} is new and has no default")
     order = [name for name in actual.parameters if name in promised.parameters]
-    positional = [name for name, parameter in promised.parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    positional = [
+        name for name, parameter in promised.parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY
+    ]
     if order[: len(positional)] != positional or list(actual.parameters)[: len(positional)] != positional:
         found.append(f"the order became {order}")
     return found

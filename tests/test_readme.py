@@ -1,0 +1,262 @@
+"""What a reader is told to type works: README's Python, every command for the examples, every link to a file.
+
+A fenced block is left out where its info string or the HTML comment above it says `no-run`.
+"""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [
+    path
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "examples").glob("*.md"))]
+    if path.exists()
+]
+SHELL = {"bash", "sh", "shell", "console"}
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, the heading above it, the line of its first line, its text."""
+
+    language: str
+    heading: str
+    line: int
+    text: str
+    run: bool
+
+
+def fenced_blocks(text: str) -> Iterator[Block]:
+    heading, above, lines = "", "", text.splitlines()
+    numbers = iter(range(len(lines)))
+    for number in numbers:
+        fence = re.match(r"\s*(`{3,}|~{3,})\s*(\S*)\s*(.*)", lines[number])
+        if fence:
+            first = number + 1
+            last = next(n for n in numbers if lines[n].strip() == fence[1])
+            body = textwrap.dedent("\n".join(lines[first:last]))
+            run = "no-run" not in fence[3] and not re.fullmatch(r"<!--.*\bno-run\b.*-->", above.strip())
+            yield Block(fence[2].lower(), heading, first + 1, body, run)
+        elif re.match(r"#{1,2} ", lines[number]):
+            heading = lines[number].strip("# ")
+        above = lines[number] or above
+
+
+def blocks_of(path: Path, languages: set[str]) -> list[Block]:
+    if not path.exists():
+        return []
+    return [block for block in fenced_blocks(path.read_text()) if block.language in languages and block.run]
+
+
+def sections() -> dict[str, list[Block]]:
+    found: dict[str, list[Block]] = {}
+    for block in blocks_of(ROOT / "README.md", {"python", "py"}):
+        found.setdefault(block.heading, []).append(block)
+    return found
+
+
+def draw_pictures(code: str) -> None:
+    """Leaves a picture under each relative name with a picture's ending that the code holds as a string."""
+    for node in ast.walk(ast.parse(code)):
+        value = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if re.fullmatch(r"[\w][\w./-]*\.(jpe?g|png|webp)", value) and not Path(value).exists():
+            Path(value).parent.mkdir(parents=True, exist_ok=True)
+            Image.radial_gradient("L").resize((300, 260)).convert("RGB").save(value)
+
+
+@pytest.mark.parametrize("heading", sections())
+def test_the_python_of_a_section_runs(heading, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for block in sections()[heading]:
+        draw_pictures(block.text)
+        exec(compile("\n" * (block.line - 1) + block.text, "README.md", "exec"), namespace)
+
+
+class Command(NamedTuple):
+    """A call of an example: where it stands, the script, what comes after the script, the whole."""
+
+    where: str
+    script: str
+    arguments: tuple[str, ...]
+    words: tuple[str, ...]
+
+
+def commands_of(text: str, where: str) -> list[Command]:
+    """The calls of `examples/*.py` in lines of shell, one for each part between `&&`, `||`, `;` and `|`."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if "examples/" not in line:
+            continue
+        lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="&|;")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set("&|;"):
+                scripts = [n for n, word in enumerate(words) if re.fullmatch(r"(\./)?examples/\w+\.py", word)]
+                if scripts:
+                    script = words[scripts[0]].removeprefix("./")
+                    found.append(Command(where, script, tuple(words[scripts[0] + 1 :]), tuple(words)))
+                words = []
+            else:
+                words.append(word)
+    return found
+
+
+def commands_of_page(path: Path) -> list[Command]:
+    return [
+        command for block in blocks_of(path, SHELL) for command in commands_of(block.text, f"{path.name}:{block.line}")
+    ]
+
+
+def commands_of_docstring(path: Path) -> list[Command]:
+    """The calls in a script's docstring: the lines that start as a command does."""
+    doc = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
+    lines = [line.strip(" `$") for line in doc.splitlines()]
+    starts = r"(\w+=\S+ )*(python3?|torchrun) "
+    return [
+        command for line in lines if re.match(starts, line) for command in commands_of(line, f"examples/{path.name}")
+    ]
+
+
+def commands() -> list[Command]:
+    shown = [command for page in PAGES for command in commands_of_page(page)]
+    return shown + [command for path in EXAMPLES for command in commands_of_docstring(path)]
+
+
+@lru_cache
+def flags_of(script: str) -> frozenset[str]:
+    """The flags in the `--help` of a script."""
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return frozenset(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", done.stdout))
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: f"{command.where} {' '.join(command.words)}")
+def test_a_command_names_a_script_and_flags_that_exist(command):
+    assert (ROOT / command.script).is_file()
+    used = {word.split("=")[0] for word in command.arguments if re.match(r"--?[A-Za-z]", word)}
+    assert used - flags_of(command.script) == set()
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name != "common.py"], ids=lambda path: path.name)
+def test_a_script_says_how_it_is_called(path):
+    assert f"examples/{path.name}" in {command.script for command in commands_of_docstring(path)}
+
+
+def test_the_readme_shows_python_and_the_pretraining_command():
+    assert sections()
+    assert "examples/pretrain.py" in {command.script for command in commands_of_page(ROOT / "README.md")}
+
+
+@pytest.mark.slow
+def test_the_commands_on_the_sample_run_one_after_the_other(tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    on_sample = [c for c in commands_of_page(ROOT / "README.md") if re.search(r"--data[ =]sample\b", " ".join(c.words))]
+    assert on_sample
+    for command in on_sample:
+        words = [sys.executable if word in ("python", "python3") else word for word in command.words]
+        done = subprocess.run(["env", *words], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, f"{command.where}: {shlex.join(command.words)}\n{done.stdout}\n{done.stderr}"
+
+
+def without_code(text: str) -> str:
+    """A page without its code, whose brackets are no links."""
+    text = re.sub(r"^(\s*)(```+|~~~+).*?^\s*\2\s*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"(`+)[^`].*?\1", "`code`", text)
+
+
+def links_of(text: str) -> list[str]:
+    """The targets of inline links and pictures, of reference links and of HTML in a page of Markdown."""
+    prose = without_code(text)
+    inline = re.findall(r"\]\(\s*<?([^)\s>]+)", prose)
+    references = re.findall(r"^\s*\[[^\]]+\]:\s*(\S+)", prose, flags=re.MULTILINE)
+    return inline + references + re.findall(r"(?:src|href)=[\"']([^\"']+)", prose)
+
+
+def anchors_of(text: str) -> set[str]:
+    """The anchors that a page's headings get."""
+    headings = re.findall(
+        r"^#+ (.+?)\s*#*$", re.sub(r"^\s*```.*?^\s*```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path: Path) -> list[str]:
+    broken = []
+    for link in links_of(path.read_text()):
+        if re.match(r"[a-z][a-z+.-]*:|//", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors_of(target.read_text())):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_relative_link_points_at_something(path):
+    assert broken_links(path) == []
+
+
+PAGE = """# Title
+[to a file](there.md) ![picture](gone.png) [heading](#the-second-one) [no heading](#third) [web](https://a.org/x)
+[two]: missing/x.md
+`[code](code.md)`
+
+## The second `one`
+<!-- no-run: needs weights -->
+```python
+never()
+```
+
+- in a list:
+  ```python
+  # no heading
+  value = 1
+  ```
+
+```python no-run
+never()
+```
+```python
+value += 1
+```
+```bash
+pip install -e ".[train]" && python examples/pretrain.py --data sample \\
+    --epochs=3  # a comment
+OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/pretrain.py --resume; ls examples/
+```
+"""
+
+
+def test_blocks_and_commands_are_found_in_a_page():
+    python = [block for block in fenced_blocks(PAGE) if block.language == "python"]
+    assert [(block.heading, block.line, block.text, block.run) for block in python] == [
+        ("The second `one`", 8, "never()", False),
+        ("The second `one`", 13, "# no heading\nvalue = 1", True),
+        ("The second `one`", 18, "never()", False),
+        ("The second `one`", 21, "value += 1", True),
+    ]
+    (shell,) = [block.text for block in fenced_blocks(PAGE) if block.language == "bash"]
+    assert [(command.script, command.arguments) for command in commands_of(shell, "here")] == [
+        ("examples/pretrain.py", ("--data", "sample", "--epochs=3")),
+        ("examples/pretrain.py", ("--resume",)),
+    ]
+
+
+def test_broken_links_are_found_in_a_page(tmp_path):
+    (tmp_path / "page.md").write_text(PAGE)
+    (tmp_path / "there.md").touch()
+    assert broken_links(tmp_path / "page.md") == ["gone.png", "#third", "missing/x.md"]
