@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Read when the libraries are imported, here and in the processes that tests start. `HF_HUB_OFFLINE=0 pytest -m network`.
+# Read at import, here and in the processes that tests start. To go online: HF_HUB_OFFLINE=0 pytest -m network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -42,7 +42,7 @@ def tiny_vit() -> Callable[..., Any]:
     """Builds timm's ViT with 32 x 32 pixels, 16 patches, width 48 and 2 blocks; keywords go to timm."""
 
     def build(**kwargs: Any) -> Any:
-        tiny = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+        tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
         return timm.create_model("vit_tiny_patch16_224", **(tiny | kwargs))
 
     return build

@@ -25,9 +25,10 @@ LAYERS = {
     "views": ("images", "torch numpy PIL", ""),
     "sources": ("images", "torch numpy timm PIL", "skimage pyarrow datasets"),
     "data": ("images views sources", "torch numpy", ""),
+    "encoding": ("masking patches", "torch timm", ""),
     "encoders": ("masking patches", "torch timm huggingface_hub", ""),
     "decoder": ("masking patches", "torch timm", ""),
-    "model": ("patches masking losses metrics encoders decoder", "torch timm", ""),
+    "model": ("patches masking losses metrics encoding encoders decoder", "torch timm", ""),
     "dense": ("encoders", "torch timm torchvision", ""),
     "visualize": (ABOVE, "torch numpy PIL", ""),
     "hub": (ABOVE, "torch timm safetensors huggingface_hub", ""),
@@ -77,12 +78,7 @@ def problems(module: str, source: str) -> list[str]:
     siblings, third_party, lazy = allowed(module)
     found = []
     for node, name, inside in imports(tree):
-        good = (
-            {f".{sibling}" for sibling in siblings}
-            | third_party
-            | sys.stdlib_module_names
-            | (lazy if inside else set())
-        )
+        good = {f".{sibling}" for sibling in siblings} | third_party | sys.stdlib_module_names | (lazy if inside else set())
         if name not in good:
             found.append(f"mvmae/{module}.py:{node.lineno}: imports {name or 'mvmae'}")
     for node in ast.walk(tree):
@@ -142,10 +138,14 @@ def test_the_rules_let_pass(module, source):
     assert problems(module, source) == []
 
 
-def test_the_common_part_of_the_examples_knows_nothing_of_the_method():
-    names = [name for _, name, _ in imports(ast.parse((ROOT / "examples" / "common.py").read_text()))]
-    assert names
-    assert [name for name in names if not name or name.startswith(".")] == []
+def test_what_the_examples_share_knows_nothing_of_the_method():
+    trees = {path.name: ast.parse(path.read_text()) for path in (ROOT / "examples").glob("*.py")}
+    shared = {name: tree for name, tree in trees.items() if "__main__" not in ast.dump(tree)}
+    assert "common.py" in shared
+    for name, tree in shared.items():
+        found = [module for _, module, _ in imports(tree)]
+        assert found
+        assert [module for module in found if not module or module.startswith(".")] == [], name
 
 
 def test_public_names_are_re_exported_by_name():
@@ -193,9 +193,7 @@ def test_importing_the_package_imports_no_extra_and_nothing_that_is_not_re_expor
 def reached(module: str) -> set[str]:
     """The siblings that come with a module: those it imports outside functions, and so on."""
     path = ROOT / "mvmae" / f"{module}.py"
-    direct = {
-        name[1:] for _, name, inside in imports(ast.parse(path.read_text())) if name.startswith(".") and not inside
-    }
+    direct = {name[1:] for _, name, inside in imports(ast.parse(path.read_text())) if name.startswith(".") and not inside}
     return direct.union(*(reached(name) for name in direct))
 
 

@@ -20,9 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [
-    path
-    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "examples").glob("*.md"))]
-    if path.exists()
+    path for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "examples").glob("*.md"))] if path.exists()
 ]
 SHELL = {"bash", "sh", "shell", "console"}
 
@@ -115,9 +113,7 @@ def commands_of(text: str, where: str) -> list[Command]:
 
 
 def commands_of_page(path: Path) -> list[Command]:
-    return [
-        command for block in blocks_of(path, SHELL) for command in commands_of(block.text, f"{path.name}:{block.line}")
-    ]
+    return [command for block in blocks_of(path, SHELL) for command in commands_of(block.text, f"{path.name}:{block.line}")]
 
 
 def commands_of_docstring(path: Path) -> list[Command]:
@@ -125,9 +121,7 @@ def commands_of_docstring(path: Path) -> list[Command]:
     doc = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
     lines = [line.strip(" `$") for line in doc.splitlines()]
     starts = r"(\w+=\S+ )*(python3?|torchrun) "
-    return [
-        command for line in lines if re.match(starts, line) for command in commands_of(line, f"examples/{path.name}")
-    ]
+    return [command for line in lines if re.match(starts, line) for command in commands_of(line, f"examples/{path.name}")]
 
 
 def commands() -> list[Command]:
@@ -150,7 +144,7 @@ def test_a_command_names_a_script_and_flags_that_exist(command):
     assert used - flags_of(command.script) == set()
 
 
-@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name != "common.py"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if "__main__" in path.read_text()], ids=lambda path: path.name)
 def test_a_script_says_how_it_is_called(path):
     assert f"examples/{path.name}" in {command.script for command in commands_of_docstring(path)}
 
