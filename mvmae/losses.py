@@ -106,7 +106,9 @@ class NTXentLoss(nn.Module):
         if z.ndim != 3 or z.shape[1] < 2:
             raise ValueError(f"z has the shape {tuple(z.shape)}: (B, V, D) with at least 2 views is expected")
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)  # Eq. 5: dot products are cosines now
+            shortest = torch.finfo(z.dtype).eps  # keeps the gradient of a latent of length 0 within its own type
+            z = z if z.dtype == torch.float64 else z.float()
+            z = F.normalize(z, dim=-1, eps=shortest)  # Eq. 5: dot products are cosines now
             keys, offset = gather_latents(z) if self.gather else (z, 0)
             if len(keys) < 2:
                 raise ValueError(

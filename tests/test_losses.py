@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mvmae import MultiViewMAE, NTXentLoss, ReconstructionLoss, random_mask
+from mvmae.losses import gather_latents, log_denominator
+
+
+def slow_nt_xent(z, temperature):
+    """Eqs. 4 to 6, one scalar at a time; for more than two views, averaged over the positives of an anchor."""
+    images, views, _ = z.shape
+    flat = [z[n, v] / z[n, v].square().sum().sqrt() for n in range(images) for v in range(views)]
+    total = 0
+    for i, anchor in enumerate(flat):
+        denominator = sum(torch.exp((anchor @ other) / temperature) for k, other in enumerate(flat) if k != i)
+        positives = [j for j in range(len(flat)) if j != i and j // views == i // views]
+        terms = [-torch.log(torch.exp((anchor @ flat[j]) / temperature) / denominator) for j in positives]
+        total = total + sum(terms) / len(terms)
+    return total / len(flat)
+
+
+def value_and_gradient(loss, z):
+    z = z.detach().requires_grad_()
+    value = loss(z)
+    (gradient,) = torch.autograd.grad(value, z)
+    return value.detach(), gradient
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, 100])
+def test_nt_xent_equals_the_double_loop_of_the_equations(views, chunk_size):
+    z = torch.randn(5, views, 7, dtype=torch.float64)
+    fast = value_and_gradient(NTXentLoss(0.3, chunk_size=chunk_size), z)
+    slow = value_and_gradient(lambda x: slow_nt_xent(x, 0.3), z)
+    torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-9)
+
+
+def test_chunks_are_chosen_by_size(monkeypatch):
+    z = torch.randn(24, 2, 8, dtype=torch.float64)
+    plain = value_and_gradient(NTXentLoss(), z)
+    monkeypatch.setattr("mvmae.losses.PLAIN_LOGITS_BYTES", 48 * 48 * 8 - 1)
+    seen = []
+    monkeypatch.setattr("mvmae.losses.log_denominator", lambda *a: seen.append(len(a[0])) or log_denominator(*a))
+    chunked = value_and_gradient(NTXentLoss(), z)
+    torch.testing.assert_close(chunked, plain, rtol=1e-10, atol=1e-12)
+    assert len(seen) > 1 and sum(seen) == 48
+
+
+def test_identical_latents_give_the_logarithm_of_the_number_of_the_others():
+    loss = NTXentLoss()(torch.ones(8, 2, 4, dtype=torch.float64))
+    assert loss.item() == pytest.approx(math.log(15))
+
+
+def test_every_anchor_has_exactly_one_positive():
+    """Pulling an anchor towards one other latent lowers its loss for its partner alone."""
+    apart = torch.eye(8, dtype=torch.float64).view(4, 2, 8)
+    for i in range(8):
+        lowered = []
+        for j in range(8):
+            moved = apart.flatten(0, 1).clone()
+            moved[i] += 0.1 * moved[j]
+            if j != i and NTXentLoss(gather=False)(moved.view(4, 2, 8)) < NTXentLoss(gather=False)(apart):
+                lowered.append(j)
+        assert lowered == [i ^ 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+@pytest.mark.parametrize("norm", [1e-12, 1.0, 1e4])
+def test_extreme_latents_give_finite_losses_and_gradients(dtype, temperature, norm):
+    z = (torch.randn(6, 2, 16) * norm / 4).to(dtype)
+    z[1] = z[0]
+    z[2] = 0
+    value, gradient = value_and_gradient(NTXentLoss(temperature), z)
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+def test_logits_stay_float32_under_autocast():
+    z = torch.randn(6, 2, 16)
+    expected = NTXentLoss(0.01)(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(NTXentLoss(0.01)(z), expected)
+
+
+def test_bad_arguments_are_refused_with_the_cure():
+    with pytest.raises(ValueError, match="1 image has no negatives .* batch of 2 or more, or loss_weight=0"):
+        NTXentLoss()(torch.randn(1, 2, 4))
+    with pytest.raises(ValueError, match=r"\(4, 1, 8\): \(B, V, D\) with at least 2 views"):
+        NTXentLoss()(torch.randn(4, 1, 8))
+    with pytest.raises(ValueError, match="temperature 0 is out of range"):
+        NTXentLoss(0)
+    with pytest.raises(ValueError, match="chunk_size 0 is out of range"):
+        NTXentLoss(chunk_size=0)
+    with pytest.raises(ValueError, match="loss_on 'some' is unknown"):
+        ReconstructionLoss(loss_on="some")
+    with pytest.raises(ValueError, match="do not agree"):
+        ReconstructionLoss()(torch.zeros(1, 4, 3), torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize("loss_on", ["masked", "all"])
+def test_reconstruction_equals_slow_loops_of_eq_3(norm_pix, loss_on):
+    pred, target = torch.randn(2, 4, 6, 12, dtype=torch.float64).unbind()
+    masked = random_mask(4, 6, 0.5).masked
+    total, count = 0.0, 0
+    for b in range(4):
+        for p in range(6):
+            if loss_on == "all" or masked[b, p]:
+                true = target[b, p]
+                if norm_pix:
+                    true = (true - true.mean()) / (true.var() + 1e-6).sqrt()
+                total += sum((pred[b, p, k] - true[k]).item() ** 2 for k in range(12)) / 12
+                count += 1
+    loss = ReconstructionLoss(norm_pix=norm_pix, loss_on=loss_on)(pred, target, masked)
+    assert loss.item() == pytest.approx(total / count, rel=1e-12)
+
+
+def whole_model(tmp_views, mask, rank_rows):
+    import timm
+
+    torch.manual_seed(3)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=0
+    )
+    model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2).double()
+    output = model(tmp_views[rank_rows], mask=mask.select(slice(rank_rows.start * 2, rank_rows.stop * 2)))
+    return model, output
+
+
+def half_of_the_batch(views, mask):
+    rank = dist.get_rank()
+    model, output = whole_model(views, mask, slice(rank * 3, rank * 3 + 3))
+    output.loss.backward()
+    gathered, offset = gather_latents(output.z.detach())
+    assert offset == rank * 3 and torch.equal(gathered[offset : offset + 3], output.z)
+    return output.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_two_processes_equal_one(two_processes):
+    views, mask = torch.randn(6, 2, 3, 16, 16, dtype=torch.float64), random_mask(12, 16, 0.75)
+    model, output = whole_model(views, mask, slice(0, 6))
+    output.loss.backward()
+    (loss0, grads0), (loss1, grads1) = two_processes(half_of_the_batch, views, mask)
+    torch.testing.assert_close((loss0 + loss1) / 2, output.loss.detach(), rtol=1e-6, atol=0)
+    trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert trained.keys() == grads0.keys()
+    for name, gradient in trained.items():
+        torch.testing.assert_close((grads0[name] + grads1[name]) / 2, gradient, rtol=1e-6, atol=1e-12, msg=name)

@@ -1,0 +1,68 @@
+from decimal import ROUND_HALF_EVEN, Decimal
+
+import pytest
+import torch
+
+from mvmae import Mask, num_visible, random_mask
+
+
+def test_the_number_of_visible_patches_is_exact_where_floats_are_not():
+    assert [num_visible(length, 0.8) for length in (200, 100, 64, 196, 5)] == [40, 20, 13, 39, 1]
+    for length in range(20, 260):
+        for percent in (5, 25, 50, 60, 75, 80, 90):
+            expected = (Decimal(length) * (100 - percent) / 100).to_integral_value(ROUND_HALF_EVEN)
+            assert num_visible(length, percent / 100) == expected
+
+
+@pytest.mark.parametrize("ratio", [1.0, -0.1, 1.5, float("nan")])
+def test_a_ratio_out_of_range_is_refused(ratio):
+    with pytest.raises(ValueError, match=r"mask ratio .* is out of range: a number in \[0, 1\)"):
+        num_visible(196, ratio)
+
+
+def test_a_ratio_that_hides_everything_is_refused():
+    with pytest.raises(ValueError, match="leaves none of 4 patches visible: at most 0.75"):
+        num_visible(4, 0.95)
+
+
+def test_the_three_parts_of_a_mask_agree():
+    visible, restore, masked = random_mask(5, 20, 0.8)
+    assert visible.shape == (5, 4) and masked.sum(dim=1).tolist() == [16] * 5
+    for b in range(5):
+        assert [i for i in range(20) if not masked[b, i]] == visible[b].tolist()
+        sequence = visible[b].tolist() + [i for i in range(20) if masked[b, i]]
+        assert [sequence[place] for place in restore[b].tolist()] == list(range(20))
+
+
+def test_every_patch_is_masked_as_often_as_any_other():
+    share = random_mask(20_000, 10, 0.7, generator=torch.Generator().manual_seed(1)).masked.double().mean(dim=0)
+    assert (share - 0.7).abs().max() < 5 * (0.7 * 0.3 / 20_000) ** 0.5
+
+
+def test_a_generator_decides_alone():
+    first, second = (random_mask(3, 16, 0.5, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    before = torch.get_rng_state()
+    other = random_mask(3, 16, 0.5, generator=torch.Generator().manual_seed(8))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.masked, second.masked) and not torch.equal(first.masked, other.masked)
+
+
+def test_a_mask_of_ones_own():
+    masked = torch.tensor([[True, False, True, False], [False, False, True, True]])
+    mask = Mask.from_masked(masked)
+    assert mask.visible.tolist() == [[1, 3], [0, 1]] and mask.restore.tolist() == [[2, 0, 3, 1], [0, 1, 2, 3]]
+    drawn = random_mask(6, 9, 0.5)
+    for built, part in zip(Mask.from_masked(drawn.masked), drawn, strict=True):
+        assert torch.equal(built, part)
+    assert torch.equal(drawn.select(slice(2, 4)).visible, drawn.visible[2:4])
+
+
+@pytest.mark.parametrize("masked", [torch.tensor([[True, False], [False, False]]), torch.ones(2, 3, dtype=torch.bool)])
+def test_uneven_or_full_masks_are_refused(masked):
+    with pytest.raises(ValueError, match="one number, at least 1, is expected"):
+        Mask.from_masked(masked)
+
+
+def test_a_mask_is_boolean():
+    with pytest.raises(TypeError, match=r"torch.float32 .* torch.bool is expected"):
+        Mask.from_masked(torch.zeros(1, 4))
