@@ -1,5 +1,6 @@
 """State of a run on the disk: written whole or not at all, checked when read, the one before kept."""
 
+import json
 import os
 import pickle
 import sys
@@ -90,6 +91,41 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds more than tensors and plain values, and is not opened: it could run code") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: a dictionary is expected, it holds {type(state).__name__}")
+    return state
+
+
+def open_run(
+    folder: Path, settings: Mapping[str, Any], may_change: frozenset[str], *, resume: bool, first: bool = True
+) -> dict[str, Any] | None:
+    """Make a run's folder with its ``config.json``, or find the checkpoint to go on from.
+
+    Args:
+        folder: the run's folder.
+        settings: what the run depends on, as plain values.
+        may_change: names of settings that a resumed run may have otherwise.
+        resume: go on from the newest checkpoint, if there is one.
+        first: whether this process may write and print: one of all.
+
+    Returns:
+        the checkpoint, or None for a new run.
+
+    Raises:
+        Stop: if the folder holds a run that is not to be resumed or cannot be, or cannot be written to.
+    """
+    state = load_checkpoint(folder)
+    if state is not None and not resume:
+        raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --output-dir")
+    changed = check_same(state["settings"], settings, may_change) if state else []
+    if first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+        except OSError as error:
+            raise Stop(f"cannot write to the output folder {folder}: {error.strerror}") from error
+        if state:
+            print(f"resuming {folder} after step {state['step']}" + "".join(f"; {line}" for line in changed), flush=True)
+        elif resume:
+            print(f"no checkpoint in {folder}: starting at step 0", flush=True)
     return state
 
 

@@ -177,6 +177,12 @@ class StopSignal:
         return 128 + (self.received or signal.SIGTERM)
 
 
+def inject_fault(step: int) -> None:
+    """Kill this process where ``MVMAE_FAULT=kill@STEP`` says so: how tests cut a run in the middle."""
+    if os.environ.get("MVMAE_FAULT") == f"kill@{step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Log:
     """Writes ``log.jsonl``, a progress bar on a terminal, and plain lines elsewhere; nothing but on rank 0."""
 

@@ -59,10 +59,13 @@ def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
     encoder: Any = check_encoder(vit)
     grid = _check_images(encoder, images, mask)
     tokens = _embed_visible(encoder.patch_embed, images, mask.visible, grid)  # (B, K, D)
-    prefix, positions = _positions(encoder, grid)
-    if positions is not None:
-        tokens = tokens + F.embedding(mask.visible, positions)
-    tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, T + K, D)
+    names = ("cls_token", "dist_token", "reg_token")
+    prefix = [token.expand(len(images), -1, -1) for name in names if (token := getattr(vit, name, None)) is not None]
+    if encoder.pos_embed is not None:
+        of_prefix, of_patches = _positions(encoder, grid)
+        tokens = tokens + F.embedding(mask.visible, of_patches)
+        prefix = [torch.cat(prefix, dim=1) + of_prefix] if len(of_prefix) else prefix
+    tokens = torch.cat([*prefix, tokens], dim=1)  # (B, T + K, D)
     tokens = encoder.norm_pre(encoder.pos_drop(tokens))
     tokens = checkpoint_seq(encoder.blocks, tokens) if encoder.grad_checkpointing else encoder.blocks(tokens)
     encoded: Tensor = encoder.norm(tokens)
@@ -101,17 +104,12 @@ def _embed_visible(embed: PatchEmbed, images: Tensor, visible: Tensor, grid: tup
     return normed
 
 
-def _positions(vit: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Give the prefix tokens with their positions, (1, T, D), and the positions of all patches, (L, D) or None."""
-    tokens = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-    none = vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)
-    prefix = torch.cat([none, *(token for token in tokens if token is not None)], dim=1)
-    if vit.pos_embed is None:
-        return prefix, None
+def _positions(vit: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Give what is added to prefix tokens, (T or 0, D), and to patches, (L, D)."""
     with_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     positions = vit.pos_embed
     if vit.dynamic_img_size:
         positions = resample_abs_pos_embed(
             positions, new_size=list(grid), old_size=list(vit.patch_embed.grid_size), num_prefix_tokens=with_prefix
         )
-    return prefix + positions[:, :with_prefix] if with_prefix else prefix, positions[0, with_prefix:]
+    return positions[0, :with_prefix], positions[0, with_prefix:]

@@ -93,6 +93,7 @@ class MultiViewMAE(nn.Module):
         if loss_weight < 0:
             raise ValueError(f"loss_weight {loss_weight} is out of range: at least 0 is expected, the paper's is 2.0")
         embed = vit.patch_embed
+        grid_size(embed.img_size, embed.patch_size)
         visible = num_visible(embed.num_patches, mask_ratio)
         if visible == embed.num_patches and loss_on == "masked":
             raise ValueError(
@@ -180,6 +181,17 @@ class MultiViewMAE(nn.Module):
         pooled = tokens[:, 0] if self.pool == "token" else tokens[:, self.encoder.num_prefix_tokens :].mean(dim=1)
         latent: Tensor = self.encoder.fc_norm(pooled)
         return latent
+
+    def features(self, images: Tensor) -> Tensor:
+        """Give the vector of whole images that the contrastive loss acts on: encoded with nothing masked, then pooled.
+
+        Args:
+            images: (B, C, H, W), normalised.
+
+        Returns:
+            (B, D).
+        """
+        return self.pool_tokens(self.encoder.forward_features(images))
 
 
 def projection_mlp(in_dim: int, hidden_dim: int = 2048, out_dim: int = 256) -> nn.Sequential:

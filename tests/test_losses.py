@@ -85,7 +85,7 @@ def test_logits_stay_float32_under_autocast():
 
 
 def test_bad_arguments_are_refused_with_the_cure():
-    with pytest.raises(ValueError, match="1 image has no negatives .* batch of 2 or more, or loss_weight=0"):
+    with pytest.raises(ValueError, match=r"1 image has no negatives .* batch of 2 or more, or loss_weight=0"):
         NTXentLoss()(torch.randn(1, 2, 4))
     with pytest.raises(ValueError, match=r"\(4, 1, 8\): \(B, V, D\) with at least 2 views"):
         NTXentLoss()(torch.randn(4, 1, 8))

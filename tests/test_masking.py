@@ -21,7 +21,7 @@ def test_a_ratio_out_of_range_is_refused(ratio):
 
 
 def test_a_ratio_that_hides_everything_is_refused():
-    with pytest.raises(ValueError, match="leaves none of 4 patches visible: at most 0.75"):
+    with pytest.raises(ValueError, match=r"leaves none of 4 patches visible: at most 0\.75"):
         num_visible(4, 0.95)
 
 

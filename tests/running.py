@@ -1,0 +1,97 @@
+"""Runs the scripts of examples/ in processes of their own, which start from a server that has imported torch already."""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "timm", "torchvision", "mvmae", "matplotlib.pyplot"])
+
+
+class Finished(NamedTuple):
+    """How a script ended; a negative code is the signal that ended it."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Started:
+    """A script that runs, with what it prints in files."""
+
+    def __init__(self, script, arguments, folder, env=None, terminal=None):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = [self.folder / f"{os.getpid()}-{time.monotonic_ns()}.{kind}" for kind in ("out", "err")]
+        self.files = [Path(terminal)] * 2 if terminal else names
+        arguments = [str(EXAMPLES / script), *map(str, arguments)]
+        self.process = _context.Process(target=_run, args=(arguments, str(folder), env or {}, list(map(str, self.files))))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def finish(self, timeout=120):
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"the script still ran after {timeout} s: {self.texts()}")
+        return Finished(self.process.exitcode, *self.texts())
+
+    def texts(self):
+        return [file.read_text() if file.is_file() else "" for file in self.files]
+
+
+def run_script(script, *arguments, folder, env=None, timeout=120):
+    """Run ``examples/<script>`` in ``folder`` to its end."""
+    return Started(script, arguments, folder, env).finish(timeout)
+
+
+def run_processes(script, *arguments, folder, count=2, timeout=180):
+    """Run a script as torchrun would, in ``count`` processes that find each other on this machine."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in range(count):
+        env = {key: str(value) for key, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        started.append(Started(script, arguments, folder, env))
+    return [process.finish(timeout) for process in started]
+
+
+def _run(arguments, folder, env, files):
+    os.environ.update(env, PYTHONWARNINGS="default")
+    os.chdir(folder)
+    for number, file in zip((1, 2), files, strict=True):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    multiprocessing.set_start_method(None, force=True)  # the script's loader starts its workers as it would alone
+    sys.argv = arguments
+    sys.path.insert(0, str(EXAMPLES))
+    code = 0
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

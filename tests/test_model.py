@@ -1,0 +1,258 @@
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+
+import mvmae
+from mvmae import MultiViewMAE, projection_mlp, random_mask
+
+DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4}
+
+
+@pytest.fixture
+def build(tiny_vit):
+    def build_model(vit=None, **kwargs):
+        return MultiViewMAE(vit or tiny_vit(), **(DECODER | kwargs))
+
+    return build_model
+
+
+def slow_block(x, w, prefix, heads):
+    """A pre-norm transformer block on one sequence (N, D), one head at a time."""
+
+    def linear(name, y):
+        return y @ w[f"{prefix}.{name}.weight"].T + w[f"{prefix}.{name}.bias"]
+
+    def norm(name, y):
+        centred = y - y.mean(dim=1, keepdim=True)
+        scaled = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+        return scaled * w[f"{prefix}.{name}.weight"] + w[f"{prefix}.{name}.bias"]
+
+    width = x.shape[1] // heads
+    qkv = linear("attn.qkv", norm("norm1", x))
+    out = []
+    for h in range(heads):
+        q, k, v = (qkv[:, part * x.shape[1] + h * width :][:, :width] for part in range(3))
+        scores = (q @ k.T / math.sqrt(width)).exp()
+        out.append(scores / scores.sum(dim=1, keepdim=True) @ v)
+    x = x + linear("attn.proj", torch.cat(out, dim=1))
+    hidden = linear("mlp.fc1", norm("norm2", x))
+    return x + linear("mlp.fc2", hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)
+
+
+def slow_positions(width, side):
+    rows = []
+    for row in range(side):
+        for column in range(side):
+            line = []
+            for place in (column, row):
+                omegas = [1 / 10000 ** (i / (width / 4)) for i in range(width // 4)]
+                line += [math.sin(place * o) for o in omegas] + [math.cos(place * o) for o in omegas]
+            rows.append(line)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def slow_mae_loss(w, image, masked, side, patch):
+    """MAE of one image: keep, encode, fill with mask tokens, decode, error of normalised pixels on masked patches."""
+    patches = []
+    for i in range(side * side):
+        y, x = i // side * patch, i % side * patch
+        patches.append(image[:, y : y + patch, x : x + patch])
+    kept = [i for i in range(len(patches)) if not masked[i]]
+    kernel, bias = w["encoder.patch_embed.proj.weight"], w["encoder.patch_embed.proj.bias"]
+    positions = slow_positions(kernel.shape[0], side)
+    tokens = [w["encoder.cls_token"][0, 0]]
+    tokens += [(kernel * patches[i]).sum(dim=(1, 2, 3)) + bias + positions[i] for i in kept]
+    x = torch.stack(tokens)
+    for depth in range(2):
+        x = slow_block(x, w, f"encoder.blocks.{depth}", 3)
+    x = F.layer_norm(x, x.shape[1:], w["encoder.norm.weight"], w["encoder.norm.bias"], 1e-6)
+    x = x @ w["decoder.embed.weight"].T + w["decoder.embed.bias"]
+    positions = slow_positions(x.shape[1], side)
+    full = [w["decoder.mask_token"][0, 0] + positions[i] for i in range(len(patches))]
+    for place, i in enumerate(kept):
+        full[i] = x[1 + place] + positions[i]
+    x = slow_block(torch.stack([x[0], *full]), w, "decoder.blocks.0", 4)
+    x = F.layer_norm(x, x.shape[1:], w["decoder.norm.weight"], w["decoder.norm.bias"], 1e-6)
+    x = (x @ w["decoder.head.weight"].T + w["decoder.head.bias"])[1:]
+    errors = []
+    for i, true in enumerate(patches):
+        if masked[i]:
+            pixels = torch.stack([true[:, y, x_] for y in range(patch) for x_ in range(patch)]).flatten()
+            pixels = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
+            errors.append((x[i] - pixels).square().mean())
+    return torch.stack(errors).mean()
+
+
+def test_one_view_without_the_contrastive_loss_is_mae():
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **sizes)
+    model = MultiViewMAE(vit, loss_weight=0, **DECODER).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "encoder.pos_embed":
+                parameter.add_(0.05 * torch.randn_like(parameter))  # biases and norms away from 0 and 1
+        vit.pos_embed.copy_(F.pad(slow_positions(48, 4), (0, 0, 1, 0))[None])  # float64 instead of float32
+        model.decoder.pos_embed.copy_(slow_positions(32, 4))
+    views, mask = torch.randn(3, 1, 3, 32, 32, dtype=torch.float64), random_mask(3, 16, 0.75)
+    output = model(views, mask=mask)
+    expected = [slow_mae_loss(model.state_dict(), views[b, 0], mask.masked[b], 4, 8) for b in range(3)]
+    torch.testing.assert_close(output.loss, torch.stack(expected).mean(), rtol=1e-9, atol=0)
+    assert output.loss_con == 0 and output.loss == output.loss_rec
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(build):
+    model = build(loss_weight=0.5)
+    output = model(torch.randn(3, 2, 3, 32, 32))
+    assert output.loss == output.loss_rec + 0.5 * output.loss_con
+    assert output.loss_con == mvmae.NTXentLoss(0.07)(output.z)
+    assert output.loss_rec == mvmae.ReconstructionLoss()(output.pred, output.target, output.mask.masked)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"img_size": (24, 40)},
+        {"in_chans": 5, "patch_size": 4},
+        {"class_token": False, "global_pool": "avg"},
+        {"reg_tokens": 2},
+        {"dynamic_img_size": True},
+    ],
+)
+def test_shapes_for_any_number_of_views_channels_and_sides(build, tiny_vit, views, options):
+    vit = tiny_vit(**options)
+    model = build(vit, loss_weight=2.0 if views > 1 else 0.0)
+    height, width = (16, 48) if options.get("dynamic_img_size") else vit.patch_embed.img_size
+    channels, patch = vit.patch_embed.proj.in_channels, vit.patch_embed.patch_size[0]
+    length = height * width // patch**2
+    output = model(torch.randn(2, views, channels, height, width))
+    assert output.z.shape == (2, views, 48)
+    assert output.pred.shape == output.target.shape == (2 * views, length, patch * patch * channels)
+    assert output.mask.visible.shape == (2 * views, round(length * 0.2))
+    assert output.loss.isfinite()
+
+
+def test_z_is_the_mean_of_the_visible_patch_tokens_or_the_class_token(build):
+    vit_views, mask = torch.randn(2, 2, 3, 32, 32), random_mask(4, 16, 0.75)
+    model = build()
+    tokens = mvmae.encode_visible(model.encoder, vit_views.flatten(0, 1), mask)
+    torch.testing.assert_close(model(vit_views, mask=mask).z.flatten(0, 1), tokens[:, 1:].sum(dim=1) / 4)
+    token = MultiViewMAE(model.encoder, pool="token", **DECODER)
+    assert torch.equal(token(vit_views, mask=mask).z.flatten(0, 1), tokens[:, 0])
+
+
+def test_with_nothing_masked_z_is_the_feature_of_the_published_encoder():
+    vit = timm.create_model("mvmae_vit_tiny_patch16", img_size=32, patch_size=8).eval()
+    model = MultiViewMAE(vit, mask_ratio=0.0, loss_on="all", **DECODER)
+    views = torch.randn(2, 2, 3, 32, 32)
+    torch.testing.assert_close(model(views).z.flatten(0, 1), vit(views.flatten(0, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_generator_fixes_the_masks_and_leaves_the_global_one_alone(build):
+    model, views = build(), torch.randn(2, 2, 3, 32, 32)
+    before = torch.get_rng_state()
+    first, second = (model(views, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.loss == second.loss and torch.equal(first.mask.visible, second.mask.visible)
+    assert not torch.equal(first.mask.masked[0], first.mask.masked[1]), "the masks of two views are independent"
+
+
+def test_the_encoder_keeps_its_weights_and_names_bit_for_bit(build, tiny_vit):
+    vit = tiny_vit(num_classes=5)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    after = build(vit).encoder.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("vit", "options"),
+    [
+        ({}, {}),
+        ({"num_classes": 3, "global_pool": "map"}, {}),
+        ({"global_pool": "avg"}, {}),
+        ({"global_pool": "avg"}, {"loss_weight": 0}),
+        ({}, {"projector": projection_mlp(48, 16, 8)}),
+        ({}, {"projector": projection_mlp(48, 16, 8), "loss_weight": 0}),
+        ({"reg_tokens": 2, "init_values": 0.1, "qk_norm": True, "pre_norm": True}, {"pool": "token"}),
+    ],
+)
+def test_every_trainable_parameter_gets_a_gradient_and_stands_in_one_group(build, tiny_vit, vit, options):
+    model = build(tiny_vit(**vit), **options)
+    model(torch.randn(4, 2, 3, 32, 32)).loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
+    assert [name for name, p in trained.items() if p.grad.stride() != p.stride()] == []
+    groups = create_optimizer_v2(model, opt="adamw", weight_decay=0.05).param_groups
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in trained.values())
+
+
+def test_fixed_positions_are_not_trained_and_learned_ones_are(build, tiny_vit):
+    assert build(tiny_vit()).encoder.pos_embed.requires_grad
+    assert not MultiViewMAE("mvmae_vit_tiny_patch16").encoder.pos_embed.requires_grad
+
+
+def test_losses_stay_float32_under_autocast(build):
+    model, views = build(), torch.randn(4, 2, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(views, mask=random_mask(8, 16, 0.75))
+    assert output.loss_rec.dtype == output.loss_con.dtype == output.loss.dtype == torch.float32
+    output.loss.backward()
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_constant_images_and_identical_views_have_finite_gradients(build, fill):
+    model = build(temperature=0.01)
+    model(torch.full((3, 2, 3, 32, 32), fill)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_ratio": 1.0}, r"mask ratio 1.0 is out of range"),
+        ({"mask_ratio": -0.1}, r"mask ratio -0.1 is out of range"),
+        ({"mask_ratio": 0.0}, r"nothing is left to reconstruct: raise it, or use loss_on=\"all\""),
+        ({"loss_weight": -1}, r"loss_weight -1 is out of range"),
+        ({"pool": "max"}, r"pool 'max' is not to be had"),
+        ({"decoder_dim": 30}, r"decoder width 30 is not a multiple of its 4 heads"),
+        ({"temperature": -0.07}, r"temperature -0.07 is out of range"),
+        ({"loss_on": "some"}, r"loss_on 'some' is unknown"),
+    ],
+)
+def test_options_out_of_range_are_refused_with_the_cure(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_a_class_token_that_is_not_there_cannot_be_pooled(build, tiny_vit):
+    with pytest.raises(ValueError, match="pool 'token' is not to be had"):
+        build(tiny_vit(class_token=False, global_pool="avg"), pool="token")
+
+
+def test_unknown_keywords_are_errors(build):
+    with pytest.raises(TypeError, match="mask_rate"):
+        build(mask_rate=0.8)
+    with pytest.raises(TypeError, match="mask_rate"):
+        timm.create_model("mvmae_vit_tiny_patch16", mask_rate=0.8)
+
+
+def test_views_that_do_not_fit_are_refused(build):
+    with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\): \(B, V, C, H, W\) is expected"):
+        build()(torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ValueError, match="1 image has no negatives"):
+        build()(torch.zeros(1, 2, 3, 32, 32))
+    with pytest.raises(TypeError, match="uint8: floating point"):
+        build()(torch.zeros(2, 2, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"the mask is for \(3, 16\)"):
+        build()(torch.zeros(2, 2, 3, 32, 32), mask=random_mask(3, 16, 0.5))
+
+
+def test_the_decoder_refuses_tokens_of_another_mask(build):
+    with pytest.raises(ValueError, match=r"\(2, 1 prefix \+ 4 visible, D\) is expected"):
+        build().decoder(torch.zeros(2, 6, 48), random_mask(2, 16, 0.75))

@@ -1,0 +1,213 @@
+import json
+import os
+import pty
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from running import Started, run_processes, run_script
+
+SMALL = "patch_size=8 embed_dim=32 depth=1 num_heads=2"
+ARGUMENTS = ["--preset", "quick", "--encoder-args", SMALL, "--image-size", 32, "--decoder-dim", 16, "--decoder-depth", 1]
+ARGUMENTS += ["--batch-size", 8, "--device", "cpu", "--knn-images", 0, "--log-every", 1, "--epochs", 5, "--warmup-epochs", 1]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(32):
+        pixels = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((48, 40)).save(folder / f"{i}.jpg")
+    return folder
+
+
+def pretrain(folder, images, *arguments, **kwargs):
+    return run_script("pretrain.py", "--data", images, "--output-dir", "run", *ARGUMENTS, *arguments, folder=folder, **kwargs)
+
+
+def end_of(folder):
+    """The state that a run ended with."""
+    return torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def assert_identical(left, right):
+    assert left["step"] == right["step"]
+    assert left["model"].keys() == right["model"].keys()
+    assert [name for name in left["model"] if not torch.equal(left["model"][name], right["model"][name])] == []
+    moments = [state["optimizer"]["state"] for state in (left, right)]
+    assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, images):
+    """Twelve steps in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = pretrain(folder, images, "--max-steps", 12, "--workers", 0)
+    assert result.code == 0, result.err
+    return folder, result
+
+
+def test_a_run_leaves_what_the_readme_promises(whole):
+    folder, result = whole
+    expected = {"config.json", "log.jsonl", "checkpoint.pt", "curves.png", "reconstructions.png", "encoder"}
+    assert expected <= {path.name for path in (folder / "run").iterdir()}
+    assert json.loads((folder / "run" / "config.json").read_text())["batch_size"] == 8
+    assert list(losses(folder)) == list(range(1, 13))
+    for picture in ("curves.png", "reconstructions.png"):
+        assert min(Image.open(folder / "run" / picture).size) > 100
+    assert "timm.create_model(" in result.out and "step 12 " in result.out and "\r" not in result.out + result.err
+
+
+def test_the_exported_encoder_is_the_trained_one(whole, monkeypatch):
+    monkeypatch.chdir(whole[0])
+    encoder = timm.create_model("local-dir:run/encoder", pretrained=True)
+    trained = {name[8:]: value for name, value in end_of(whole[0])["model"].items() if name.startswith("encoder.")}
+    assert trained.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in trained.items())
+
+
+def test_training_changes_every_trained_weight_and_not_the_positions(whole, images, tmp_path):
+    pretrain(tmp_path, images, "--max-steps", 1, "--workers", 0)
+    first, last = end_of(tmp_path)["model"], end_of(whole[0])["model"]
+    assert [name for name in first if torch.equal(first[name], last[name])] == ["encoder.pos_embed"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_and_resumed_ends_bit_identical(whole, images, tmp_path, workers):
+    arguments = ["--max-steps", 12, "--workers", workers, "--save-every", 5]
+    cut = pretrain(tmp_path, images, *arguments, env={"MVMAE_FAULT": "kill@6"})
+    assert cut.code == -signal.SIGKILL and end_of(tmp_path)["step"] == 5
+    resumed = pretrain(tmp_path, images, *arguments, "--resume")
+    assert resumed.code == 0 and "resuming run after step 5" in resumed.out
+    assert_identical(end_of(tmp_path), end_of(whole[0]))
+    assert losses(tmp_path) == losses(whole[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_first(whole, images, tmp_path, number):
+    arguments = ["--data", images, "--output-dir", "run", *ARGUMENTS, "--max-steps", 12, "--workers", 0]
+    started = Started("pretrain.py", arguments, tmp_path, {"MVMAE_FAULT": "slow"})
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert started.process.is_alive(), started.texts()
+        time.sleep(0.01)
+    os.kill(started.pid, number)
+    result = started.finish()
+    assert result.code == 128 + number
+    assert "is saved: add --resume to go on" in result.err
+    assert 2 <= end_of(tmp_path)["step"] < 12
+    assert pretrain(tmp_path, images, "--max-steps", 12, "--workers", 0, "--resume").code == 0
+    assert_identical(end_of(tmp_path), end_of(whole[0]))
+
+
+def test_two_processes_see_the_same_images_crops_and_masks(whole, images, tmp_path):
+    arguments = ["--data", images, "--output-dir", "run", *ARGUMENTS, "--max-steps", 12, "--workers", 0]
+    results = run_processes("pretrain.py", *arguments, folder=tmp_path)
+    assert [result.code for result in results] == [0, 0], results
+    assert results[1].out == ""
+    assert losses(tmp_path) == pytest.approx(losses(whole[0]), rel=1e-5)
+
+
+def test_on_a_terminal_a_bar_shows(images, tmp_path):
+    leader, follower = pty.openpty()
+    seen = bytearray()
+
+    def read():
+        try:
+            while data := os.read(leader, 4096):
+                seen.extend(data)
+        except OSError:
+            pass
+
+    threading.Thread(target=read, daemon=True).start()
+    arguments = ["--data", images, "--output-dir", "run", *ARGUMENTS, "--max-steps", 3, "--workers", 0]
+    started = Started("pretrain.py", arguments, tmp_path, {"MVMAE_FAULT": "slow"}, terminal=os.ttyname(follower))
+    assert started.finish().code == 0
+    time.sleep(0.2)
+    assert b"3/3" in seen and b"step/s" in seen and b"\r" in seen
+
+
+def test_the_sample_photographs_are_labelled_and_the_accuracy_is_printed(tmp_path):
+    arguments = ["--max-steps", 2, "--workers", 0, "--knn-images", 200]
+    result = pretrain(tmp_path, "sample", *arguments)
+    assert result.code == 0, result.err
+    assert "k-NN accuracy on held-out images: " in result.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "no/such/folder"], ["no/such/folder"]),
+        (["--data", "."], [".jpg", "."]),
+        (["--image-size", 30], ["30x30", "multiple of the patch size 8", "32x32"]),
+        (["--mask-ratio", 1.0], ["mask ratio 1.0", "[0, 1)"]),
+        (["--mask-ratio", -0.1], ["mask ratio -0.1", "[0, 1)"]),
+        (["--batch-size", 1], ["--batch-size 1", "--loss-weight 0"]),
+        (["--batch-size", 33], ["32 images", "33"]),
+        (["--device", "cuda"], ["--device cuda", "--device cpu"]),
+        (["--encoder", "swin_tiny_patch4_window7_224", "--encoder-args", ""], ["SwinTransformer", "plain ViT"]),
+        (["--encoder", "vit_bse_patch16_224"], ["vit_bse_patch16_224", "vit_base_patch16_224"]),
+        (["--encoder-args", "embed_dims=3"], ["embed_dims"]),
+        (["--loss-on", "some"], ["some", "masked"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(images, tmp_path, arguments, words):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    result = pretrain(tmp_path, images, *arguments)
+    assert result.code == 2, result
+    line = result.err.strip().splitlines()[-1]
+    assert "error: " in line and [word for word in words if word not in line] == []
+    assert "Traceback" not in result.err and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(images, tmp_path):
+    arguments = ["--data", images, "--output-dir", "run", *ARGUMENTS, "--batch-size", 9]
+    for result in run_processes("pretrain.py", *arguments, folder=tmp_path):
+        assert result.code == 2 and "9" in result.err and "2 processes" in result.err
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(whole, images):
+    before = (whole[0] / "run" / "checkpoint.pt").read_bytes()
+    result = pretrain(whole[0], images, "--max-steps", 12, "--workers", 0)
+    assert result.code == 2 and "holds a run already: add --resume" in result.err
+    assert (whole[0] / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--encoder-args", SMALL.replace("32", "16")], ["encoder_args", "embed_dim=32", "embed_dim=16"]),
+        (["--batch-size", 16], ["batch_size was 8 and is 16 now"]),
+        (["--seed", 1], ["seed was 0 and is 1 now"]),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(whole, images, arguments, words):
+    result = pretrain(whole[0], images, "--max-steps", 12, "--workers", 0, "--resume", *arguments)
+    assert result.code == 2 and [word for word in words if word not in result.err] == []
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, images, tmp_path):
+    pretrain(tmp_path, images, "--max-steps", 10, "--workers", 0, "--save-every", 5)
+    newest = tmp_path / "run" / "checkpoint.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    result = pretrain(tmp_path, images, "--max-steps", 12, "--workers", 0, "--resume")
+    assert result.code == 0 and "checkpoint.pt is damaged" in result.err and "resuming run after step 5" in result.out
+    assert_identical(end_of(tmp_path), end_of(whole[0]))
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        (tmp_path / "run" / name).write_bytes(b"")
+    result = pretrain(tmp_path, images, "--max-steps", 12, "--workers", 0, "--resume")
+    assert result.code == 2 and "no checkpoint in run can be read" in result.err
