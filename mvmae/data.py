@@ -1,0 +1,385 @@
+"""Steps of a run -> batches of views, the same whatever the workers, the processes and the step it starts at.
+
+Shapes: B images of this process's part of a step, V views, C channels, H W pixels. A key is (epoch, index): crops
+depend on (seed, epoch, index) alone, which images a step holds on (seed, step) alone.
+"""
+
+import atexit
+import hashlib
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from .folders import ImageSource
+from .images import ImageError, ImageLike
+
+Key = tuple[int, int]
+_MAX_TRIES = 10
+_workers: WeakSet[BaseProcess] = WeakSet()
+_logger = logging.getLogger(__name__)
+
+
+class DataError(RuntimeError):
+    """Why no more batches come, in one line."""
+
+
+class Bad(NamedTuple):
+    """An image that could not be used."""
+
+    name: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """An image's views (V, C, H, W) uint8, its number in the source, and the bad ones it stands for."""
+
+    views: Tensor
+    number: int
+    bad: list[Bad]
+
+
+class Batch(NamedTuple):
+    """B images: views (B, V, C, H, W) uint8, indices (B,) long into the source, and the bad images they stand for."""
+
+    views: Tensor
+    indices: Tensor
+    bad: list[Bad]
+
+
+def sample_seed(*numbers: int) -> int:
+    """A seed from numbers such as (seed, epoch, index): 63 bits of their BLAKE2b hash."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+class MultiViewDataset(Dataset[Sample]):
+    """The views of image `index` in epoch `epoch`, from the key (epoch, index).
+
+    A bad image's place is taken by another one that depends on (seed, epoch, index) too.
+
+    Args:
+        source: The images.
+        transform: (image, generator=) -> (V, C, H, W) uint8, such as `MultiViewTransform`.
+        seed: The run's.
+        max_bad: So many different bad images may be met before `Loader` stops the run.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Callable[..., Tensor], *, seed: int = 0, max_bad: int = 100
+    ) -> None:
+        self.source, self.transform, self.seed, self.max_bad = source, transform, seed, max_bad
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> Sample:
+        """The views of one image, or of the one that stands for it.
+
+        Raises:
+            DataError: Ten images in a row are bad.
+        """
+        epoch, index = key
+        bad: list[Bad] = []
+        for attempt in range(_MAX_TRIES):
+            chosen = index if attempt == 0 else sample_seed(self.seed, epoch, index, attempt) % len(self.source)
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, chosen))
+            try:
+                return Sample(self.transform(self._image(chosen), generator=generator), chosen, bad)
+            except ImageError as error:
+                bad.append(Bad(self.source.name(chosen), error.reason))
+        last = f"the last was {bad[-1].name!r}: {bad[-1].reason}"
+        raise DataError(f"{_MAX_TRIES} images in a row cannot be used; {last}")
+
+    def _image(self, index: int) -> ImageLike:
+        try:
+            return self.source[index][0]
+        except ImageError:
+            raise
+        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:  # a data set that opens by itself
+            raise ImageError(self.source.name(index), f"{type(error).__name__}: {error}") from error
+
+
+class StepSampler(Sampler[list[Key]]):
+    """This process's part of each step's batch, from any step on.
+
+    Each epoch is one permutation of all images, of which step after step takes the next global batch; what does not
+    fill one is left out. A process takes a contiguous part of it.
+
+    Args:
+        length: Images in the source.
+        batch_size: Images per step over all processes.
+        seed: The run's.
+        num_steps: Steps of the whole run; None never ends.
+        start_step: First step to give, counted from 0.
+        rank: This process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: Batch and processes, or batch and images, do not fit.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        num_steps: int | None = None,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} processes, expected 0 to {world_size - 1}")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch size {batch_size} is not a positive multiple of the {world_size} processes")
+        if length < batch_size:
+            raise ValueError(f"{length} images are fewer than one batch of {batch_size}: use a smaller batch")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.num_steps, self.start_step = num_steps, start_step
+        self.rank, self.world_size = rank, world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in the source."""
+        return self.length // self.batch_size
+
+    def __len__(self) -> int:
+        if self.num_steps is None:
+            raise TypeError("a sampler without num_steps has no length")
+        return max(0, self.num_steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        share, epoch, order = self.batch_size // self.world_size, -1, torch.empty(0, dtype=torch.long)
+        step = self.start_step
+        while self.num_steps is None or step < self.num_steps:
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = torch.randperm(self.length, generator=_generator(self.seed, epoch))
+            start = step % self.steps_per_epoch * self.batch_size + self.rank * share
+            yield [(epoch, index) for index in order[start : start + share].tolist()]
+            step += 1
+
+
+class Loader:
+    """A DataLoader whose troubles come as one line: bad images, dead workers, stuck files, small shared memory.
+
+    Made by `make_loader`. Iterating gives a `Batch` a step.
+
+    Attributes:
+        bad: Name -> reason of the bad images met so far.
+    """
+
+    def __init__(
+        self, loader: "DataLoader[Sample]", tracked: "_Tracked", *, max_bad: int, bad_file: Path | None
+    ) -> None:
+        self._loader, self._tracked, self._max_bad, self._bad_file = loader, tracked, max_bad, bad_file
+        self.bad: dict[str, str] = _read_bad(bad_file)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Give the batches.
+
+        Raises:
+            DataError: Too many bad images, a worker died, or none came in time.
+        """
+        others = set(multiprocessing.active_children())
+        batches = iter(self._loader)
+        _workers.update(set(multiprocessing.active_children()) - others)
+        while True:
+            try:
+                batch: Batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                reason = explain_loader_error(error)
+                if reason is None:
+                    raise
+                raise DataError(reason + self._tracked.in_flight()) from error
+            self._report(batch.bad)
+            yield batch
+
+    def _report(self, bad: Sequence[Bad]) -> None:
+        for name, reason in bad:
+            if name in self.bad:
+                continue
+            self.bad[name] = reason
+            _logger.warning("bad image %r: %s; another takes its place", name, reason)
+            if self._bad_file is not None:
+                _append(self._bad_file, f"{_escape(name)}\t{_escape(reason)}\n")
+        if len(self.bad) > self._max_bad:
+            shown = "; ".join(f"{name!r}: {reason}" for name, reason in list(self.bad.items())[-3:])
+            where = f", all in {self._bad_file}" if self._bad_file else ""
+            raise DataError(f"{len(self.bad)} bad images, more than the {self._max_bad} allowed{where}. Last: {shown}")
+
+
+def make_loader(
+    dataset: MultiViewDataset,
+    sampler: StepSampler,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+    timeout: float = 300,
+    bad_file: str | os.PathLike[str] | None = None,
+) -> Loader:
+    """Load a run's batches.
+
+    Args:
+        dataset: The views.
+        sampler: The steps.
+        num_workers: Loading processes; 0 loads in this one.
+        pin_memory: Pin batches for a CUDA device.
+        prefetch_factor: Batches each worker prepares ahead.
+        timeout: Seconds to wait for a batch before it is an error; 0 waits for ever.
+        bad_file: Where bad images are added, a line "path<tab>reason" each.
+
+    Raises:
+        DataError: /dev/shm is too small for the workers.
+    """
+    tracked = _Tracked(dataset, num_workers)
+    if num_workers:
+        share = sampler.batch_size // sampler.world_size
+        shape = getattr(dataset.transform, "shape", ())  # (V, C, H, W)
+        check_shared_memory(math.prod(shape) * share * prefetch_factor * num_workers)
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # after multiprocessing's own hook, so that it runs before it
+    loader = DataLoader(
+        tracked,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        worker_init_fn=_start_worker if num_workers else None,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        timeout=timeout if num_workers else 0,
+    )
+    return Loader(loader, tracked, max_bad=dataset.max_bad, bad_file=Path(bad_file) if bad_file else None)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples."""
+    views = torch.stack([sample.views for sample in samples])  # (B, V, C, H, W)
+    indices = torch.tensor([sample.number for sample in samples])
+    return Batch(views, indices, [bad for sample in samples for bad in sample.bad])
+
+
+def check_shared_memory(needed: int, *, folder: str = "/dev/shm", free: int | None = None) -> None:  # noqa: S108
+    """Refuse to start workers whose batches would not fit into shared memory.
+
+    Args:
+        needed: Bytes.
+        folder: Where shared memory is mounted; nothing is checked where it does not exist.
+        free: Bytes free there; asked for if None.
+
+    Raises:
+        DataError: It does not fit.
+    """
+    if free is None:
+        if not os.path.isdir(folder):
+            return
+        free = shutil.disk_usage(folder).free
+    if needed > free:
+        cure = "use fewer workers, a smaller prefetch_factor or batch, or `docker run --shm-size`"
+        raise DataError(f"{folder} has {free >> 20} MB free, batches under way need {(needed >> 20) + 1} MB: {cure}")
+
+
+def explain_loader_error(error: BaseException) -> str | None:
+    """One line for an exception that torch's loader raises, anywhere in the main process; None if it is another."""
+    text = str(error)
+    if isinstance(error, DataError):
+        return text.rsplit("DataError: ", 1)[-1].strip()
+    if "DataLoader timed out" in text:
+        return f"no batch came in time ({text.rstrip('.')})"
+    died = "DataLoader worker" in text and ("killed" in text or "exited" in text)
+    if died or isinstance(error, (ConnectionResetError, BrokenPipeError, EOFError)):
+        return f"a loading worker died (out of memory?): {' '.join(text.split()) or type(error).__name__}"
+    return None
+
+
+class _Tracked(Dataset[Sample]):
+    """The data set, with a note in shared memory of what each worker is at."""
+
+    def __init__(self, dataset: MultiViewDataset, num_workers: int) -> None:
+        self._dataset = dataset
+        self._at = _shared(num_workers) if num_workers else None
+
+    def __getitem__(self, key: Key) -> Sample:
+        worker = get_worker_info()
+        if worker is None or self._at is None:
+            return self._dataset[key]
+        self._at[worker.id] = key[1]
+        try:
+            return self._dataset[key]
+        finally:
+            self._at[worker.id] = -1
+
+    def in_flight(self) -> str:
+        at = [] if self._at is None else [int(index) for index in self._at if index >= 0]
+        return f"; being loaded: {', '.join(repr(self._dataset.source.name(index)) for index in at)}" if at else ""
+
+
+def _shared(length: int) -> Tensor:
+    numbers = torch.full((length,), -1)
+    numbers.untyped_storage().share_memory_()
+    return numbers
+
+
+def _start_worker(_: int) -> None:
+    """Keep a terminal's or torchrun's signals from the workers: the main process ends them, after it has saved."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _end_workers() -> None:
+    """Workers ignore SIGTERM, so that without this the exit would wait for them for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in list(_workers):
+        if worker.is_alive():
+            worker.kill()
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(sample_seed(*numbers))
+
+
+def _escape(text: str) -> str:
+    return text.encode("unicode_escape", "surrogateescape").decode("ascii")
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with open(path, "a", encoding="ascii") as file:
+            file.write(line)
+    except OSError as error:
+        _logger.warning("cannot write %s: %s", path, error)
+
+
+def _read_bad(path: Path | None) -> dict[str, str]:
+    """What an earlier part of the run wrote."""
+    if path is None or not path.exists():
+        return {}
+    lines = [line.split("\t") for line in path.read_text(encoding="ascii", errors="replace").splitlines()]
+    return {_unescape(line[0]): _unescape(line[1]) for line in lines if len(line) == 2}
+
+
+def _unescape(text: str) -> str:
+    return text.encode("ascii", "replace").decode("unicode_escape", "replace")

@@ -1,0 +1,197 @@
+"""Images by name: what a source of images is, and the two plain ones, a folder and a text list.
+
+Names are kept as one block of bytes, never as a list of a million Python objects, which every worker would copy when it
+counts references to them.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .images import EXTENSIONS, ImageLike
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test", "t10k")}
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"\x93NUMPY")
+_logger = logging.getLogger(__name__)
+
+
+class SplitError(ValueError):
+    """The data has no such split, as opposed to: the data cannot be read."""
+
+
+class Names(Sequence[bytes]):
+    """Byte strings in one block, without a Python object for each."""
+
+    def __init__(self, names: Sequence[bytes]) -> None:
+        self._block = b"".join(names)
+        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
+        start = int(self._ends[index - 1]) if index else 0
+        return self._block[start : int(self._ends[index])]
+
+    def digest(self) -> str:
+        """A hash of the names and where each ends."""
+        return hashlib.blake2b(self._block + self._ends.tobytes(), digest_size=8).hexdigest()
+
+
+class ImageSource:
+    """Images by number: `source[i]` is (what `open_image` takes, label or None).
+
+    Attributes:
+        labels: (N,) int64, or None where images have no labels.
+        class_names: Names of the labels, where there are any.
+        problems: What could not be used of the data, one line each (a cut archive).
+    """
+
+    labels: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def __init__(self, names: Sequence[bytes]) -> None:
+        self._names = names if isinstance(names, Names) else Names(names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> tuple[ImageLike, int | None]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return self.image(index), None if self.labels is None else int(self.labels[index])
+
+    def image(self, index: int) -> ImageLike:
+        """The image itself, still encoded where the source holds files."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What a message calls the image."""
+        return os.fsdecode(self._names[index])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Count and hash of the names: other data, other fingerprint."""
+        return f"{len(self)}-{self._names.digest()}"
+
+
+class FileSource(ImageSource):
+    """Files below a folder, by names relative to it."""
+
+    def __init__(self, root: Path, names: Sequence[bytes], classes: Sequence[str] | None = None) -> None:
+        super().__init__(names)
+        self.root = root
+        if classes is not None:
+            self.labels, self.class_names = label_by_folder(names, classes)
+
+    def image(self, index: int) -> ImageLike:
+        """The file's path."""
+        return self.name(index)
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return os.path.join(self.root, os.fsdecode(self._names[index]))
+
+
+def open_folder(root: Path, split: str) -> FileSource:
+    """All images below a folder; sub-folders are classes where every image lies in one.
+
+    Folders `train` and `val` (or `valid`, `validation`, `eval`, `test`) inside are the splits; a folder without them is
+    all training data.
+
+    Raises:
+        ValueError: No image there.
+        SplitError: No such split.
+    """
+    start = time.perf_counter()
+    folders = {key: _subfolder(root, key) for key in SPLITS}
+    folder = folders[split] if folders["train"] else root if split == "train" else None
+    if folder is None:
+        raise SplitError(f"{root} has no {split} split: expected folders train and {' or '.join(SPLITS['val'])} in it")
+    names = sorted(scan(folder))
+    if not names:
+        raise ValueError(f"no images in {folder}: looked for {' '.join(sorted(EXTENSIONS))} and archives")
+    _logger.info("listed %d images in %s in %.1f s", len(names), folder, time.perf_counter() - start)
+    siblings = [f for f in folders.values() if f] if folders["train"] else [root]
+    classes = sorted({entry.name for sibling in siblings for entry in os.scandir(sibling) if _is_class(entry)})
+    return FileSource(folder, names, classes if all(b"/" in name for name in names) else None)
+
+
+def open_list(path: Path) -> FileSource:
+    """A text file with one path a line, relative to the list's own folder; empty lines do not count.
+
+    Raises:
+        ValueError: No line, or the first one's file is missing.
+    """
+    names = [line.rstrip(b"\r") for line in path.read_bytes().split(b"\n") if line.strip()]
+    if not names:
+        raise ValueError(f"{path} names no images: expected one path a line, relative to {path.parent}")
+    source = FileSource(path.parent, names)
+    if not os.path.exists(source.name(0)):
+        raise ValueError(f"{path}: the first image {source.name(0)} does not exist: paths are relative to the list")
+    return source
+
+
+def scan(root: Path) -> Iterator[bytes]:
+    """Names of the images below a folder, relative to it, each folder visited once whatever its links.
+
+    Hidden files and `__MACOSX` do not count. A file without extension is looked into.
+    """
+    top = os.fsencode(root)
+    seen: set[tuple[int, int]] = set()
+    folders, linked = deque([b""]), deque[bytes]()  # links last, so that a file keeps its own folder's name
+    while folders or linked:
+        folder = (folders or linked).popleft()
+        path = os.path.join(top, folder)
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = os.path.join(folder, entry.name)
+                if entry.name.startswith(b".") or entry.name == b"__MACOSX":
+                    continue
+                if entry.is_dir():
+                    (linked if entry.is_symlink() else folders).append(name)
+                elif entry.is_file() and _is_image(entry):
+                    yield name
+
+
+def label_by_folder(names: Sequence[bytes], classes: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels from the first folder of each name."""
+    number = {os.fsencode(name): i for i, name in enumerate(classes)}
+    return np.array([number[name.split(b"/", 1)[0]] for name in names], dtype=np.int64), tuple(classes)
+
+
+def has_image_extension(name: str) -> bool:
+    """Whether a file's extension, in any case, is an image's."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _is_image(entry: "os.DirEntry[bytes]") -> bool:
+    extension = os.path.splitext(entry.name)[1]
+    if extension:
+        return has_image_extension(os.fsdecode(entry.name))
+    try:
+        with open(entry.path, "rb") as file:
+            return file.read(8).startswith(_MAGIC)
+    except OSError:
+        return False
+
+
+def _is_class(entry: "os.DirEntry[str]") -> bool:
+    return entry.is_dir() and not entry.name.startswith(".") and entry.name != "__MACOSX"
+
+
+def _subfolder(root: Path, split: str) -> Path | None:
+    return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)

@@ -1,0 +1,270 @@
+"""Opening one image, whatever it is: header first, then one decode to uint8.
+
+Shapes: H, W pixels as stored (before EXIF orientation), C channels asked for, s reduction of a scaled JPEG decode.
+Every failure of Pillow, simplejpeg, tifffile or the file system comes out as an `ImageError` with name and reason.
+"""
+
+import io
+import logging
+import os
+import stat
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from .pixels import Pixels, channels_last, to_uint8, with_channels
+
+try:
+    import simplejpeg
+except ImportError:  # an optional decoder, from the `train` extra
+    simplejpeg = None
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | torch.Tensor | NDArray[Any]"
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
+    | {".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".npy"}
+)
+MAX_PIXELS = 100_000_000
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_DEEP = ("I", "F")  # Pillow's modes of more than 8 bits, `I;16` and its kin included
+_logger = logging.getLogger(__name__)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used.
+
+    Attributes:
+        path: The image's name.
+        reason: One line.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, " ".join(reason.split())
+
+    def __str__(self) -> str:
+        return f"cannot read image {self.path!r}: {self.reason}"
+
+
+class OpenedImage:
+    """An image of which only the header was read: what `open_image` gives.
+
+    Attributes:
+        name: For messages.
+        height, width: Pixels as stored.
+        reducible: Whether `decode` can divide both sides by 2, 4 or 8 while it decodes (JPEG).
+    """
+
+    def __init__(self, name: str, image: "Image.Image | NDArray[Any]", encoded: bytes | None = None) -> None:
+        self.name, self._image, self._encoded = name, image, encoded
+        if isinstance(image, Image.Image):
+            self.width, self.height = image.size
+        else:
+            self.height, self.width = image.shape[:2]
+        self.reducible = encoded is not None and getattr(image, "format", None) in ("JPEG", "MPO")
+
+    @cached_property
+    def orientation(self) -> int:
+        """EXIF orientation, 1 to 8 (1 where there is none)."""
+        if not isinstance(self._image, Image.Image):
+            return 1
+        try:
+            if self._image.format == "PNG":  # its EXIF may stand behind the pixels
+                self._image.load()
+        except Exception as error:
+            raise ImageError(self.name, _reason(error)) from error
+        return _orientation(self._image)
+
+    def decode(self, *, channels: int = 3, reduction: int = 1, decoder: str = "fast") -> Pixels:
+        """Decode the first frame to 8 bits.
+
+        Deep images are scaled to 8 bits (`to_uint8`); an alpha channel that was not asked for is dropped, as by Pillow.
+
+        Args:
+            channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image as it is), or what the array holds.
+            reduction: 1, 2, 4 or 8; other than 1 only where `reducible`.
+            decoder: "fast" takes simplejpeg for JPEG where it is installed, "pillow" never.
+
+        Returns:
+            (ceil(H / s), ceil(W / s), C); may be read-only.
+
+        Raises:
+            ImageError: The image is damaged or has other channels.
+        """
+        size = (-(-self.height // reduction), -(-self.width // reduction))
+        try:
+            pixels = self._decode(channels, size, reduction, decoder)
+        except ImageError:
+            raise
+        except Exception as error:
+            raise ImageError(self.name, _reason(error)) from error
+        if pixels.shape != (*size, channels):
+            raise ImageError(self.name, f"decoded to {pixels.shape}, expected {(*size, channels)}")
+        return pixels
+
+    def _decode(self, channels: int, size: tuple[int, int], reduction: int, decoder: str) -> Pixels:
+        if not isinstance(self._image, Image.Image):
+            return with_channels(to_uint8(self._image), channels)
+        if self.reducible and self._encoded is not None:
+            _refuse_zero_tail(self._encoded)
+            if decoder == "fast" and simplejpeg is not None and channels in (1, 3) and self._image.mode in ("L", "RGB"):
+                try:
+                    return _decode_simplejpeg(self._encoded, channels, size, reduction)
+                except ValueError as error:  # strict: also for harmless warnings, so Pillow has the last word
+                    _logger.debug("%s: simplejpeg: %s; trying Pillow", self.name, error)
+            self._image.draft("L" if channels == 1 else None, (self.width // reduction, self.height // reduction))
+        return _pillow_pixels(self._image, channels)
+
+
+def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+    """Read an image's header and refuse what should not be decoded.
+
+    Args:
+        source: A path, an encoded file's bytes, a Pillow image (lazily opened or loaded, left as it is), a tensor
+            (C, H, W), or an array (H, W), (H, W, C) or (C, H, W).
+        name: For messages; a path is its own name.
+        max_pixels: Most pixels an image may have: larger ones are refused before they are decoded.
+
+    Returns:
+        The opened image; its `decode` gives the pixels.
+
+    Raises:
+        ImageError: Not an image, unreadable or too large.
+    """
+    if name is None:
+        name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
+    try:
+        opened = _open(source, name)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(name, _reason(error)) from error
+    if opened.width * opened.height > max_pixels:
+        size = f"{opened.width} x {opened.height} pixels"
+        raise ImageError(name, f"{size}, more than the limit of {max_pixels} (max_pixels): a decompression bomb?")
+    if min(opened.width, opened.height) < 1:
+        raise ImageError(name, f"{opened.width} x {opened.height} pixels: empty")
+    return opened
+
+
+def _open(source: ImageLike, name: str) -> OpenedImage:
+    if isinstance(source, (str, os.PathLike)):
+        return _open_bytes(_read(Path(source)), name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_bytes(bytes(source), name)
+    if isinstance(source, Image.Image):
+        encoded = _reread(source)
+        return OpenedImage(name, source) if encoded is None else _open_bytes(encoded, name)
+    if isinstance(source, torch.Tensor):
+        if source.ndim not in (2, 3):
+            raise ImageError(name, f"a tensor of shape {tuple(source.shape)}, expected (C, H, W)")
+        return OpenedImage(name, (source if source.ndim == 3 else source[None]).detach().cpu().permute(1, 2, 0).numpy())
+    if isinstance(source, np.ndarray):
+        return OpenedImage(name, channels_last(source))
+    raise TypeError(f"a {type(source).__name__} is no image: expected a path, bytes, Pillow image, tensor or array")
+
+
+def _read(path: Path) -> bytes:
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:  # a FIFO must not block us
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("not a regular file")
+        return file.read()
+
+
+def _open_bytes(encoded: bytes, name: str) -> OpenedImage:
+    if not encoded:
+        raise ImageError(name, "empty file")
+    if encoded.startswith(b"\x93NUMPY"):
+        return OpenedImage(name, channels_last(np.load(io.BytesIO(encoded), allow_pickle=False)))
+    try:
+        return OpenedImage(name, _pillow_open(encoded), encoded)
+    except UnidentifiedImageError:
+        if encoded[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            raise
+    return OpenedImage(name, _read_tiff(encoded))
+
+
+def _pillow_open(encoded: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        pass
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit, in open_image, decides
+    try:
+        return Image.open(io.BytesIO(encoded))
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _read_tiff(encoded: bytes) -> "NDArray[Any]":
+    """Bands that Pillow cannot read."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ImportError('a multi-band TIFF needs tifffile: pip install "mvmae[train]"') from error
+    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+        return channels_last(file.pages[0].asarray())
+
+
+def _reread(image: Image.Image) -> bytes | None:
+    """The bytes behind a JPEG that its owner opened but did not decode, so that he keeps it as it was."""
+    if getattr(image, "format", None) not in ("JPEG", "MPO") or not getattr(image, "tile", None):
+        return None
+    file = getattr(image, "fp", None)
+    if file is None or file.closed or getattr(image, "decoderconfig", ()) not in ((), None):
+        return None
+    position = file.tell()
+    file.seek(0)
+    encoded: bytes = file.read()
+    file.seek(position)
+    return encoded if encoded[:2] == b"\xff\xd8" else None
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
+        return 1
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # a broken EXIF block does not make a bad picture
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _refuse_zero_tail(encoded: bytes) -> None:
+    """A half-written JPEG whose rest is zeros: libjpeg decodes it to grey without a word."""
+    if encoded.endswith(bytes(64)):
+        body = encoded.rstrip(b"\0")
+        if not body.endswith(b"\xff\xd9"):
+            raise ValueError(f"JPEG ends in {len(encoded) - len(body)} zero bytes, without an end-of-image marker")
+
+
+def _decode_simplejpeg(encoded: bytes, channels: int, size: tuple[int, int], reduction: int) -> Pixels:
+    # simplejpeg without min_height and min_width does not scale
+    least = {"min_height": size[0], "min_width": size[1], "min_factor": reduction} if reduction > 1 else {}
+    pixels: Pixels = simplejpeg.decode_jpeg(encoded, "GRAY" if channels == 1 else "RGB", strict=True, **least)
+    if pixels.shape[:2] != size:
+        raise ValueError(f"decoded to {pixels.shape[:2]}, expected {size}")
+    return pixels
+
+
+def _pillow_pixels(image: Image.Image, channels: int) -> Pixels:
+    if image.mode.startswith(_DEEP):
+        return with_channels(to_uint8(np.asarray(image)[..., None]), channels)
+    if channels not in _MODES:
+        raise ValueError(f"an image of mode {image.mode} has {len(image.getbands())} channels, expected {channels}")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")
+    if image.mode != _MODES[channels] and not (image.mode == "CMYK" and channels == 4):
+        image = image.convert(_MODES[channels])
+    pixels: Pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,59 @@
+"""Pixels that come as arrays, of any type and layout -> (H, W, C) uint8."""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels: TypeAlias = NDArray[np.uint8]
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's convert("L")
+
+
+def to_uint8(array: "NDArray[Any]") -> Pixels:
+    """Scale pixels of any type to 8 bits.
+
+    uint16 maps 0..65535 to 0..255. Other types are taken to lie in the smallest of 0..1 (floats only), 0..255 and
+    0..65535 that holds the largest value, beyond that in 0..maximum. NaN becomes 0.
+
+    Raises:
+        ValueError: Negative values.
+    """
+    if array.dtype == np.uint8:
+        return np.asarray(array, dtype=np.uint8)
+    if array.dtype == np.bool_:
+        return np.asarray(array, dtype=np.uint8) * np.uint8(255)
+    values = np.nan_to_num(array.astype(np.float32), posinf=0.0, neginf=0.0)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if low < 0:
+        raise ValueError(f"a pixel is {low:g}, expected 0 or more: give the image before it is normalised")
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        top = 65535.0
+    else:
+        tops = ([1.0] if array.dtype.kind == "f" else []) + [255.0, 65535.0]
+        top = next((t for t in tops if high <= t), high)
+    scaled: Pixels = np.rint(values * np.float32(255.0 / top)).astype(np.uint8)
+    return scaled
+
+
+def channels_last(array: "NDArray[Any]") -> "NDArray[Any]":
+    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C); the shorter of the outer two of three sides is C."""
+    if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
+        raise ValueError(f"an array of shape {array.shape} and type {array.dtype}, expected (H, W, C) numbers")
+    if array.ndim == 2:
+        return array[..., None]
+    return array.transpose(1, 2, 0) if array.shape[0] < array.shape[2] else array
+
+
+def with_channels(pixels: Pixels, channels: int) -> Pixels:
+    """Grey to any number, alpha dropped, colour to grey; else the array must hold what was asked for."""
+    held = pixels.shape[2]
+    if held == channels:
+        return pixels
+    if held in (2, 4) and channels in (1, 3):
+        return with_channels(pixels[..., : held - 1], channels)
+    if held == 1:
+        return np.repeat(pixels, channels, axis=2)
+    if held == 3 and channels == 1:
+        grey: Pixels = np.rint(pixels @ _LUMA).astype(np.uint8)[..., None]
+        return grey
+    raise ValueError(f"the array has {held} channels, expected {channels} (in_chans)")
