@@ -1,17 +1,31 @@
 """The encoders under timm's names: importing this module registers ``mvmae_vit_*`` with timm."""
 
+import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from .patches import sincos_table
+from .pretrained import WEIGHTS_FILE, WeightsError, check_weights, first_line, locate, read_weights
+
+HUB_OWNER = ""  # who keeps the published weights on the Hub; empty while there are none
+TIMM_NAMES = {
+    "mvmae_vit_tiny_patch16": "vit_tiny_patch16_224",
+    "mvmae_vit_small_patch16": "vit_small_patch16_224",
+    "mvmae_vit_base_patch16": "vit_base_patch16_224",
+    "mvmae_vit_large_patch16": "vit_large_patch16_224",
+    "mvmae_vit_huge_patch14": "vit_huge_patch14_224",
+}  # the same architectures under the names that timm has without this package
+_logger = logging.getLogger(__name__)
 
 
 class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
@@ -47,6 +61,11 @@ class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
             self.pos_embed.copy_(F.pad(table, (0, 0, prefix, 0))[None])
 
 
+def hub_owner() -> str:
+    """Give the owner of the Hub's repositories ``<owner>/<model>.<tag>``: ``MVMAE_HUB_OWNER``, or `HUB_OWNER`."""
+    return os.environ.get("MVMAE_HUB_OWNER") or HUB_OWNER
+
+
 def checkpoint_filter(state_dict: Mapping[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
     """Turn the weights of a checkpoint into those of an encoder, for timm's loader.
 
@@ -54,25 +73,43 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: VisionTransformer) -
     resizes positions and patch projection to the model as timm does, and moves the final norm where the model has it.
 
     Raises:
-        ValueError: if weights of the encoder are missing, with their names: timm itself would leave them random.
+        WeightsError: if weights of the encoder are missing, unexpected or of another shape, with their names: timm itself
+            would leave some of them random.
     """
     for wrapper in ("model", "state_dict"):
         state_dict = state_dict.get(wrapper, state_dict)
     if any(key.startswith("encoder.") for key in state_dict):
         state_dict = {key[8:]: value for key, value in state_dict.items() if key.startswith("encoder.")}
-    weights = {key: value for key, value in state_dict.items() if key != "mask_token" and not key.startswith("decoder")}
-    weights = checkpoint_filter_fn(weights, model)
+    kept = {key: value for key, value in state_dict.items() if key != "mask_token" and not key.startswith("decoder")}
+    try:
+        weights: dict[str, Tensor] = checkpoint_filter_fn(kept, model)
+    except (RuntimeError, ValueError) as error:
+        raise WeightsError(f"the checkpoint's positions or patches cannot be resized ({first_line(error)})") from error
     source, wanted = ("norm", "fc_norm") if isinstance(model.norm, nn.Identity) else ("fc_norm", "norm")
     for name in ("weight", "bias"):
         if f"{wanted}.{name}" not in weights and f"{source}.{name}" in weights:
             weights[f"{wanted}.{name}"] = weights.pop(f"{source}.{name}")
-    missing = [key for key in model.state_dict() if key not in weights and not key.startswith("head.")]
-    if missing:
-        raise ValueError(
-            f"the checkpoint lacks {len(missing)} of the encoder's weights ({', '.join(missing[:4])}, ...): "
-            f"it holds {', '.join(list(state_dict)[:4]) or 'nothing'}, ...; is it a checkpoint of another model?"
-        )
+    _check_encoder_weights(weights, model)
     return weights
+
+
+def _check_encoder_weights(weights: dict[str, Tensor], model: VisionTransformer) -> None:
+    """Check all but what timm itself adapts afterwards: another number of classes, another number of channels."""
+    expected = model.state_dict()
+    if model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes"):
+        if "head.weight" in weights and weights["head.weight"].shape[:1] != (model.num_classes,):
+            _logger.warning(
+                "the checkpoint's head of %d classes is left out: the model has %d",
+                len(weights["head.weight"]),
+                model.num_classes,
+            )
+        for key in ("head.weight", "head.bias"):
+            weights.pop(key, None)
+            expected.pop(key, None)
+    proj = "patch_embed.proj.weight"
+    if proj in weights and weights[proj].shape[2:] == expected[proj].shape[2:]:
+        expected[proj] = expected[proj][:, :1].expand(-1, weights[proj].shape[1], -1, -1)
+    check_weights(weights, expected, source="the checkpoint")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -99,7 +136,11 @@ default_cfgs = generate_default_cfgs(
     {
         "mvmae_vit_tiny_patch16.untrained": _cfg(),
         "mvmae_vit_small_patch16.untrained": _cfg(),
-        "mvmae_vit_base_patch16.in1k": _cfg(),
+        "mvmae_vit_base_patch16.in1k": _cfg(description="pretrained on ImageNet-1k for 1600 epochs"),
+        "mvmae_vit_base_patch16.in1k_800e": _cfg(description="pretrained on ImageNet-1k for 800 epochs"),
+        "mvmae_vit_base_patch16.in1k_ft_in1k": _cfg(num_classes=1000, description="in1k, fine-tuned (Table 1)"),
+        "mvmae_vit_base_patch16.in1k_800e_ft_in1k": _cfg(num_classes=1000, description="in1k_800e, fine-tuned (Table 1)"),
+        "mvmae_vit_base_patch16.in1k_lp_in1k": _cfg(num_classes=1000, description="in1k, linear probe (Table 2)"),
         "mvmae_vit_large_patch16.untrained": _cfg(),
         "mvmae_vit_huge_patch14.untrained": _cfg(),
     }
@@ -107,18 +148,57 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> nn.Module:
-    args = {"num_classes": 0, "global_pool": "avg", "fc_norm": False, **defaults, **kwargs}
+    args = {"global_pool": "avg", "fc_norm": False, **defaults, **kwargs}
+    weights = ""
+    if pretrained:
+        weights, args["pretrained_cfg_overlay"] = _find_weights(
+            name, args.get("pretrained_cfg"), args.get("pretrained_cfg_overlay"), args.get("cache_dir")
+        )
     if args.pop("use_naflex", False):
         return _create_naflex(name, pretrained, args)
-    model: nn.Module = build_model_with_cfg(
-        SinCosVisionTransformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter,
-        feature_cfg={"out_indices": args.pop("out_indices", 3), "feature_cls": "getter"},
-        **args,
-    )
+    try:
+        model: nn.Module = build_model_with_cfg(
+            SinCosVisionTransformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter,
+            feature_cfg={"out_indices": args.pop("out_indices", 3), "feature_cls": "getter"},
+            **args,
+        )
+    except WeightsError as error:
+        raise WeightsError(f"{weights}: {error}") from error
     return model
+
+
+def _find_weights(name: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any) -> tuple[str, dict[str, Any]]:
+    """Say where the weights of a pretrained cfg are, having read them once: timm's loader says less of what is wrong.
+
+    Returns:
+        The place, for messages, and the overlay for the cfg that makes timm take them from there.
+    """
+    overlay = dict(overlay or {})
+    cfg = resolve_pretrained_cfg(name, cfg, overlay)
+    if cfg.state_dict or (cfg.url and not (cfg.file or cfg.hf_hub_id)):
+        return "the checkpoint", overlay
+    if not cfg.has_weights:
+        if not hub_owner():
+            raise WeightsError(
+                f"there are no weights for {name}.{cfg.tag}: none of this method have been published; pretrain with "
+                "examples/pretrain.py, or name a file by pretrained_cfg_overlay=dict(file=...), or the owner of a copy on the "
+                "Hub by MVMAE_HUB_OWNER"
+            )
+        cfg.hf_hub_id = overlay["hf_hub_id"] = f"{hub_owner()}/{name}.{cfg.tag}"
+    if cfg.source == "local-dir":
+        path = locate(cfg.file, WEIGHTS_FILE)
+    elif cfg.file and cfg.source != "hf-hub":
+        path = Path(cfg.file)
+    else:
+        overlay["hf_hub_filename"] = cfg.hf_hub_filename or WEIGHTS_FILE
+        path = locate(cfg.hf_hub_id, overlay["hf_hub_filename"], cache_dir=cache_dir)
+    weights = read_weights(path)
+    if cfg.file and not cfg.source and "head.weight" in weights:
+        overlay.setdefault("num_classes", len(weights["head.weight"]))
+    return str(path), overlay
 
 
 def _create_naflex(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:

@@ -3,18 +3,21 @@
 Shapes: B images, V views, C channels, H x W pixels, P patch side, L patches, K visible, T prefix tokens, D encoder width.
 """
 
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from .architecture import describe_pretraining, pretraining_arguments
 from .decoder import MAEDecoder
 from .encoders import SinCosVisionTransformer
 from .encoding import check_encoder, encode_visible
 from .losses import LossOn, NTXentLoss, ReconstructionLoss
 from .masking import Mask, num_visible, random_mask
 from .patches import grid_size, patchify
+from .pretrained import check_weights, read_pretraining, write_pretraining
 
 Pool = Literal["avg", "token"]
 
@@ -168,6 +171,31 @@ class MultiViewMAE(nn.Module):
         loss_con = self.contrastive_loss(projected) if contrast else loss_rec.new_zeros(())  # Eqs. 4 to 6
         loss = loss_rec + self.loss_weight * loss_con  # Eq. 7
         return MultiViewOutput(loss, loss_rec, loss_con, z, projected, pred, target, mask)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> "MultiViewMAE":
+        """Load what `save_pretrained` wrote: encoder, decoder, projector and options, ready to go on pretraining.
+
+        Args:
+            source: a folder, or ``owner/name`` of a repository of the Hub.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            WeightsError: if the files are missing or damaged, or do not belong together.
+        """
+        description, weights = read_pretraining(source, revision=revision)
+        model = cls(**pretraining_arguments(description))
+        check_weights(weights, model.state_dict(), source=source)
+        model.load_state_dict(weights)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model to ``pretraining.safetensors`` and ``pretraining.json`` in a folder.
+
+        Raises:
+            WeightsError: if JSON cannot describe the encoder or the projector, or a weight is NaN or infinite.
+        """
+        write_pretraining(folder, describe_pretraining(self), self.state_dict())
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """Give the latent vector of each view that Eq. 4 compares.

@@ -1,0 +1,212 @@
+"""Models as data: the name under which timm knows a ViT, the arguments in which it differs, and what is built around it."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import timm
+import timm.layers
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from .encoders import TIMM_NAMES
+from .pretrained import WeightsError, first_line
+
+DEFAULT_NAME = "vit_base_patch16_224"
+REGULARISERS = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+OPTIONS = (
+    "decoder_dim",
+    "decoder_depth",
+    "decoder_heads",
+    "mask_ratio",
+    "loss_weight",
+    "temperature",
+    "pool",
+    "norm_pix",
+    "loss_on",
+)  # of MultiViewMAE
+RUN_TIME = ("device", "dtype", "num_classes", "weight_init", "fix_init")  # not what the weights are
+
+
+def describe_encoder(vit: VisionTransformer, *, plain: bool = True) -> dict[str, Any]:
+    """Give what ``timm.create_model`` needs to build a ViT like this one, as JSON can hold it.
+
+    Args:
+        vit: a plain ViT of timm, changed since it was built or not.
+        plain: describe the architecture alone, by a name that timm has without this package; otherwise by the name that it
+            was built with, and with its dropout rates.
+
+    Returns:
+        ``architecture``, a name, ``model_args``, the keyword arguments that differ from its defaults, and ``num_classes``.
+
+    Raises:
+        WeightsError: if no arguments that JSON can hold rebuild it.
+    """
+    name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or DEFAULT_NAME
+    name = TIMM_NAMES.get(name, name) if plain else name
+    if not timm.is_model(name):
+        name = DEFAULT_NAME
+    reference = _on_meta(name, {})
+    current, default = _arguments(vit), _arguments(reference)
+    recorded = getattr(vit, "_model_args", {})  # how timm built it, from 1.0.31 on: finds what no attribute tells
+    args = {key: value for key, value in recorded.items() if key not in current and key not in RUN_TIME and _is_plain(value)}
+    args |= {key: value for key, value in current.items() if value != default[key]}
+    if "global_pool" in args:  # which decides fc_norm where nothing is said
+        args["fc_norm"] = current["fc_norm"]
+    if plain:
+        args = {key: value for key, value in args.items() if key not in REGULARISERS}
+    description = {"architecture": name, "model_args": args, "num_classes": vit.num_classes}
+    _check_rebuilt(vit, _on_meta(name, args), description)
+    return description
+
+
+def build_encoder(description: Mapping[str, Any]) -> nn.Module:
+    """Build the untrained ViT that `describe_encoder` described.
+
+    Raises:
+        WeightsError: if the description is not of a ViT that timm knows.
+    """
+    name, args = description.get("architecture"), description.get("model_args", {})
+    if not (isinstance(name, str) and timm.is_model(name)):
+        raise WeightsError(f"architecture {name!r} is unknown to timm {timm.__version__}: the name of a ViT is expected")
+    unknown = sorted(set(args) - set(inspect.signature(VisionTransformer.__init__).parameters))
+    if unknown:
+        raise WeightsError(f"timm {timm.__version__} has no ViT arguments {', '.join(unknown)} (of {name}): upgrade timm")
+    model: nn.Module = timm.create_model(name, num_classes=description.get("num_classes", 0), **args)
+    return model
+
+
+def describe_pretraining(model: nn.Module) -> dict[str, Any]:
+    """Give what rebuilds a `MultiViewMAE`, as JSON can hold it.
+
+    Returns:
+        ``encoder``, as `describe_encoder` gives it; ``projector``, the widths of its layers, or None; ``options``, the
+        other keyword arguments of `MultiViewMAE`.
+
+    Raises:
+        WeightsError: if JSON cannot hold the encoder or the projector.
+    """
+    encoder: Any = model.encoder
+    decoder: Any = model.decoder
+    reconstruction: Any = model.reconstruction_loss
+    contrastive: Any = model.contrastive_loss
+    return {
+        "encoder": describe_encoder(encoder, plain=False),
+        "projector": _widths(model.get_submodule("projector")),
+        "options": {
+            "decoder_dim": decoder.embed.out_features,
+            "decoder_depth": len(decoder.blocks),
+            "decoder_heads": decoder.blocks[0].attn.num_heads if len(decoder.blocks) else 1,
+            "mask_ratio": model.mask_ratio,
+            "loss_weight": model.loss_weight,
+            "temperature": contrastive.temperature,
+            "pool": model.pool,
+            "norm_pix": reconstruction.norm_pix,
+            "loss_on": reconstruction.loss_on,
+        },
+    }
+
+
+def pretraining_arguments(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the arguments of `MultiViewMAE` from what `describe_pretraining` gave.
+
+    Raises:
+        WeightsError: if it is not such a description.
+    """
+    try:
+        encoder, widths, options = description["encoder"], description["projector"], dict(description["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"this does not describe a pretraining model: {first_line(error)}") from error
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise WeightsError(f"the pretraining options {', '.join(unknown)} are unknown: upgrade mvmae")
+    return {"encoder": build_encoder(encoder), "projector": mlp(widths) if widths else None, **options}
+
+
+def mlp(widths: Sequence[int]) -> nn.Sequential:
+    """Build linear layers of the given widths, with a ReLU between two of them."""
+    layers: list[nn.Module] = []
+    for in_dim, out_dim in pairwise(widths):
+        layers += [nn.Linear(in_dim, out_dim), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _widths(projector: nn.Module) -> list[int] | None:
+    if isinstance(projector, nn.Identity):
+        return None
+    linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
+    widths = [linear.in_features for linear in linears[:1]] + [linear.out_features for linear in linears]
+    if repr(projector) != repr(mlp(widths)):
+        raise WeightsError(
+            f"the projector, a {type(projector).__name__}, cannot be described in a file: use projection_mlp, or save "
+            "model.state_dict() yourself"
+        )
+    return widths
+
+
+def _on_meta(name: str, args: Mapping[str, Any]) -> VisionTransformer:
+    return timm.create_model(name, num_classes=0, device="meta", **args)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _arguments(vit: VisionTransformer) -> dict[str, Any]:
+    """Read the arguments of a ViT off its modules."""
+    embed, block = vit.patch_embed, vit.blocks[0]
+    fc1, qkv = getattr(block.mlp, "fc1", None), getattr(block.attn, "qkv", None)
+    args = {
+        "img_size": list(embed.img_size) if embed.img_size else None,
+        "patch_size": list(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": block.attn.num_heads,
+        "qk_norm": not isinstance(getattr(block.attn, "q_norm", nn.Identity()), nn.Identity),
+        "class_token": vit.has_class_token,
+        "reg_tokens": vit.num_reg_tokens,
+        "no_embed_class": vit.no_embed_class,
+        "pos_embed": "none" if vit.pos_embed is None else "learn",
+        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+        "global_pool": vit.global_pool,
+        "pool_include_prefix": vit.pool_include_prefix,
+        "dynamic_img_size": vit.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        "drop_rate": vit.head_drop.p,
+        "pos_drop_rate": vit.pos_drop.p,
+        "proj_drop_rate": getattr(getattr(block.attn, "proj_drop", None), "p", 0.0),
+        "attn_drop_rate": getattr(getattr(block.attn, "attn_drop", None), "p", 0.0),
+        "drop_path_rate": round(getattr(getattr(vit.blocks[-1], "drop_path1", None), "drop_prob", 0.0), 6),
+    }
+    if fc1 is not None:
+        args["mlp_ratio"] = fc1.out_features / vit.embed_dim
+    if qkv is not None:
+        args["qkv_bias"] = qkv.bias is not None
+    if isinstance(getattr(block, "ls1", None), timm.layers.LayerScale):
+        args["init_values"] = 1e-5  # where layer scale starts does not matter to weights that are loaded
+    return {key: value[0] if isinstance(value, list) and value[0] == value[1] else value for key, value in args.items()}
+
+
+def _check_rebuilt(vit: VisionTransformer, rebuilt: VisionTransformer, description: Mapping[str, Any]) -> None:
+    ours, theirs = (_structure(model) for model in (vit, rebuilt))
+    for key in {**theirs, **ours}:
+        if ours.get(key) != theirs.get(key):
+            raise WeightsError(
+                f"the encoder's {key} is {ours.get(key)}, but {theirs.get(key)} where timm builds it from {dict(description)}: "
+                "build it by timm.create_model with arguments that JSON can hold"
+            )
+
+
+def _structure(vit: VisionTransformer) -> dict[str, str]:
+    """Give all that decides what a ViT computes, without its weights and its classifier head."""
+    modules = {name: repr(module) for name, module in vit.named_modules() if not list(module.children())}
+    shapes = {name: str(tuple(value.shape)) for name, value in vit.state_dict().items()}
+    return {
+        name: value
+        for name, value in {**modules, **shapes}.items()
+        if name.partition(".")[0] not in ("head", "head_dist") and "drop" not in name.rpartition(".")[2]
+    }

@@ -1,0 +1,238 @@
+"""Weights as files: safetensors and JSON in a folder or a repository of the Hugging Face Hub, with one cause per failure."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors.torch
+import timm.models
+from huggingface_hub import constants, errors
+from torch import Tensor
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PRETRAINING_FILE = "pretraining.safetensors"
+PRETRAINING_FORMAT = 1
+HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+class WeightsError(ValueError):
+    """Weights cannot be had, read or used; the message is one line with the cause and the cure."""
+
+
+def locate(source: str | Path, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """Find a file in a folder, or in a repository of the Hub, downloading it unless it is cached.
+
+    Args:
+        source: a folder (``local-dir:`` may stand before it), or ``owner/name`` of a repository (``hf-hub:`` may stand before
+            it, ``@revision`` behind it).
+        filename: the file's name there.
+        revision: branch, tag or commit of the repository.
+        cache_dir: where downloads are kept; the Hub client's cache where None.
+
+    Raises:
+        WeightsError: if there is no such file, or it cannot be downloaded.
+    """
+    folder = Path(str(source).removeprefix("local-dir:"))
+    if folder.is_dir():
+        if revision is not None:
+            raise WeightsError(
+                f"revision {revision!r} was given with the folder {folder}: only a repository of the Hub has them"
+            )
+        if not (folder / filename).is_file():
+            raise WeightsError(f"{folder} holds no {filename}: a folder written by mvmae's export is expected")
+        return folder / filename
+    match = HUB_ID.fullmatch(str(source))
+    if match is None:
+        raise WeightsError(
+            f"{str(source)!r} is neither a folder nor a repository: an existing folder or owner/name is expected"
+        )
+    repo, revision = match[1], revision or match[2]
+    with _hub_causes(repo, filename, revision):
+        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir))
+
+
+@contextmanager
+def _hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None]:
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise WeightsError(f"{repo} is gated: accept its terms on the Hub, then log in with `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise WeightsError(
+            f"there is no folder and no repository {repo} on {constants.ENDPOINT}: check the name; "
+            "if it is private, log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise WeightsError(f"{repo} has no revision {revision!r}: name one of its branches, tags or commits") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise WeightsError(
+            f"{filename} of {repo} is not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached "
+            f"({first_line(error.__cause__ or error)}): connect, or fill the cache where there is a connection"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise WeightsError(f"{repo} holds no {filename}: a repository written by mvmae's export is expected") from error
+    except Exception as error:  # the client's HTTP library, and with it the class of a cut connection, changes with its version
+        raise WeightsError(f"{filename} of {repo} cannot be downloaded: {first_line(error)}; try again") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Give the kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0].rstrip('.')}"
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint: safetensors, or a PyTorch file, of which only tensors are unpickled.
+
+    A PyTorch file may hold the weights under ``model`` or ``state_dict`` (timm's rules: averaged weights first) beside other
+    plain data.
+
+    Raises:
+        WeightsError: if the file is missing, damaged, would run code, or holds something else than finite weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path} is not a file: a .safetensors or .pth file with weights is expected")
+    try:
+        if path.suffix == ".safetensors":
+            weights = safetensors.torch.load_file(path)
+        else:
+            weights = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise WeightsError(_why_unreadable(path, error)) from error
+    if not (weights and isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
+        raise WeightsError(f"{path} does not hold weights: a dictionary of tensors, or one under 'model', is expected")
+    _refuse_non_finite(weights, f"the weights in {path}")
+    return weights
+
+
+def _refuse_non_finite(weights: Mapping[str, Tensor], what: str) -> None:
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise WeightsError(f"{what} hold NaN or infinity in {name}: the run has diverged, or the file is damaged")
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`"
+    if "weights_only" in str(error):
+        return (
+            f"{path} is a pickle of more than weights, which could run code, and was not loaded: "
+            "save its state dict alone, as safetensors, where you trust it"
+        )
+    return f"{path} ({path.stat().st_size} bytes) is cut or damaged ({first_line(error)}): get it again"
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Compare names and shapes with those of a model.
+
+    Raises:
+        WeightsError: naming what is missing, unexpected, or of another shape.
+    """
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for what, names in (
+            ("missing", [name for name in expected if name not in weights]),
+            ("unexpected", [name for name in weights if name not in expected]),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if parts:
+        raise WeightsError(f"{source} does not fit the model: {'; '.join(parts)}; is it a checkpoint of another model?")
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole: beside its place first, then in one step into it.
+
+    Args:
+        path: the file.
+        write: writes the content to the path that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write weights as safetensors.
+
+    Raises:
+        WeightsError: if a weight is NaN or infinite.
+    """
+    _refuse_non_finite(weights, f"the weights for {path}")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    replace_file(path, lambda part: safetensors.torch.save_file(tensors, part, metadata={"format": "pt"}))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
+    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        WeightsError: if it does not.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise WeightsError(f"{path} is not JSON ({first_line(error)}): get it again") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}: one JSON object is expected")
+    return content
+
+
+def write_pretraining(folder: str | Path, description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write a pretraining model: ``pretraining.safetensors``, then ``pretraining.json`` with its description and checksum."""
+    path = Path(folder) / PRETRAINING_FILE
+    write_weights(path, weights)
+    write_json(path.with_suffix(".json"), {"format": PRETRAINING_FORMAT, **description, "sha256": sha256(path)})
+
+
+def read_pretraining(source: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `write_pretraining` wrote, from a folder or a repository of the Hub: description and weights.
+
+    Raises:
+        WeightsError: if the files are missing or damaged, or do not belong together.
+    """
+    config = locate(source, str(Path(PRETRAINING_FILE).with_suffix(".json")), revision=revision)
+    description = read_json(config)
+    if description.get("format") != PRETRAINING_FORMAT:
+        raise WeightsError(
+            f"{config} has the format {description.get('format')!r}: {PRETRAINING_FORMAT} is expected, upgrade mvmae"
+        )
+    path = locate(source, PRETRAINING_FILE, revision=revision)
+    if sha256(path) != description.get("sha256"):
+        raise WeightsError(f"{path} is not the file that {config.name} was written with (sha256 differs): get both again")
+    return description, read_weights(path)
+
+
+def sha256(path: Path) -> str:
+    """Give the checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
