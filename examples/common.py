@@ -1,7 +1,9 @@
 """What every script needs and no method knows: arguments, processes, schedule, log, pictures of a run, how a run stops."""
 
 import argparse
+import ast
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import timm
 import torch
 import torch.distributed as dist
 from timm.scheduler import CosineLRScheduler
@@ -41,8 +44,8 @@ def run(
     """Parse the command line into ``config``, run ``main``, and turn what goes wrong into one line and an exit code."""
     try:
         main(parse(config, presets, about))
-    except (Stop, ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ModuleNotFoundError) as error:
-        if os.environ.get("MVMAE_TRACEBACK"):
+    except (Stop, ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("MVMAE_TRACEBACK"):  # a mistake of ours rather than of the user's is found more easily so
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         # no clean-up of threads and process groups: after an error they could wait for other processes for ever
@@ -88,6 +91,32 @@ def _without_none(kind: Any) -> Any:
     if isinstance(kind, types.UnionType):
         return next(part for part in typing.get_args(kind) if part is not type(None))
     return kind
+
+
+def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
+    """Build any model that timm knows.
+
+    Args:
+        name: of timm, or with ``hf-hub:`` or ``local-dir:`` in front.
+        arguments: more of timm's options, as ``"patch_size=8 embed_dim=128"``.
+        options: timm's options.
+
+    Raises:
+        Stop: if there is no such model, with near names, or it does not take an argument.
+    """
+    try:
+        typed = {key: ast.literal_eval(value) for key, value in (part.split("=", 1) for part in arguments.split())}
+    except (ValueError, SyntaxError) as error:
+        raise Stop(f"arguments {arguments!r} are not of the form 'patch_size=8 embed_dim=128'") from error
+    known = timm.list_models()
+    if ":" not in name and name.split(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        raise Stop(f"timm has no model {name!r}: " + (f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"))
+    try:
+        model: nn.Module = timm.create_model(name, **typed, **options)
+    except TypeError as error:
+        raise Stop(f"{name} cannot be built so: {error}") from error
+    return model
 
 
 class Processes(NamedTuple):
@@ -178,9 +207,12 @@ class StopSignal:
 
 
 def inject_fault(step: int) -> None:
-    """Kill this process where ``MVMAE_FAULT=kill@STEP`` says so: how tests cut a run in the middle."""
-    if os.environ.get("MVMAE_FAULT") == f"kill@{step}":
+    """Do what ``MVMAE_FAULT`` says, which is how tests cut a run: ``kill@STEP``, or ``slow`` for time to send a signal."""
+    name = os.environ.get("MVMAE_FAULT", "")
+    if name == f"kill@{step}":
         os.kill(os.getpid(), signal.SIGKILL)
+    if name == "slow":
+        time.sleep(0.3)
 
 
 class Log:

@@ -9,14 +9,12 @@
 The defaults are the paper's, or MAE's where the paper is silent. Add --resume to go on with a run that was cut.
 """
 
-import ast
 import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from checkpoint import open_run, save_checkpoint
 from common import (
@@ -25,6 +23,7 @@ from common import (
     Stop,
     StopSignal,
     cosine_schedule,
+    create_encoder,
     draw_curves,
     inject_fault,
     normalize,
@@ -34,13 +33,14 @@ from common import (
     start_processes,
 )
 from features import knn_test, labelled_splits
-from mvmae.data import DataError, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
-from mvmae.hub import export
-from mvmae.sources import ImageSource, open_images
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 import mvmae
+from mvmae.data import DataError, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
+from mvmae.encoding import check_encoder
+from mvmae.hub import export
+from mvmae.sources import ImageSource, open_images
 from mvmae.visualize import reconstruction_picture
 
 
@@ -113,8 +113,8 @@ MAY_CHANGE = frozenset(
 def build_model(config: Config) -> mvmae.MultiViewMAE:
     """Create the encoder and the pretraining model around it, the same for the same seed."""
     torch.manual_seed(config.seed)
-    arguments = {key: ast.literal_eval(value) for key, value in (part.split("=") for part in config.encoder_args.split())}
-    encoder = timm.create_model(config.encoder, pretrained=config.pretrained, img_size=config.image_size, **arguments)
+    options = {"pretrained": config.pretrained, "img_size": config.image_size}
+    encoder = check_encoder(create_encoder(config.encoder, config.encoder_args, **options))
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     return mvmae.MultiViewMAE(
         encoder,

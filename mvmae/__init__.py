@@ -16,5 +16,7 @@ from .model import MultiViewOutput as MultiViewOutput
 from .model import projection_mlp as projection_mlp
 from .patches import patchify as patchify
 from .patches import unpatchify as unpatchify
+from .views import CentreCropTransform as CentreCropTransform
+from .views import MultiViewTransform as MultiViewTransform
 
 __version__ = "0.1.0.dev0"

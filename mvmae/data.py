@@ -76,9 +76,7 @@ class MultiViewDataset(Dataset[Sample]):
         max_bad: So many different bad images may be met before `Loader` stops the run.
     """
 
-    def __init__(
-        self, source: ImageSource, transform: Callable[..., Tensor], *, seed: int = 0, max_bad: int = 100
-    ) -> None:
+    def __init__(self, source: ImageSource, transform: Callable[..., Tensor], *, seed: int = 0, max_bad: int = 100) -> None:
         self.source, self.transform, self.seed, self.max_bad = source, transform, seed, max_bad
 
     def __len__(self) -> int:
@@ -182,9 +180,7 @@ class Loader:
         bad: Name -> reason of the bad images met so far.
     """
 
-    def __init__(
-        self, loader: "DataLoader[Sample]", tracked: "_Tracked", *, max_bad: int, bad_file: Path | None
-    ) -> None:
+    def __init__(self, loader: "DataLoader[Sample]", tracked: "_Tracked", *, max_bad: int, bad_file: Path | None) -> None:
         self._loader, self._tracked, self._max_bad, self._bad_file = loader, tracked, max_bad, bad_file
         self.bad: dict[str, str] = _read_bad(bad_file)
 

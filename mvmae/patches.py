@@ -55,7 +55,7 @@ def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, ph * pw * images.shape[1])
 
 
-def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid_size: tuple[int, int], in_chans: int = 3) -> Tensor:
+def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid_size: tuple[int, int], in_chans: int) -> Tensor:
     """Put patches back together, the inverse of `patchify`.
 
     Args:

@@ -41,9 +41,7 @@ class Box(NamedTuple):
     width: int
 
 
-def draw_box(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
-) -> Box:
+def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random) -> Box:
     """Draw a random resized crop: the distribution of torchvision's `RandomResizedCrop.get_params`.
 
     Args:
@@ -150,9 +148,7 @@ class MultiViewTransform:
             decoder=self.decoder,
         )
 
-    def draw(
-        self, height: int, width: int, *, generator: torch.Generator | None = None
-    ) -> tuple[list[Box], list[bool]]:
+    def draw(self, height: int, width: int, *, generator: torch.Generator | None = None) -> tuple[list[Box], list[bool]]:
         """Draw the V boxes, and whether each is flipped, for an image of this size."""
         rng = random.Random(int(torch.randint(2**62, (), generator=generator)))  # noqa: S311
         boxes, flips = [], []

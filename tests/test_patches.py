@@ -27,7 +27,7 @@ def test_wrong_sizes_are_named_with_the_cure():
     with pytest.raises(ValueError, match=r"\(3, 30, 32\): \(B, C, H, W\) is expected"):
         patchify(torch.zeros(3, 30, 32), 8)
     with pytest.raises(ValueError, match=r"\(B, 16, 192\) is expected for a grid of 4x4"):
-        unpatchify(torch.zeros(1, 15, 192), 8, (4, 4))
+        unpatchify(torch.zeros(1, 15, 192), 8, (4, 4), 3)
 
 
 def test_normalisation_is_per_patch_and_has_an_inverse():

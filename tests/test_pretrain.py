@@ -2,6 +2,7 @@ import json
 import os
 import pty
 import signal
+import termios
 import threading
 import time
 
@@ -65,7 +66,8 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert json.loads((folder / "run" / "config.json").read_text())["batch_size"] == 8
     assert list(losses(folder)) == list(range(1, 13))
     for picture in ("curves.png", "reconstructions.png"):
-        assert min(Image.open(folder / "run" / picture).size) > 100
+        with Image.open(folder / "run" / picture) as image:
+            assert min(image.size) > 100
     assert "timm.create_model(" in result.out and "step 12 " in result.out and "\r" not in result.out + result.err
 
 
@@ -121,6 +123,7 @@ def test_two_processes_see_the_same_images_crops_and_masks(whole, images, tmp_pa
 
 def test_on_a_terminal_a_bar_shows(images, tmp_path):
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 100))
     seen = bytearray()
 
     def read():
