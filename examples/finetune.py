@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import classify
+import labelled
+import models
 import numpy as np
 import torch
 from checkpoint import open_run, save_checkpoint, write_text
-from classify import Labelled, Seeded
 from common import (
     Log,
     Processes,
@@ -35,6 +35,7 @@ from common import (
     run,
     start_processes,
 )
+from labelled import Labelled, Seeded
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -146,12 +147,12 @@ def validate(config: Config, model: nn.Module, data: Labelled, processes: Proces
     counts = torch.zeros(4, dtype=torch.float64, device=processes.device)
     model.eval()
     batches = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
-    for images, indices in classify.each_once(data.val, transform, processes, **batches):
-        with classify.autocast(config.precision, processes.device):
+    for images, indices in labelled.each_once(data.val, transform, processes, **batches):
+        with labelled.autocast(config.precision, processes.device):
             logits = model(images)
-        counts += classify.count_right(logits, labels[indices])
+        counts += labelled.count_right(logits, labels[indices])
     model.train()
-    return classify.accuracy(counts, processes)
+    return labelled.accuracy(processes.mean(counts))
 
 
 class Run:
@@ -208,7 +209,7 @@ def train(
         schedule.step_update(step - 1)
         images, target = batch.views.to(device, non_blocking=True), labels[batch.indices.to(device)]
         images, target = mixup(images, target)  # (B, C, H, W), (B, classes)
-        with classify.autocast(config.precision, device):
+        with labelled.autocast(config.precision, device):
             logits = model(images)
         loss = cross_entropy(logits.float(), target)
         loss.backward()
@@ -235,7 +236,7 @@ def train(
             if result["top1"] > current.best:
                 current.best = result["top1"]
                 if processes.rank == 0:
-                    classify.save_classifier(current.evaluated, folder / "best", data.class_names)
+                    models.save_classifier(current.evaluated, folder / "best", data.class_names)
         if step % config.save_every == 0 or last or stopped:
             save()
         inject_fault(step)
@@ -249,14 +250,12 @@ def main(config: Config) -> None:
     """Set up, train, write the result."""
     processes, start = start_processes(config.device), time.monotonic()
     folder, first = Path(config.output_dir), processes.rank == 0
-    data = classify.open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
+    data = labelled.open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
     if config.batch_size // processes.world_size % 2:
         raise Stop(f"--batch-size {config.batch_size} on {processes.world_size} processes: mixup needs an even number on each")
     torch.manual_seed(config.seed)
-    model = classify.load_backbone(
-        config.model, arch=config.arch, image_size=config.image_size, drop_path_rate=config.drop_path
-    )
-    classify.add_head(model, len(data.class_names), std=config.head_std)
+    model = models.load_backbone(config.model, arch=config.arch, image_size=config.image_size, drop_path_rate=config.drop_path)
+    models.add_head(model, len(data.class_names), std=config.head_std)
     current = Run(config, model.to(processes.device))
     steps = config.epochs * (len(data.train) // config.batch_size)
     sampler = StepSampler(
@@ -279,7 +278,7 @@ def main(config: Config) -> None:
         if first:
             save_checkpoint(folder, {**current.state(), "settings": settings})
 
-    loader = classify.training_loader(
+    loader = labelled.training_loader(
         data.train, training_transform(config, model), sampler, workers=config.workers, max_bad=config.max_bad
     )
     try:
@@ -289,7 +288,7 @@ def main(config: Config) -> None:
     log.close()
     if first:
         result = result or validate(config, current.evaluated, data, processes)
-        classify.save_classifier(current.evaluated, folder / "last", data.class_names)
+        models.save_classifier(current.evaluated, folder / "last", data.class_names)
         about = {"model": config.model, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
         about |= {**result, "best_top1": current.best, "seconds": round(time.monotonic() - start, 1)}
         write_text(folder / "results.json", json.dumps(about, indent=2) + "\n")
