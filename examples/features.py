@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from common import normalize
+from torch import Tensor
+
 from mvmae.metrics import knn_accuracy
 from mvmae.sources import ImageSource, SplitError, open_images
 from mvmae.views import CentreCropTransform
-from torch import Tensor
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -46,4 +47,4 @@ def knn_test(encode: Encode, splits: Sequence[ImageSource], transform: CentreCro
     if not splits:
         return None
     train, held_out = (extract(encode, split, transform, **options) for split in splits)  # type: ignore[arg-type]
-    return 100 * float(knn_accuracy(*train, *held_out))
+    return 100 * knn_accuracy(*train, *held_out)

@@ -10,7 +10,6 @@ The defaults are the paper's, or MAE's where the paper is silent. Add --resume t
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from checkpoint import open_run, save_checkpoint
 from common import (
     Log,
+    Meter,
     Processes,
     Stop,
     StopSignal,
@@ -69,6 +69,7 @@ class Config:
     epochs: int = option(1600, "passes over the images (paper)")
     warmup_epochs: float = option(40, "of a linearly rising learning rate (paper)")
     batch_size: int = option(256, "images of a step over all processes (paper)")
+    accumulate: int = option(1, "parts that a batch is cut into to save memory, for the same loss and gradients")
     base_lr: float = option(1.5e-4, "learning rate for a batch of 256; scaled with the batch (paper, MAE)")
     weight_decay: float = option(0.05, "of AdamW, not on 1-D parameters (MAE)")
     beta2: float = option(0.95, "of AdamW; beta1 is 0.9 (paper)")
@@ -105,7 +106,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 MAY_CHANGE = frozenset(
-    {"output_dir", "resume", "device", "compile", "grad_checkpointing", "workers", "max_bad", "max_steps"}
+    {"output_dir", "resume", "device", "accumulate", "compile", "grad_checkpointing", "workers", "max_bad", "max_steps"}
     | {"save_every", "log_every", "knn_images", "epochs"}
 )
 
@@ -156,28 +157,13 @@ def build_loader(config: Config, source: ImageSource, model: mvmae.MultiViewMAE,
     return make_loader(dataset, sampler, num_workers=config.workers, pin_memory=cuda, bad_file=bad_file)
 
 
-class Meter:
-    """Means of the losses over the steps since the last line of the log, kept on the device."""
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes, self.steps = processes, 0
-        self.sums = torch.zeros(3, device=processes.device)
-
-    def add(self, output: mvmae.MultiViewOutput) -> None:
-        self.sums += torch.stack([output.loss, output.loss_rec, output.loss_con]).detach()
-        self.steps += 1
-
-    def check(self, step: int) -> None:
-        """Stop, in all processes, where a loss was not a number in any of them."""
-        for name, value in zip(("total", "reconstruction", "contrastive"), reversed(self.sums.tolist()), strict=True):
-            if self.processes.any(not math.isfinite(value)):
-                raise Stop(f"the {name} loss is not finite at step {step}: the last checkpoint is from before", 1)
-
-    def means(self, step: int) -> dict[str, float]:
-        self.check(step)
-        values = (self.processes.mean(self.sums) / self.steps).tolist()
-        self.sums, self.steps = torch.zeros_like(self.sums), 0
-        return dict(zip(("loss", "loss_rec", "loss_con"), values, strict=True))
+def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int) -> mvmae.Losses:
+    """Compute losses and gradients of a batch, whole or in parts."""
+    if parts > 1:
+        return mvmae.backward_in_parts(model, views, parts, mask=mask)
+    output = model(views, mask=mask)
+    output.loss.backward()
+    return mvmae.Losses(*(loss.detach() for loss in (output.loss, output.loss_rec, output.loss_con)))
 
 
 def train(
@@ -203,13 +189,12 @@ def train(
         schedule.step_update(step - 1)
         views = normalize(batch.views.to(device, non_blocking=True), mean, std)  # (B, V, C, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = trained(views, mask=step_masks(model, config, step, processes))
-        output.loss.backward()
+            losses = backward(trained, views, step_masks(model, config, step, processes), config.accumulate)
         if config.clip_grad:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        meter.add(output)
+        meter.add(losses._asdict())
         log.advance(step)
         last, stopped = step == sampler.num_steps, processes.any(stop.received is not None)
         if step % config.log_every == 0 or last:

@@ -3,18 +3,21 @@
 Shapes: B images, V views, C channels, H x W pixels, P patch side, L patches, K visible, T prefix tokens, D encoder width.
 """
 
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from .architecture import describe_pretraining, pretraining_arguments
 from .decoder import MAEDecoder
 from .encoders import SinCosVisionTransformer
 from .encoding import check_encoder, encode_visible
 from .losses import LossOn, NTXentLoss, ReconstructionLoss
 from .masking import Mask, num_visible, random_mask
 from .patches import grid_size, patchify
+from .pretrained import check_weights, read_pretraining, write_pretraining
 
 Pool = Literal["avg", "token"]
 
@@ -192,6 +195,31 @@ class MultiViewMAE(nn.Module):
         z = self.pool_tokens(tokens)
         batch_and_views = views.shape[:2]
         return Latents(tokens, z.unflatten(0, batch_and_views), self.projector(z).unflatten(0, batch_and_views))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> "MultiViewMAE":
+        """Load what `save_pretrained` wrote: encoder, decoder, projector and options, ready to go on pretraining.
+
+        Args:
+            source: a folder, or ``owner/name`` of a repository of the Hub.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            WeightsError: if the files are missing or damaged, or do not belong together.
+        """
+        description, weights = read_pretraining(source, revision=revision)
+        model = cls(**pretraining_arguments(description))
+        check_weights(weights, model.state_dict(), source=source)
+        model.load_state_dict(weights)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model to ``pretraining.safetensors`` and ``pretraining.json`` in a folder.
+
+        Raises:
+            WeightsError: if JSON cannot describe the encoder or the projector, or a weight is NaN or infinite.
+        """
+        write_pretraining(folder, describe_pretraining(self), self.state_dict())
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """Give the latent vector of each view that Eq. 4 compares.

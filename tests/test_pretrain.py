@@ -121,6 +121,13 @@ def test_two_processes_see_the_same_images_crops_and_masks(whole, images, tmp_pa
     assert losses(tmp_path) == pytest.approx(losses(whole[0]), rel=1e-5)
 
 
+def test_a_batch_in_parts_gives_the_same_losses(whole, images, tmp_path):
+    result = pretrain(tmp_path, images, "--max-steps", 6, "--workers", 0, "--accumulate", 4)
+    assert result.code == 0, result.err
+    expected = {step: loss for step, loss in losses(whole[0]).items() if step <= 6}
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-5)
+
+
 def test_on_a_terminal_a_bar_shows(images, tmp_path):
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 100))
