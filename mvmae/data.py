@@ -27,6 +27,7 @@ from .images import ImageError, ImageLike
 
 Key = tuple[int, int]
 _MAX_TRIES = 10
+_DIED = "a loading worker died (out of memory?): "
 _workers: WeakSet[BaseProcess] = WeakSet()
 _logger = logging.getLogger(__name__)
 
@@ -203,9 +204,12 @@ class Loader:
                 return
             except Exception as error:
                 reason = explain_loader_error(error)
+                if reason is None and isinstance(error, (ConnectionError, EOFError)):
+                    reason = _DIED + type(error).__name__
                 if reason is None:
                     raise
-                raise DataError(reason + self._tracked.in_flight()) from error
+                at = "" if isinstance(error, DataError) else self._tracked.in_flight()
+                raise DataError(reason + at) from error
             self._report(batch.bad)
             yield batch
 
@@ -303,9 +307,7 @@ def explain_loader_error(error: BaseException) -> str | None:
     if "DataLoader timed out" in text:
         return f"no batch came in time ({text.rstrip('.')})"
     died = "DataLoader worker" in text and ("killed" in text or "exited" in text)
-    if died or isinstance(error, (ConnectionResetError, BrokenPipeError, EOFError)):
-        return f"a loading worker died (out of memory?): {' '.join(text.split()) or type(error).__name__}"
-    return None
+    return _DIED + " ".join(text.split()) if died else None
 
 
 class _Tracked(Dataset[Sample]):

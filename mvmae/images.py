@@ -71,12 +71,16 @@ class OpenedImage:
 
     @cached_property
     def orientation(self) -> int:
-        """EXIF orientation, 1 to 8 (1 where there is none)."""
+        """EXIF orientation that `decode` leaves to do, 1 to 8 (1 where there is none)."""
         if not isinstance(self._image, Image.Image):
             return 1
         try:
-            if self._image.format == "PNG":  # its EXIF may stand behind the pixels
+            if self._image.format in (
+                "PNG",
+                "TIFF",
+            ):  # EXIF may stand behind a PNG's pixels; Pillow turns a TIFF itself
                 self._image.load()
+                self.width, self.height = self._image.size
         except Exception as error:
             raise ImageError(self.name, _reason(error)) from error
         return _orientation(self._image)
@@ -111,6 +115,9 @@ class OpenedImage:
     def _decode(self, channels: int, size: tuple[int, int], reduction: int, decoder: str) -> Pixels:
         if not isinstance(self._image, Image.Image):
             return with_channels(to_uint8(self._image), channels)
+        other = channels not in (1, 3, len(self._image.getbands()))
+        if other and self._encoded is not None and self._image.format == "TIFF":  # Pillow drops nameless bands
+            return with_channels(to_uint8(_read_tiff(self._encoded)), channels)
         if self.reducible and self._encoded is not None:
             _refuse_zero_tail(self._encoded)
             if decoder == "fast" and simplejpeg is not None and channels in (1, 3) and self._image.mode in ("L", "RGB"):
@@ -203,7 +210,7 @@ def _pillow_open(encoded: bytes) -> Image.Image:
 
 
 def _read_tiff(encoded: bytes) -> "NDArray[Any]":
-    """Bands that Pillow cannot read."""
+    """All bands of a TIFF, of which Pillow reads some kinds only."""
     try:
         import tifffile
     except ImportError as error:
