@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -196,7 +197,8 @@ class Loader:
         """
         others = set(multiprocessing.active_children())
         batches = iter(self._loader)
-        _workers.update(set(multiprocessing.active_children()) - others)
+        workers = set(multiprocessing.active_children()) - others
+        _workers.update(workers)
         while True:
             try:
                 batch: Batch = next(batches)
@@ -209,6 +211,7 @@ class Loader:
                 if reason is None:
                     raise
                 at = "" if isinstance(error, DataError) else self._tracked.in_flight()
+                _kill(workers)
                 raise DataError(reason + at) from error
             self._report(batch.bad)
             yield batch
@@ -348,11 +351,19 @@ def _start_worker(_: int) -> None:
 
 def _end_workers() -> None:
     """Workers ignore SIGTERM, so that without this the exit would wait for them for ever."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in list(_workers):
+    _kill(list(_workers))
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """End workers at once, stuck ones too, without torch's handler of SIGCHLD raising an error for it."""
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    for worker in workers:
         if worker.is_alive():
             worker.kill()
+        worker.join(5)
+    if main:
+        signal.signal(signal.SIGCHLD, previous)
 
 
 def _generator(*numbers: int) -> torch.Generator:

@@ -35,7 +35,7 @@ class DatasetSource(ImageSource):
         labels = _labels_of(dataset)
         if labels is not None and np.shape(labels) == (size,) and np.asarray(labels).dtype.kind in "iu":
             self.labels = np.asarray(labels, dtype=np.int64)
-            self.class_names = tuple(map(str, getattr(dataset, "classes", np.unique(self.labels))))
+            self.class_names = _classes_of(dataset) or tuple(map(str, np.unique(self.labels)))
 
     def __len__(self) -> int:
         return self._size
@@ -120,6 +120,12 @@ def _open_timm(data: str, split: str) -> DatasetSource:
         except (ValueError, RuntimeError, OSError, AssertionError, ImportError) as caught:
             error = error or caught
     raise ValueError(f"{data} cannot be opened as split {split}: {' '.join(str(error).split())}") from error
+
+
+def _classes_of(dataset: Any) -> tuple[str, ...]:
+    features = getattr(dataset, "features", None)
+    label = features.get("label") if isinstance(features, Mapping) else None  # Hugging Face
+    return tuple(map(str, getattr(dataset, "classes", None) or getattr(label, "names", None) or ()))
 
 
 def _labels_of(dataset: Any) -> Any:
