@@ -96,14 +96,13 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: VisionTransformer) -
 def _check_encoder_weights(weights: dict[str, Tensor], model: VisionTransformer) -> None:
     """Check all but what timm itself adapts afterwards: another number of classes, another number of channels."""
     expected = model.state_dict()
-    if model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes"):
-        if "head.weight" in weights and weights["head.weight"].shape[:1] != (model.num_classes,):
-            _logger.warning(
-                "the checkpoint's head of %d classes is left out: the model has %d",
-                len(weights["head.weight"]),
-                model.num_classes,
-            )
-        for key in ("head.weight", "head.bias"):
+    head = ("head.weight", "head.bias")
+    fits = all(key in weights and key in expected and weights[key].shape == expected[key].shape for key in head)
+    if not fits and model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes"):
+        if head[0] in weights:
+            classes = len(weights[head[0]])
+            _logger.warning("the checkpoint's head of %d classes is left out: the model has %d", classes, model.num_classes)
+        for key in head:
             weights.pop(key, None)
             expected.pop(key, None)
     proj = "patch_embed.proj.weight"

@@ -1,16 +1,35 @@
 """From a model to a folder that timm, transformers and `mvmae` load, to the Hub, and back from other people's files."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .architecture import describe_encoder, describe_pretraining
+from .architecture import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
+from .checkpoints import load_encoder as load_encoder
+from .checkpoints import load_pretraining as load_pretraining
 from .encoding import check_encoder
 from .model import MultiViewMAE
-from .pretrained import CONFIG_FILE, WEIGHTS_FILE, write_json, write_weights
+from .pretrained import (
+    CONFIG_FILE,
+    PRETRAINING_FILE,
+    WEIGHTS_FILE,
+    WeightsError,
+    hub_causes,
+    locate,
+    read_json,
+    replace_file,
+    sha256,
+    write_json,
+    write_weights,
+)
+
+CARD_FILE = "README.md"
+PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, PRETRAINING_FILE, "pretraining.json", CARD_FILE, "curves.png", "reconstructions.png"]
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -22,6 +41,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return (
         describe_pretraining(model) if isinstance(model, MultiViewMAE) else describe_encoder(check_encoder(model), plain=False)
     )
+
+
+def build(description: Mapping[str, Any]) -> nn.Module:
+    """Build the untrained model that `describe` described.
+
+    Raises:
+        WeightsError: if it describes none.
+    """
+    return MultiViewMAE(**pretraining_arguments(description)) if "encoder" in description else build_encoder(description)
 
 
 def export(
@@ -106,3 +134,90 @@ def _timm_config(
             "classifier": "head",
         },
     }
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    repo: str,
+    datasets: Sequence[str] = (),
+    license: str = "apache-2.0",
+    metrics: Mapping[str, float] | None = None,
+    command: str = "",
+    commit: str = "",
+    hardware: str = "",
+) -> Path:
+    """Write the model card of an exported folder, README.md: what it is, how to load it, how it was made and measured.
+
+    Args:
+        folder: as `export` wrote it; a ``curves.png`` there is shown.
+        repo: ``owner/name`` of the repository that it is for.
+        datasets: names of the images it was trained on, as the Hub has them.
+        license: of the weights, as the Hub spells it.
+        metrics: what was measured on these weights; nothing else belongs here.
+        command: that trained them.
+        commit: of this package.
+        hardware: that it ran on.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        WeightsError: if the folder holds no export.
+    """
+    folder = Path(folder)
+    config = read_json(locate(folder, CONFIG_FILE))
+    whole, classes = (folder / PRETRAINING_FILE).exists(), config["num_classes"]
+    metadata = {
+        "license": license,
+        "library_name": "timm",
+        "pipeline_tag": "image-classification" if classes else "image-feature-extraction",
+        "tags": ["timm", "transformers", "mvmae", "masked-autoencoder", "self-supervised-learning"],
+        "datasets": list(datasets),
+    }
+    made = {"Images": ", ".join(datasets), "Command": command and f"`{command}`", "Commit": commit, "Hardware": hardware}
+    files = {name: sha256(folder / name) for name in (WEIGHTS_FILE, PRETRAINING_FILE) if (folder / name).exists()}
+    parts = [
+        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()) + "---",
+        f"# {repo.partition('/')[2]}",
+        f"A {config['architecture']} pretrained by the Multi-View Masked Autoencoder (https://doi.org/10.3390/app132212413)"
+        + (f", with a head of {classes} classes." if classes else "."),
+        f"```python\nimport timm\n\nmodel = timm.create_model({f'hf-hub:{repo}'!r}, pretrained=True)\n```",
+        f"```python\nimport mvmae\n\nmodel = mvmae.MultiViewMAE.from_pretrained({repo!r})  # to go on pretraining\n```"
+        if whole
+        else "",
+        "## Training\n\n" + "\n".join(f"- {key}: {value or 'not recorded'}" for key, value in made.items()),
+        "![Losses of the run](curves.png)" if (folder / "curves.png").exists() else "",
+        "## Measured\n\n" + ("\n".join(f"- {key}: {value:g}" for key, value in (metrics or {}).items()) or "Nothing yet."),
+        "## Files\n\n" + "\n".join(f"- {name}: sha256 {value}" for name, value in files.items()),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    replace_file(folder / CARD_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+    return folder / CARD_FILE
+
+
+def push(folder: str | Path, repo: str, *, private: bool = False, message: str = "Add the model") -> str:
+    """Upload an exported folder to a repository of the Hub, in one commit.
+
+    Args:
+        folder: as `export` and `write_card` wrote it; other files in it stay where they are.
+        repo: ``owner/name``; created unless it is there.
+        private: create it as a private one.
+        message: of the commit.
+
+    Returns:
+        The commit, for ``hf-hub:owner/name@commit``.
+
+    Raises:
+        WeightsError: if the folder holds no export, the repository is public where a private one was asked for, or the Hub
+            refuses.
+    """
+    locate(folder, WEIGHTS_FILE)
+    with hub_causes(repo, str(folder), None):
+        api = HfApi(library_name="mvmae")
+        api.create_repo(repo, private=private, exist_ok=True)
+        public = private and not api.repo_info(repo).private
+    if public:
+        raise WeightsError(f"{repo} exists and is public: make it private on the Hub first, or push without private")
+    with hub_causes(repo, str(folder), None):
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=PUBLISHED).oid)

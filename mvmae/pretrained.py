@@ -54,12 +54,13 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
             f"{str(source)!r} is neither a folder nor a repository: an existing folder or owner/name is expected"
         )
     repo, revision = match[1], revision or match[2]
-    with _hub_causes(repo, filename, revision):
+    with hub_causes(repo, filename, revision):
         return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir))
 
 
 @contextmanager
-def _hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None]:
+def hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line with the cause and the cure."""
     try:
         yield
     except errors.GatedRepoError as error:
@@ -79,7 +80,7 @@ def _hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None
     except errors.EntryNotFoundError as error:
         raise WeightsError(f"{repo} holds no {filename}: a repository written by mvmae's export is expected") from error
     except Exception as error:  # the client's HTTP library, and with it the class of a cut connection, changes with its version
-        raise WeightsError(f"{filename} of {repo} cannot be downloaded: {first_line(error)}; try again") from error
+        raise WeightsError(f"{filename} of {repo} cannot be moved: {first_line(error)}; try again") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -36,6 +36,7 @@ LAYERS = {
     "model": ("patches masking losses metrics encoding encoders decoder pretrained architecture", "torch timm", ""),
     "dense": ("encoders", "torch timm torchvision", ""),
     "visualize": (ABOVE, "torch numpy PIL", ""),
+    "checkpoints": ("encoders encoding model patches pretrained", "torch timm", ""),
     "hub": (ABOVE, "torch timm safetensors huggingface_hub", ""),
     "__init__": (ABOVE, "timm", ""),
 }
