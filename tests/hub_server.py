@@ -1,4 +1,4 @@
-"""A small Hub on the loopback address: what huggingface_hub's client asks for to create, upload to and download from a repository.
+"""A small Hub on the loopback address: what huggingface_hub's client asks for to create, fill and read a repository.
 
 Regular files lie in commits, large ones behind a redirect to another host name, as on the real Hub. Faults can be asked for.
 """
