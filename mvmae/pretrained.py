@@ -39,8 +39,9 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
     Raises:
         WeightsError: if there is no such file, or it cannot be downloaded.
     """
-    folder = Path(str(source).removeprefix("local-dir:"))
-    if folder.is_dir():
+    text = str(source)
+    folder = Path(text.removeprefix("local-dir:"))
+    if folder.is_dir() and not text.startswith("hf-hub:"):
         if revision is not None:
             raise WeightsError(
                 f"revision {revision!r} was given with the folder {folder}: only a repository of the Hub has them"
@@ -79,6 +80,10 @@ def hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None]
         ) from error
     except errors.EntryNotFoundError as error:
         raise WeightsError(f"{repo} holds no {filename}: a repository written by mvmae's export is expected") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "an error"
+        cure = "log in with `hf auth login`, with an account that may" if status in (401, 403) else "try again later"
+        raise WeightsError(f"{constants.ENDPOINT} answers {status} for {repo} ({filename}): {cure}") from error
     except Exception as error:  # the client's HTTP library, and with it the class of a cut connection, changes with its version
         raise WeightsError(f"{filename} of {repo} cannot be moved: {first_line(error)}; try again") from error
 

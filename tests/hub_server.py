@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        if self.hub.errors:
+        if self.hub.errors and "/resolve/" in path:
             self.hub.errors -= 1
             return self.refuse(503, "", "Service Unavailable")
         if match := re.fullmatch(r"/lfs/(\w+)", path):
@@ -100,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             repo = self.hub.repos.get(match[1])
             if repo is None:
-                return self.refuse(401, "", "Invalid username or password.")
+                return self.refuse(401, "RepoNotFound", "Invalid username or password.")
             name, files = repo.files(match[2] or "main") or ("", {})
             siblings = [{"rfilename": file} for file in files]
             return self.reply(200, {"id": match[1], "sha": name, "private": repo.private, "siblings": siblings, "tags": []})
@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, repo_id: str, revision: str, name: str) -> None:
         repo = self.hub.repos.get(repo_id)
         if repo is None:
-            return self.refuse(401, "", "Invalid username or password.")
+            return self.refuse(401, "RepoNotFound", "Invalid username or password.")
         if repo.gated:
             return self.refuse(403, "GatedRepo", f"Access to model {repo_id} is restricted.")
         found = repo.files(revision)
