@@ -1,0 +1,199 @@
+"""What features are worth: k-NN accuracy with labels; effective rank, alignment, uniformity and collapse without.
+
+Shapes: N features in the bank or the set, Q queries, D width of a feature, k neighbours. Everything runs in chunks, so that
+memory grows with N * D and never with N * Q or N * N.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COLLAPSED_RANK = 2.0
+"""Features that differ by one per cent of their length have about this effective rank; those of an untrained ViT have 20."""
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float | None = 0.07,
+    chunk_size: int = 1024,
+) -> float:
+    """Give the share of queries that their nearest neighbours label rightly, in 0 to 1.
+
+    Args:
+        train_features: the bank, (N, D), of any length.
+        train_labels: (N,) integers.
+        test_features: the queries, (Q, D).
+        test_labels: (Q,) integers.
+        k: neighbours that vote (Wu et al., 2018; DINO: 20).
+        temperature: as in `knn_predict`, like ``chunk_size``.
+        chunk_size: queries at a time.
+
+    Raises:
+        ValueError: as in `knn_predict`, or if features and labels differ in number.
+    """
+    if test_labels.shape != test_features.shape[:1]:
+        raise ValueError(f"{tuple(test_labels.shape)} labels do not fit {tuple(test_features.shape)} features")
+    predicted = knn_predict(train_features, train_labels, test_features, k=k, temperature=temperature, chunk_size=chunk_size)
+    return float((predicted == test_labels.to(predicted.device)).double().mean())
+
+
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    k: int = 20,
+    temperature: float | None = 0.07,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """Give each query the label for which its k nearest features vote, by cosine similarity.
+
+    A neighbour's vote weighs exp(similarity / temperature) (Wu et al., 2018, as used by DINO). The smallest label wins a tie.
+
+    Args:
+        train_features: the bank, (N, D), of any length; on any device, from which it is brought to the queries' in parts.
+        train_labels: (N,) integers.
+        test_features: the queries, (Q, D).
+        k: neighbours that vote, 1 to N.
+        temperature: of a vote's weight, above 0; None lets every neighbour count the same.
+        chunk_size: queries at a time, compared with sixteen times as many features of the bank.
+
+    Returns:
+        (Q,) labels, on the device of the queries.
+
+    Raises:
+        ValueError: if shapes do not agree, k or temperature is out of range, or a feature is not finite.
+    """
+    _check_features(train_features)
+    if test_features.ndim != 2 or test_features.shape[1] != train_features.shape[1]:
+        raise ValueError(
+            f"{tuple(test_features.shape)} and {tuple(train_features.shape)} features do not compare: (Q, D), (N, D) expected"
+        )
+    if train_labels.shape != train_features.shape[:1]:
+        raise ValueError(f"{tuple(train_labels.shape)} labels do not fit {tuple(train_features.shape)} features")
+    if not 1 <= k <= len(train_features):
+        raise ValueError(f"k {k} is out of range: 1 to {len(train_features)}, the number of labelled features, is expected")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature {temperature} is out of range: a number above 0, or None, is expected")
+    classes, labels = train_labels.to(test_features.device).unique(return_inverse=True)
+    predicted = [test_features.new_empty(0, dtype=torch.long)]
+    for queries in test_features.split(chunk_size):
+        similarity, neighbours = _nearest(_unit(queries), train_features, k, 16 * chunk_size)  # (Q, k) each
+        if similarity.isnan().any():
+            raise ValueError("a feature is NaN or infinite: the encoder has diverged, or its images are not normalised")
+        # the nearest one's weight is 1: ratios of votes stay, and no temperature is too low for exp
+        votes = torch.ones_like(similarity) if temperature is None else ((similarity - similarity[:, :1]) / temperature).exp()
+        total = votes.new_zeros(len(queries), len(classes)).scatter_add_(1, labels[neighbours], votes)
+        predicted.append(total.argmax(dim=1))
+    result: Tensor = classes[torch.cat(predicted)]
+    return result
+
+
+def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Give the k largest similarities and where they stand in the bank, (Q, k) each, the largest first."""
+    best = queries.new_empty(len(queries), 0)
+    places = torch.empty_like(best, dtype=torch.long)
+    for start in range(0, len(bank), chunk_size):
+        part = _unit(bank[start : start + chunk_size].to(queries.device)).to(queries.dtype)
+        similarity, place = (queries @ part.T).topk(min(k, len(part)), dim=1)
+        best, places = torch.cat([best, similarity], dim=1), torch.cat([places, place + start], dim=1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        places = places.gather(1, order)
+    return best, places
+
+
+def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
+    """Give the number of directions that the features use: RankMe (Garrido et al., 2023).
+
+    exp(-sum_i p_i log p_i) with p_i = sigma_i / sum_j sigma_j, the singular values of the (N, D) matrix of features: 1 where
+    all are the same vector, min(N, D) where all directions are used alike. Taken from the D x D products, in float64.
+
+    Args:
+        features: (N, D), not normalised, neither centred.
+        chunk_size: features at a time.
+
+    Raises:
+        ValueError: if there is no feature, or one is not finite.
+    """
+    _check_features(features)
+    gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
+    for part in features.split(chunk_size):
+        part = part.double()
+        gram.addmm_(part.T, part)
+    if not gram.isfinite().all():
+        raise ValueError("a feature is NaN or infinite: the encoder has diverged, or its images are not normalised")
+    sigma = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p: Tensor = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny)
+    return float(torch.special.entr(p).sum().exp())
+
+
+def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> float:
+    """Give how far apart two views of an image lie: mean of |x - y|^alpha (Wang & Isola, 2020); 0 is best.
+
+    Args:
+        x: features of one view, (N, D), of any length: they are normalised here.
+        y: features of the other view of the same images, in the same order, (N, D).
+        alpha: exponent (theirs: 2).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"{tuple(x.shape)} and {tuple(y.shape)} features are no pairs: the same shape is expected")
+    _check_features(x)
+    return float((_unit(x) - _unit(y)).norm(dim=1).pow(alpha).mean())
+
+
+def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> float:
+    """Give how evenly features cover the sphere: log mean of exp(-t |x - y|^2) over all pairs (Wang & Isola, 2020).
+
+    0 where all features are the same vector, about -2t where they cover the sphere: lower is better.
+
+    Args:
+        features: (N, D) with N >= 2, of any length: they are normalised here.
+        t: sharpness (theirs: 2).
+        chunk_size: features at a time; the time grows with N * N.
+
+    Raises:
+        ValueError: if there are fewer than two features.
+    """
+    _check_features(features, at_least=2)
+    features, parts = _unit(features), []
+    for start in range(0, len(features), chunk_size):
+        part, others = features[start : start + chunk_size], features[start:]
+        distance = (2 - 2 * part @ others.T).clamp(min=0)  # of unit vectors, squared
+        pair = torch.ones_like(distance, dtype=torch.bool).triu(diagonal=1)  # each pair once
+        parts.append((-t * distance).masked_fill(~pair, -torch.inf).flatten().double().logsumexp(dim=0))
+    pairs = len(features) * (len(features) - 1) / 2
+    return float(torch.stack(parts).logsumexp(dim=0)) - math.log(pairs)
+
+
+def collapse_warning(features: Tensor | float) -> str | None:
+    """Give a line to warn with where all images have become one and the same vector; None where they have not.
+
+    Args:
+        features: (N, D) of different images, or their `effective_rank`.
+    """
+    rank = effective_rank(features) if isinstance(features, Tensor) else features
+    if rank >= COLLAPSED_RANK:
+        return None
+    return (
+        f"the representation has collapsed: the effective rank of the features is {rank:.3f}, all images are (nearly) one "
+        "vector; lower the learning rate or loss_weight, or look for images that are all the same"
+    )
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
+
+
+def _check_features(features: Tensor, at_least: int = 1) -> None:
+    if features.ndim != 2 or len(features) < at_least:
+        raise ValueError(f"features have the shape {tuple(features.shape)}: (N, D) with N >= {at_least} is expected")

@@ -1,0 +1,170 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsClassifier
+
+from mvmae.metrics import alignment, collapse_warning, effective_rank, knn_accuracy, knn_predict, uniformity
+
+
+@pytest.fixture
+def labelled():
+    """2000 vectors of 10 overlapping classes in 32 dimensions, and 300 queries, in float64 so that no two distances tie."""
+    centres = torch.randn(10, 32, dtype=torch.float64)
+    train_labels, test_labels = torch.randint(10, (2000,)), torch.randint(10, (300,))
+    train, test = (centres[labels] + 2 * torch.randn(len(labels), 32) for labels in (train_labels, test_labels))
+    return train, train_labels, test, test_labels
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 200])
+@pytest.mark.parametrize("temperature", [None, 0.07, 0.5])
+def test_knn_equals_that_of_scikit_learn(labelled, k, temperature):
+    train, train_labels, test, test_labels = labelled
+    weights = "uniform" if temperature is None else lambda distance: np.exp((1 - distance) / temperature)
+    peer = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(train.numpy(), train_labels.numpy())
+    predicted = knn_predict(train, train_labels, test, k=k, temperature=temperature, chunk_size=37)
+    assert torch.equal(predicted, torch.from_numpy(peer.predict(test.numpy())))
+    accuracy = knn_accuracy(train, train_labels, test, test_labels, k=k, temperature=temperature)
+    assert accuracy == pytest.approx(peer.score(test.numpy(), test_labels.numpy()))
+    assert 0.3 < accuracy < 0.99
+
+
+def test_knn_equals_a_loop_over_queries(labelled):
+    train, labels, test, _ = labelled
+    for query, predicted in zip(test[:20], knn_predict(train, labels, test[:20]), strict=True):
+        similarity = F.cosine_similarity(train, query[None])
+        votes = [0.0] * 10
+        for i in similarity.argsort(descending=True)[:20].tolist():
+            votes[labels[i]] += math.exp(similarity[i] / 0.07)
+        assert votes.index(max(votes)) == predicted
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 64, 5000])
+def test_chunks_change_nothing(labelled, chunk_size):
+    train, labels, test, _ = labelled
+    whole = knn_predict(train, labels, test, chunk_size=100_000)
+    assert torch.equal(knn_predict(train, labels, test, chunk_size=chunk_size), whole)
+    assert uniformity(test, chunk_size=chunk_size) == pytest.approx(uniformity(test, chunk_size=100_000), abs=1e-12)
+    assert effective_rank(test, chunk_size=chunk_size) == pytest.approx(effective_rank(test), abs=1e-9)
+
+
+def test_labels_may_be_any_integers_and_the_smallest_wins_a_tie():
+    train = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([7, -3, 100])
+    assert knn_predict(train, labels, torch.tensor([[0.1, 2.0]]), k=3, temperature=None).tolist() == [-3]
+    assert knn_predict(train, labels, torch.tensor([[1.0, 0.0]]), k=2).tolist() == [-3]
+    assert knn_predict(train, labels, torch.tensor([[0.1, 2.0]]), k=3).tolist() == [100]
+
+
+def test_the_length_of_a_feature_does_not_matter_and_a_low_temperature_does_not_overflow(labelled):
+    train, labels, test, _ = labelled
+    scaled = knn_predict(1e4 * train, labels, 1e-4 * test, temperature=1e-3)
+    assert torch.equal(scaled, knn_predict(train, labels, test, temperature=1e-3))
+    nearest_wins = knn_predict(train, labels, test, temperature=1e-6)
+    assert torch.equal(nearest_wins, knn_predict(train, labels, test, k=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_features_are_compared_in_float32(labelled, dtype):
+    train, labels, test, _ = labelled
+    train, test = train.to(dtype), test.to(dtype)
+    assert torch.equal(knn_predict(train, labels, test), knn_predict(train.float(), labels, test.float()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 2001}, "k 2001 is out of range: 1 to 2000"),
+        ({"k": 0}, "k 0 is out of range"),
+        ({"temperature": 0.0}, "temperature 0.0 is out of range"),
+        ({"train_labels": torch.zeros(3)}, r"\(3,\) labels do not fit \(2000, 32\) features"),
+        ({"test_labels": torch.zeros(3)}, r"\(3,\) labels do not fit \(300, 32\) features"),
+        ({"test_features": torch.zeros(300, 31)}, r"\(300, 31\) and \(2000, 32\) features do not compare"),
+        ({"train_features": torch.zeros(2000)}, r"\(N, D\) with N >= 1 is expected"),
+        ({"test_features": torch.full((300, 32), math.nan)}, "NaN or infinite"),
+        ({"train_features": torch.full((2000, 32), math.inf)}, "NaN or infinite"),
+    ],
+)
+def test_knn_refuses(labelled, change, message):
+    names = ("train_features", "train_labels", "test_features", "test_labels")
+    arguments = dict(zip(names, labelled, strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        knn_accuracy(*[arguments.pop(name) for name in names], **arguments)
+
+
+@pytest.mark.slow
+def test_a_million_features_against_ten_thousand_queries_fit_into_four_gigabytes():
+    code = (
+        "import resource, torch; from mvmae.metrics import knn_accuracy\n"
+        "train, labels = torch.randn(1_000_000, 128), torch.randint(1000, (1_000_000,))\n"
+        "test = train[:10_000] + 0.1 * torch.randn(10_000, 128)\n"
+        "print(knn_accuracy(train, labels, test, labels[:10_000], k=20, temperature=0.01))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    accuracy, gigabytes = map(float, done.stdout.split())
+    assert accuracy > 0.99 and gigabytes < 4
+
+
+def test_effective_rank_follows_its_equation():
+    features = torch.randn(200, 24) @ torch.diag(torch.linspace(0.01, 3, 24))
+    sigma = torch.linalg.svdvals(features.double())
+    p = [s / sigma.sum().item() for s in sigma.tolist()]
+    assert effective_rank(features) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)), rel=1e-6)
+
+
+def test_effective_rank_counts_directions():
+    assert effective_rank(torch.eye(16).repeat(5, 1)) == pytest.approx(16)
+    assert effective_rank(torch.randn(100, 3) @ torch.linalg.qr(torch.randn(64, 3)).Q.T) == pytest.approx(3, abs=0.2)
+    assert effective_rank(torch.randn(64).expand(100, 64)) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(torch.zeros(10, 4)) == 1
+
+
+def test_alignment_and_uniformity_follow_their_equations():
+    x, y = torch.randn(50, 8), torch.randn(50, 8)
+    unit_x, unit_y = F.normalize(x), F.normalize(y)
+    for alpha in (1.0, 2.0):
+        expected = (unit_x - unit_y).norm(p=2, dim=1).pow(alpha).mean()
+        assert alignment(3 * x, y, alpha=alpha) == pytest.approx(expected.item(), rel=1e-5)
+    for t in (2.0, 0.5):
+        expected = torch.pdist(unit_x, p=2).pow(2).mul(-t).exp().mean().log()  # the code of Wang and Isola
+        assert uniformity(5 * x, t=t) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_alignment_and_uniformity_at_their_ends():
+    x = torch.randn(2000, 128)
+    assert alignment(x, 2 * x) == pytest.approx(0, abs=1e-10)
+    assert alignment(x, -x) == pytest.approx(4, rel=1e-6)
+    assert uniformity(torch.ones(100, 8)) == pytest.approx(0, abs=1e-6)
+    assert uniformity(x) == pytest.approx(-4, abs=0.1)
+
+
+def test_a_collapse_is_told_with_the_effective_rank():
+    collapsed = torch.randn(64).expand(100, 64) + 1e-4 * torch.randn(100, 64)
+    message = collapse_warning(collapsed)
+    assert f"{effective_rank(collapsed):.3f}" in message and "collapsed" in message and "\n" not in message
+    assert collapse_warning(1.0) is not None and collapse_warning(math.nan) is not None
+    assert collapse_warning(torch.randn(100, 64)) is None and collapse_warning(5.0) is None
+
+
+def test_an_untrained_encoder_has_not_collapsed(tiny_vit):
+    features = tiny_vit().eval()(torch.randn(64, 3, 32, 32)).detach()
+    assert collapse_warning(features) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: effective_rank(torch.zeros(0, 4)), "N >= 1"),
+        (lambda: effective_rank(torch.full((5, 4), math.nan)), "NaN or infinite"),
+        (lambda: uniformity(torch.ones(1, 4)), "N >= 2"),
+        (lambda: alignment(torch.ones(2, 4), torch.ones(3, 4)), "no pairs"),
+    ],
+)
+def test_label_free_metrics_refuse(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
