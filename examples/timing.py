@@ -38,7 +38,7 @@ class Products(TorchDispatchMode):
     """Records every matrix product that runs, as the shapes and types of its operands."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -21,7 +21,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from .folders import ImageSource
 from .images import ImageError, ImageLike
@@ -277,7 +277,7 @@ def make_loader(
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples."""
-    views = torch.stack([sample.views for sample in samples])  # (B, V, C, H, W)
+    views: Tensor = default_collate([sample.views for sample in samples])  # (B, V, C, H, W), straight to shared memory
     indices = torch.tensor([sample.number for sample in samples])
     return Batch(views, indices, [bad for sample in samples for bad in sample.bad])
 

@@ -50,9 +50,9 @@ def distributions_of(module: str) -> set[str]:
 
 
 def imported(path: Path) -> tuple[set[str], set[str]]:
-    """Top-level third-party modules that a file imports when it is itself imported, and those inside functions."""
+    """Top-level third-party modules that a file imports when it is itself imported, and those inside functions or `try`."""
     tree = ast.parse(path.read_text())
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Try)]
     inside = {id(node) for function in functions for node in ast.walk(function)}
     at_once, lazily = set(), set()
     for node in ast.walk(tree):
