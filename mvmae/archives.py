@@ -269,6 +269,8 @@ def _ends_in_zeros(path: Path, size: int) -> bool:
 
 
 def _check_memory(files: Sequence[Path]) -> None:
+    if not hasattr(os, "sysconf"):
+        return
     size, memory = sum(file.stat().st_size for file in files), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory // 2:
         sizes = f"{size >> 20} MB of Parquet are more than half of the {memory >> 20} MB of memory"

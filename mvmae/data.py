@@ -343,7 +343,8 @@ def _shared(length: int) -> Tensor:
 
 def _start_worker(_: int) -> None:
     """Keep a terminal's or torchrun's signals from the workers: the main process ends them, after it has saved."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -119,7 +119,7 @@ class OpenedImage:
         if other and self._encoded is not None and self._image.format == "TIFF":  # Pillow drops nameless bands
             return with_channels(to_uint8(_read_tiff(self._encoded)), channels)
         if self.reducible and self._encoded is not None:
-            _refuse_zero_tail(self._encoded)
+            _refuse_zero_tail(self._encoded, self.name)
             if decoder == "fast" and simplejpeg is not None and channels in (1, 3) and self._image.mode in ("L", "RGB"):
                 try:
                     return _decode_simplejpeg(self._encoded, channels, size, reduction)
@@ -193,7 +193,7 @@ def _open_bytes(encoded: bytes, name: str) -> OpenedImage:
         return OpenedImage(name, _pillow_open(encoded), encoded)
     except UnidentifiedImageError:
         if encoded[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            raise
+            raise ImageError(name, f"not an image: begins with {encoded[:16]!r}") from None
     return OpenedImage(name, _read_tiff(encoded))
 
 
@@ -243,12 +243,13 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _refuse_zero_tail(encoded: bytes) -> None:
+def _refuse_zero_tail(encoded: bytes, name: str) -> None:
     """A half-written JPEG whose rest is zeros: libjpeg decodes it to grey without a word."""
     if encoded.endswith(bytes(64)):
         body = encoded.rstrip(b"\0")
         if not body.endswith(b"\xff\xd9"):
-            raise ValueError(f"JPEG ends in {len(encoded) - len(body)} zero bytes, without an end-of-image marker")
+            zeros = len(encoded) - len(body)
+            raise ImageError(name, f"cut: it ends in {zeros} zero bytes, without JPEG's end-of-image marker")
 
 
 def _decode_simplejpeg(encoded: bytes, channels: int, size: tuple[int, int], reduction: int) -> Pixels:

@@ -199,6 +199,28 @@ def test_odd_names_are_one_line_each_in_the_file_and_come_back(tmp_path):
     assert loader(open_images(tmp_path / "images"), batch=3, bad_file=path).bad == loading.bad
 
 
+def test_a_folder_of_odd_images_loads_and_names_the_bad_ones(tmp_path):
+    folder, good = tmp_path / "odd", Image.fromarray(Arrays().image(0))
+    (folder / "x.jpg").mkdir(parents=True)
+    good.save(folder / "x.jpg" / "inside.png")
+    good.save(folder / "good.JPG")
+    good.convert("CMYK").save(folder / "cmyk.jpg")
+    good.quantize(16).save(folder / "palette.png", transparency=bytes(16))
+    good.save(folder / "animated.gif", save_all=True, append_images=[good] * 2)
+    Image.fromarray(np.full((20, 24), 40_000, np.uint16)).save(folder / "deep.png")
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    encoded = (folder / "good.JPG").read_bytes()
+    bad = {"empty.jpg": b"", "text.jpg": b"text", "cut.jpg": encoded[:-99], "zeros.jpg": encoded[:-200] + bytes(200)}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    (folder / "loop").symlink_to(folder)
+    (folder / "nowhere.jpg").symlink_to(folder / "absent.jpg")
+    source = open_images(folder)
+    assert len(source) == 7 + len(bad)
+    loading = loader(source, batch=11, num_steps=2, num_workers=1, bad_file=tmp_path / "bad.txt")
+    assert len(list(loading)) == 2 and {Path(name).name for name in loading.bad} == set(bad)
+
+
 def test_a_bad_file_that_cannot_be_written_does_not_stop_the_run(tmp_path):
     loading = loader(Arrays(bad=[2]), bad_file=tmp_path / "absent" / "bad.txt")
     assert len(list(loading)) == 6 and len(loading.bad) == 1

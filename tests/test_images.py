@@ -176,6 +176,12 @@ def test_a_damaged_file_is_one_error_with_path_and_one_line(kind, decoder, tmp_p
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
+def test_reasons_say_what_is_wrong():
+    for kind, reason in {"empty": "empty file", "html": "begins with b'<!DOCTYPE", "zero half": "ends in"}.items():
+        with pytest.raises(ImageError, match=reason):
+            open_image(damaged()[kind]).decode()
+
+
 def test_what_is_no_readable_file_is_an_image_error(tmp_path):
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "folder.jpg").mkdir()

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -428,3 +429,12 @@ def test_numbers_outside_are_index_errors(tmp_path):
     for index in (1, -1):
         with pytest.raises(IndexError, match=f"image {index} of 1"):
             source[index]
+
+
+@pytest.mark.parametrize(("package", "data"), [("skimage", "sample"), ("pyarrow", "x.parquet")])
+def test_an_absent_optional_package_names_the_extra(monkeypatch, tmp_path, package, data):
+    write(tmp_path / "x.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r'pip install "mvmae\[train\]"'):
+        open_images(data)
