@@ -15,7 +15,20 @@ from running import Started, run_processes, run_script
 
 SMALL = "patch_size=8 embed_dim=32 depth=1 num_heads=2"
 ARGUMENTS = ["--preset", "quick", "--encoder-args", SMALL, "--image-size", 32, "--decoder-dim", 16, "--decoder-depth", 1]
-ARGUMENTS += ["--batch-size", 8, "--device", "cpu", "--knn-images", 0, "--log-every", 1, "--epochs", 5, "--warmup-epochs", 1]
+ARGUMENTS += [
+    "--batch-size",
+    8,
+    "--device",
+    "cpu",
+    "--monitor-images",
+    0,
+    "--log-every",
+    1,
+    "--epochs",
+    5,
+    "--warmup-epochs",
+    1,
+]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +162,7 @@ def test_on_a_terminal_a_bar_shows(images, tmp_path):
 
 
 def test_the_sample_photographs_are_labelled_and_the_accuracy_is_printed(tmp_path):
-    arguments = ["--max-steps", 2, "--workers", 0, "--knn-images", 200]
+    arguments = ["--max-steps", 2, "--workers", 0, "--monitor-images", 200]
     result = pretrain(tmp_path, "sample", *arguments)
     assert result.code == 0, result.err
     assert "k-NN accuracy on held-out images: " in result.out.splitlines()[-1]
