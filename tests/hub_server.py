@@ -36,7 +36,10 @@ class Repo:
 
 
 class Hub:
-    """The server; a context manager. ``cut`` names files to end half-way, ``errors`` how many requests answer 503."""
+    """The server; a context manager. ``cut`` names files to end half-way, ``errors`` counts down requests answered by 503.
+
+    A client sets both by ``GET /test/<name of a .safetensors to cut>/<errors>``.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -90,6 +93,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        if match := re.fullmatch(r"/test/(\w*)/(\d+)", path):  # a client asks for faults
+            self.hub.cut, self.hub.errors = {match[1] + ".safetensors"} - {".safetensors"}, int(match[2])
+            return self.reply(200)
         if self.hub.errors and "/resolve/" in path:
             self.hub.errors -= 1
             return self.refuse(503, "", "Service Unavailable")
