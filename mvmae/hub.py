@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from .architecture import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
 from .checkpoints import load_encoder as load_encoder
@@ -19,12 +19,14 @@ from .pretrained import (
     PRETRAINING_FILE,
     WEIGHTS_FILE,
     WeightsError,
+    check_weights,
     hub_causes,
     locate,
     read_json,
     replace_file,
     sha256,
     write_json,
+    write_pretraining,
     write_weights,
 )
 
@@ -50,6 +52,16 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         WeightsError: if it describes none.
     """
     return MultiViewMAE(**pretraining_arguments(description)) if "encoder" in description else build_encoder(description)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Load weights that fit a model exactly.
+
+    Raises:
+        WeightsError: naming ``source`` and what is missing, unexpected or of another shape; the model is then untouched.
+    """
+    check_weights(weights, model.state_dict(), source=source)
+    model.load_state_dict(weights)
 
 
 def export(
@@ -91,7 +103,9 @@ def export(
         vit, mean, std, {"interpolation": interpolation, "crop_pct": crop_pct, "license": license}, label_names
     )
     if isinstance(model, MultiViewMAE):
-        model.save_pretrained(folder)
+        description = describe_pretraining(model)
+        description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
+        write_pretraining(folder, description, model.state_dict())
     write_weights(folder / WEIGHTS_FILE, vit.state_dict())
     write_json(folder / CONFIG_FILE, config)
     return folder
@@ -146,6 +160,7 @@ def write_card(
     command: str = "",
     commit: str = "",
     hardware: str = "",
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the model card of an exported folder, README.md: what it is, how to load it, how it was made and measured.
 
@@ -158,6 +173,7 @@ def write_card(
         command: that trained them.
         commit: of this package.
         hardware: that it ran on.
+        settings: of the run, all of them.
 
     Returns:
         The card's path.
@@ -187,6 +203,7 @@ def write_card(
         if whole
         else "",
         "## Training\n\n" + "\n".join(f"- {key}: {value or 'not recorded'}" for key, value in made.items()),
+        f"```json\n{json.dumps(settings, indent=2)}\n```" if settings else "",
         "![Losses of the run](curves.png)" if (folder / "curves.png").exists() else "",
         "## Measured\n\n" + ("\n".join(f"- {key}: {value:g}" for key, value in (metrics or {}).items()) or "Nothing yet."),
         "## Files\n\n" + "\n".join(f"- {name}: sha256 {value}" for name, value in files.items()),

@@ -316,9 +316,10 @@ def test_any_encoder_comes_back_by_its_own_name_with_the_same_features(name, tmp
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, chans, *model.encoder.patch_embed.img_size)
     assert torch.equal(other(images), model.encoder(images))
-    assert other.pretrained_cfg["mean"] == [0.4] * chans
+    assert list(other.pretrained_cfg["mean"]) == [0.4] * chans
     assert list(timm.data.resolve_model_data_config(other)["input_size"]) == list(images.shape[1:])
     whole = mvmae.MultiViewMAE.from_pretrained(tmp_path).eval()
+    assert (whole.encoder.pretrained_cfg["mean"], whole.encoder.pretrained_cfg["std"]) == ((0.4,) * chans, (0.2,) * chans)
     assert str(whole) == str(model)  # the regularisers, which the encoder's own config leaves out, among others
     assert [p.requires_grad for p in whole.parameters()] == [p.requires_grad for p in model.parameters()]
     views = torch.stack([images, images.roll(1, 0)], dim=1)
