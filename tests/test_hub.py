@@ -22,7 +22,7 @@ from hub_server import Hub, Repo
 
 import mvmae
 from mvmae import hub
-from mvmae.pretrained import WeightsError, read_weights
+from mvmae.pretrained import WeightsError, read_weights, sha256
 
 ROOT = Path(__file__).parents[1]
 TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -104,7 +104,7 @@ def test_the_card_says_what_is_known_and_no_more(published):
     assert json.loads(entries["datasets"]) == ["imagenet-1k"]
     assert "- k-NN: 12.5" in text
     assert "- Command: not recorded" in text
-    assert hub.sha256(published[1] / "model.safetensors") in text
+    assert sha256(published[1] / "model.safetensors") in text
 
 
 NAME = "me/mvmae_vit_tiny_patch16.untrained"
@@ -217,6 +217,9 @@ FAILURES = [
     ("cached('me/good', 'model.safetensors') and 1 / 0", []),
     ("faults('', 1000) or load('me/good')", ["pretraining.json of me/good", "503"]),
     ("faults('', 2) or create('hf-hub:me/good')", []),
+    ("create('hf-hub:me/moved@FIRST')", []),
+    ("load('me/moved', revision='FIRST')", []),
+    ("create('hf-hub:me/moved')", ["model.safetensors", "cut or damaged"]),
     ("create('hf-hub:me/good', embed_dim=96)", ["hf-hub:me/good does not fit", "cls_token", "30 such"]),
     ("create('mvmae_vit_tiny_patch16', hf_hub_id='me/good', embed_dim=96)", ["model.safetensors", "cls_token is (1, 1, 48)"]),
     ("push(FOLDER, 'me/gated', private=True)", ["me/gated exists and is public"]),
@@ -271,7 +274,9 @@ def test_what_goes_wrong_on_the_hub_is_said_in_one_line(published, tmp_path):
             server.repos[f"me/{name}"] = repo = Repo()
             repo.commit(files)
             repo.gated = name == "gated"
-        calls = [call.replace("FOLDER", repr(str(published[1]))) for call, _ in FAILURES]
+        server.repos["me/moved"] = Repo()
+        first, _ = server.repos["me/moved"].commit(good), server.repos["me/moved"].commit(cut)
+        calls = [call.replace("FOLDER", repr(str(published[1]))).replace("FIRST", first) for call, _ in FAILURES]
         messages = said(tmp_path, server.endpoint, *calls, MVMAE_HUB_OWNER="me")
         assert server.errors == 0  # the client met both before it succeeded
         assert len(server.repos["me/gated"].commits) == 1

@@ -38,6 +38,7 @@ LAYERS = {
     "accumulation": ("masking model", "torch", ""),
     "dense": ("encoders", "torch timm torchvision", ""),
     "visualize": (ABOVE, "torch numpy PIL", ""),
+    "card": ("pretrained", "", ""),
     "checkpoints": ("encoders encoding model patches pretrained", "torch timm", ""),
     "hub": (ABOVE, "torch timm safetensors huggingface_hub", ""),
     "__init__": (ABOVE, "", ""),
