@@ -1,10 +1,13 @@
 import json
 import os
 import pty
+import shutil
 import signal
+import struct
 import termios
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -166,6 +169,44 @@ def test_the_sample_photographs_are_labelled_and_the_accuracy_is_printed(tmp_pat
     result = pretrain(tmp_path, "sample", *arguments)
     assert result.code == 0, result.err
     assert "k-NN accuracy on held-out images: " in result.out.splitlines()[-1]
+
+
+def png_header(width, height):
+    """The first bytes of a PNG that claims to be so large."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + struct.pack(">I", 9) + b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + chunks + bytes(9)
+
+
+def test_bad_images_are_replaced_and_listed(images, tmp_path):
+    shutil.copytree(images, tmp_path / "odd")
+    good = (images / "0.jpg").read_bytes()
+    bad = {"empty.jpg": b"", "cut.jpg": good[: len(good) // 2], "text.jpg": b"<html>", "bomb.png": png_header(30000, 30000)}
+    for name, content in bad.items():
+        (tmp_path / "odd" / name).write_bytes(content)
+    (tmp_path / "odd" / "folder.jpg").mkdir()
+    (tmp_path / "odd" / "loop").symlink_to(tmp_path / "odd")
+    result = pretrain(tmp_path, tmp_path / "odd", "--workers", 1, "--batch-size", 9)
+    assert result.code == 0, result.err
+    listed = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
+    assert {line.split("\t")[0].rpartition("/")[2] for line in listed} == set(bad)
+    assert "30000" in next(line for line in listed if "bomb.png" in line)
+    refused = pretrain(tmp_path, tmp_path / "odd", "--workers", 1, "--batch-size", 9, "--output-dir", "other", "--max-bad", 2)
+    assert refused.code == 1 and "3 bad images, more than the 2 allowed" in refused.err
+
+
+def test_images_with_four_channels_need_their_statistics(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "arrays").mkdir()
+    for i in range(16):
+        np.save(tmp_path / "arrays" / f"{i}.npy", rng.integers(0, 255, (40, 48, 4), dtype=np.uint8))
+    arguments = ["--in-chans", 4, "--max-steps", 2, "--workers", 0]
+    refused = pretrain(tmp_path, "arrays", *arguments)
+    assert refused.code == 2 and "--in-chans 4" in refused.err and "--mean and --std 4 numbers" in refused.err
+    statistics = ["--mean", *[0.5] * 4, "--std", *[0.25] * 4]
+    assert pretrain(tmp_path, "arrays", *arguments, *statistics).code == 0
+    config = json.loads((tmp_path / "run" / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == [0.5] * 4 and config["pretrained_cfg"]["input_size"] == [4, 32, 32]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import os
 import sys
 import tarfile
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from mvmae import MultiViewMAE
 from mvmae.archives import expand_braces, find_archives
 from mvmae.data import MultiViewDataset, StepSampler, make_loader
 from mvmae.folders import Names
@@ -44,9 +47,18 @@ def colours(source) -> list[int]:
 
 
 def trains_two_steps(source) -> bool:
-    dataset = MultiViewDataset(source, MultiViewTransform(16))
-    batches = list(make_loader(dataset, StepSampler(len(source), 2, num_steps=2)))
-    return len(batches) == 2 and all(b.views.shape == (2, 2, 3, 16, 16) and not b.bad for b in batches)
+    """Trains a tiny model on two views of images of the source, and tells whether both steps changed it."""
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    optimizer, weights = torch.optim.SGD(model.parameters(), lr=0.1), [vit.patch_embed.proj.weight.clone()]
+    for batch in make_loader(MultiViewDataset(source, MultiViewTransform(16)), StepSampler(len(source), 2, num_steps=2)):
+        assert batch.views.shape == (2, 2, 3, 16, 16) and not batch.bad
+        model(batch.views / 127.5 - 1).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(vit.patch_embed.proj.weight.detach().clone())
+    changed = [not torch.equal(before, after) and bool(after.isfinite().all()) for before, after in itertools.pairwise(weights)]
+    return changed == [True, True]
 
 
 # Folders and lists
