@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
-from common import normalize
+from common import Stop, normalize
 from torch import Tensor
 
+from mvmae.images import ImageError
 from mvmae.metrics import effective_rank, knn_accuracy, uniformity
 from mvmae.sources import ImageSource, SplitError, open_images
 from mvmae.views import CentreCropTransform
@@ -45,23 +46,27 @@ class Monitor:
         if not self.splits:
             return {}
         limit = min(limit or self.limit, self.limit)
-        features = self.extract(encode, self.splits[-1], device, limit)
+        features, labels = self.extract(encode, self.splits[-1], device, limit)
         found = {"effective_rank": effective_rank(features), "uniformity": uniformity(features)}
         if self.labelled:
-            bank = self.extract(encode, self.splits[0], device, limit)
-            labels = [torch.as_tensor(split.labels)[self._chosen(split, limit)].to(device) for split in self.splits]
-            found["knn"] = 100 * knn_accuracy(bank, labels[0], features, labels[1])
+            bank, bank_labels = self.extract(encode, self.splits[0], device, limit)
+            found["knn"] = 100 * knn_accuracy(bank, bank_labels, features, labels)
         return found
 
     @torch.no_grad()
-    def extract(self, encode: Encode, source: ImageSource, device: torch.device, limit: int) -> Tensor:
-        """Compute the features (N, D) of at most ``limit`` images."""
-        features = []
-        for part in self._chosen(source, limit).split(256):
-            images = torch.stack([self.transform(source[int(index)][0]) for index in part]).to(device)
-            features.append(encode(normalize(images, self.mean, self.std)))
-        return torch.cat(features)
-
-    @staticmethod
-    def _chosen(source: ImageSource, limit: int) -> Tensor:
-        return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:limit]
+    def extract(self, encode: Encode, source: ImageSource, device: torch.device, limit: int) -> tuple[Tensor, Tensor]:
+        """Compute features (N, D) and labels (N,), -1 where there are none, of at most ``limit`` images that can be read."""
+        features, labels = [], []
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:limit]
+        for part in order.split(256):
+            images = []
+            for index in part.tolist():
+                with contextlib.suppress(ImageError):  # the loader of the run reports it
+                    image, label = source[index]
+                    images.append(self.transform(image))
+                    labels.append(-1 if label is None else label)
+            if images:
+                features.append(encode(normalize(torch.stack(images).to(device), self.mean, self.std)))
+        if not features:
+            raise Stop(f"none of {len(order)} images can be read: {source.name(int(order[0]))} is one of them", 1)
+        return torch.cat(features), torch.tensor(labels, device=device)

@@ -186,7 +186,7 @@ def test_bad_images_are_replaced_and_listed(images, tmp_path):
         (tmp_path / "odd" / name).write_bytes(content)
     (tmp_path / "odd" / "folder.jpg").mkdir()
     (tmp_path / "odd" / "loop").symlink_to(tmp_path / "odd")
-    result = pretrain(tmp_path, tmp_path / "odd", "--workers", 1, "--batch-size", 9)
+    result = pretrain(tmp_path, tmp_path / "odd", "--workers", 1, "--batch-size", 9, "--monitor-images", 99)
     assert result.code == 0, result.err
     listed = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
     assert {line.split("\t")[0].rpartition("/")[2] for line in listed} == set(bad)
