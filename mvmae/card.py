@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .pretrained import CONFIG_FILE, PRETRAINING_FILE, WEIGHTS_FILE, locate, read_json, replace_file, sha256
+from .pretrained import CONFIG_FILE, PRETRAINING_FILE, PRETRAINING_FOLDER, WEIGHTS_FILE, locate, read_json, replace_file, sha256
 
 CARD_FILE = "README.md"
 
@@ -43,7 +43,7 @@ def write_card(
     """
     folder = Path(folder)
     config = read_json(locate(folder, CONFIG_FILE))
-    whole, classes = (folder / PRETRAINING_FILE).exists(), config["num_classes"]
+    whole, classes = (folder / PRETRAINING_FOLDER / PRETRAINING_FILE).exists(), config["num_classes"]
     metadata = {
         "license": license,
         "library_name": "timm",
@@ -52,7 +52,11 @@ def write_card(
         "datasets": list(datasets),
     }
     made = {"Images": ", ".join(datasets), "Command": command and f"`{command}`", "Commit": commit, "Hardware": hardware}
-    files = {name: sha256(folder / name) for name in (WEIGHTS_FILE, PRETRAINING_FILE) if (folder / name).exists()}
+    files = {
+        name: sha256(folder / name)
+        for name in (WEIGHTS_FILE, f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}")
+        if (folder / name).exists()
+    }
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()) + "---",
         f"# {repo.partition('/')[2]}",

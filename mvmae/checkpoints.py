@@ -12,7 +12,7 @@ from .encoders import checkpoint_filter
 from .encoding import check_encoder
 from .model import MultiViewMAE
 from .patches import sincos_table
-from .pretrained import PRETRAINING_FILE, WEIGHTS_FILE, WeightsError, check_weights, first_line, locate, read_weights
+from .pretrained import PRETRAINING_FILE, WEIGHTS_FILE, WeightsError, check_weights, first_line, in_export, locate, read_weights
 
 MAE_NAMES = {
     "mask_token": "decoder.mask_token",
@@ -52,7 +52,7 @@ def load_pretraining(model: MultiViewMAE, source: str | Path, *, revision: str |
     Raises:
         WeightsError: if the weights cannot be had, or do not fit, naming what is missing, unexpected or of another shape.
     """
-    path = _find(source, PRETRAINING_FILE, revision)
+    path = _find(source, in_export(source, PRETRAINING_FILE), revision)
     weights = read_weights(path)
     if "decoder_embed.weight" in weights:
         weights = _from_mae(weights, path)

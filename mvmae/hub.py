@@ -17,7 +17,9 @@ from .encoding import check_encoder
 from .model import MultiViewMAE
 from .pretrained import (
     CONFIG_FILE,
+    PRETRAINING_CONFIG,
     PRETRAINING_FILE,
+    PRETRAINING_FOLDER,
     WEIGHTS_FILE,
     WeightsError,
     check_weights,
@@ -28,7 +30,15 @@ from .pretrained import (
     write_weights,
 )
 
-PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, PRETRAINING_FILE, "pretraining.json", CARD_FILE, "curves.png", "reconstructions.png"]
+PUBLISHED = [
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    f"{PRETRAINING_FOLDER}/{PRETRAINING_CONFIG}",
+    f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}",
+    CARD_FILE,
+    "curves.png",
+    "reconstructions.png",
+]
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -102,7 +112,7 @@ def export(
     if isinstance(model, MultiViewMAE):
         description = describe_pretraining(model)
         description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
-        write_pretraining(folder, description, model.state_dict())
+        write_pretraining(folder / PRETRAINING_FOLDER, description, model.state_dict())
     write_weights(folder / WEIGHTS_FILE, vit.state_dict())
     write_json(folder / CONFIG_FILE, config)
     return folder

@@ -42,7 +42,7 @@ def test_a_fine_tuned_run_keeps_its_head_and_the_names_of_its_classes(tmp_path):
     for part in ("held-out images, %: 44", "top1: 61.5", "`python train.py`", "abc123", '"lr": 0.1', "cifar10", "3 classes"):
         assert part in card
     assert "11" not in card.partition("## Measured")[2].partition("## Files")[0]  # measured on other weights
-    assert not (tmp_path / "out" / "pretraining.json").exists()
+    assert not (tmp_path / "out" / "pretraining").exists()
 
 
 def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
@@ -61,7 +61,7 @@ def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
     assert len(repo.commits) == 2
     commit, files = repo.commits[-1]
     assert f"hf-hub:me/quick@{commit}" in ended.stdout
-    assert {"config.json", "model.safetensors", "pretraining.safetensors", "README.md", "curves.png"} <= set(files)
+    assert {"config.json", "model.safetensors", "pretraining/pretraining.safetensors", "README.md", "curves.png"} <= set(files)
     assert b"![Losses of the run](curves.png)" in files["README.md"]
     weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     loaded = MultiViewMAE.from_pretrained(tmp_path / "run" / "encoder").state_dict()

@@ -90,7 +90,8 @@ def test_a_push_brings_every_file_and_nothing_else(published):
     server, folder, *_ = published
     repo = server.repos["me/mvmae_vit_tiny_patch16.untrained"]
     assert repo.private
-    names = {"README.md", "config.json", "model.safetensors", "pretraining.json", "pretraining.safetensors"}
+    names = {"README.md", "config.json", "model.safetensors"}
+    names |= {"pretraining/pretraining.json", "pretraining/pretraining.safetensors"}
     assert set(repo.commits[-1][1]) == names
     assert all((folder / name).read_bytes() == data for name, data in repo.commits[-1][1].items())
 
@@ -194,9 +195,13 @@ features = timm.create_model("mvmae_vit_base_patch16", pretrained=True{settings}
     assert (found - vit(images)).abs().max() <= 1e-6
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+
+
 def hub_repo(folder: Path) -> Any:
     repo = Repo()
-    repo.commit({path.name: path.read_bytes() for path in folder.iterdir()})
+    repo.commit(files_of(folder))
     return repo
 
 
@@ -208,14 +213,14 @@ FAILURES = [
     ("create('hf-hub:me/good@' + '0' * 40)", ["me/good", "no revision", "0" * 40]),
     ("load('me/good', revision='v9')", ["me/good", "no revision", "v9"]),
     ("create('mvmae_vit_tiny_patch16', hf_hub_id='me/good@v9')", ["me/good", "no revision", "v9"]),
-    ("load('me/encoder')", ["me/encoder", "holds no pretraining.json"]),
+    ("load('me/encoder')", ["me/encoder", "holds no pretraining/pretraining.json"]),
     ("create('hf-hub:me/truncated')", ["model.safetensors", "cut or damaged"]),
     ("load('me/truncated')", ["pretraining.safetensors", "sha256 differs"]),
     ("create('hf-hub:me/page')", ["model.safetensors", "cut or damaged"]),
     ("faults('model', 0) or create('hf-hub:me/good')", ["model.safetensors of me/good cannot be moved"]),
     ("faults('', 0) or cached('me/good', 'config.json') or 1 / 0", []),
     ("cached('me/good', 'model.safetensors') and 1 / 0", []),
-    ("faults('', 1000) or load('me/good')", ["pretraining.json of me/good", "503"]),
+    ("faults('', 1000) or load('me/good')", ["pretraining/pretraining.json of me/good", "503"]),
     ("faults('', 2) or create('hf-hub:me/good')", []),
     ("create('hf-hub:me/moved@FIRST')", []),
     ("load('me/moved', revision='FIRST')", []),
@@ -260,7 +265,7 @@ def said(home: Path, endpoint: str, *calls: str, **environment: str) -> list[str
 
 
 def test_what_goes_wrong_on_the_hub_is_said_in_one_line(published, tmp_path):
-    good = {path.name: path.read_bytes() for path in published[1].iterdir()}
+    good = files_of(published[1])
     cut = {name: data[:-100] for name, data in good.items() if name.endswith(".safetensors")}
     contents = {
         "good": good,
@@ -311,6 +316,8 @@ ENCODERS = {
 @pytest.mark.parametrize("name", ENCODERS)
 def test_any_encoder_comes_back_by_its_own_name_with_the_same_features(name, tmp_path):
     plain, kwargs = ENCODERS[name]
+    if "act_layer" in kwargs and not hasattr(timm.create_model(name, device="meta"), "_model_args"):
+        pytest.skip(f"timm {timm.__version__} does not record how it built a model")
     torch.manual_seed(2)
     model = tiny_mae(name, **kwargs)
     chans = model.encoder.patch_embed.proj.in_channels
@@ -318,6 +325,7 @@ def test_any_encoder_comes_back_by_its_own_name_with_the_same_features(name, tmp
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == plain
     assert "num_classes" not in config["model_args"]
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]  # timm < 1.0.29 fails on two
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, chans, *model.encoder.patch_embed.img_size)
     assert torch.equal(other(images), model.encoder(images))
