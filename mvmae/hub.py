@@ -151,7 +151,7 @@ def _timm_config(
             **{key: value for key, value in preprocessing.items() if value is not None},
             "num_classes": vit.num_classes,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
+            "first_conv": "patch_embed.proj" if chans in (1, 3) else None,  # timm before 1.0.31 takes any file for 3 channels
             "classifier": "head",
         },
     }

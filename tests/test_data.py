@@ -29,9 +29,7 @@ from mvmae.sources import open_images
 from mvmae.views import MultiViewTransform
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # more workers than this machine has cores
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 
 
 class Arrays(ImageSource):
@@ -197,9 +195,7 @@ def test_odd_names_are_one_line_each_in_the_file_and_come_back(tmp_path):
     path = tmp_path / "bad.txt"
     loading = loader(open_images(tmp_path / "images"), batch=3, num_steps=2, bad_file=path)
     list(loading)
-    assert len(path.read_text().splitlines()) == 1 and [*loading.bad] == [
-        os.path.join(tmp_path, "images", os.fsdecode(name))
-    ]
+    assert len(path.read_text().splitlines()) == 1 and [*loading.bad] == [os.path.join(tmp_path, "images", os.fsdecode(name))]
     assert loader(open_images(tmp_path / "images"), batch=3, bad_file=path).bad == loading.bad
 
 

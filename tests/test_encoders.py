@@ -229,7 +229,7 @@ def test_another_input_is_adapted_as_timm_does(kwargs, tmp_path):
     safetensors.torch.save_file(tiny().state_dict(), tmp_path / "file.safetensors")
     options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "file.safetensors")}}
     ours = tiny(**options, **kwargs)
-    options["pretrained_cfg_overlay"] = {**options["pretrained_cfg_overlay"], "num_classes": 0}
+    options["pretrained_cfg_overlay"] = {**options["pretrained_cfg_overlay"], "num_classes": 0, "custom_load": False}
     theirs = tiny("vit_tiny_patch16_224", **options, **kwargs, global_pool="avg", fc_norm=False)
     x = images(ours)
     assert x.shape[1:] != (3, 32, 32) or kwargs == {"patch_size": 8}
