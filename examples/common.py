@@ -265,6 +265,34 @@ class Log:
             self.bar.close()
 
 
+class Meter:
+    """Means of named numbers over the steps since the last line of the log, kept on the device until then."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self.steps = processes, 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Count one step's numbers, scalars on the device."""
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value.detach() if self.steps else value.detach().clone()
+        self.steps += 1
+
+    def check(self, step: int) -> None:
+        """Stop all processes where a number was not finite in any of them, naming the last, most particular one."""
+        for name in reversed(self.sums):
+            if self.processes.any(not bool(self.sums[name].isfinite())):
+                raise Stop(f"{name} is not finite at step {step}; the last checkpoint is from before", code=1)
+
+    def means(self, step: int) -> dict[str, float]:
+        """Give the mean of each over steps and processes, and start again."""
+        self.check(step)
+        names, sums = list(self.sums), torch.stack(list(self.sums.values()))
+        values = (self.processes.mean(sums) / self.steps).tolist()
+        self.sums, self.steps = {}, 0
+        return dict(zip(names, values, strict=True))
+
+
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text().splitlines():
         try:

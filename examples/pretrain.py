@@ -10,8 +10,6 @@ The defaults are the paper's, or MAE's where the paper is silent. Add --resume t
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from checkpoint import open_run, save_checkpoint
 from common import (
     Log,
-    Processes,
+    Meter,
     Stop,
     StopSignal,
     cosine_schedule,
@@ -32,15 +30,16 @@ from common import (
     run,
     start_processes,
 )
-from features import knn_test, labelled_splits
+from features import Monitor
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 import mvmae
-from mvmae.data import DataError, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
+from mvmae.data import Loader, MultiViewDataset, StepSampler, explain_loader_error, make_loader, sample_seed
 from mvmae.encoding import check_encoder
 from mvmae.hub import export
-from mvmae.sources import ImageSource, open_images
+from mvmae.metrics import collapse_warning
+from mvmae.sources import open_images
 from mvmae.visualize import reconstruction_picture
 
 
@@ -53,6 +52,9 @@ class Config:
     encoder_args: str = option("", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'")
     pretrained: bool = option(False, "start from the encoder's published weights")
     image_size: int = option(224, "side of a view in pixels (paper)")
+    in_chans: int = option(3, "channels of the images; other than 3 needs --mean and --std")
+    mean: tuple[float, ...] = option((), "mean of each channel, 0 to 1; the encoder's own where not given")
+    std: tuple[float, ...] = option((), "standard deviation of each channel; the encoder's own where not given")
     num_views: int = option(2, "target views of an image (paper)")
     same_crop: bool = option(False, "the same crop in every view: Table 6, without two different targets")
     crop_scale: tuple[float, ...] = option((0.2, 1.0), "share of the image's area that a crop covers (MAE)")
@@ -69,6 +71,7 @@ class Config:
     epochs: int = option(1600, "passes over the images (paper)")
     warmup_epochs: float = option(40, "of a linearly rising learning rate (paper)")
     batch_size: int = option(256, "images of a step over all processes (paper)")
+    accumulate: int = option(1, "parts that a batch is cut into to save memory, for the same loss and gradients")
     base_lr: float = option(1.5e-4, "learning rate for a batch of 256; scaled with the batch (paper, MAE)")
     weight_decay: float = option(0.05, "of AdamW, not on 1-D parameters (MAE)")
     beta2: float = option(0.95, "of AdamW; beta1 is 0.9 (paper)")
@@ -79,11 +82,13 @@ class Config:
     compile: bool = option(False, "run the model through torch.compile")
     grad_checkpointing: bool = option(False, "keep fewer activations and compute them again")
     workers: int = option(8, "processes that load images, for each process that trains")
+    loader: str = option("fast", "fast; pillow, without simplejpeg; pil, the slow reference", ["fast", "pillow", "pil"])
     max_bad: int = option(100, "different images that may be unreadable before the run stops")
     max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
     save_every: int = option(1000, "steps between checkpoints; the end is saved in any case")
     log_every: int = option(20, "steps between lines of the log")
-    knn_images: int = option(5000, "most images on either side of the k-NN test, where data has labels; 0 for no test")
+    monitor: int = option(100, "epochs between looks at the features of held-out images; 0 for none but first and last")
+    monitor_images: int = option(5000, "most images of a first and last look, with k-NN where data has labels; 0 for no look")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -102,18 +107,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base_lr": 4e-3,
         "workers": 2,
         "save_every": 100,
+        "monitor": 10,
     },
 }
 MAY_CHANGE = frozenset(
-    {"output_dir", "resume", "device", "compile", "grad_checkpointing", "workers", "max_bad", "max_steps"}
-    | {"save_every", "log_every", "knn_images", "epochs"}
+    {"output_dir", "resume", "device", "accumulate", "compile", "grad_checkpointing", "workers", "max_bad", "max_steps"}
+    | {"save_every", "log_every", "monitor", "monitor_images", "epochs", "loader"}
 )
+
+
+CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "lr")
+MONITORED = 512
+"""Most images of a look in the middle of a run."""
 
 
 def build_model(config: Config) -> mvmae.MultiViewMAE:
     """Create the encoder and the pretraining model around it, the same for the same seed."""
     torch.manual_seed(config.seed)
-    options = {"pretrained": config.pretrained, "img_size": config.image_size}
+    options = {"pretrained": config.pretrained, "img_size": config.image_size, "in_chans": config.in_chans}
     encoder = check_encoder(create_encoder(config.encoder, config.encoder_args, **options))
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     return mvmae.MultiViewMAE(
@@ -131,113 +142,161 @@ def build_model(config: Config) -> mvmae.MultiViewMAE:
     )
 
 
-def step_masks(model: mvmae.MultiViewMAE, config: Config, step: int, processes: Processes) -> mvmae.Mask:
-    """Draw the masks of a step for the whole batch, the same for any number of processes, and give this one's part."""
-    views = config.batch_size * config.num_views
-    generator = torch.Generator().manual_seed(sample_seed(config.seed, -1, step))
-    length = model.encoder.patch_embed.num_patches
-    mask = mvmae.random_mask(views, length, config.mask_ratio, generator=generator)
-    share = views // processes.world_size
-    mask = mask.select(slice(processes.rank * share, (processes.rank + 1) * share))
-    return mvmae.Mask(*(part.to(processes.device, non_blocking=True) for part in mask))
+def channel_statistics(config: Config, cfg: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Give the mean and standard deviation of each channel: the user's, or the encoder's."""
+    mean, std = (tuple(typed or cfg[name]) for name, typed in (("mean", config.mean), ("std", config.std)))
+    if len(mean) != config.in_chans or len(std) != config.in_chans:
+        raise Stop(
+            f"--in-chans {config.in_chans} does not go with {len(mean)} means and {len(std)} standard deviations: "
+            f"give --mean and --std {config.in_chans} numbers each, in units of the whole range (0 to 1)"
+        )
+    return mean, std
 
 
-def build_loader(config: Config, source: ImageSource, model: mvmae.MultiViewMAE, sampler: StepSampler, cuda: bool) -> Loader:
-    """Load V views of each image of a step."""
-    transform = mvmae.MultiViewTransform(
-        config.image_size,
-        num_views=config.num_views,
-        scale=(config.crop_scale[0], config.crop_scale[-1]),
-        same_crop=config.same_crop,
-        in_chans=model.encoder.patch_embed.proj.in_channels,
-    )
-    dataset = MultiViewDataset(source, transform, seed=config.seed, max_bad=config.max_bad)
-    bad_file = Path(config.output_dir) / "bad_files.txt"
-    return make_loader(dataset, sampler, num_workers=config.workers, pin_memory=cuda, bad_file=bad_file)
+class Pretraining:
+    """All that a run consists of, set up from its options and a checkpoint, if there is one."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.processes = config, start_processes(config.device)
+        self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
+        self.source = open_images(config.data)
+        if config.batch_size < 2 and config.loss_weight:
+            raise Stop("--batch-size 1 has no negatives for the contrastive loss: use 2 or more, or --loss-weight 0")
+        self.model = build_model(config).to(self.device).train()
+        self.mean, self.std = channel_statistics(config, self.model.encoder.pretrained_cfg)
+        steps_per_epoch = len(self.source) // config.batch_size
+        self.steps = config.epochs * steps_per_epoch
+        self.sampler = StepSampler(
+            len(self.source),
+            config.batch_size,
+            seed=config.seed,
+            num_steps=min(self.steps, config.max_steps or self.steps),
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+        self.lr = config.base_lr * config.batch_size / 256
+        self.optimizer = create_optimizer_v2(
+            self.model,
+            opt="adamw",
+            lr=self.lr,
+            weight_decay=config.weight_decay,
+            betas=(0.9, config.beta2),
+            fused=self.device.type == "cuda",
+        )
+        self.schedule = cosine_schedule(self.optimizer, self.steps, round(config.warmup_epochs * steps_per_epoch))
+        self.settings = {**dataclasses.asdict(config), "images": self.source.fingerprint}
+        centre = mvmae.CentreCropTransform(config.image_size, in_chans=config.in_chans)
+        self.monitor = Monitor(config.data, centre, self.mean, self.std, config.monitor_images if self.first else 0)
+        self.resume_or_start()
+
+    def resume_or_start(self) -> None:
+        """Take everything back from the newest checkpoint, or look at the encoder as it is before."""
+        state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, first=self.first)
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.sampler.start_step = state["step"]
+        self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
+        about = f"{len(self.source)} images, {self.steps} steps of {self.config.batch_size}, learning rate {self.lr:.3g}"
+        self.log.say(f"{about}, on {self.device}")
+        self.before = state["before"] if state else self.look(0)
+
+    def loader(self) -> Loader:
+        """Load V views of each image of a step."""
+        config = self.config
+        transform = mvmae.MultiViewTransform(
+            config.image_size,
+            num_views=config.num_views,
+            scale=(config.crop_scale[0], config.crop_scale[-1]),
+            same_crop=config.same_crop,
+            in_chans=config.in_chans,
+            decoder=config.loader,
+        )
+        dataset = MultiViewDataset(self.source, transform, seed=config.seed, max_bad=config.max_bad)
+        options = {"num_workers": config.workers, "pin_memory": self.device.type == "cuda"}
+        return make_loader(dataset, self.sampler, bad_file=self.folder / "bad_files.txt", **options)  # type: ignore[arg-type]
+
+    def masks(self, step: int) -> mvmae.Mask:
+        """Draw the masks of a step for the whole batch, the same for any number of processes, and give this one's part."""
+        views = self.config.batch_size * self.config.num_views
+        generator = torch.Generator().manual_seed(sample_seed(self.config.seed, -1, step))
+        length = self.model.encoder.patch_embed.num_patches
+        mask = mvmae.random_mask(views, length, self.config.mask_ratio, generator=generator)
+        share = views // self.processes.world_size
+        mask = mask.select(slice(self.processes.rank * share, (self.processes.rank + 1) * share))
+        return mvmae.Mask(*(part.to(self.device, non_blocking=True) for part in mask))
+
+    def look(self, step: int, limit: int = 0) -> dict[str, float]:
+        """Log what the encoder's features are worth now, and warn where they have collapsed."""
+        found = self.monitor.look(self.model.eval().features, self.device, limit)
+        self.model.train()
+        if found:
+            self.log.write(step=step, **found)
+            if warning := collapse_warning(found["effective_rank"]):
+                self.log.say(f"warning: {warning}")
+        return found
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint: all that depends on the steps so far."""
+        if self.first:
+            parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            save_checkpoint(self.folder, {**parts, "step": step, "settings": self.settings, "before": self.before})
 
 
-class Meter:
-    """Means of the losses over the steps since the last line of the log, kept on the device."""
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes, self.steps = processes, 0
-        self.sums = torch.zeros(3, device=processes.device)
-
-    def add(self, output: mvmae.MultiViewOutput) -> None:
-        self.sums += torch.stack([output.loss, output.loss_rec, output.loss_con]).detach()
-        self.steps += 1
-
-    def check(self, step: int) -> None:
-        """Stop, in all processes, where a loss was not a number in any of them."""
-        for name, value in zip(("total", "reconstruction", "contrastive"), reversed(self.sums.tolist()), strict=True):
-            if self.processes.any(not math.isfinite(value)):
-                raise Stop(f"the {name} loss is not finite at step {step}: the last checkpoint is from before", 1)
-
-    def means(self, step: int) -> dict[str, float]:
-        self.check(step)
-        values = (self.processes.mean(self.sums) / self.steps).tolist()
-        self.sums, self.steps = torch.zeros_like(self.sums), 0
-        return dict(zip(("loss", "loss_rec", "loss_con"), values, strict=True))
+def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int) -> mvmae.Losses:
+    """Compute losses and gradients of a batch, whole or in parts."""
+    if parts > 1:
+        return mvmae.backward_in_parts(model, views, parts, mask=mask)
+    output = model(views, mask=mask)
+    output.loss.backward()
+    return mvmae.Losses(*(loss.detach() for loss in (output.loss, output.loss_rec, output.loss_con)))
 
 
-def train(
-    config: Config,
-    model: mvmae.MultiViewMAE,
-    optimizer: torch.optim.Optimizer,
-    loader: Loader,
-    sampler: StepSampler,
-    processes: Processes,
-    log: Log,
-    save: Callable[[int], None],
-) -> Tensor:
-    """Run the steps of the sampler; give the last batch of views."""
-    device, stop, meter = processes.device, StopSignal(), Meter(processes)
-    mean, std = model.encoder.pretrained_cfg["mean"], model.encoder.pretrained_cfg["std"]
-    steps = config.epochs * sampler.steps_per_epoch
-    schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * sampler.steps_per_epoch))
-    trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    views = torch.empty(0)
-    for step, batch in enumerate(loader, start=sampler.start_step + 1):
-        torch.manual_seed(sample_seed(config.seed, -2, step, processes.rank))  # for dropout, if the encoder has any
-        schedule.step_update(step - 1)
-        views = normalize(batch.views.to(device, non_blocking=True), mean, std)  # (B, V, C, H, W)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = trained(views, mask=step_masks(model, config, step, processes))
-        output.loss.backward()
+def train(run: Pretraining) -> Tensor:
+    """Run the steps; give the last batch of views."""
+    config, sampler, stop, meter = run.config, run.sampler, StopSignal(), Meter(run.processes)
+    model = parallel(torch.compile(run.model) if config.compile else run.model, run.processes)  # type: ignore[arg-type]
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
+    views, per_epoch = torch.empty(0), sampler.steps_per_epoch
+    for step, batch in enumerate(run.loader(), start=sampler.start_step + 1):
+        torch.manual_seed(sample_seed(config.seed, -2, step, run.processes.rank))  # for dropout, if the encoder has any
+        run.schedule.step_update(step - 1)
+        views = normalize(batch.views.to(run.device, non_blocking=True), run.mean, run.std)  # (B, V, C, H, W)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+            losses = backward(model, views, run.masks(step), config.accumulate)
         if config.clip_grad:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        meter.add(output)
-        log.advance(step)
-        last, stopped = step == sampler.num_steps, processes.any(stop.received is not None)
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        meter.add(losses._asdict())
+        run.log.advance(step)
+        last, stopped = step == sampler.num_steps, run.processes.any(stop.received is not None)
         if step % config.log_every == 0 or last:
-            rate = max(group["lr"] for group in optimizer.param_groups)
-            log.write(step=step, epoch=round(step / sampler.steps_per_epoch, 3), **meter.means(step), lr=rate)
+            rate = max(group["lr"] for group in run.optimizer.param_groups)
+            run.log.write(step=step, epoch=round(step / per_epoch, 3), **meter.means(step), lr=rate)
+        if config.monitor and step % (config.monitor * per_epoch) == 0 and not last:
+            run.look(step, MONITORED)
         if step % config.save_every == 0 or last or stopped:
             meter.check(step)
-            save(step)
+            run.save(step)
         inject_fault(step)
         if stopped and not last:
-            log.close()
-            raise Stop(f"stopped after step {step} of {steps}, which is saved: add --resume to go on", stop.exit_code)
+            run.log.close()
+            raise Stop(f"stopped after step {step} of {run.steps}, which is saved: add --resume to go on", stop.exit_code)
     return views
 
 
-def finish(
-    config: Config, model: mvmae.MultiViewMAE, log: Log, views: Tensor, before: float | None, after: float | None
-) -> None:
-    """Write the encoder and the pictures, and say how to load and how good it is."""
-    folder, cfg = Path(config.output_dir), model.encoder.pretrained_cfg
-    export(model, folder / "encoder")
-    names = ("loss", "loss_rec", "loss_con", "lr", "knn")
-    draw_curves(folder / "curves.png", log.records(), names)
+def finish(run: Pretraining, views: Tensor) -> None:
+    """Write the encoder and the pictures, and say how to load it and how good it is."""
+    folder, before = run.folder, run.before.get("knn")
+    after = run.look(run.sampler.num_steps or 0).get("knn")
+    export(run.model, folder / "encoder", mean=run.mean, std=run.std)
+    draw_curves(folder / "curves.png", run.log.records(), CURVES)
     if len(views):
-        generator = torch.Generator().manual_seed(config.seed)
-        picture = reconstruction_picture(model, views[:4], mean=cfg["mean"], std=cfg["std"], generator=generator)
+        generator = torch.Generator().manual_seed(run.config.seed)
+        picture = reconstruction_picture(run.model, views[:4], mean=run.mean, std=run.std, generator=generator)
         picture.save(folder / "reconstructions.png")
-    log.close()
+    run.log.close()
     print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir()))}")
     print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')
     if before is not None and after is not None:
@@ -246,72 +305,15 @@ def finish(
 
 def main(config: Config) -> None:
     """Set up, train, look at the result."""
-    processes = start_processes(config.device)
-    device, folder, first = processes.device, Path(config.output_dir), processes.rank == 0
-    source, splits = open_images(config.data), labelled_splits(config.data, config.knn_images)
-    if config.batch_size < 2 and config.loss_weight:
-        raise Stop("--batch-size 1 has no negatives for the contrastive loss: use 2 or more, or --loss-weight 0")
-    model = build_model(config).to(device).train()
-    lr = config.base_lr * config.batch_size / 256
-    betas = (0.9, config.beta2)
-    optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=lr, weight_decay=config.weight_decay, betas=betas, fused=device.type == "cuda"
-    )
-    steps = config.epochs * (len(source) // config.batch_size)
-    sampler = StepSampler(
-        len(source),
-        config.batch_size,
-        seed=config.seed,
-        num_steps=min(steps, config.max_steps or steps),
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
-
-    def knn() -> float | None:
-        if not first:
-            return None
-        mean, std = model.encoder.pretrained_cfg["mean"], model.encoder.pretrained_cfg["std"]
-        model.eval()
-        options = {"mean": mean, "std": std, "device": device, "limit": config.knn_images}
-        value = knn_test(model.features, splits, mvmae.CentreCropTransform(config.image_size), **options)
-        model.train()
-        return value
-
-    settings = {**dataclasses.asdict(config), "images": source.fingerprint}
-    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, first=first)
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        sampler.start_step = state["step"]
-    before = state["knn_before"] if state else knn()
-    log = Log(folder, processes.rank, sampler.num_steps or 0, sampler.start_step)
-    log.say(f"{len(source)} images, {steps} steps of {config.batch_size}, learning rate {lr:.3g}, on {device}")
-    if before is not None and not state:
-        log.write(step=0, knn=before)
-
-    def save(step: int) -> None:
-        if first:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(folder, {**parts, "step": step, "settings": settings, "knn_before": before})
-
+    run = Pretraining(config)
     try:
-        views = train(
-            config,
-            model,
-            optimizer,
-            build_loader(config, source, model, sampler, device.type == "cuda"),
-            sampler,
-            processes,
-            log,
-            save,
-        )
-    except DataError as error:
-        raise Stop(f"{error}", 1) from error
-    if first:
-        after = knn()
-        if after is not None:
-            log.write(step=sampler.num_steps, knn=after)
-        finish(config, model, log, views, before, after)
+        views = train(run)
+    except RuntimeError as error:
+        if reason := explain_loader_error(error):
+            raise Stop(reason, 1) from error
+        raise
+    if run.first:
+        finish(run, views)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 ``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm.
 """
 
+from .accumulation import Losses as Losses
+from .accumulation import backward_in_parts as backward_in_parts
 from .decoder import MAEDecoder as MAEDecoder
 from .encoders import create_model as create_model
 from .encoding import encode_visible as encode_visible

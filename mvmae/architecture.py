@@ -58,7 +58,8 @@ def describe_encoder(vit: VisionTransformer, *, plain: bool = True) -> dict[str,
         args = {key: value for key, value in args.items() if key not in REGULARISERS}
     description = {"architecture": name, "model_args": args, "num_classes": vit.num_classes}
     _check_rebuilt(vit, _on_meta(name, args), description)
-    return description
+    cfg = getattr(vit, "pretrained_cfg", None) or {}
+    return description if plain else description | {key: list(cfg[key]) for key in ("mean", "std") if key in cfg}
 
 
 def build_encoder(description: Mapping[str, Any]) -> nn.Module:
@@ -73,7 +74,9 @@ def build_encoder(description: Mapping[str, Any]) -> nn.Module:
     unknown = sorted(set(args) - set(inspect.signature(VisionTransformer.__init__).parameters))
     if unknown:
         raise WeightsError(f"timm {timm.__version__} has no ViT arguments {', '.join(unknown)} (of {name}): upgrade timm")
-    model: nn.Module = timm.create_model(name, num_classes=description.get("num_classes", 0), **args)
+    statistics = {key: tuple(description[key]) for key in ("mean", "std") if key in description}
+    classes = description.get("num_classes", 0)
+    model: nn.Module = timm.create_model(name, num_classes=classes, pretrained_cfg_overlay=statistics, **args)
     return model
 
 

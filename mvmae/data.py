@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -20,13 +21,14 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from .folders import ImageSource
 from .images import ImageError, ImageLike
 
 Key = tuple[int, int]
 _MAX_TRIES = 10
+_DIED = "a loading worker died (out of memory?): "
 _workers: WeakSet[BaseProcess] = WeakSet()
 _logger = logging.getLogger(__name__)
 
@@ -195,7 +197,8 @@ class Loader:
         """
         others = set(multiprocessing.active_children())
         batches = iter(self._loader)
-        _workers.update(set(multiprocessing.active_children()) - others)
+        workers = set(multiprocessing.active_children()) - others
+        _workers.update(workers)
         while True:
             try:
                 batch: Batch = next(batches)
@@ -203,9 +206,13 @@ class Loader:
                 return
             except Exception as error:
                 reason = explain_loader_error(error)
+                if reason is None and isinstance(error, (ConnectionError, EOFError)):
+                    reason = _DIED + type(error).__name__
                 if reason is None:
                     raise
-                raise DataError(reason + self._tracked.in_flight()) from error
+                at = "" if isinstance(error, DataError) else self._tracked.in_flight()
+                _kill(workers)
+                raise DataError(reason + at) from error
             self._report(batch.bad)
             yield batch
 
@@ -270,7 +277,7 @@ def make_loader(
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples."""
-    views = torch.stack([sample.views for sample in samples])  # (B, V, C, H, W)
+    views: Tensor = default_collate([sample.views for sample in samples])  # (B, V, C, H, W), straight to shared memory
     indices = torch.tensor([sample.number for sample in samples])
     return Batch(views, indices, [bad for sample in samples for bad in sample.bad])
 
@@ -303,9 +310,7 @@ def explain_loader_error(error: BaseException) -> str | None:
     if "DataLoader timed out" in text:
         return f"no batch came in time ({text.rstrip('.')})"
     died = "DataLoader worker" in text and ("killed" in text or "exited" in text)
-    if died or isinstance(error, (ConnectionResetError, BrokenPipeError, EOFError)):
-        return f"a loading worker died (out of memory?): {' '.join(text.split()) or type(error).__name__}"
-    return None
+    return _DIED + " ".join(text.split()) if died else None
 
 
 class _Tracked(Dataset[Sample]):
@@ -338,7 +343,8 @@ def _shared(length: int) -> Tensor:
 
 def _start_worker(_: int) -> None:
     """Keep a terminal's or torchrun's signals from the workers: the main process ends them, after it has saved."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -346,11 +352,19 @@ def _start_worker(_: int) -> None:
 
 def _end_workers() -> None:
     """Workers ignore SIGTERM, so that without this the exit would wait for them for ever."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in list(_workers):
+    _kill(list(_workers))
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """End workers at once, stuck ones too, without torch's handler of SIGCHLD raising an error for it."""
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    for worker in workers:
         if worker.is_alive():
             worker.kill()
+        worker.join(5)
+    if main:
+        signal.signal(signal.SIGCHLD, previous)
 
 
 def _generator(*numbers: int) -> torch.Generator:

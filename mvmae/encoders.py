@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from .patches import sincos_table
-from .pretrained import WEIGHTS_FILE, WeightsError, check_weights, first_line, locate, read_weights
+from .pretrained import CONFIG_FILE, WEIGHTS_FILE, WeightsError, check_weights, first_line, locate, read_json, read_weights
 
 HUB_OWNER = ""  # who keeps the published weights on the Hub; empty while there are none
 TIMM_NAMES = {
@@ -96,14 +96,13 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: VisionTransformer) -
 def _check_encoder_weights(weights: dict[str, Tensor], model: VisionTransformer) -> None:
     """Check all but what timm itself adapts afterwards: another number of classes, another number of channels."""
     expected = model.state_dict()
-    if model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes"):
-        if "head.weight" in weights and weights["head.weight"].shape[:1] != (model.num_classes,):
-            _logger.warning(
-                "the checkpoint's head of %d classes is left out: the model has %d",
-                len(weights["head.weight"]),
-                model.num_classes,
-            )
-        for key in ("head.weight", "head.bias"):
+    head = ("head.weight", "head.bias")
+    fits = all(key in weights and key in expected and weights[key].shape == expected[key].shape for key in head)
+    if not fits and model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes"):
+        if head[0] in weights:
+            classes = len(weights[head[0]])
+            _logger.warning("the checkpoint's head of %d classes is left out: the model has %d", classes, model.num_classes)
+        for key in head:
             weights.pop(key, None)
             expected.pop(key, None)
     proj = "patch_embed.proj.weight"
@@ -243,6 +242,29 @@ def mvmae_vit_huge_patch14(pretrained: bool = False, **kwargs: Any) -> nn.Module
 
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with ``mvmae_vit_*`` among its names. Arguments, result and errors are timm's."""
-    model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    """Build a model of timm, with ``mvmae_vit_*`` among its names, like ``timm.create_model``.
+
+    The result is timm's; what is wrong with a folder or a repository is said in one line, and of those safetensors are read
+    alone.
+
+    Args:
+        model_name: a name that timm knows, ``local-dir:FOLDER`` or ``hf-hub:owner/name``.
+        pretrained: load weights.
+        kwargs: what else timm takes.
+
+    Raises:
+        WeightsError: if weights cannot be had, read or used.
+    """
+    if pretrained and model_name.startswith(("local-dir:", "hf-hub:")):
+        for filename in (CONFIG_FILE, WEIGHTS_FILE):
+            path = locate(model_name, filename, cache_dir=kwargs.get("cache_dir"))
+            read_json(path) if filename == CONFIG_FILE else read_weights(path)
+    try:
+        model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    except RuntimeError as error:
+        title, *keys = str(error).splitlines()
+        if not title.startswith("Error(s) in loading state_dict"):
+            raise
+        what = f"{keys[0].strip().rstrip('.')} ({len(keys)} such)"
+        raise WeightsError(f"{model_name} does not fit the model: {what}; is it a checkpoint of another model?") from error
     return model

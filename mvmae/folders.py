@@ -102,28 +102,35 @@ class FileSource(ImageSource):
         return os.path.join(self.root, os.fsdecode(self._names[index]))
 
 
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split: `train`, or `val` (`valid`, `validation`, `eval`, `test`); root itself is all training.
+
+    Raises:
+        SplitError: No such split.
+    """
+    folder = _subfolder(root, split) if _subfolder(root, "train") else root if split == "train" else None
+    if folder is None:
+        raise SplitError(f"{root} has no {split} split: expected folders train and {' or '.join(SPLITS['val'])} in it")
+    return folder
+
+
 def open_folder(root: Path, split: str) -> FileSource:
     """All images below a folder; sub-folders are classes where every image lies in one.
-
-    Folders `train` and `val` (or `valid`, `validation`, `eval`, `test`) inside are the splits; a folder without them is
-    all training data.
 
     Raises:
         ValueError: No image there.
         SplitError: No such split.
     """
     start = time.perf_counter()
-    folders = {key: _subfolder(root, key) for key in SPLITS}
-    folder = folders[split] if folders["train"] else root if split == "train" else None
-    if folder is None:
-        raise SplitError(f"{root} has no {split} split: expected folders train and {' or '.join(SPLITS['val'])} in it")
+    folder = split_folder(root, split)
     names = sorted(scan(folder))
     if not names:
         raise ValueError(f"no images in {folder}: looked for {' '.join(sorted(EXTENSIONS))} and archives")
     _logger.info("listed %d images in %s in %.1f s", len(names), folder, time.perf_counter() - start)
-    siblings = [f for f in folders.values() if f] if folders["train"] else [root]
-    classes = sorted({entry.name for sibling in siblings for entry in os.scandir(sibling) if _is_class(entry)})
-    return FileSource(folder, names, classes if all(b"/" in name for name in names) else None)
+    splits = [root] if folder == root else [f for f in (_subfolder(root, key) for key in SPLITS) if f]
+    classes = sorted({entry.name for each in splits for entry in os.scandir(each) if _is_class(entry)})
+    labelled = len(classes) > 1 and all(b"/" in name for name in names)
+    return FileSource(folder, names, classes if labelled else None)
 
 
 def open_list(path: Path) -> FileSource:

@@ -4,13 +4,41 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from .architecture import describe_encoder, describe_pretraining
+from .architecture import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
+from .card import CARD_FILE
+from .card import write_card as write_card
+from .checkpoints import load_encoder as load_encoder
+from .checkpoints import load_pretraining as load_pretraining
 from .encoding import check_encoder
 from .model import MultiViewMAE
-from .pretrained import CONFIG_FILE, WEIGHTS_FILE, write_json, write_weights
+from .pretrained import (
+    CONFIG_FILE,
+    PRETRAINING_CONFIG,
+    PRETRAINING_FILE,
+    PRETRAINING_FOLDER,
+    WEIGHTS_FILE,
+    WeightsError,
+    check_weights,
+    hub_causes,
+    locate,
+    write_json,
+    write_pretraining,
+    write_weights,
+)
+
+PUBLISHED = [
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    f"{PRETRAINING_FOLDER}/{PRETRAINING_CONFIG}",
+    f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}",
+    CARD_FILE,
+    "curves.png",
+    "reconstructions.png",
+]
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -22,6 +50,25 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return (
         describe_pretraining(model) if isinstance(model, MultiViewMAE) else describe_encoder(check_encoder(model), plain=False)
     )
+
+
+def build(description: Mapping[str, Any]) -> nn.Module:
+    """Build the untrained model that `describe` described.
+
+    Raises:
+        WeightsError: if it describes none.
+    """
+    return MultiViewMAE(**pretraining_arguments(description)) if "encoder" in description else build_encoder(description)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Load weights that fit a model exactly.
+
+    Raises:
+        WeightsError: naming ``source`` and what is missing, unexpected or of another shape; the model is then untouched.
+    """
+    check_weights(weights, model.state_dict(), source=source)
+    model.load_state_dict(weights)
 
 
 def export(
@@ -63,7 +110,9 @@ def export(
         vit, mean, std, {"interpolation": interpolation, "crop_pct": crop_pct, "license": license}, label_names
     )
     if isinstance(model, MultiViewMAE):
-        model.save_pretrained(folder)
+        description = describe_pretraining(model)
+        description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
+        write_pretraining(folder / PRETRAINING_FOLDER, description, model.state_dict())
     write_weights(folder / WEIGHTS_FILE, vit.state_dict())
     write_json(folder / CONFIG_FILE, config)
     return folder
@@ -102,7 +151,34 @@ def _timm_config(
             **{key: value for key, value in preprocessing.items() if value is not None},
             "num_classes": vit.num_classes,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
+            "first_conv": "patch_embed.proj" if chans in (1, 3) else None,  # timm before 1.0.31 takes any file for 3 channels
             "classifier": "head",
         },
     }
+
+
+def push(folder: str | Path, repo: str, *, private: bool = False, message: str = "Add the model") -> str:
+    """Upload an exported folder to a repository of the Hub, in one commit.
+
+    Args:
+        folder: as `export` and `write_card` wrote it; other files in it stay where they are.
+        repo: ``owner/name``; created unless it is there.
+        private: create it as a private one.
+        message: of the commit.
+
+    Returns:
+        The commit, for ``hf-hub:owner/name@commit``.
+
+    Raises:
+        WeightsError: if the folder holds no export, the repository is public where a private one was asked for, or the Hub
+            refuses.
+    """
+    locate(folder, WEIGHTS_FILE)
+    with hub_causes(repo, str(folder), None):
+        api = HfApi(library_name="mvmae")
+        api.create_repo(repo, private=private, exist_ok=True)
+        public = private and not api.repo_info(repo).private
+    if public:
+        raise WeightsError(f"{repo} exists and is public: make it private on the Hub first, or push without private")
+    with hub_causes(repo, str(folder), None):
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=PUBLISHED).oid)

@@ -71,12 +71,16 @@ class OpenedImage:
 
     @cached_property
     def orientation(self) -> int:
-        """EXIF orientation, 1 to 8 (1 where there is none)."""
+        """EXIF orientation that `decode` leaves to do, 1 to 8 (1 where there is none)."""
         if not isinstance(self._image, Image.Image):
             return 1
         try:
-            if self._image.format == "PNG":  # its EXIF may stand behind the pixels
+            if self._image.format in (
+                "PNG",
+                "TIFF",
+            ):  # EXIF may stand behind a PNG's pixels; Pillow turns a TIFF itself
                 self._image.load()
+                self.width, self.height = self._image.size
         except Exception as error:
             raise ImageError(self.name, _reason(error)) from error
         return _orientation(self._image)
@@ -111,8 +115,11 @@ class OpenedImage:
     def _decode(self, channels: int, size: tuple[int, int], reduction: int, decoder: str) -> Pixels:
         if not isinstance(self._image, Image.Image):
             return with_channels(to_uint8(self._image), channels)
+        other = channels not in (1, 3, len(self._image.getbands()))
+        if other and self._encoded is not None and self._image.format == "TIFF":  # Pillow drops nameless bands
+            return with_channels(to_uint8(_read_tiff(self._encoded)), channels)
         if self.reducible and self._encoded is not None:
-            _refuse_zero_tail(self._encoded)
+            _refuse_zero_tail(self._encoded, self.name)
             if decoder == "fast" and simplejpeg is not None and channels in (1, 3) and self._image.mode in ("L", "RGB"):
                 try:
                     return _decode_simplejpeg(self._encoded, channels, size, reduction)
@@ -186,7 +193,7 @@ def _open_bytes(encoded: bytes, name: str) -> OpenedImage:
         return OpenedImage(name, _pillow_open(encoded), encoded)
     except UnidentifiedImageError:
         if encoded[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            raise
+            raise ImageError(name, f"not an image: begins with {encoded[:16]!r}") from None
     return OpenedImage(name, _read_tiff(encoded))
 
 
@@ -203,7 +210,7 @@ def _pillow_open(encoded: bytes) -> Image.Image:
 
 
 def _read_tiff(encoded: bytes) -> "NDArray[Any]":
-    """Bands that Pillow cannot read."""
+    """All bands of a TIFF, of which Pillow reads some kinds only."""
     try:
         import tifffile
     except ImportError as error:
@@ -236,12 +243,13 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _refuse_zero_tail(encoded: bytes) -> None:
+def _refuse_zero_tail(encoded: bytes, name: str) -> None:
     """A half-written JPEG whose rest is zeros: libjpeg decodes it to grey without a word."""
     if encoded.endswith(bytes(64)):
         body = encoded.rstrip(b"\0")
         if not body.endswith(b"\xff\xd9"):
-            raise ValueError(f"JPEG ends in {len(encoded) - len(body)} zero bytes, without an end-of-image marker")
+            zeros = len(encoded) - len(body)
+            raise ImageError(name, f"cut: it ends in {zeros} zero bytes, without JPEG's end-of-image marker")
 
 
 def _decode_simplejpeg(encoded: bytes, channels: int, size: tuple[int, int], reduction: int) -> Pixels:

@@ -46,6 +46,20 @@ class MultiViewOutput(NamedTuple):
     mask: Mask
 
 
+class Latents(NamedTuple):
+    """What the encoder makes of views.
+
+    Attributes:
+        tokens: prefix and visible patch tokens of each view, (B * V, T + K, D).
+        z: pooled latents, (B, V, D).
+        projected: the vectors that Eq. 4 compares, (B, V, any width).
+    """
+
+    tokens: Tensor
+    z: Tensor
+    projected: Tensor
+
+
 class MultiViewMAE(nn.Module):
     """The pretraining model: an encoder, a light decoder, and the two objectives (Sections 3.1 and 3.2).
 
@@ -156,21 +170,31 @@ class MultiViewMAE(nn.Module):
         """
         if views.ndim != 5:
             raise ValueError(f"views have the shape {tuple(views.shape)}: (B, V, C, H, W) is expected")
-        images = views.flatten(0, 1)  # (B * V, C, H, W)
         patch_size = self.encoder.patch_embed.patch_size
-        grid = grid_size((images.shape[2], images.shape[3]), patch_size)
+        grid = grid_size((views.shape[3], views.shape[4]), patch_size)
         if mask is None:
-            mask = random_mask(len(images), grid[0] * grid[1], self.mask_ratio, generator=generator, device=images.device)
-        tokens = encode_visible(self.encoder, images, mask)  # Eqs. 1 and 2: (B * V, T + K, D)
-        z = self.pool_tokens(tokens).unflatten(0, views.shape[:2])  # (B, V, D)
+            count, length = views.shape[0] * views.shape[1], grid[0] * grid[1]
+            mask = random_mask(count, length, self.mask_ratio, generator=generator, device=views.device)
+        tokens, z, projected = self.encode(views, mask)  # Eqs. 1 and 2
         pred = self.decoder(tokens, mask, grid_size=grid)  # (B * V, L, P * P * C)
-        target = patchify(images, patch_size)
+        target = patchify(views.flatten(0, 1), patch_size)
         loss_rec = self.reconstruction_loss(pred, target, mask.masked)  # Eq. 3
-        projected = self.projector(z.flatten(0, 1)).unflatten(0, views.shape[:2])
         contrast = contrast and self.loss_weight > 0
         loss_con = self.contrastive_loss(projected) if contrast else loss_rec.new_zeros(())  # Eqs. 4 to 6
         loss = loss_rec + self.loss_weight * loss_con  # Eq. 7
         return MultiViewOutput(loss, loss_rec, loss_con, z, projected, pred, target, mask)
+
+    def encode(self, views: Tensor, mask: Mask) -> Latents:
+        """Encode the visible patches of views and pool them.
+
+        Args:
+            views: (B, V, C, H, W), normalised.
+            mask: over the B * V views.
+        """
+        tokens = encode_visible(self.encoder, views.flatten(0, 1), mask)  # (B * V, T + K, D)
+        z = self.pool_tokens(tokens)
+        batch_and_views = views.shape[:2]
+        return Latents(tokens, z.unflatten(0, batch_and_views), self.projector(z).unflatten(0, batch_and_views))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> "MultiViewMAE":

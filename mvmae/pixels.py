@@ -21,7 +21,8 @@ def to_uint8(array: "NDArray[Any]") -> Pixels:
     if array.dtype == np.uint8:
         return np.asarray(array, dtype=np.uint8)
     if array.dtype == np.bool_:
-        return np.asarray(array, dtype=np.uint8) * np.uint8(255)
+        white: Pixels = np.where(array, np.uint8(255), np.uint8(0))
+        return white
     values = np.nan_to_num(array.astype(np.float32), posinf=0.0, neginf=0.0)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if low < 0:

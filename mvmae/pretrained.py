@@ -1,23 +1,27 @@
 """Weights as files: safetensors and JSON in a folder or a repository of the Hugging Face Hub, with one cause per failure."""
 
+import argparse
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import safetensors.torch
 import timm.models
+import torch
 from huggingface_hub import constants, errors
 from torch import Tensor
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+PRETRAINING_FOLDER = "pretraining"  # in an exported folder; timm before 1.0.29 fails on a second .safetensors beside the first
 PRETRAINING_FILE = "pretraining.safetensors"
+PRETRAINING_CONFIG = "pretraining.json"
 PRETRAINING_FORMAT = 1
 HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -39,8 +43,9 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
     Raises:
         WeightsError: if there is no such file, or it cannot be downloaded.
     """
-    folder = Path(str(source).removeprefix("local-dir:"))
-    if folder.is_dir():
+    text = str(source)
+    folder = Path(text.removeprefix("local-dir:"))
+    if folder.is_dir() and not text.startswith("hf-hub:"):
         if revision is not None:
             raise WeightsError(
                 f"revision {revision!r} was given with the folder {folder}: only a repository of the Hub has them"
@@ -54,12 +59,13 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
             f"{str(source)!r} is neither a folder nor a repository: an existing folder or owner/name is expected"
         )
     repo, revision = match[1], revision or match[2]
-    with _hub_causes(repo, filename, revision):
+    with hub_causes(repo, filename, revision):
         return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir))
 
 
 @contextmanager
-def _hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None]:
+def hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line with the cause and the cure."""
     try:
         yield
     except errors.GatedRepoError as error:
@@ -78,8 +84,12 @@ def _hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None
         ) from error
     except errors.EntryNotFoundError as error:
         raise WeightsError(f"{repo} holds no {filename}: a repository written by mvmae's export is expected") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "an error"
+        cure = "log in with `hf auth login`, with an account that may" if status in (401, 403) else "try again later"
+        raise WeightsError(f"{constants.ENDPOINT} answers {status} for {repo} ({filename}): {cure}") from error
     except Exception as error:  # the client's HTTP library, and with it the class of a cut connection, changes with its version
-        raise WeightsError(f"{filename} of {repo} cannot be downloaded: {first_line(error)}; try again") from error
+        raise WeightsError(f"{filename} of {repo} cannot be moved: {first_line(error)}; try again") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -103,13 +113,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             weights = safetensors.torch.load_file(path)
         else:
-            weights = timm.models.load_state_dict(str(path), weights_only=True)
+            with _namespace_allowed():
+                weights = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         raise WeightsError(_why_unreadable(path, error)) from error
     if not (weights and isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
         raise WeightsError(f"{path} does not hold weights: a dictionary of tensors, or one under 'model', is expected")
     _refuse_non_finite(weights, f"the weights in {path}")
     return weights
+
+
+def _namespace_allowed() -> AbstractContextManager[object]:
+    """Let argparse's namespace of options pass, which MAE's and timm's own checkpoints hold and which runs nothing."""
+    allowed = getattr(torch.serialization, "safe_globals", None)  # from torch 2.5 on
+    return allowed([argparse.Namespace]) if allowed is not None else nullcontext()
 
 
 def _refuse_non_finite(weights: Mapping[str, Tensor], what: str) -> None:
@@ -204,11 +221,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def in_export(source: str | Path, filename: str) -> str:
+    """Say where a file of a pretraining model is: at the top of a folder that holds nothing else, or as `export` wrote it."""
+    return filename if Path(source, filename).is_file() else f"{PRETRAINING_FOLDER}/{filename}"
+
+
 def write_pretraining(folder: str | Path, description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write a pretraining model: ``pretraining.safetensors``, then ``pretraining.json`` with its description and checksum."""
     path = Path(folder) / PRETRAINING_FILE
     write_weights(path, weights)
-    write_json(path.with_suffix(".json"), {"format": PRETRAINING_FORMAT, **description, "sha256": sha256(path)})
+    write_json(path.with_name(PRETRAINING_CONFIG), {"format": PRETRAINING_FORMAT, **description, "sha256": sha256(path)})
 
 
 def read_pretraining(source: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -217,13 +239,13 @@ def read_pretraining(source: str | Path, *, revision: str | None = None) -> tupl
     Raises:
         WeightsError: if the files are missing or damaged, or do not belong together.
     """
-    config = locate(source, str(Path(PRETRAINING_FILE).with_suffix(".json")), revision=revision)
+    config = locate(source, in_export(source, PRETRAINING_CONFIG), revision=revision)
     description = read_json(config)
     if description.get("format") != PRETRAINING_FORMAT:
         raise WeightsError(
             f"{config} has the format {description.get('format')!r}: {PRETRAINING_FORMAT} is expected, upgrade mvmae"
         )
-    path = locate(source, PRETRAINING_FILE, revision=revision)
+    path = locate(source, in_export(source, PRETRAINING_FILE), revision=revision)
     if sha256(path) != description.get("sha256"):
         raise WeightsError(f"{path} is not the file that {config.name} was written with (sha256 differs): get both again")
     return description, read_weights(path)

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from .folders import SPLITS, FileSource, ImageSource, SplitError, open_folder, open_list
+from .archives import find_archives, open_archives
+from .folders import SPLITS, FileSource, ImageSource, SplitError, open_folder, open_list, scan, split_folder
 from .images import ImageLike
 from .sample import SampleSource
 
 __all__ = ["DatasetSource", "FileSource", "ImageSource", "SplitError", "open_images"]
+
+_TIMM = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
 class DatasetSource(ImageSource):
@@ -22,17 +25,17 @@ class DatasetSource(ImageSource):
     """
 
     def __init__(self, dataset: "Dataset[Any]") -> None:
-        if not hasattr(dataset, "__len__") or not hasattr(type(dataset), "__getitem__"):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(f"{type(dataset).__name__} has no length or no index: only map-style data sets can resume")
         size = len(dataset)
         if not size:
             raise ValueError(f"{type(dataset).__name__} holds no images")
         super().__init__([])
         self._dataset, self._size = dataset, size
-        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-        if labels is not None and np.shape(labels) == (size,):
+        labels = _labels_of(dataset)
+        if labels is not None and np.shape(labels) == (size,) and np.asarray(labels).dtype.kind in "iu":
             self.labels = np.asarray(labels, dtype=np.int64)
-            self.class_names = tuple(map(str, getattr(dataset, "classes", np.unique(self.labels))))
+            self.class_names = _classes_of(dataset) or tuple(map(str, np.unique(self.labels)))
 
     def __len__(self) -> int:
         return self._size
@@ -41,8 +44,10 @@ class DatasetSource(ImageSource):
         """The data set's image."""
         item = self._dataset[index]
         if isinstance(item, Mapping):
-            item = item["image"]
-        image: ImageLike = item[0] if isinstance(item, (tuple, list)) else item
+            item = item["image"] if "image" in item else item["img"]
+        elif isinstance(item, (tuple, list)):
+            item = item[0]
+        image: ImageLike = (item["bytes"] or item["path"]) if isinstance(item, Mapping) else item
         return image
 
     def name(self, index: int) -> str:
@@ -59,7 +64,9 @@ def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, 
     """Open a source of images.
 
     Args:
-        data: `sample`; a folder of images; a text list of paths (.txt); or a torch data set.
+        data: `sample`; a folder of images, nested as it may be, with or without `train` and `val` in it; a text list of
+            paths (.txt); a file, a folder or a brace pattern of tar, Parquet, Arrow or IDX files; a timm data set name
+            with its folder (`torch/cifar10:FOLDER`, `hfds/NAME`); or a torch data set.
         split: "train" or "val".
 
     Raises:
@@ -68,19 +75,60 @@ def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, 
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
-    if isinstance(data, ImageSource):
-        return data
-    if not isinstance(data, (str, os.PathLike)):
-        return DatasetSource(data)
+    if isinstance(data, (str, os.PathLike)):
+        return _open_path(os.fspath(data), split)
+    if split != "train":
+        raise SplitError(f"a {type(data).__name__} has no {split} split: give another one")
+    return data if isinstance(data, ImageSource) else DatasetSource(data)
+
+
+def _open_path(data: str, split: str) -> ImageSource:
     if data == "sample":
         return SampleSource(split)
     path = Path(data)
+    if not path.exists() and data.startswith(_TIMM):
+        return _open_timm(data, split)
+    folder = split_folder(path, split) if path.is_dir() and not find_archives(path) else path
+    archives = find_archives(folder)
+    if archives and path.is_dir() and next(scan(folder), None):
+        raise ValueError(f"{folder} holds images and archives ({archives[0].name}, ...): name which")
+    if archives:
+        return open_archives(archives, split if folder == path else "train")
     if path.is_dir():
         return open_folder(path, split)
     if not path.exists():
-        raise ValueError(f"no such folder or file: {path}")
+        raise ValueError(f"no such folder, file or data set: {data}")
+    if path.suffix != ".txt":
+        raise ValueError(f"{path} is no folder, list of paths (.txt) or archive of images")
     if split != "train":
-        raise SplitError(f"{path} has no {split} split")
-    if path.suffix == ".txt":
-        return open_list(path)
-    raise ValueError(f"{path} is no folder, list of paths (.txt) or archive of images")
+        raise SplitError(f"{path} is one list without splits")
+    return open_list(path)
+
+
+def _open_timm(data: str, split: str) -> DatasetSource:
+    """A timm data set by name; not timm's own readers, which pass over bad files without a word."""
+    from timm.data import create_dataset
+
+    name, _, root = data.partition(":")
+    if name.startswith("torch/") and not root:
+        raise ValueError(f"{data}: say where it lies, {name}:FOLDER")
+    error: Exception | None = None
+    for candidate in ["train"] if split == "train" else ["validation", "test", "val"]:
+        try:
+            dataset = create_dataset(name, root=root or None, split=candidate, input_img_mode=None)
+            return DatasetSource(getattr(getattr(dataset, "reader", None), "dataset", dataset))
+        except (ValueError, RuntimeError, OSError, AssertionError, ImportError) as caught:
+            error = error or caught
+    raise ValueError(f"{data} cannot be opened as split {split}: {' '.join(str(error).split())}") from error
+
+
+def _classes_of(dataset: Any) -> tuple[str, ...]:
+    features = getattr(dataset, "features", None)
+    label = features.get("label") if isinstance(features, Mapping) else None  # Hugging Face
+    return tuple(map(str, getattr(dataset, "classes", None) or getattr(label, "names", None) or ()))
+
+
+def _labels_of(dataset: Any) -> Any:
+    if "label" in (getattr(dataset, "column_names", None) or ()):  # Hugging Face
+        return dataset.with_format("numpy")["label"][:]
+    return getattr(dataset, "targets", getattr(dataset, "labels", None))

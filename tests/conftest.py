@@ -1,7 +1,6 @@
 """What all tests share: one thread, no network, a seeded generator, a tiny ViT, two processes."""
 
 import os
-import pickle
 import sys
 import time
 import traceback
@@ -81,7 +80,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., lis
         codes = [process.exitcode for process in processes]
         if codes != [0, 0]:
             raise RuntimeError(f"{fn.__name__}: the processes ended with {codes}")
-        return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(2)]
+        return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(2)]
 
     return run
 
@@ -91,10 +90,10 @@ def _process(rank: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, .
     torch.manual_seed(0)
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-        result = pickle.dumps(fn(*args))
+        torch.save(fn(*args), folder / f"result{rank}")
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        (folder / f"error{rank}").write_text(traceback.format_exc())
+        (folder / f"unfinished{rank}").write_text(traceback.format_exc())
+        (folder / f"unfinished{rank}").rename(folder / f"error{rank}")
         os._exit(1)  # without waiting for the other process
-    (folder / f"result{rank}").write_bytes(result)

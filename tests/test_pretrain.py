@@ -1,10 +1,13 @@
 import json
 import os
 import pty
+import shutil
 import signal
+import struct
 import termios
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -15,7 +18,20 @@ from running import Started, run_processes, run_script
 
 SMALL = "patch_size=8 embed_dim=32 depth=1 num_heads=2"
 ARGUMENTS = ["--preset", "quick", "--encoder-args", SMALL, "--image-size", 32, "--decoder-dim", 16, "--decoder-depth", 1]
-ARGUMENTS += ["--batch-size", 8, "--device", "cpu", "--knn-images", 0, "--log-every", 1, "--epochs", 5, "--warmup-epochs", 1]
+ARGUMENTS += [
+    "--batch-size",
+    8,
+    "--device",
+    "cpu",
+    "--monitor-images",
+    0,
+    "--log-every",
+    1,
+    "--epochs",
+    5,
+    "--warmup-epochs",
+    1,
+]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +137,13 @@ def test_two_processes_see_the_same_images_crops_and_masks(whole, images, tmp_pa
     assert losses(tmp_path) == pytest.approx(losses(whole[0]), rel=1e-5)
 
 
+def test_a_batch_in_parts_gives_the_same_losses(whole, images, tmp_path):
+    result = pretrain(tmp_path, images, "--max-steps", 6, "--workers", 0, "--accumulate", 4)
+    assert result.code == 0, result.err
+    expected = {step: loss for step, loss in losses(whole[0]).items() if step <= 6}
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-5)
+
+
 def test_on_a_terminal_a_bar_shows(images, tmp_path):
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 100))
@@ -142,10 +165,48 @@ def test_on_a_terminal_a_bar_shows(images, tmp_path):
 
 
 def test_the_sample_photographs_are_labelled_and_the_accuracy_is_printed(tmp_path):
-    arguments = ["--max-steps", 2, "--workers", 0, "--knn-images", 200]
+    arguments = ["--max-steps", 2, "--workers", 0, "--monitor-images", 200]
     result = pretrain(tmp_path, "sample", *arguments)
     assert result.code == 0, result.err
     assert "k-NN accuracy on held-out images: " in result.out.splitlines()[-1]
+
+
+def png_header(width, height):
+    """The first bytes of a PNG that claims to be so large."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + struct.pack(">I", 9) + b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + chunks + bytes(9)
+
+
+def test_bad_images_are_replaced_and_listed(images, tmp_path):
+    shutil.copytree(images, tmp_path / "odd")
+    good = (images / "0.jpg").read_bytes()
+    bad = {"empty.jpg": b"", "cut.jpg": good[: len(good) // 2], "text.jpg": b"<html>", "bomb.png": png_header(30000, 30000)}
+    for name, content in bad.items():
+        (tmp_path / "odd" / name).write_bytes(content)
+    (tmp_path / "odd" / "folder.jpg").mkdir()
+    (tmp_path / "odd" / "loop").symlink_to(tmp_path / "odd")
+    result = pretrain(tmp_path, tmp_path / "odd", "--workers", 1, "--batch-size", 9, "--monitor-images", 99)
+    assert result.code == 0, result.err
+    listed = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
+    assert {line.split("\t")[0].rpartition("/")[2] for line in listed} == set(bad)
+    assert "30000" in next(line for line in listed if "bomb.png" in line)
+    refused = pretrain(tmp_path, tmp_path / "odd", "--workers", 1, "--batch-size", 9, "--output-dir", "other", "--max-bad", 2)
+    assert refused.code == 1 and "3 bad images, more than the 2 allowed" in refused.err
+
+
+def test_images_with_four_channels_need_their_statistics(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "arrays").mkdir()
+    for i in range(16):
+        np.save(tmp_path / "arrays" / f"{i}.npy", rng.integers(0, 255, (40, 48, 4), dtype=np.uint8))
+    arguments = ["--in-chans", 4, "--max-steps", 2, "--workers", 0]
+    refused = pretrain(tmp_path, "arrays", *arguments)
+    assert refused.code == 2 and "--in-chans 4" in refused.err and "--mean and --std 4 numbers" in refused.err
+    statistics = ["--mean", *[0.5] * 4, "--std", *[0.25] * 4]
+    assert pretrain(tmp_path, "arrays", *arguments, *statistics).code == 0
+    config = json.loads((tmp_path / "run" / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == [0.5] * 4 and config["pretrained_cfg"]["input_size"] == [4, 32, 32]
 
 
 @pytest.mark.parametrize(

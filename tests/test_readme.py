@@ -73,6 +73,7 @@ def draw_pictures(code: str) -> None:
             Image.radial_gradient("L").resize((300, 260)).convert("RGB").save(value)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # open files
 @pytest.mark.parametrize("heading", sections())
 def test_the_python_of_a_section_runs(heading, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -238,10 +239,10 @@ OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/pretrain.py --resume; ls 
 def test_blocks_and_commands_are_found_in_a_page():
     python = [block for block in fenced_blocks(PAGE) if block.language == "python"]
     assert [(block.heading, block.line, block.text, block.run) for block in python] == [
-        ("The second `one`", 8, "never()", False),
-        ("The second `one`", 13, "# no heading\nvalue = 1", True),
-        ("The second `one`", 18, "never()", False),
-        ("The second `one`", 21, "value += 1", True),
+        ("The second `one`", 9, "never()", False),
+        ("The second `one`", 14, "# no heading\nvalue = 1", True),
+        ("The second `one`", 19, "never()", False),
+        ("The second `one`", 22, "value += 1", True),
     ]
     (shell,) = [block.text for block in fenced_blocks(PAGE) if block.language == "bash"]
     assert [(command.script, command.arguments) for command in commands_of(shell, "here")] == [

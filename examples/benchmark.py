@@ -1,0 +1,265 @@
+"""Measure how fast images are loaded and how fast the model trains, each against what it could be, in one run.
+
+  python examples/benchmark.py --threads 1                                 about 10 minutes on one CPU core
+  python examples/benchmark.py --parts model --batch-size 256 --precision bf16          on a CUDA device
+  python examples/benchmark.py --parts loader --data path/to/photographs --workers 8
+
+Machines drift, so every figure that matters is a ratio to something timed in turn with it in the same process:
+loading against torchvision's two full decodes and against decoding alone, a training step against its own matrix products
+alone. The figures go to benchmark.json.
+"""
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Stop, create_encoder, option, run, start_processes
+from PIL import Image
+from timing import Products, clock, peak_memory_mb, show
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+import mvmae
+from mvmae.data import MultiViewDataset, StepSampler, make_loader
+from mvmae.sources import open_images
+
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
+"""Dense bf16 operations a second, from the vendor's data sheets, for the share of them that a step uses (MFU)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    parts: tuple[str, ...] = option(("loader", "workers", "model", "contrast"), "what to measure", ())
+    data: str = option("sample", "photographs: a folder, or sample for some that come with scikit-image")
+    output_dir: str = option("runs/benchmark", "folder for benchmark.json")
+    encoder: str = option("mvmae_vit_base_patch16", "any plain ViT of timm")
+    image_size: int = option(224, "side of a view in pixels")
+    batch_size: int = option(8, "images of a training step")
+    rounds: int = option(5, "times that everything is timed, in turn; medians count")
+    threads: int = option(1, "of torch, on the CPU")
+    workers: int = option(2, "loading processes")
+    device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+    precision: str = option("float32", "of the model", ["float32", "bf16"])
+    against: str = option("", "vitmae times transformers' ViTMAE on the same images too", ["", "vitmae"])
+
+
+def photographs(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
+    """Write JPEGs (quality 90) of one size from the photographs of scikit-image."""
+    import skimage
+
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
+    paths = [folder / f"{size[0]}x{size[1]}-{i}.jpg" for i in range(count)]
+    for i, path in enumerate(paths):
+        with Image.open(Path(skimage.__file__).parent / "data" / names[i % len(names)]) as image:
+            image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
+    return paths
+
+
+class Naive(Dataset[Tensor]):
+    """Two decodes of every file, each through torchvision's transforms to a normalised float tensor."""
+
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
+        crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
+        normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        self.paths = paths
+        self.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.load(self.paths[index])
+
+    def load(self, path: Path) -> Tensor:
+        """Give two views of a file."""
+        views: list[Tensor] = []
+        for _ in range(2):
+            with Image.open(path) as image:
+                views.append(self.transform(image.convert("RGB")))
+        return torch.stack(views)
+
+
+def image_sets(config: Config, folder: Path) -> dict[str, list[Path]]:
+    """Find the photographs to load: those of the user, or small and large ones."""
+    if config.data == "sample":
+        return {"500x375": photographs(folder, (500, 375), 24), "3000x2000": photographs(folder, (3000, 2000), 3)}
+    if not Path(config.data).is_dir():
+        raise Stop(f"no such folder: {config.data}; a folder of photographs, or sample, is expected")
+    source = open_images(config.data)
+    return {config.data: [Path(config.data) / source.name(i) for i in range(min(len(source), 200))]}
+
+
+def load_all(load: Callable[[Path], object], paths: Sequence[Path]) -> None:
+    """Load one after the other."""
+    for path in paths:
+        load(path)
+
+
+def measure_loader(config: Config, folder: Path) -> dict[str, Any]:
+    """Time one process on two views of every photograph, each way of loading in turn."""
+    results = {}
+    for name, paths in image_sets(config, folder).items():
+        naive = Naive(paths, config.image_size)
+        ways = {
+            f"one decode, {decoder}": mvmae.MultiViewTransform(config.image_size, decoder=decoder)
+            for decoder in ("fast", "pillow", "pil")
+        }
+        timed: dict[str, Callable[[], object]] = {"two decodes, torchvision": partial(load_all, naive.load, paths)}
+        timed |= {way: partial(load_all, transform, paths) for way, transform in ways.items()}
+        timed["decode alone, pillow"] = partial(load_all, lambda path: Image.open(path).convert("RGB"), paths)
+        results[name] = clock(timed, config.rounds, torch.device("cpu"), len(paths))
+        show(f"loading {len(paths)} photographs of {name}, images/s in one process", results[name])
+    return results
+
+
+def measure_workers(config: Config, folder: Path) -> dict[str, Any]:
+    """Time loading processes, ours and the naive way's, through torch's DataLoader."""
+    paths = [path for group in list(image_sets(config, folder).values())[:1] for path in group] * 8
+    (folder / "list.txt").write_text("".join(f"{path}\n" for path in paths))
+    source = open_images(str(folder / "list.txt"))
+    batch = min(32, len(paths))
+    dataset = MultiViewDataset(source, mvmae.MultiViewTransform(config.image_size))
+
+    def ours() -> None:
+        sampler = StepSampler(len(source), batch, num_steps=len(source) // batch)
+        for _ in make_loader(dataset, sampler, num_workers=config.workers):
+            pass
+
+    def naive() -> None:
+        for _ in DataLoader(Naive(paths, config.image_size), batch, num_workers=config.workers):
+            pass
+
+    results = clock({"two decodes, torchvision": naive, "ours": ours}, config.rounds, torch.device("cpu"), len(paths))
+    show(f"loading with {config.workers} workers, images/s", results)
+    return results
+
+
+def plain_loss(model: mvmae.MultiViewMAE, views: Tensor, mask: mvmae.Mask) -> Tensor:
+    """Compute Eq. 7 the plain way: view after view, every patch embedded before the visible tokens are gathered."""
+    vit, number, latents, loss_rec = model.encoder, views.shape[1], [], views.new_zeros(())
+    for v in range(number):
+        images, part = views[:, v], mask.select(slice(v, None, number))
+        tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+        tokens = tokens.gather(1, part.visible[:, :, None].expand(-1, -1, tokens.shape[2]))
+        prefix = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = vit.norm(vit.blocks(torch.cat([prefix, tokens], dim=1)))
+        target = mvmae.patchify(images, vit.patch_embed.patch_size)
+        loss_rec = loss_rec + model.reconstruction_loss(model.decoder(tokens, part), target, part.masked) / number
+        latents.append(model.pool_tokens(tokens))
+    loss: Tensor = loss_rec + model.loss_weight * model.contrastive_loss(torch.stack(latents, dim=1))
+    return loss
+
+
+def measure_model(config: Config, device: torch.device) -> dict[str, Any]:
+    """Time training steps against their matrix products alone, and against the plain way to write them."""
+    torch.manual_seed(0)
+    model = mvmae.MultiViewMAE(create_encoder(config.encoder, img_size=config.image_size)).to(device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    views = torch.randn(config.batch_size, 2, 3, config.image_size, config.image_size, device=device)
+    mask = mvmae.random_mask(2 * config.batch_size, model.encoder.patch_embed.num_patches, 0.8, device=device)
+
+    def step(loss_of: Callable[[], Tensor]) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def ours() -> None:
+        step(lambda: model(views, mask=mask).loss)
+
+    torch.testing.assert_close(plain_loss(model, views, mask), model(views, mask=mask).loss, rtol=1e-3, atol=1e-3)
+    with Products() as products, FlopCounterMode(display=False) as counter:
+        ours()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ways: dict[str, Callable[[], object]] = {"matrix products alone": products.alone(device), "step": ours}
+    ways["plain step"] = lambda: step(lambda: plain_loss(model, views, mask))
+    if config.against:
+        ways["transformers' ViTMAE, one view"] = vitmae_step(config, views, device, step)
+    timed = clock(ways, config.rounds, device, config.batch_size)
+    flops = counter.get_total_flops() / config.batch_size
+    results: dict[str, Any] = {"timed": timed, "flops_per_image": flops, "share_of_floor": timed["step"]["times_the_first"]}
+    results["plain_over_ours"] = timed["step"]["times_the_first"] / timed["plain step"]["times_the_first"]
+    results["peak_memory_mb"] = peak_memory_mb(device)
+    if device.type == "cuda" and config.precision == "bf16":
+        peak = next((peak for name, peak in PEAK_BF16.items() if name in torch.cuda.get_device_name(device)), None)
+        results["mfu"] = peak and flops * timed["step"]["per_second"] / peak
+    show(f"training step of {config.encoder}, {config.batch_size} images, images/s", timed)
+    print(f"share of the floor {results['share_of_floor']:.3f}; the plain way takes {results['plain_over_ours']:.3f} x as long")
+    print(f"{flops / 1e9:.1f} GFLOP an image; peak memory {results['peak_memory_mb']:.0f} MB")
+    return results
+
+
+def vitmae_step(
+    config: Config, views: Tensor, device: torch.device, step: Callable[[Callable[[], Tensor]], None]
+) -> Callable[[], None]:
+    """Give a training step of transformers' ViTMAE (forward and backward) on both views, as images of their own."""
+    try:
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    except ImportError as error:
+        raise Stop("--against vitmae needs transformers: pip install transformers") from error
+    settings = {"image_size": config.image_size, "mask_ratio": 0.8, "norm_pix_loss": True, "decoder_num_hidden_layers": 4}
+    peer: nn.Module = ViTMAEForPreTraining(ViTMAEConfig(**settings)).to(device)
+    return lambda: step(lambda: peer(views.flatten(0, 1)).loss)
+
+
+def measure_contrast(config: Config, device: torch.device) -> dict[str, Any]:
+    """Time NT-Xent on large batches, forward and backward: all logits at once against chunks of them."""
+    results = {}
+    for batch in (1024, 2048):
+        z = torch.randn(batch, 2, 768, device=device, requires_grad=True)
+        losses = {"all at once": mvmae.NTXentLoss(chunk_size=2 * batch), "in chunks of 256": mvmae.NTXentLoss(chunk_size=256)}
+        ways = {name: partial(lambda loss, z: torch.autograd.grad(loss(z), z), loss, z) for name, loss in losses.items()}
+        results[str(batch)] = clock(ways, config.rounds, device, batch)
+        show(f"NT-Xent of {batch} images, images/s", results[str(batch)])
+    return results
+
+
+def measure_large_contrast(device: torch.device) -> dict[str, float]:
+    """Give the memory that NT-Xent takes beyond its 2 x 32 768 latents of width 768, forward and backward."""
+    z = torch.randn(32768, 2, 768, device=device, requires_grad=True)
+    before, start = peak_memory_mb(device), time.perf_counter()
+    mvmae.NTXentLoss()(z).backward()
+    extra = peak_memory_mb(device) - before
+    print(f"NT-Xent of 2 x 32768 latents: {extra:.0f} MB beyond the latents, {time.perf_counter() - start:.1f} s")
+    return {"extra_memory_mb": extra}
+
+
+def main(config: Config) -> None:
+    """Measure what was asked for."""
+    torch.set_num_threads(config.threads)
+    device = start_processes(config.device).device
+    known = {"loader", "workers", "model", "contrast", "memory"}
+    if unknown := set(config.parts) - known:
+        raise Stop(f"--parts {' '.join(unknown)} is unknown: some of {' '.join(sorted(known))} are expected")
+    results: dict[str, Any] = {"config": dataclasses.asdict(config), "torch": torch.__version__, "device": str(device)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        measures: dict[str, Callable[[], Any]] = {
+            "memory": lambda: measure_large_contrast(device),  # first: the peak of a process never falls
+            "loader": lambda: measure_loader(config, folder),
+            "workers": lambda: measure_workers(config, folder),
+            "model": lambda: measure_model(config, device),
+            "contrast": lambda: measure_contrast(config, device),
+        }
+        for part, measure in measures.items():
+            if part in config.parts:
+                results[part] = measure()
+    path = Path(config.output_dir) / "benchmark.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    run(main, Config, {"paper": {}}, __doc__)

@@ -1,0 +1,111 @@
+"""Write a run's model for timm, transformers and the Hub, and upload it on request.
+
+  python examples/export.py --run runs/quick
+      seconds; writes runs/quick/encoder, which timm.create_model("local-dir:runs/quick/encoder", pretrained=True) loads
+  python examples/export.py --run runs/paper --datasets imagenet-1k --push owner/name --private
+      uploads it in one commit, to a repository that only its owner sees until it is made public on the Hub
+
+Takes the newest checkpoint, of a run that has ended or not. A fine-tuned run brings its head and the names of its classes.
+The model card says what the run recorded and no more.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from checkpoint import load_checkpoint
+from common import Stop, option, run
+from torch import nn
+
+from mvmae import MultiViewMAE, hub
+from mvmae.pretrained import first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: str = option(dataclasses.MISSING, "folder of the run")
+    output_dir: str = option("", "folder to write; the run's encoder/ where it is empty")
+    push: str = option("", "owner/name of a repository on the Hub to upload to; none where it is empty")
+    private: bool = option(False, "create that repository as a private one")
+    datasets: tuple[str, ...] = option((), "names of the images, as the Hub has them, for the card")
+    license: str = option("apache-2.0", "of the weights, for the card")
+    hardware: str = option("", "that the run used, for the card")
+    command: str = option("", "that started the run, for the card; what the checkpoint says where it is empty")
+    commit: str = option("", "of this package that the run used, for the card; what the checkpoint says where it is empty")
+
+
+def build_model(state: Mapping[str, Any]) -> nn.Module:
+    """Build the model of a checkpoint, untrained: from its description, or from the settings of pretrain.py."""
+    if "description" in state:
+        return hub.build(state["description"])
+    try:
+        import pretrain
+
+        names = {field.name for field in dataclasses.fields(pretrain.Config)}
+        settings = {name: value for name, value in state["settings"].items() if name in names}
+        return pretrain.build_model(pretrain.Config(**{**settings, "pretrained": False}))
+    except (KeyError, TypeError) as error:
+        raise Stop(
+            f"the checkpoint does not say which model it is of ({first_line(error)}): a run of this version is expected"
+        ) from error
+
+
+def measured(folder: Path, step: int) -> dict[str, float]:
+    """Collect what was measured on the exported weights: k-NN accuracy at their step, and results.json."""
+    metrics, log, results = {}, folder / "log.jsonl", folder / "results.json"
+    for line in log.read_text().splitlines() if log.exists() else ():
+        record = json.loads(line)
+        if record.get("step") == step and "knn" in record:
+            metrics["k-NN accuracy on held-out images, %"] = record["knn"]
+    found = json.loads(results.read_text()) if results.exists() else {}
+    return metrics | {key: value for key, value in found.items() if isinstance(value, float)}
+
+
+def check(model: nn.Module, folder: Path) -> None:
+    """Load what was written by timm alone, and compare its features with the model's own."""
+    encoder: Any = model.encoder if isinstance(model, MultiViewMAE) else model
+    images = torch.randn(1, encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
+    with torch.inference_mode():
+        written = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features(images)
+        if not torch.equal(written, encoder.eval().forward_features(images)):
+            raise Stop(f"timm builds another model from {folder} than the run's: please report it", 1)
+
+
+def main(config: Config) -> None:
+    """Read, write, check, upload."""
+    source = Path(config.run)
+    folder = Path(config.output_dir) if config.output_dir else source / "encoder"
+    state = load_checkpoint(source)
+    if state is None:
+        raise Stop(f"{source} holds no checkpoint.pt: the folder of a run is expected")
+    model = build_model(state)
+    hub.load_weights(model, state["model"], source=source / "checkpoint.pt")
+    hub.export(model, folder, label_names=state.get("label_names"), license=config.license)
+    check(model, folder)
+    for name in ("curves.png", "reconstructions.png"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    hub.write_card(
+        folder,
+        repo=config.push or f"owner/{source.name}",
+        datasets=config.datasets,
+        license=config.license,
+        metrics=measured(source, state.get("step", 0)),
+        command=config.command or state.get("command", ""),
+        commit=config.commit or state.get("commit", ""),
+        hardware=config.hardware,
+        settings=state.get("settings"),
+    )
+    print(f'{folder} is written: timm.create_model("local-dir:{folder}", pretrained=True)', flush=True)
+    if config.push:
+        commit = hub.push(folder, config.push, private=config.private)
+        print(f'{config.push} is uploaded: timm.create_model("hf-hub:{config.push}@{commit}", pretrained=True)', flush=True)
+
+
+if __name__ == "__main__":
+    run(main, Config, {"default": {}}, __doc__)

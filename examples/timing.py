@@ -1,0 +1,80 @@
+"""Clocks for `benchmark.py`: things timed in turn, and the matrix products of a step alone."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def clock(
+    paths: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, units: float = 1.0
+) -> dict[str, dict[str, float]]:
+    """Time functions in turn; give for each its median seconds, and units a second, and the ratio to the first, per round."""
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    for turn in range(rounds + 1):  # the first is a warm-up
+        for name, path in paths.items():
+            start = time.perf_counter()
+            path()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    first = seconds[next(iter(paths))]
+    return {
+        name: {
+            "seconds": statistics.median(own),
+            "per_second": units / statistics.median(own),
+            "times_the_first": statistics.median(a / b for a, b in zip(first, own, strict=True)),
+        }
+        for name, own in seconds.items()
+    }
+
+
+class Products(TorchDispatchMode):
+    """Records every matrix product that runs, as the shapes and types of its operands."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self.shapes.append((tuple(args[0].shape), tuple(args[1].shape), args[0].dtype))
+        elif name in ("addmm", "baddbmm"):
+            self.shapes.append((tuple(args[1].shape), tuple(args[2].shape), args[1].dtype))
+        elif "scaled_dot_product" in name:  # q k^T and p v forward; p again, and the gradients of v, p, q, k, backward
+            q, k = args[1:3] if "backward" in name else args[:2]
+            (b, h, n, d), m = q.shape, k.shape[2]
+            across, along = ((b * h, n, d), (b * h, d, m), q.dtype), ((b * h, n, m), (b * h, m, d), q.dtype)
+            self.shapes += [across, across, along, along, along] if "backward" in name else [across, along]
+        return func(*args, **(kwargs or {}))
+
+    def alone(self, device: torch.device) -> Callable[[], None]:
+        """Give a function that runs the same products, in their order, and nothing else."""
+        operands = {key: tuple(torch.randn(s, device=device).to(key[2]) for s in key[:2]) for key in set(self.shapes)}
+        results = {key: operands[key][0] @ operands[key][1] for key in operands}
+
+        def replay() -> None:
+            for key in self.shapes:
+                torch.matmul(*operands[key], out=results[key])
+
+        return replay
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Give the most memory that was in use so far: of the device, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def show(title: str, timed: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a table."""
+    print(f"\n{title}")
+    for name, row in timed.items():
+        print(f"  {name:34s} {row['per_second']:10.2f} /s   {row['times_the_first']:6.2f} x the first")

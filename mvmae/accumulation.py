@@ -1,0 +1,88 @@
+"""A batch in parts whose loss and gradients are the whole batch's (gradient cache, Gao et al., 2021, arXiv 2101.06983).
+
+Shapes: B images, V views, C channels, H x W pixels, K parts, D width of a latent.
+"""
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .masking import Mask
+from .model import MultiViewMAE
+
+
+class Losses(NamedTuple):
+    """The losses of a whole batch, detached: Eqs. 7, 3 and 6."""
+
+    loss: Tensor
+    loss_rec: Tensor
+    loss_con: Tensor
+
+
+def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask) -> Losses:
+    """Add the gradients of Eq. 7 over the batch to ``parameter.grad``, with the activations of one part in memory at a time.
+
+    Adding up gradients of small batches does not enlarge the batch of a contrastive loss: each part would have negatives
+    from itself alone. Here the latents of all parts are computed first, without activations; Eq. 6 gives its gradient with
+    respect to them; then each part is computed again and both gradients flow back through it. The price is one more forward
+    pass of the encoder. Exact for several processes too, and with dropout, whose random numbers are drawn again.
+
+    Args:
+        model: a `MultiViewMAE`, or one in DistributedDataParallel; compiled or not. Only modules that mix the images of a
+            batch, such as BatchNorm in a projector, see a part instead of the batch.
+        views: (B, V, C, H, W), normalised; B images of this process.
+        parts: number K of parts, a divisor of B.
+        mask: over the B * V views.
+
+    Raises:
+        ValueError: if the batch cannot be cut into that many equal parts.
+    """
+    batch, num_views = views.shape[:2]
+    if parts < 1 or batch % parts:
+        raise ValueError(f"a batch of {batch} images cannot be cut into {parts} equal parts: use a divisor of {batch}")
+    core: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    size = batch // parts
+    pieces = [(views[i : i + size], mask.select(slice(i * num_views, (i + size) * num_views))) for i in range(0, batch, size)]
+    states = []
+    with torch.no_grad():
+        latents = []
+        for piece, piece_mask in pieces:
+            states.append(_random_state(views.device))
+            latents.append(core.encode(piece, piece_mask).projected)
+    loss_con, gradient = _contrast(core, torch.cat(latents))
+    loss_rec = views.new_zeros(())
+    for i, (piece, piece_mask) in enumerate(pieces):
+        _set_random_state(states[i], views.device)
+        last = i == parts - 1
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+            output = model(piece, mask=piece_mask, contrast=False)
+            loss = output.loss_rec / parts
+            if gradient is not None:
+                loss = loss + core.loss_weight * (output.projected * gradient[i * size : (i + 1) * size]).sum()
+            loss.backward()
+        loss_rec += output.loss_rec.detach() / parts
+    return Losses(loss_rec + core.loss_weight * loss_con, loss_rec, loss_con)
+
+
+def _contrast(model: MultiViewMAE, projected: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Give Eq. 6 over all parts and processes, and its gradient with respect to the latents."""
+    if not model.loss_weight:
+        return projected.new_zeros(()), None
+    projected.requires_grad_()
+    with torch.enable_grad():
+        loss = model.contrastive_loss(projected)
+    (gradient,) = torch.autograd.grad(loss, projected)
+    return loss.detach(), gradient
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,77 @@
+"""The model card: what an exported folder holds, how to load it, how it was made, and what was measured."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .pretrained import CONFIG_FILE, PRETRAINING_FILE, PRETRAINING_FOLDER, WEIGHTS_FILE, locate, read_json, replace_file, sha256
+
+CARD_FILE = "README.md"
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    repo: str,
+    datasets: Sequence[str] = (),
+    license: str = "apache-2.0",
+    metrics: Mapping[str, float] | None = None,
+    command: str = "",
+    commit: str = "",
+    hardware: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the model card of an exported folder, README.md: what it is, how to load it, how it was made and measured.
+
+    Args:
+        folder: as `export` wrote it; a ``curves.png`` there is shown.
+        repo: ``owner/name`` of the repository that it is for.
+        datasets: names of the images it was trained on, as the Hub has them.
+        license: of the weights, as the Hub spells it.
+        metrics: what was measured on these weights; nothing else belongs here.
+        command: that trained them.
+        commit: of this package.
+        hardware: that it ran on.
+        settings: of the run, all of them.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        WeightsError: if the folder holds no export.
+    """
+    folder = Path(folder)
+    config = read_json(locate(folder, CONFIG_FILE))
+    whole, classes = (folder / PRETRAINING_FOLDER / PRETRAINING_FILE).exists(), config["num_classes"]
+    metadata = {
+        "license": license,
+        "library_name": "timm",
+        "pipeline_tag": "image-classification" if classes else "image-feature-extraction",
+        "tags": ["timm", "transformers", "mvmae", "masked-autoencoder", "self-supervised-learning"],
+        "datasets": list(datasets),
+    }
+    made = {"Images": ", ".join(datasets), "Command": command and f"`{command}`", "Commit": commit, "Hardware": hardware}
+    files = {
+        name: sha256(folder / name)
+        for name in (WEIGHTS_FILE, f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}")
+        if (folder / name).exists()
+    }
+    parts = [
+        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()) + "---",
+        f"# {repo.partition('/')[2]}",
+        f"A {config['architecture']} pretrained by the Multi-View Masked Autoencoder (https://doi.org/10.3390/app132212413)"
+        + (f", with a head of {classes} classes." if classes else "."),
+        f"```python\nimport timm\n\nmodel = timm.create_model({f'hf-hub:{repo}'!r}, pretrained=True)\n```",
+        f"```python\nimport mvmae\n\nmodel = mvmae.MultiViewMAE.from_pretrained({repo!r})  # to go on pretraining\n```"
+        if whole
+        else "",
+        "## Training\n\n" + "\n".join(f"- {key}: {value or 'not recorded'}" for key, value in made.items()),
+        f"```json\n{json.dumps(settings, indent=2)}\n```" if settings else "",
+        "![Losses of the run](curves.png)" if (folder / "curves.png").exists() else "",
+        "## Measured\n\n" + ("\n".join(f"- {key}: {value:g}" for key, value in (metrics or {}).items()) or "Nothing yet."),
+        "## Files\n\n" + "\n".join(f"- {name}: sha256 {value}" for name, value in files.items()),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    replace_file(folder / CARD_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+    return folder / CARD_FILE

@@ -1,0 +1,85 @@
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from mvmae import MultiViewMAE, backward_in_parts, projection_mlp, random_mask
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
+
+
+def build(dtype=torch.float64, projector=False, loss_weight=2.0, **kwargs):
+    torch.manual_seed(3)
+    vit = timm.create_model("vit_tiny_patch16_224", **(SIZES | kwargs))
+    head = projection_mlp(16, 8, 4) if projector else None
+    decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    return MultiViewMAE(vit, projector=head, loss_weight=loss_weight, **decoder).to(dtype)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", [{}, {"projector": True}, {"loss_weight": 0}])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_four_parts_equal_the_whole_batch(options, dtype, tolerance):
+    views, mask = torch.randn(16, 2, 3, 16, 16, dtype=dtype), random_mask(32, 16, 0.75)
+    whole, parts = build(dtype, **options), build(dtype, **options)
+    output = whole(views, mask=mask)
+    output.loss.backward()
+    losses = backward_in_parts(parts, views, 4, mask=mask)
+    for name in ("loss", "loss_rec", "loss_con"):
+        torch.testing.assert_close(getattr(losses, name), getattr(output, name).detach(), rtol=tolerance, atol=0)
+    scale = max(gradient.abs().max() for gradient in gradients(whole).values())
+    assert gradients(whole).keys() == gradients(parts).keys()
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(parts)[name], gradient, rtol=tolerance, atol=tolerance * scale, msg=name)
+
+
+def test_plain_accumulation_does_not():
+    """The reason for all this: four small batches have other negatives than one large one."""
+    views, mask = torch.randn(16, 2, 3, 16, 16, dtype=torch.float64), random_mask(32, 16, 0.75)
+    model = build()
+    whole = model(views, mask=mask).loss
+    small = [model(views[i : i + 4], mask=mask.select(slice(2 * i, 2 * i + 8))).loss for i in range(0, 16, 4)]
+    assert (whole - sum(small) / 4).abs() > 0.1
+
+
+def test_dropout_draws_the_same_numbers_in_both_passes():
+    views, mask = torch.randn(8, 2, 3, 16, 16, dtype=torch.float64), random_mask(16, 16, 0.75)
+    parts, plain = build(drop_path_rate=0.5), build(drop_path_rate=0.5)
+    torch.manual_seed(11)
+    losses = backward_in_parts(parts, views, 2, mask=mask)
+    torch.manual_seed(11)
+    outputs = [plain(views[i : i + 4], mask=mask.select(slice(2 * i, 2 * i + 8)), contrast=False) for i in (0, 4)]
+    contrastive = plain.contrastive_loss(torch.cat([output.projected for output in outputs]))
+    loss = (outputs[0].loss_rec + outputs[1].loss_rec) / 2 + 2 * contrastive
+    loss.backward()
+    torch.testing.assert_close(losses.loss, loss.detach())
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(parts)[name], gradient, msg=name)
+
+
+def half_in_parts(views, mask):
+    rank = dist.get_rank()
+    model = DistributedDataParallel(build(projector=True))
+    losses = backward_in_parts(model, views[rank * 8 : rank * 8 + 8], 4, mask=mask.select(slice(rank * 16, rank * 16 + 16)))
+    return losses.loss, {name.removeprefix("module."): gradient for name, gradient in gradients(model).items()}
+
+
+def test_two_processes_with_parts_equal_one_whole(two_processes):
+    views, mask = torch.randn(16, 2, 3, 16, 16, dtype=torch.float64), random_mask(32, 16, 0.75)
+    whole = build(projector=True)
+    loss = whole(views, mask=mask).loss
+    loss.backward()
+    (loss0, grads0), (loss1, grads1) = two_processes(half_in_parts, views, mask)
+    torch.testing.assert_close((loss0 + loss1) / 2, loss.detach(), rtol=1e-10, atol=0)
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(grads0[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+        assert torch.equal(grads0[name], grads1[name])
+
+
+def test_a_batch_that_cannot_be_cut_is_refused():
+    with pytest.raises(ValueError, match=r"16 images cannot be cut into 3 equal parts: use a divisor of 16"):
+        backward_in_parts(build(), torch.zeros(16, 2, 3, 16, 16), 3, mask=random_mask(32, 16, 0.75))

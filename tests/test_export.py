@@ -1,0 +1,80 @@
+"""examples/export.py: what a run leaves becomes a folder, a card, and a repository."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hub_server import Hub
+from running import EXAMPLES, run_script
+
+from mvmae import MultiViewMAE, hub
+
+TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+PRETRAIN = ["--preset", "quick", "--data", "sample", "--max-steps", 1, "--workers", 0, "--knn-images", 0, "--device", "cpu"]
+
+
+def fine_tuned(folder: Path) -> torch.nn.Module:
+    """Leaves what a fine-tuned run does."""
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY, num_classes=3).eval()
+    folder.mkdir()
+    state = {"model": vit.state_dict(), "description": hub.describe(vit), "label_names": ["cat", "dog", "eel"], "step": 9}
+    torch.save({**state, "settings": {"lr": 0.1}, "command": "python train.py", "commit": "abc123"}, folder / "checkpoint.pt")
+    records = [{"step": 3, "knn": 11.0}, {"step": 9, "loss": 1.0}, {"step": 9, "knn": 44.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "results.json").write_text(json.dumps({"top1": 61.5, "data": "sample"}))
+    return vit
+
+
+def test_a_fine_tuned_run_keeps_its_head_and_the_names_of_its_classes(tmp_path):
+    vit = fine_tuned(tmp_path / "run")
+    done = run_script("export.py", "--run", "run", "--output-dir", "out", "--datasets", "cifar10", folder=tmp_path)
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_classes"], config["label_names"]) == (3, ["cat", "dog", "eel"])
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()(images), vit(images))
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("held-out images, %: 44", "top1: 61.5", "`python train.py`", "abc123", '"lr": 0.1', "cifar10", "3 classes"):
+        assert part in card
+    assert "11" not in card.partition("## Measured")[2].partition("## Files")[0]  # measured on other weights
+    assert not (tmp_path / "out" / "pretraining").exists()
+
+
+def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
+    done = run_script("pretrain.py", *PRETRAIN, "--output-dir", "run", "--projector", 8, folder=tmp_path)
+    assert done.code == 0, done.err
+    with Hub() as server:
+        environment = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", "no_proxy": "*"}
+        command = [sys.executable, str(EXAMPLES / "export.py"), "--run", "run", "--push", "me/quick", "--private"]
+        python_path = {"PYTHONPATH": str(EXAMPLES.parent)}
+        kwargs = {"cwd": tmp_path, "env": {**os.environ, **environment, **python_path}, "capture_output": True, "text": True}
+        ended = subprocess.run(command, check=False, timeout=300, **kwargs)
+        assert ended.returncode == 0, ended.stderr
+        repo = server.repos["me/quick"]
+    assert repo.private
+    assert len(repo.commits) == 2
+    commit, files = repo.commits[-1]
+    assert f"hf-hub:me/quick@{commit}" in ended.stdout
+    assert {"config.json", "model.safetensors", "pretraining/pretraining.safetensors", "README.md", "curves.png"} <= set(files)
+    assert b"![Losses of the run](curves.png)" in files["README.md"]
+    weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    loaded = MultiViewMAE.from_pretrained(tmp_path / "run" / "encoder").state_dict()
+    assert list(loaded) == list(weights)
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("state", [None, {"model": {}, "settings": {}}, {"model": {}, "description": {"architecture": "x"}}])
+def test_a_folder_that_is_no_run_is_refused_in_one_line(state, tmp_path):
+    (tmp_path / "run").mkdir()
+    if state is not None:
+        torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    done = run_script("export.py", "--run", "run", folder=tmp_path)
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1

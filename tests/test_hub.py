@@ -1,0 +1,571 @@
+"""From a model to a folder, to the Hub, and back: in timm, in transformers, in this package, each in a process of its own."""
+
+import argparse
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from hub_server import Hub, Repo
+
+import mvmae
+from mvmae import hub
+from mvmae.pretrained import WeightsError, read_weights, sha256
+
+ROOT = Path(__file__).parents[1]
+TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+BLOCKED = """import sys
+sys.modules["mvmae"] = None  # as if it were not installed
+try:
+    import mvmae
+    raise SystemExit("mvmae can be imported here")
+except ImportError:
+    pass
+"""
+
+
+def tiny_mae(encoder: str = "mvmae_vit_tiny_patch16", projector: bool = True, **kwargs: Any) -> Any:
+    vit = timm.create_model(encoder, **({"patch_size": 8} | TINY | kwargs))
+    head = mvmae.projection_mlp(48, 16, 8) if projector else None
+    return mvmae.MultiViewMAE(vit, decoder_dim=32, decoder_depth=1, decoder_heads=4, mask_ratio=0.5, projector=head).eval()
+
+
+def client(code: str, home: Path, endpoint: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code with the real client, in a fresh process that knows of no Hub but this one."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "MVMAE_"))}
+    hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    own = {"PYTHONPATH": str(ROOT), "NO_PROXY": "*", "no_proxy": "*", "HF_TOKEN": "hf_test"}
+    command = [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + textwrap.dedent(code), *arguments]
+    environment = {**kept, **hub, **own, **environment}
+    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
+
+
+def features(code: str, home: Path, endpoint: str, images: Path, **environment: str) -> torch.Tensor:
+    """Runs code that sets `features` for `images`, and gives them."""
+    frame = "import safetensors.torch\nimages = safetensors.torch.load_file({!r})['images']\n{}\n{}"
+    last = "safetensors.torch.save_file({'features': features.detach()}, 'features.safetensors')"
+    blocked, code = (BLOCKED, code.removeprefix(BLOCKED)) if code.startswith(BLOCKED) else ("", code)
+    done = client(blocked + frame.format(str(images), textwrap.dedent(code), last), home, endpoint, **environment)
+    assert done.returncode == 0, done.stderr
+    return safetensors.torch.load_file(home / "features.safetensors")["features"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Path, Path, torch.Tensor]]:
+    """A run pushed to a Hub by the real client: the Hub, the folder, images, and the run's own features of them."""
+    folder = tmp_path_factory.mktemp("published")
+    torch.manual_seed(1)
+    model = tiny_mae()
+    images = torch.randn(2, 3, 32, 32)
+    safetensors.torch.save_file({"images": images}, folder / "images.safetensors")
+    hub.export(model, folder / "run")
+    hub.write_card(folder / "run", repo="me/mvmae_vit_tiny_patch16.untrained", datasets=["imagenet-1k"], metrics={"k-NN": 12.5})
+    with Hub() as server:
+        code = """
+            import sys
+            from mvmae import hub
+            print(hub.push(sys.argv[1], "me/mvmae_vit_tiny_patch16.untrained", private=True))
+        """
+        done = client(code, folder, server.endpoint, str(folder / "run"))
+        assert done.returncode == 0, done.stderr
+        commits = server.repos["me/mvmae_vit_tiny_patch16.untrained"].commits
+        assert done.stdout.strip() == commits[-1][0]
+        assert len(commits) == 2  # the empty one that creating makes, and one with everything
+        yield server, folder / "run", folder / "images.safetensors", model.encoder.forward_features(images).detach()
+
+
+def test_a_push_brings_every_file_and_nothing_else(published):
+    server, folder, *_ = published
+    repo = server.repos["me/mvmae_vit_tiny_patch16.untrained"]
+    assert repo.private
+    names = {"README.md", "config.json", "model.safetensors"}
+    names |= {"pretraining/pretraining.json", "pretraining/pretraining.safetensors"}
+    assert set(repo.commits[-1][1]) == names
+    assert all((folder / name).read_bytes() == data for name, data in repo.commits[-1][1].items())
+
+
+def test_the_card_says_what_is_known_and_no_more(published):
+    card = (published[1] / "README.md").read_text()
+    _, metadata, text = card.split("---\n", 2)
+    entries = dict(line.split(": ", 1) for line in metadata.splitlines())
+    assert json.loads(entries["license"]) == "apache-2.0"
+    assert json.loads(entries["library_name"]) == "timm"
+    assert json.loads(entries["datasets"]) == ["imagenet-1k"]
+    assert "- k-NN: 12.5" in text
+    assert "- Command: not recorded" in text
+    assert sha256(published[1] / "model.safetensors") in text
+
+
+NAME = "me/mvmae_vit_tiny_patch16.untrained"
+WAYS = {
+    "timm without mvmae, from a folder": BLOCKED
+    + """
+import timm
+features = timm.create_model("local-dir:" + FOLDER, pretrained=True).eval().forward_features(images)
+""",
+    "timm without mvmae, from the Hub": BLOCKED
+    + f"""
+import timm
+features = timm.create_model("hf-hub:{NAME}", pretrained=True).eval().forward_features(images)
+""",
+    "timm by the name of mvmae": """
+import timm, mvmae
+model = timm.create_model("mvmae_vit_tiny_patch16", pretrained=True, img_size=32, patch_size=8, embed_dim=48, depth=2)
+features = model.eval().forward_features(images)
+""",
+    "transformers without mvmae": BLOCKED
+    + f"""
+from transformers import AutoModel
+features = AutoModel.from_pretrained("{NAME}").eval()(images).last_hidden_state
+""",
+    "mvmae": f"""
+from mvmae import MultiViewMAE
+features = MultiViewMAE.from_pretrained("{NAME}").eval().encoder.forward_features(images)
+""",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fresh_process_gets_the_runs_features(way, published, tmp_path):
+    server, folder, images, expected = published
+    if "transformers" in way and importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    code = WAYS[way].replace("FOLDER", repr(str(folder)))
+    found = features(code, tmp_path, server.endpoint, images, MVMAE_HUB_OWNER="me")
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_transformers_loads_a_fine_tuned_head_with_its_names(tmp_path):
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY, num_classes=3).eval()
+    hub.export(vit, tmp_path / "run", mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], label_names=["cat", "dog", "eel"])
+    images = torch.randn(2, 3, 32, 32)
+    safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
+    code = f"""{BLOCKED}
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained({str(tmp_path / "run")!r}).eval()
+assert model.config.id2label == {{0: "cat", 1: "dog", 2: "eel"}}, model.config.id2label
+processor = AutoImageProcessor.from_pretrained({str(tmp_path / "run")!r})
+assert list(processor.data_config["mean"]) == [0.1, 0.2, 0.3], processor.data_config
+features = model(images).logits
+"""
+    found = features(code, tmp_path, "http://127.0.0.1:9", tmp_path / "images.safetensors", HF_HUB_OFFLINE="1")
+    assert (found - vit(images)).abs().max() <= 1e-6
+
+
+def test_the_endpoint_and_the_owner_are_enough_and_the_second_time_no_network_is(tmp_path):
+    load_by_name(tmp_path, TINY)
+
+
+@pytest.mark.slow  # 343 MB through the loopback address
+def test_the_papers_encoder_loads_by_its_bare_name(tmp_path):
+    load_by_name(tmp_path, {})
+
+
+def load_by_name(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    vit = timm.create_model("mvmae_vit_base_patch16", **arguments).eval()
+    hub.export(vit, tmp_path / "run")
+    images = torch.randn(1, 3, *vit.patch_embed.img_size)
+    safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
+    settings = "".join(f", {key}={value}" for key, value in arguments.items())
+    code = f"""
+import timm, mvmae
+features = timm.create_model("mvmae_vit_base_patch16", pretrained=True{settings}).eval()(images)
+"""
+    with Hub() as server:
+        server.repos["a-mirror/mvmae_vit_base_patch16.in1k"] = repo = hub_repo(tmp_path / "run")
+        found = features(code, tmp_path, server.endpoint, tmp_path / "images.safetensors", MVMAE_HUB_OWNER="a-mirror")
+        assert (found - vit(images)).abs().max() <= 1e-6
+        assert repo.commits
+    owner = {"MVMAE_HUB_OWNER": "a-mirror", "HF_HUB_OFFLINE": "1"}
+    found = features(code, tmp_path, "http://127.0.0.1:9", tmp_path / "images.safetensors", **owner)
+    assert (found - vit(images)).abs().max() <= 1e-6
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def hub_repo(folder: Path) -> Any:
+    repo = Repo()
+    repo.commit(files_of(folder))
+    return repo
+
+
+FAILURES = [
+    ("create('hf-hub:me/nothing')", ["me/nothing", "there is no", "hf auth login"]),
+    ("load('me/nothing')", ["me/nothing", "there is no"]),
+    ("create('mvmae_vit_base_patch16')", ["me/mvmae_vit_base_patch16.in1k", "there is no"]),
+    ("create('hf-hub:me/gated')", ["me/gated", "gated", "hf auth login"]),
+    ("create('hf-hub:me/good@' + '0' * 40)", ["me/good", "no revision", "0" * 40]),
+    ("load('me/good', revision='v9')", ["me/good", "no revision", "v9"]),
+    ("create('mvmae_vit_tiny_patch16', hf_hub_id='me/good@v9')", ["me/good", "no revision", "v9"]),
+    ("load('me/encoder')", ["me/encoder", "holds no pretraining/pretraining.json"]),
+    ("create('hf-hub:me/truncated')", ["model.safetensors", "cut or damaged"]),
+    ("load('me/truncated')", ["pretraining.safetensors", "sha256 differs"]),
+    ("create('hf-hub:me/page')", ["model.safetensors", "cut or damaged"]),
+    ("faults('model', 0) or create('hf-hub:me/good')", ["model.safetensors of me/good cannot be moved"]),
+    ("faults('', 0) or cached('me/good', 'config.json') or 1 / 0", []),
+    ("cached('me/good', 'model.safetensors') and 1 / 0", []),
+    ("faults('', 1000) or load('me/good')", ["pretraining/pretraining.json of me/good", "503"]),
+    ("faults('', 2) or create('hf-hub:me/good')", []),
+    ("create('hf-hub:me/moved@FIRST')", []),
+    ("load('me/moved', revision='FIRST')", []),
+    ("create('hf-hub:me/moved')", ["model.safetensors", "cut or damaged"]),
+    ("create('hf-hub:me/good', embed_dim=96)", ["hf-hub:me/good does not fit", "cls_token", "30 such"]),
+    ("create('mvmae_vit_tiny_patch16', hf_hub_id='me/good', embed_dim=96)", ["model.safetensors", "cls_token is (1, 1, 48)"]),
+    ("push(FOLDER, 'me/gated', private=True)", ["me/gated exists and is public"]),
+    ("push('.', 'me/gated')", ["holds no model.safetensors"]),
+]
+CALLS = """
+import json, sys, time, urllib.request, huggingface_hub, mvmae
+from huggingface_hub import constants
+from mvmae.hub import push
+from mvmae.pretrained import WeightsError
+time.sleep = lambda seconds: None  # the client waits 23 seconds in all between its tries
+def create(name, hf_hub_id=None, **kwargs):
+    overlay = {"pretrained_cfg_overlay": {"hf_hub_id": hf_hub_id}} if hf_hub_id else {}
+    return mvmae.create_model(name, pretrained=True, **overlay, **kwargs)
+def faults(cut, errors):
+    urllib.request.urlopen(f"{constants.ENDPOINT}/test/{cut}/{errors}").close()
+def cached(repo, name):
+    return isinstance(huggingface_hub.try_to_load_from_cache(repo, name), str)
+load = mvmae.MultiViewMAE.from_pretrained
+said = []
+for call in sys.argv[1:]:
+    try:
+        eval(call)
+        said.append("")
+    except WeightsError as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+
+
+def said(home: Path, endpoint: str, *calls: str, **environment: str) -> list[str]:
+    """Gives what each call is refused with, in a fresh process; an empty text where it is not."""
+    done = client(CALLS, home, endpoint, *calls, **environment)
+    assert done.returncode == 0, done.stderr
+    messages: list[str] = json.loads(done.stdout.splitlines()[-1])
+    assert not any("\n" in message for message in messages)
+    return messages
+
+
+def test_what_goes_wrong_on_the_hub_is_said_in_one_line(published, tmp_path):
+    good = files_of(published[1])
+    cut = {name: data[:-100] for name, data in good.items() if name.endswith(".safetensors")}
+    contents = {
+        "good": good,
+        "gated": good,
+        "encoder": {name: good[name] for name in ("config.json", "model.safetensors")},
+        "truncated": good | cut,
+        "page": {**good, "model.safetensors": b"<html>" + b" " * 100},
+    }
+    with Hub() as server:
+        for name, files in contents.items():
+            server.repos[f"me/{name}"] = repo = Repo()
+            repo.commit(files)
+            repo.gated = name == "gated"
+        server.repos["me/moved"] = Repo()
+        first, _ = server.repos["me/moved"].commit(good), server.repos["me/moved"].commit(cut)
+        calls = [call.replace("FOLDER", repr(str(published[1]))).replace("FIRST", first) for call, _ in FAILURES]
+        messages = said(tmp_path, server.endpoint, *calls, MVMAE_HUB_OWNER="me")
+        assert server.errors == 0  # the client met both before it succeeded
+        assert len(server.repos["me/gated"].commits) == 1
+    for message, (call, parts) in zip(messages, FAILURES, strict=True):
+        assert all(part in message for part in parts) and bool(message) == bool(parts), f"{call}: {message}"
+
+
+def test_without_network_and_cache_the_cause_is_one_line(tmp_path):
+    calls = ["create('hf-hub:me/good')", "create('mvmae_vit_base_patch16')", "load('me/good')"]
+    offline = "setattr(constants, 'HF_HUB_OFFLINE', True) or create('hf-hub:me/good')"
+    messages = said(tmp_path, "http://127.0.0.1:9", *calls, offline, MVMAE_HUB_OWNER="me")
+    for message, repo in zip(messages, ("me/good", "me/mvmae_vit_base_patch16.in1k", "me/good", "me/good"), strict=True):
+        assert f" of {repo} is not in the cache {tmp_path}/hub, and http://127.0.0.1:9 cannot be reached" in message
+    assert "refused" in messages[0]
+    assert "offline mode" in messages[3]
+
+
+ENCODERS = {
+    "mvmae_vit_tiny_patch16": ("vit_tiny_patch16_224", {}),
+    "mvmae_vit_base_patch16": ("vit_base_patch16_224", {"in_chans": 1, "img_size": (32, 64), "dynamic_img_size": True}),
+    "mvmae_vit_huge_patch14": ("vit_huge_patch14_224", {}),
+    "vit_tiny_patch16_224": ("vit_tiny_patch16_224", {"drop_path_rate": 0.1, "num_classes": 7}),
+    "vit_small_patch14_reg4_dinov2": ("vit_small_patch14_reg4_dinov2", {}),
+    "vit_base_patch16_clip_quickgelu_224": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "vit_base_patch16_siglip_224": ("vit_base_patch16_siglip_224", {}),
+    "deit3_small_patch16_224": ("deit3_small_patch16_224", {"in_chans": 4}),
+    "deit_tiny_distilled_patch16_224": ("deit_tiny_distilled_patch16_224", {}),
+    "vit_little_patch16_reg1_gap_256": ("vit_little_patch16_reg1_gap_256", {"qk_norm": True, "act_layer": "relu"}),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_any_encoder_comes_back_by_its_own_name_with_the_same_features(name, tmp_path):
+    plain, kwargs = ENCODERS[name]
+    if "act_layer" in kwargs and not hasattr(timm.create_model(name, device="meta"), "_model_args"):
+        pytest.skip(f"timm {timm.__version__} does not record how it built a model")
+    torch.manual_seed(2)
+    model = tiny_mae(name, **kwargs)
+    chans = model.encoder.patch_embed.proj.in_channels
+    hub.export(model, tmp_path, mean=[0.4] * chans, std=[0.2] * chans)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == plain
+    assert "num_classes" not in config["model_args"]
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]  # timm < 1.0.29 fails on two
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, chans, *model.encoder.patch_embed.img_size)
+    assert torch.equal(other(images), model.encoder(images))
+    assert list(other.pretrained_cfg["mean"]) == [0.4] * chans
+    assert list(timm.data.resolve_model_data_config(other)["input_size"]) == list(images.shape[1:])
+    whole = mvmae.MultiViewMAE.from_pretrained(tmp_path).eval()
+    assert (whole.encoder.pretrained_cfg["mean"], whole.encoder.pretrained_cfg["std"]) == ((0.4,) * chans, (0.2,) * chans)
+    assert str(whole) == str(model)  # the regularisers, which the encoder's own config leaves out, among others
+    assert [p.requires_grad for p in whole.parameters()] == [p.requires_grad for p in model.parameters()]
+    views = torch.stack([images, images.roll(1, 0)], dim=1)
+    outputs = [mae(views, generator=torch.Generator().manual_seed(0)) for mae in (model, whole)]
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
+
+
+def test_every_option_of_a_pretraining_model_comes_back(tmp_path):
+    options = {"mask_ratio": 0.6, "loss_weight": 0.5, "temperature": 0.2, "pool": "token", "norm_pix": False, "loss_on": "all"}
+    decoder = {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 6}
+    model = mvmae.MultiViewMAE(timm.create_model("mvmae_vit_tiny_patch16", **TINY), **options, **decoder)
+    model.save_pretrained(tmp_path)
+    other = mvmae.MultiViewMAE.from_pretrained(tmp_path)
+    assert str(other) == str(model)
+    assert {key: getattr(other, key) for key in ("mask_ratio", "loss_weight", "pool")} == {
+        key: options[key] for key in ("mask_ratio", "loss_weight", "pool")
+    }
+    assert hub.describe(other)["options"] == options | decoder
+    rebuilt = hub.build(json.loads(json.dumps(hub.describe(model))))
+    assert str(rebuilt) == str(model)
+
+
+def test_a_changed_encoder_is_described_as_it_is(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", **TINY)
+    vit.set_input_size(img_size=(48, 64))
+    vit.reset_classifier(4, "avg")
+    hub.export(vit.eval(), tmp_path)
+    images = torch.randn(1, 3, 48, 64)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), vit(images))
+
+
+def test_what_a_file_cannot_describe_is_refused_by_name(tmp_path):
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    odd = mvmae.MultiViewMAE(vit, projector=torch.nn.Sequential(torch.nn.Linear(48, 8), torch.nn.Tanh()))
+    with pytest.raises(WeightsError, match="the projector, a Sequential"):
+        odd.save_pretrained(tmp_path)
+    vit.blocks[1].norm1 = torch.nn.LayerNorm(48, eps=0.5)
+    with pytest.raises(WeightsError, match=r"blocks.1.norm1 is LayerNorm\(\(48,\), eps=0.5"):
+        hub.export(vit, tmp_path)
+    with pytest.raises(ValueError, match="one for each of the 3 channels"):
+        hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, mean=[0.5])
+    with pytest.raises(ValueError, match="2 label names do not fit a head of 0 classes"):
+        hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, label_names=["a", "b"])
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    torch.nn.init.constant_(vit.norm.bias, float("nan"))
+    with pytest.raises(WeightsError, match=r"NaN or infinity in norm\.bias"):
+        hub.export(vit, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def mae_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Names the weights of a model as MAE's code names them, and adds its table of the decoder's positions."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        part, _, rest = name.partition(".")
+        new = {"mask_token": "mask_token", "head.weight": "decoder_pred.weight", "head.bias": "decoder_pred.bias"}.get(rest)
+        weights[rest if part == "encoder" else new or f"decoder_{rest}"] = value
+    table = numpy.zeros((1, 17, 32), dtype=numpy.float32)
+    for row in range(4):
+        for column in range(4):
+            for half, place in enumerate((column, row)):
+                for i in range(8):
+                    angle = place / 10000 ** (i / 8)
+                    table[0, 1 + 4 * row + column, 16 * half + i] = numpy.sin(angle)
+                    table[0, 1 + 4 * row + column, 16 * half + 8 + i] = numpy.cos(angle)
+    return {**weights, "decoder_pos_embed": torch.from_numpy(table)}
+
+
+def test_a_checkpoint_of_mae_fills_the_whole_model(tmp_path):
+    source, target = tiny_mae(projector=False), tiny_mae(projector=False)
+    namespace = argparse.Namespace(lr=1.0)
+    torch.save({"model": mae_weights(source), "epoch": 7, "args": namespace}, tmp_path / "mae.pth")
+    hub.load_pretraining(target, tmp_path / "mae.pth")
+    views = torch.randn(2, 2, 3, 32, 32)
+    outputs = [model(views, generator=torch.Generator().manual_seed(0)) for model in (source, target)]
+    assert torch.equal(outputs[0].pred, outputs[1].pred)
+    torch.save({"model": {**mae_weights(source), "decoder_pos_embed": torch.zeros(1, 17, 32)}}, tmp_path / "mae.pth")
+    with pytest.raises(WeightsError, match="decoder_pos_embed is not the fixed sine-cosine table"):
+        hub.load_pretraining(target, tmp_path / "mae.pth")
+
+
+@pytest.mark.parametrize("file", ["encoder", "mae", "whole", "run"])
+def test_an_encoder_is_read_from_every_kind_of_file(file, tmp_path):
+    source = tiny_mae(projector=False)
+    path = tmp_path / "file.safetensors"
+    if file == "encoder":
+        path = hub.export(source, tmp_path / "exported")
+    elif file == "run":
+        path = tmp_path / "checkpoint.pt"
+        torch.save({"model": source.state_dict(), "optimizer": {"state": {}}, "step": 3}, path)
+    else:
+        safetensors.torch.save_file(mae_weights(source) if file == "mae" else source.state_dict(), path)
+    target = timm.create_model(
+        "vit_tiny_patch16_224", patch_size=8, **TINY, num_classes=0, global_pool="avg", fc_norm=False
+    ).eval()
+    hub.load_encoder(target, path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(target(images), source.encoder(images))
+
+
+def test_positions_and_channels_are_adapted_as_timm_does(tmp_path):
+    source = tiny_mae(projector=False)
+    hub.export(source, tmp_path)
+    kwargs = TINY | {"img_size": (32, 64), "patch_size": 8, "in_chans": 1}
+    target = timm.create_model("mvmae_vit_tiny_patch16", **kwargs).eval()
+    hub.load_encoder(target, tmp_path)
+    expected = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=(32, 64), in_chans=1).eval()
+    images = torch.randn(1, 1, 32, 64)
+    assert torch.equal(target(images), expected(images))
+    whole = tiny_mae(projector=False, img_size=48)
+    hub.load_pretraining(whole, tmp_path)
+    assert torch.equal(whole.decoder.head.weight, source.decoder.head.weight)
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def damaged(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """Writes a file of weights that is damaged in some way."""
+    whole = safetensors.torch.save(weights)
+    header = int.from_bytes(whole[:8], "little")
+    contents = {
+        "cut": whole[:-50],
+        "empty": b"",
+        "header of 2^62": (2**62).to_bytes(8, "little") + whole[8:],
+        "lying shape": whole[: 8 + header].replace(b"[48]", b"[49]") + whole[8 + header :],
+        "NaN": safetensors.torch.save({**weights, "norm.bias": torch.full((48,), float("nan"))}),
+        "LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    }
+    path = path.with_suffix(".pth" if "pickle" in kind else ".safetensors")
+    if kind == "pickle with a payload":
+        path.write_bytes(pickle.dumps({"model": weights, "payload": Payload(path.with_name("ran"))}))
+    elif kind == "zipped pickle with a payload":
+        torch.save({"model": weights, "payload": Payload(path.with_name("ran"))}, path)
+    elif kind == "pickle of a number":
+        torch.save({"model": 3}, path)
+    else:
+        path.write_bytes(contents[kind])
+    return path
+
+
+DAMAGE = {
+    "cut": "cut or damaged",
+    "empty": r"\(0 bytes\) is cut or damaged",
+    "header of 2^62": "cut or damaged",
+    "lying shape": "cut or damaged",
+    "NaN": "NaN or infinity in norm.bias",
+    "LFS pointer": "git lfs pull",
+    "pickle with a payload": "could run code, and was not loaded",
+    "zipped pickle with a payload": "could run code, and was not loaded",
+    "pickle of a number": "does not hold weights|cut or damaged",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_or_dangerous_file_is_named_and_the_model_untouched(kind, tmp_path):
+    weights = dict(timm.create_model("mvmae_vit_tiny_patch16", **TINY).state_dict())
+    path = damaged(kind, tmp_path / "file", weights)
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    calls = [
+        lambda: read_weights(path),
+        lambda: hub.load_encoder(vit, path),
+        lambda: timm.create_model(
+            "mvmae_vit_tiny_patch16", pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **TINY
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(WeightsError, match=DAMAGE[kind]) as error:
+            call()
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_payload_would_run_where_it_is_not_refused(tmp_path):
+    path = damaged("pickle with a payload", tmp_path / "file", {})
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "ran").exists()
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    tiny_mae().save_pretrained(tmp_path)
+    good = (tmp_path / "pretraining.json").read_text()
+    weights = (tmp_path / "pretraining.safetensors").read_bytes()
+    flipped = bytearray(weights)
+    flipped[-100] ^= 1
+    changes = {
+        "sha256 differs": ("pretraining.safetensors", bytes(flipped)),
+        "is not JSON": ("pretraining.json", good[:50].encode()),
+        "one JSON object": ("pretraining.json", b"[]"),
+        "format 2": ("pretraining.json", good.replace('"format": 1', '"format": 2').encode()),
+        "'hf-hub:me/evil' is unknown to timm": (
+            "pretraining.json",
+            good.replace("mvmae_vit_tiny_patch16", "hf-hub:me/evil").encode(),
+        ),
+        "no ViT arguments checkpoint_path": ("pretraining.json", good.replace('"embed_dim"', '"checkpoint_path"').encode()),
+        "options secret are unknown": ("pretraining.json", good.replace('"pool"', '"secret"').encode()),
+        "does not describe": ("pretraining.json", good.replace('"options"', '"choices"').encode()),
+        "missing": ("pretraining.json", good.replace('"depth": 2', '"depth": 3').encode()),
+    }
+    for cause, (name, content) in changes.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=cause) as error:
+            mvmae.MultiViewMAE.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value)
+        (tmp_path / "pretraining.json").write_text(good)
+        (tmp_path / "pretraining.safetensors").write_bytes(weights)
+    mvmae.MultiViewMAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"), [("a b", "neither a folder nor a repository"), ("local-dir:/no", "neither a folder"), ("", "holds no")]
+)
+def test_a_source_that_is_none_is_refused_without_asking_the_hub(source, cause):
+    with pytest.raises(WeightsError, match=cause):
+        mvmae.MultiViewMAE.from_pretrained(source)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = tiny_mae()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
+    torch.nn.init.zeros_(model.decoder.norm.weight)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

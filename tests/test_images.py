@@ -1,0 +1,313 @@
+"""Opening one image: every kind comes out as 8-bit pixels, every fault as one error with a reason."""
+
+import io
+import os
+import struct
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from mvmae import images
+from mvmae.images import ImageError, open_image
+from mvmae.pixels import channels_last, to_uint8
+
+torch.set_num_threads(1)
+
+
+def photograph(width: int = 96, height: int = 64) -> Image.Image:
+    """A smooth colourful picture with some detail."""
+    y, x = np.mgrid[:height, :width]
+    planes = [40 + 100 * x / width, 60 + 90 * y / height, 120 + 40 * np.sin(x / 7) * np.cos(y / 9)]
+    return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
+
+
+def encode(image: Image.Image, file_format: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def deep(factor: int, mode: str) -> Image.Image:
+    grey = np.asarray(photograph().convert("L"))
+    return Image.fromarray(grey.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]) * factor)
+
+
+def with_transparency() -> bytes:
+    return encode(photograph().quantize(64), "PNG", transparency=bytes(range(64)))
+
+
+def fading() -> Image.Image:
+    image = photograph()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+MODES = {
+    "jpeg": lambda: encode(photograph(), quality=95),
+    "progressive": lambda: encode(photograph(), quality=95, progressive=True),
+    "cmyk": lambda: encode(photograph().convert("CMYK"), quality=95),
+    "cmyk-tiff": lambda: encode(photograph().convert("CMYK"), "TIFF"),
+    "mpo": lambda: encode(photograph(), "MPO", save_all=True, append_images=[photograph()], quality=95),
+    "webp": lambda: encode(photograph(), "WEBP", quality=95),
+    "tiff": lambda: encode(photograph(), "TIFF"),
+    "bmp": lambda: encode(photograph(), "BMP"),
+    "gif": lambda: encode(photograph(), "GIF"),
+    "animated": lambda: encode(photograph(), "GIF", save_all=True, append_images=[Image.new("RGB", (96, 64))] * 3),
+    "palette": lambda: encode(photograph().quantize(128), "PNG"),
+    "palette-alpha": with_transparency,
+    "palette-key": lambda: encode(photograph().quantize(64), "PNG", transparency=3),
+    "rgba": lambda: encode(fading(), "PNG"),
+}
+GREY_MODES = {
+    "grey": lambda: encode(photograph().convert("L"), "PNG"),
+    "grey-jpeg": lambda: encode(photograph().convert("L"), quality=95),
+    "grey-alpha": lambda: encode(fading().convert("LA"), "PNG"),
+    "1-bit": lambda: encode(photograph().convert("1"), "PNG"),
+    "I;16": lambda: encode(deep(257, "I;16"), "PNG"),
+    "I;16-tiff": lambda: encode(deep(257, "I;16"), "TIFF"),
+    "I": lambda: encode(deep(257, "I"), "TIFF"),
+    "I-small": lambda: encode(deep(1, "I"), "TIFF"),
+    "F": lambda: encode(deep(1, "F"), "TIFF"),
+    "F-unit": lambda: encode(Image.fromarray(np.asarray(deep(1, "F")) / 255), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", MODES)
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_every_kind_of_colour_image_comes_out_near_the_original(kind, decoder):
+    pixels = open_image(MODES[kind]()).decode(decoder=decoder)
+    original = np.asarray(photograph()).astype(float)
+    assert pixels.shape == original.shape and pixels.dtype == np.uint8
+    np.testing.assert_allclose(pixels.mean((0, 1)), original.mean((0, 1)), atol=6)
+    assert np.abs(pixels - original).mean() < 8
+
+
+@pytest.mark.parametrize("kind", GREY_MODES)
+def test_every_kind_of_grey_image_comes_out_near_the_original_in_three_channels_and_in_one(kind):
+    grey = np.asarray(photograph().convert("L")).astype(float)
+    colour = open_image(GREY_MODES[kind]()).decode()
+    single = open_image(GREY_MODES[kind]()).decode(channels=1)
+    assert colour.shape == (64, 96, 3) and single.shape == (64, 96, 1)
+    assert np.abs(colour.mean() - grey.mean()) < 2 and np.abs(single.mean() - grey.mean()) < 2
+    if kind != "1-bit":
+        assert np.abs(colour[..., 0] - grey).mean() < 2
+
+
+def test_decoding_leaves_the_callers_lazy_image_as_it_was(tmp_path):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(encode(photograph(640, 480)))
+    with Image.open(path) as image:
+        reduced = open_image(image).decode(reduction=4)
+        assert reduced.shape == (120, 160, 3)
+        assert image.size == (640, 480)
+        assert np.asarray(image).shape == (480, 640, 3)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(640, 480), (641, 483), (97, 33)])
+def test_scaled_decoding_gives_the_box_means_of_the_full_image(decoder, reduction, size):
+    opened = open_image(encode(photograph(*size), quality=95))
+    pixels = opened.decode(reduction=reduction, decoder=decoder)
+    full = open_image(encode(photograph(*size), quality=95)).decode(decoder="pillow").astype(float)
+    height, width = size[1] // reduction, size[0] // reduction
+    means = full[: height * reduction, : width * reduction].reshape(height, reduction, width, reduction, 3)
+    assert np.abs(pixels[:height, :width] - means.mean((1, 3))).mean() < 1.5
+
+
+def test_both_jpeg_decoders_agree():
+    pytest.importorskip("simplejpeg")
+    encoded = encode(photograph(500, 375), quality=90)
+    fast, plain = (open_image(encoded).decode(decoder=d).astype(int) for d in ("fast", "pillow"))
+    assert np.abs(fast - plain).mean() < 0.1
+
+
+def test_pillow_decodes_where_simplejpeg_is_absent(monkeypatch):
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert open_image(encode(photograph())).decode().shape == (64, 96, 3)
+
+
+def test_a_harmless_jpeg_warning_does_not_cost_the_image():
+    encoded = encode(photograph())
+    position = encoded.rindex(b"\xff\xd9")
+    extra = encoded[:position] + b"\x00\x11\x22" + encoded[position:]
+    assert open_image(extra).decode().shape == (64, 96, 3)
+    assert open_image(encoded + bytes(4096)).decode().shape == (64, 96, 3)  # padding after the end
+
+
+def damaged() -> dict[str, bytes]:
+    jpeg, png = encode(photograph(320, 240)), encode(photograph(320, 240), "PNG")
+    crc = bytearray(png)
+    crc[png.index(b"IDAT") + 40] ^= 0xFF
+    return {
+        "empty": b"",
+        "html": b"<!DOCTYPE html><title>404</title>",
+        "cut jpeg": jpeg[: len(jpeg) // 2],
+        "zero half": jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 2),
+        "header": jpeg[:20],
+        "cut png": png[: len(png) // 2],
+        "crc": bytes(crc),
+        "cut webp": encode(photograph(), "WEBP")[:200],
+        "cut npy": b"\x93NUMPY\x01\x00",
+        "object npy": pickled_array(),
+    }
+
+
+def pickled_array() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", damaged())
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_a_damaged_file_is_one_error_with_path_and_one_line(kind, decoder, tmp_path):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(damaged()[kind])
+    with pytest.raises(ImageError) as caught:
+        open_image(path).decode(decoder=decoder)
+    assert caught.value.path == str(path) and caught.value.reason
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_reasons_say_what_is_wrong():
+    for kind, reason in {"empty": "empty file", "html": "begins with b'<!DOCTYPE", "zero half": "ends in"}.items():
+        with pytest.raises(ImageError, match=reason):
+            open_image(damaged()[kind]).decode()
+
+
+def test_what_is_no_readable_file_is_an_image_error(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("fifo.jpg", "folder.jpg", "absent.jpg"):
+        with pytest.raises(ImageError, match=name):
+            open_image(tmp_path / name)
+
+
+def test_random_bit_flips_neither_crash_nor_hang():
+    rng = np.random.default_rng(0)
+    outcomes = {"good": 0, "bad": 0}
+    files = [encode(photograph(), f) for f in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")]
+    start = time.monotonic()
+    for trial in range(300):
+        data = bytearray(files[trial % len(files)])
+        for position in rng.integers(0, len(data), 1 + trial % 8):
+            data[position] ^= 1 << int(rng.integers(8))
+        try:
+            opened = open_image(bytes(data))
+            assert opened.decode().shape == (opened.height, opened.width, 3)
+            outcomes["good"] += 1
+        except ImageError:
+            outcomes["bad"] += 1
+    assert min(outcomes.values()) > 10
+    assert time.monotonic() - start < 20
+
+
+def bomb(side: int) -> bytes:
+    """A black RGB PNG of side x side, made row by row."""
+    packer = zlib.compressobj(9)
+    data = b"".join(packer.compress(bytes(1 + 3 * side)) for _ in range(16)) + packer.flush()
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_a_decompression_bomb_is_refused_from_its_header(tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bomb(30_000))
+    times = []
+    tracemalloc.start()
+    for _ in range(5):
+        start = time.perf_counter()
+        with pytest.raises(ImageError, match="30000 x 30000 pixels, more than the limit of 100000000"):
+            open_image(path)
+        times.append(time.perf_counter() - start)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert min(times) < 0.005 and peak < 5_000_000
+
+
+def test_the_limit_of_pixels_is_an_option_and_leaves_pillows_own_alone():
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ImageError, match="limit of 100"):
+        open_image(encode(photograph()), max_pixels=100)
+    assert open_image(bomb(30_000), max_pixels=10**9).width == 30_000
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_read_and_pixels_are_left_as_stored(orientation, file_format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(photograph(), file_format, exif=exif)
+    opened = open_image(encoded)
+    assert opened.orientation == orientation and (opened.width, opened.height) == (96, 64)
+    with Image.open(io.BytesIO(encoded)) as image:
+        upright = ImageOps.exif_transpose(image).size
+    assert (upright == (64, 96)) == (orientation >= 5)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow's own
+def test_a_broken_exif_block_does_not_cost_the_image():
+    opened = open_image(encode(photograph(), exif=b"Exif\0\0II*\0" + b"\xff" * 40))
+    assert opened.orientation == 1 and opened.decode().shape == (64, 96, 3)
+
+
+def test_arrays_and_tensors_are_images():
+    rgb = np.asarray(photograph())
+    for array in (rgb, torch.from_numpy(rgb.copy()).permute(2, 0, 1), rgb.transpose(2, 0, 1), rgb / 255.0):
+        np.testing.assert_array_equal(open_image(array).decode(), rgb)
+    np.testing.assert_array_equal(open_image(rgb[..., 0]).decode(), np.repeat(rgb[..., :1], 3, axis=2))
+    assert open_image(rgb).decode(channels=1).shape == (64, 96, 1)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 13])
+def test_images_with_other_channels_come_from_npy_and_tiff(channels, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    array = np.random.default_rng(0).integers(0, 256, (24, 32, channels), dtype=np.uint8)
+    np.save(tmp_path / "last.npy", array)
+    np.save(tmp_path / "first.npy", array.transpose(2, 0, 1).copy())
+    np.save(tmp_path / "deep.npy", array.astype(np.uint16) * 257)
+    tifffile.imwrite(tmp_path / "bands.tif", array.transpose(2, 0, 1).copy(), planarconfig="separate", photometric=1)
+    tifffile.imwrite(tmp_path / "packed.tif", array, photometric="minisblack", planarconfig="contig")
+    for name in ("last.npy", "first.npy", "deep.npy", "bands.tif", "packed.tif"):
+        np.testing.assert_array_equal(open_image(tmp_path / name).decode(channels=channels), array, err_msg=name)
+
+
+def test_wrong_channels_are_refused_with_both_numbers():
+    with pytest.raises(ImageError, match="5 channels, expected 3"):
+        open_image(np.zeros((8, 8, 5), np.uint8)).decode()
+    with pytest.raises(ImageError, match="RGB has 3 channels, expected 5"):
+        open_image(encode(photograph())).decode(channels=5)
+
+
+def test_deep_pixels_are_scaled_by_their_range():
+    assert to_uint8(np.array([0, 65535], np.uint16)).tolist() == [0, 255]
+    assert to_uint8(np.array([0, 255], np.uint16)).tolist() == [0, 1]
+    assert to_uint8(np.array([0.0, 0.5, np.nan])).tolist() == [0, 128, 0]
+    assert to_uint8(np.array([0.0, 200.0])).tolist() == [0, 200]
+    assert to_uint8(np.array([0, 10**6])).tolist() == [0, 255]
+    assert to_uint8(np.array([True, False])).tolist() == [255, 0]
+    with pytest.raises(ValueError, match="a pixel is -1"):
+        to_uint8(np.array([-1.0]))
+    assert channels_last(np.zeros((3, 40, 50))).shape == (40, 50, 3)
+
+
+@pytest.mark.parametrize("source", [None, 3, {}])
+def test_what_is_no_image_is_an_image_error(source):
+    with pytest.raises(ImageError, match="is no image"):
+        open_image(source)
+
+
+def test_paths_may_be_strings_and_images_may_be_pillows(tmp_path):
+    path = Path(tmp_path / "x.png")
+    photograph().save(path)
+    for source in (path, str(path), photograph()):
+        np.testing.assert_array_equal(open_image(source).decode(), np.asarray(photograph()))

@@ -1,0 +1,452 @@
+"""Sources: every kind of data behind one string, junk left out, and nothing written beside the data."""
+
+import gzip
+import io
+import itertools
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from mvmae import MultiViewMAE
+from mvmae.archives import expand_braces, find_archives
+from mvmae.data import MultiViewDataset, StepSampler, make_loader
+from mvmae.folders import Names
+from mvmae.images import ImageError, open_image
+from mvmae.sources import SplitError, open_images
+from mvmae.views import MultiViewTransform
+
+torch.set_num_threads(1)
+
+
+def encode(colour: int, file_format: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 20), (colour, 60, 90)).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def write(path: Path, data: bytes = b"") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data or encode(100))
+    return path
+
+
+def names(source) -> list[str]:
+    return [Path(source.name(i)).name for i in range(len(source))]
+
+
+def colours(source) -> list[int]:
+    return [int(open_image(source[i][0]).decode()[..., 0].mean().round()) for i in range(len(source))]
+
+
+def trains_two_steps(source) -> bool:
+    """Trains a tiny model on two views of images of the source, and tells whether both steps changed it."""
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    optimizer, weights = torch.optim.SGD(model.parameters(), lr=0.1), [vit.patch_embed.proj.weight.clone()]
+    for batch in make_loader(MultiViewDataset(source, MultiViewTransform(16)), StepSampler(len(source), 2, num_steps=2)):
+        assert batch.views.shape == (2, 2, 3, 16, 16) and not batch.bad
+        model(batch.views / 127.5 - 1).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(vit.patch_embed.proj.weight.detach().clone())
+    changed = [not torch.equal(before, after) and bool(after.isfinite().all()) for before, after in itertools.pairwise(weights)]
+    return changed == [True, True]
+
+
+# Folders and lists
+
+
+def test_a_flat_folder_has_all_images_in_order_and_no_labels(tmp_path):
+    for i, name in enumerate(["b.jpg", "a.PNG", "c.JPEG", "d.webp"]):
+        write(tmp_path / name, encode(50 * i, "PNG" if name == "a.PNG" else "JPEG"))
+    source = open_images(str(tmp_path))
+    assert names(source) == ["a.PNG", "b.jpg", "c.JPEG", "d.webp"]
+    assert source.labels is None and source[0][1] is None
+    assert source[3][0] == str(tmp_path / "d.webp") and trains_two_steps(source)
+
+
+def test_junk_is_left_out_and_odd_names_are_kept(tmp_path):
+    odd = ["new\nline.jpg", "quo'te\".jpg", "$(touch pwned).jpg", "; rm -rf x.jpg", "ümlaut.jpg", "-n.jpg", "noext"]
+    for name in odd:
+        write(tmp_path / "a" / name)
+    bad_name = os.fsencode(tmp_path / "a") + b"/\xff\xfe.jpg"
+    with open(bad_name, "wb") as file:
+        file.write(encode(3))
+    for junk in (".hidden.jpg", "__MACOSX/._x.jpg", ".git/y.jpg", "notes.txt", "README", "Thumbs.db"):
+        write(tmp_path / junk, b"junk")
+    write(tmp_path / "x.jpg" / "inside.jpg")
+    (tmp_path / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    os.mkfifo(tmp_path / "fifo.jpg")
+    source = open_images(tmp_path)
+    assert {*names(source)} == {*odd, "inside.jpg", os.fsdecode(b"\xff\xfe.jpg")}
+    assert len(source) == len(odd) + 2
+    assert all(open_image(source[i][0]).decode().shape == (20, 24, 3) for i in range(len(source)))
+    assert not Path("pwned").exists()
+
+
+def test_a_symlink_cycle_is_visited_once_and_files_keep_their_own_folder(tmp_path):
+    write(tmp_path / "b" / "deep" / "x.jpg")
+    write(tmp_path / "c" / "y.jpg")
+    (tmp_path / "b" / "deep" / "up").symlink_to(tmp_path)
+    (tmp_path / "a").symlink_to(tmp_path / "b" / "deep")
+    source = open_images(tmp_path)
+    assert [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))] == ["b/deep/x.jpg", "c/y.jpg"]
+
+
+def test_sub_folders_are_classes_where_all_images_lie_in_one(tmp_path):
+    for split, classes in (("train", "abc"), ("val", "ac")):
+        for name in classes:
+            for i in range(3):
+                write(tmp_path / split / name / f"{i}.jpg")
+    train, val = open_images(tmp_path), open_images(tmp_path, split="val")
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and train.class_names == ("a", "b", "c")
+    assert val.labels.tolist() == [0, 0, 0, 2, 2, 2] and val.class_names == train.class_names
+    assert train.labels.dtype == np.int64 and train[4][1] == 1
+    write(tmp_path / "train" / "stray.jpg")
+    assert open_images(tmp_path).labels is None
+
+
+def test_a_split_that_is_not_there_is_told_from_data_that_cannot_be_read(tmp_path):
+    write(tmp_path / "a" / "x.jpg")
+    with pytest.raises(SplitError, match="no val split"):
+        open_images(tmp_path, split="val")
+    with pytest.raises(ValueError, match="split is 'vla'"):
+        open_images(tmp_path, split="vla")
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "list", "text"])
+def test_data_without_images_is_refused_with_its_path(tmp_path, kind):
+    path = tmp_path / kind
+    message = {"absent": "no such", "empty": r"no images in .*looked for .*\.jpg", "list": "names no", "text": "is no"}
+    if kind == "empty":
+        path.mkdir()
+        write(path / "x.doc", b"x")
+    if kind == "list":
+        path = write(path.with_suffix(".txt"), b"\n \n")
+    if kind == "text":
+        path = write(path.with_suffix(".md"), b"x")
+    with pytest.raises(ValueError, match=message[kind]) as caught:
+        open_images(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_list_gives_paths_relative_to_its_folder(tmp_path):
+    write(tmp_path / "images" / "a b.jpg")
+    write(tmp_path / "c.jpg")
+    lines = write(tmp_path / "list.txt", f"images/a b.jpg\r\n\n{tmp_path / 'c.jpg'}".encode())
+    source = open_images(lines)
+    assert names(source) == ["a b.jpg", "c.jpg"] and trains_two_steps(source)
+    write(tmp_path / "list.txt", b"nowhere.jpg\n")
+    with pytest.raises(ValueError, match=r"nowhere\.jpg does not exist"):
+        open_images(lines)
+
+
+def test_a_fingerprint_changes_with_names_and_count_alone(tmp_path):
+    write(tmp_path / "one" / "ab.jpg")
+    write(tmp_path / "two" / "ab.jpg")
+    prints = [open_images(tmp_path / folder).fingerprint for folder in ("one", "two")]
+    assert prints[0] == prints[1]
+    write(tmp_path / "two" / "c.jpg")
+    assert open_images(tmp_path / "two").fingerprint != prints[0]
+    assert Names([b"ab", b"c"]).digest() != Names([b"a", b"bc"]).digest()
+
+
+def test_a_hundred_thousand_names_are_one_block_without_objects():
+    listed = [f"folder/{i:08d}.jpg".encode() for i in range(100_000)]
+    block = Names(listed)
+    assert len(block) == len(listed) and block[0] == listed[0] and block[99_999] == listed[-1]
+    held = [value for value in vars(block).values() if isinstance(value, (list, tuple, dict))]
+    assert not held
+
+
+# Archives
+
+
+def make_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz"])
+def test_a_tar_gives_every_image_without_unpacking(tmp_path, suffix):
+    members = {f"k{i}.jpg": encode(40 * i) for i in range(5)} | {"k1.json": b"{}", "note.txt": b"x"}
+    path = make_tar(tmp_path / f"shard{suffix}", members, "w" if suffix == ".tar" else "w:gz")
+    source = open_images(path)
+    assert names(source) == [f"k{i}.jpg" for i in range(5)] and source.labels is None
+    assert colours(source) == pytest.approx([40 * i for i in range(5)], abs=3)
+    assert trains_two_steps(source) and os.listdir(tmp_path) == [path.name]
+
+
+def test_shards_come_from_a_folder_or_braces_with_labels_from_cls(tmp_path):
+    for split, count in (("train", 3), ("val", 1)):
+        for s in range(count):
+            members = {f"{s}{i}.jpg": encode(20 * i) for i in range(4)} | {f"{s}{i}.cls": b"%d" % i for i in range(4)}
+            make_tar(tmp_path / f"{split}-{s:03d}.tar", members)
+    folder = open_images(tmp_path)
+    braces = open_images(f"{tmp_path}/train-{{000..002}}.tar")
+    assert len(folder) == len(braces) == 12 and len(open_images(tmp_path, split="val")) == 4
+    assert folder.labels.tolist() == [0, 1, 2, 3] * 3 and folder.fingerprint == braces.fingerprint
+    with pytest.raises(ValueError, match=r"1 of 4 shards .* the first is .*train-003\.tar"):
+        open_images(f"{tmp_path}/train-{{000..003}}.tar")
+    assert expand_braces("a{08..10}{x,y}") == ["a08x", "a08y", "a09x", "a09y", "a10x", "a10y"]
+
+
+def test_shards_by_webdatasets_own_writer_are_read(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as sink:
+        for i in range(3):
+            sink.write({"__key__": f"a/{i}", "png": encode(30 * i, "PNG"), "cls": i, "json": {"i": i}})
+    source = open_images(tmp_path / "x.tar")
+    assert colours(source) == [0, 30, 60] and source.labels.tolist() == [0, 1, 2]
+
+
+def test_folders_in_a_tar_are_classes(tmp_path):
+    source = open_images(make_tar(tmp_path / "x.tar", {"./b/1.jpg": encode(1), "./a/1.jpg": encode(2)}))
+    assert source.labels.tolist() == [1, 0] and source.class_names == ("a", "b")
+
+
+def test_members_that_point_outside_touch_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    secret = write(tmp_path / "secret.jpg")
+    path = make_tar(tmp_path / "in" / "x.tar", {"../../up.jpg": encode(10), "/etc/absolute.jpg": encode(20)})
+    with tarfile.open(path, "a") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            info = tarfile.TarInfo("link.jpg")
+            info.type, info.linkname = kind, str(secret)
+            tar.addfile(info)
+    before = sorted(tmp_path.rglob("*"))
+    source = open_images(path)
+    assert colours(source) == pytest.approx([10, 20], abs=3)
+    assert sorted(tmp_path.rglob("*")) == before and not Path("/etc/absolute.jpg").exists()
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_cut_shard_is_named_and_its_whole_images_are_used(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    noise = [io.BytesIO() for _ in range(6)]
+    for buffer in noise:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    mode = "w" if suffix == ".tar" else "w:gz"
+    path = make_tar(tmp_path / f"cut{suffix}", {f"{i}.png": b.getvalue() for i, b in enumerate(noise)}, mode)
+    whole = path.read_bytes()
+    for share in (0.35, 0.5, 0.77):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        make_tar(tmp_path / "good.tar", {"g.jpg": encode(7)})
+        source = open_images(f"{tmp_path}/{{cut{suffix},good.tar}}")
+        assert 2 <= len(source) < 7 and names(source)[-1] == "g.jpg"
+        assert len(source.problems) == 1 and str(path) in source.problems[0]
+        assert f"its {len(source) - 1} whole members" in source.problems[0]
+        assert all(open_image(source[i][0]).decode().ndim == 3 for i in range(len(source)))
+
+
+def test_a_tar_without_images_or_that_is_none_is_refused(tmp_path):
+    for path in (make_tar(tmp_path / "a.tar", {"x.txt": b"1"}), write(tmp_path / "b.tar", b"<html>")):
+        with pytest.raises(ValueError, match=f"no images in {path}"):
+            open_images(path)
+
+
+def test_a_shard_that_goes_away_is_a_bad_image(tmp_path):
+    path = make_tar(tmp_path / "a.tar", {"x.jpg": encode(1)})
+    source = open_images(path)
+    path.unlink()
+    with pytest.raises(ImageError, match="FileNotFound"):
+        source[0]
+
+
+def test_images_beside_archives_are_refused(tmp_path):
+    make_tar(tmp_path / "a.tar", {"x.jpg": encode(1)})
+    write(tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match="holds images and archives"):
+        open_images(tmp_path)
+
+
+def hugging_face(labelled: bool):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [{"bytes": encode(40 * i), "path": None} for i in range(6)]}
+    features = {"image": datasets.Image()}
+    if labelled:
+        columns["label"] = [i % 2 for i in range(6)]
+        features["label"] = datasets.ClassLabel(names=["cat", "dog"])
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_parquet_and_arrow_of_hugging_face_with_and_without_labels(tmp_path, labelled):
+    dataset = hugging_face(labelled)
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    dataset.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00002.parquet")
+    dataset.to_parquet(tmp_path / "hub" / "data" / "train-00001-of-00002.parquet")
+    dataset.to_parquet(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    for source, count in (
+        (open_images(tmp_path / "hub"), 12),
+        (open_images(tmp_path / "hub", split="val"), 6),
+        (open_images(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet"), 6),
+        (open_images(tmp_path / "saved"), 6),
+        (open_images(dataset), 6),
+    ):
+        assert len(source) == count and trains_two_steps(source)
+        assert colours(source)[:6] == pytest.approx([40 * i for i in range(6)], abs=3)
+        assert (source.labels is not None) == labelled
+        if labelled:
+            assert source.labels.tolist() == [0, 1] * (count // 2)
+            assert source.class_names == ("cat", "dog")
+
+
+def test_parquet_that_is_none_or_without_images_is_refused(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    write(tmp_path / "a.parquet", b"<html>")
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
+        open_images(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"x": [1, 2]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has no column of images .* columns are x"):
+        open_images(tmp_path / "b.parquet")
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_pairs_give_grey_images_with_labels(tmp_path, packed):
+    for prefix, count in (("train", 6), ("t10k", 4)):
+        images = np.arange(count * 28 * 28).reshape(count, 28, 28).astype(np.uint8)
+        for name, array in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", images[:, 0, 0])):
+            data = idx(np.ascontiguousarray(array))
+            write(tmp_path / (name + ".gz" * packed), gzip.compress(data) if packed else data)
+    train, val = open_images(tmp_path), open_images(tmp_path, split="val")
+    assert (len(train), len(val)) == (6, 4) and trains_two_steps(train)
+    assert train.labels.tolist() == [(i * 784) % 256 for i in range(6)]
+    second = np.arange(784, 1568).reshape(28, 28).astype(np.uint8)
+    np.testing.assert_array_equal(open_image(train[1][0]).decode(channels=1)[..., 0], second)
+    one = next(path for path in find_archives(tmp_path) if path.name.startswith("t10k-images"))
+    assert len(open_images(one)) == 4
+    short = idx(np.zeros((3, 2, 2), np.uint8))[:-1]
+    write(one, gzip.compress(short) if packed else short)
+    with pytest.raises(ValueError, match="holds 11 bytes, its header says 3 x 2 x 2"):
+        open_images(one)
+
+
+@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Fashion-MNIST is not installed")
+def test_fashion_mnist_is_read_where_the_distribution_puts_it():
+    val = open_images("/usr/share/datasets/fashion-mnist", split="val")
+    assert len(val) == 10_000 and np.bincount(val.labels).tolist() == [1000] * 10 and trains_two_steps(val)
+
+
+# timm's names, torch data sets, the sample
+
+
+def test_timm_names_open_torchvisions_and_hugging_faces_data(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    array = np.arange(4 * 784).reshape(4, 28, 28).astype(np.uint8)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    for prefix in ("train", "t10k"):
+        write(raw / f"{prefix}-images-idx3-ubyte", idx(array))
+        write(raw / f"{prefix}-labels-idx1-ubyte", idx(np.array([0, 1, 2, 3], np.uint8)))
+    source = open_images(f"torch/fashion_mnist:{tmp_path}")
+    assert source.labels.tolist() == [0, 1, 2, 3] and trains_two_steps(source)
+    assert len(open_images(f"torch/fashion_mnist:{tmp_path}", split="val")) == 4
+    (tmp_path / "hub").mkdir()
+    hugging_face(False).to_parquet(tmp_path / "hub" / "train.parquet")
+    source = open_images(f"hfds/{tmp_path / 'hub'}:{tmp_path / 'cache'}")
+    assert len(source) == 6 and source.labels is None and trains_two_steps(source)
+
+
+def test_timm_names_that_cannot_be_opened_say_why(tmp_path):
+    with pytest.raises(ValueError, match="torch/cifar10:FOLDER"):
+        open_images("torch/cifar10")
+    with pytest.raises(ValueError, match=r"torch/cifar10:.* cannot be opened as split train: Dataset not found"):
+        open_images(f"torch/cifar10:{tmp_path}")
+
+
+class Items(Dataset):
+    def __init__(self, make, **attributes):
+        self.make = make
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.make(index)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda i: Image.new("RGB", (24, 20), (10 * i, 0, 0)),
+        lambda i: torch.full((3, 20, 24), 10 * i, dtype=torch.uint8),
+        lambda i: torch.full((3, 20, 24), 10 * i / 255),
+        lambda i: np.full((20, 24, 3), 10 * i, np.uint8),
+        lambda i: (encode(10 * i, "PNG"), i),
+        lambda i: (Image.new("L", (24, 20), 10 * i), i, "more"),
+        lambda i: {"image": np.full((20, 24), 10 * i, np.uint8), "label": i},
+    ],
+)
+def test_any_torch_data_set_is_a_source(make):
+    source = open_images(Items(make, targets=[3, 2, 1, 0], classes=list("abcd")))
+    assert colours(source) == [0, 10, 20, 30] and trains_two_steps(source)
+    assert source.labels.tolist() == [3, 2, 1, 0] and source.class_names == tuple("abcd") and source[0][1] == 3
+    assert open_images(source) is source and source.name(2) == "Items[2]"
+
+
+def test_a_tensor_data_set_and_one_without_labels():
+    source = open_images(TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)))
+    assert source.labels is None and len(source) == 4 and source.fingerprint == "4-TensorDataset"
+    with pytest.raises(SplitError):
+        open_images(TensorDataset(torch.zeros(4, 3, 8, 8)), split="val")
+
+
+def test_streams_are_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(TypeError, match="only map-style data sets can resume"):
+        open_images(Stream())
+
+
+def test_the_sample_holds_labelled_tiles_and_others_that_share_no_pixel():
+    pytest.importorskip("skimage")
+    train, val = open_images("sample"), open_images("sample", split="val")
+    assert len(train) == 896 and len(val) == 504 and train.class_names == val.class_names
+    assert np.bincount(train.labels).tolist() == [64] * 14 and np.bincount(val.labels).tolist() == [36] * 14
+    covers = [np.zeros((14, 1500, 1500), np.uint8) for _ in range(2)]
+    for cover, source in zip(covers, (train, val), strict=True):
+        for i in range(len(source)):
+            top, left, height, width = source.box(i)
+            cover[source.labels[i], top : top + height, left : left + width] += 1
+            assert source[i][0].shape == (height, width, 3) and min(height, width) >= 30
+    assert (covers[0] + covers[1]).max() == 1
+    assert train.fingerprint != val.fingerprint and trains_two_steps(train)
+
+
+def test_numbers_outside_are_index_errors(tmp_path):
+    write(tmp_path / "x.jpg")
+    source = open_images(tmp_path)
+    for index in (1, -1):
+        with pytest.raises(IndexError, match=f"image {index} of 1"):
+            source[index]
+
+
+@pytest.mark.parametrize(("package", "data"), [("skimage", "sample"), ("pyarrow", "x.parquet")])
+def test_an_absent_optional_package_names_the_extra(monkeypatch, tmp_path, package, data):
+    write(tmp_path / "x.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r'pip install "mvmae\[train\]"'):
+        open_images(data)

@@ -1,0 +1,260 @@
+"""Views: torchvision's distribution of crops, the pixels of the slow path, and nothing random but the generator."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as TF
+
+from mvmae.images import ImageError, open_image
+from mvmae.views import Box, CentreCropTransform, MultiViewTransform, choose_reduction, draw_box, snap_box, take_views
+
+torch.set_num_threads(1)
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Detail at all scales, as photographs have it."""
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), 128.0)
+    for side in (4, 12, 40, 120):
+        noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        image += (np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC)) - 127.5) * 1.2 / side**0.5
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def encode(image: Image.Image, file_format: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def by_torchvision(encoded: bytes, boxes, flips, size) -> torch.Tensor:
+    """The plain path: full decode, EXIF, torchvision's crop on the Pillow image."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        full = ImageOps.exif_transpose(image).convert("RGB")
+    views = []
+    for box, flip in zip(boxes, flips, strict=True):
+        view = TF.resized_crop(full, *box, size, InterpolationMode.BICUBIC)
+        views.append(TF.pil_to_tensor(TF.hflip(view) if flip else view))
+    return torch.stack(views)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.float() - b.float()).abs().mean().item()
+
+
+def kolmogorov_smirnov(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest distance of two empirical distributions."""
+    at = torch.cat([a, b]).unique()
+    shares = [(torch.searchsorted(x.sort().values, at, right=True) / len(x)) for x in (a, b)]
+    return (shares[0] - shares[1]).abs().max().item()
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (100, 90), (64, 400)])
+def test_boxes_have_the_distribution_of_torchvision(height, width):
+    import random
+
+    count = 3000
+    rng = random.Random(1)
+    ours = torch.tensor([draw_box(height, width, SCALE, RATIO, rng) for _ in range(count)], dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        image = torch.empty(3, height, width)
+        theirs = [RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)) for _ in range(count)]
+    theirs = torch.tensor(theirs, dtype=torch.float64)
+    critical = 1.95 * (2 / count) ** 0.5  # Kolmogorov-Smirnov at 0.1 %
+    for name, of in {
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+        "height": lambda b: b[:, 2],
+        "width": lambda b: b[:, 3],
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "ratio": lambda b: b[:, 3] / b[:, 2],
+    }.items():
+        assert kolmogorov_smirnov(of(ours), of(theirs)) < critical, name
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 900), (900, 2), (10, 20000), (1, 3)])
+def test_tiny_and_extreme_images_give_valid_boxes_and_views(height, width):
+    transform = MultiViewTransform(32)
+    for seed in range(20):
+        for box in transform.draw(height, width, generator=seeded(seed))[0]:
+            assert box.height >= 1 and box.width >= 1 and box.top >= 0 and box.left >= 0
+            assert box.top + box.height <= height and box.left + box.width <= width
+    image = Image.new("RGB", (width, height), (10, 200, 30))
+    for encoded in (encode(image), encode(image, "PNG")):
+        views = transform(encoded, generator=seeded(0))
+        assert views.shape == (2, 3, 32, 32)
+        torch.testing.assert_close(views[0].float().mean((1, 2)), torch.tensor([10.0, 200.0, 30.0]), atol=4, rtol=0)
+        assert CentreCropTransform(32)(encoded).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow", "pil"])
+def test_views_are_those_of_torchvision_for_the_same_boxes(decoder):
+    encoded = encode(photograph(500, 375), quality=90)
+    transform = MultiViewTransform(224, decoder=decoder)
+    differences = []
+    for seed in range(6):
+        boxes, flips = transform.draw(375, 500, generator=seeded(seed))
+        plain = by_torchvision(encoded, boxes, flips, (224, 224))
+        differences.append(difference(transform(encoded, generator=seeded(seed)), plain))
+    assert np.mean(differences) <= 0.1
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_scaled_decoding_stays_near_the_full_one_for_the_same_boxes(decoder):
+    image = photograph(3000, 2000)
+    encoded = encode(image, quality=90)
+    transform = MultiViewTransform(224, decoder=decoder)
+    opened = open_image(encoded)
+    differences = []
+    for seed in range(3):
+        boxes, flips = transform.draw(2000, 3000, generator=seeded(seed))
+        s = choose_reduction(boxes, (224, 224), 1.5)
+        assert s >= 2
+        snapped = [snap_box(box, s, 2000 // s, 3000 // s) for box in boxes]
+        snapped = [Box(*(side * s for side in box)) for box in snapped]
+        full = take_views(opened, snapped, flips, (224, 224), scaled_decode=None, decoder="pil")
+        differences.append(difference(transform(encoded, generator=seeded(seed)), full))
+        assert difference(full, by_torchvision(encoded, snapped, flips, (224, 224))) <= 0.1
+    assert np.mean(differences) <= 0.7
+
+
+def test_the_reduction_keeps_k_times_the_views_pixels():
+    boxes = [Box(0, 0, 1400, 2000), Box(5, 7, 700, 900)]
+    assert choose_reduction(boxes, (224, 224), 1.5) == 2
+    assert choose_reduction(boxes[:1], (224, 224), 1.5) == 4
+    assert choose_reduction(boxes, (224, 224), None) == 1
+    assert choose_reduction(boxes, (48, 48), 1.5) == 8
+    assert choose_reduction(boxes, (225, 896), 1.0) == 1
+
+
+@pytest.mark.parametrize("size", [(3001, 2003), (1003, 999)])
+def test_a_snapped_box_lies_inside_and_moves_less_than_a_step(size):
+    width, height = size
+    transform = MultiViewTransform(32)
+    for s in (2, 4, 8):
+        for seed in range(50):
+            box = transform.draw(height, width, generator=seeded(seed))[0][0]
+            snapped = snap_box(box, s, -(-height // s), -(-width // s))
+            assert snapped.top + snapped.height <= -(-height // s)
+            assert snapped.left + snapped.width <= -(-width // s)
+            assert max(abs(a * s - b) for a, b in zip(snapped, box, strict=True)) <= s
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pil"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_equals_transposing_first_and_cropping_then(orientation, file_format, decoder):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(photograph(300, 200), file_format, exif=exif)
+    transform = MultiViewTransform((64, 96), decoder=decoder)
+    height, width = (300, 200) if orientation >= 5 else (200, 300)
+    boxes, flips = transform.draw(height, width, generator=seeded(3))
+    plain = by_torchvision(encoded, boxes, flips, (64, 96))
+    assert difference(transform(encoded, generator=seeded(3)), plain) <= 0.2
+    centre = CentreCropTransform((64, 96), decoder=decoder)(encoded)
+    with Image.open(io.BytesIO(encoded)) as image:
+        upright = ImageOps.exif_transpose(image)
+    assert difference(centre, CentreCropTransform((64, 96), decoder=decoder)(upright)) <= 0.2
+
+
+def test_orientation_and_scaled_decoding_go_together():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded = encode(photograph(1600, 1200), exif=exif, quality=90)
+    scaled, full = (MultiViewTransform(64, scaled_decode=k)(encoded, generator=seeded(1)) for k in (2.0, None))
+    assert difference(scaled, full) < 3
+
+
+def test_equal_generators_give_equal_views_and_the_global_one_is_left_alone():
+    image = photograph(100, 80)
+    transform = MultiViewTransform(32)
+    before = torch.get_rng_state()
+    a, b, other = (transform(image, generator=seeded(s)) for s in (7, 7, 8))
+    assert torch.equal(a, b) and not torch.equal(a, other)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(a[0], a[1])
+    transform(image)
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+def test_same_crop_gives_one_crop_in_every_view():
+    views = MultiViewTransform(32, num_views=3, same_crop=True)(photograph(100, 80), generator=seeded(0))
+    assert torch.equal(views[0], views[1]) and torch.equal(views[0], views[2])
+
+
+@pytest.mark.parametrize("num_views", [1, 2, 5])
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+@pytest.mark.parametrize("decoder", ["fast", "pil"])
+def test_views_have_the_shape_asked_for(num_views, in_chans, decoder):
+    transform = MultiViewTransform((32, 48), num_views=num_views, in_chans=in_chans, decoder=decoder)
+    for image in (photograph(100, 80), encode(photograph(100, 80)), photograph(100, 80).convert("RGBA")):
+        views = transform(image, generator=seeded(0))
+        assert views.shape == transform.shape == (num_views, in_chans, 32, 48)
+        assert views.dtype == torch.uint8 and views.is_contiguous()
+
+
+def test_both_paths_agree_on_images_of_other_channels():
+    array = np.asarray(photograph(90, 70)).repeat(3, axis=2)[..., :7]
+    views = [MultiViewTransform(32, in_chans=7, decoder=d)(array, generator=seeded(0)) for d in ("fast", "pil")]
+    assert views[0].shape == (2, 7, 32, 32) and difference(*views) < 0.2
+
+
+def test_flip_turns_a_view_left_to_right():
+    image = photograph(100, 80)
+    plain, flipped = (MultiViewTransform(32, flip=p)(image, generator=seeded(0)) for p in (0.0, 1.0))
+    assert torch.equal(plain.flip(-1), flipped)
+    shares = [MultiViewTransform(32).draw(80, 100, generator=seeded(s))[1] for s in range(500)]
+    assert 0.44 < np.mean(shares) < 0.56
+
+
+def test_the_centre_crop_is_the_usual_evaluation_view():
+    image = photograph(500, 375)
+    resized = TF.resize(image, 256, InterpolationMode.BICUBIC)
+    plain = TF.pil_to_tensor(TF.center_crop(resized, 224))
+    ours = CentreCropTransform(224)(image)
+    assert torch.equal(ours, CentreCropTransform(224)(image, generator=seeded(5)))
+    assert difference(ours, plain) < 3 < difference(ours.flip(-1), plain)  # two resamplings against one
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": (1, 2, 3)}, "image_size is"),
+        ({"num_views": 0}, "num_views=0"),
+        ({"in_chans": 0}, "in_chans=0"),
+        ({"scale": (0.0, 1.0)}, "scale is"),
+        ({"scale": (0.5, 0.2)}, "scale is"),
+        ({"ratio": (2.0, 1.0)}, "ratio is"),
+        ({"flip": 1.5}, "flip is 1.5"),
+        ({"scaled_decode": 0.5}, "scaled_decode is 0.5"),
+        ({"decoder": "gpu"}, "decoder is 'gpu'"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiViewTransform(**options)
+
+
+def test_a_wrong_centre_crop_is_named():
+    with pytest.raises(ValueError, match="crop is 2"):
+        CentreCropTransform(224, crop=2)
+    with pytest.raises(ValueError, match="in_chans is 0"):
+        CentreCropTransform(224, in_chans=0)
+
+
+def test_a_bad_image_is_an_image_error(tmp_path):
+    (tmp_path / "x.jpg").write_text("<html>")
+    with pytest.raises(ImageError, match=r"x\.jpg"):
+        MultiViewTransform(32)(tmp_path / "x.jpg")
