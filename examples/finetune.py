@@ -13,18 +13,16 @@ random: before it starts from untrained weights. The defaults are the paper's, o
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import labelled
-import models
 import numpy as np
 import torch
 from checkpoint import open_run, save_checkpoint, write_text
 from common import (
     Log,
-    Processes,
+    Meter,
     Stop,
     StopSignal,
     cosine_schedule,
@@ -35,14 +33,17 @@ from common import (
     run,
     start_processes,
 )
-from labelled import Labelled, Seeded
+from labelled import Seeded, open_labelled
+from models import add_head, load_backbone, save_classifier
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from mvmae.data import DataError, Loader, StepSampler, sample_seed
+from mvmae.data import Loader, StepSampler, explain_loader_error, sample_seed
+from mvmae.hub import describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,161 +140,151 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-@torch.no_grad()
-def validate(config: Config, model: nn.Module, data: Labelled, processes: Processes) -> dict[str, float]:
-    """Give top-1 and top-5 accuracy in percent, and the loss, over all validation images that can be read."""
-    transform = Seeded(model, config.image_size)
-    labels = torch.as_tensor(data.val.labels).to(processes.device)
-    counts = torch.zeros(4, dtype=torch.float64, device=processes.device)
-    model.eval()
-    batches = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
-    for images, indices in labelled.each_once(data.val, transform, processes, **batches):
-        with labelled.autocast(config.precision, processes.device):
-            logits = model(images)
-        counts += labelled.count_right(logits, labels[indices])
-    model.train()
-    return labelled.accuracy(processes.mean(counts))
+class FineTuning:
+    """All that a run consists of, set up from its options and a checkpoint, if there is one."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.processes = config, start_processes(config.device)
+        self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
+        self.data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
+        if config.batch_size // self.processes.world_size % 2:
+            each = f"--batch-size {config.batch_size} on {self.processes.world_size} processes"
+            raise Stop(f"{each}: mixup needs an even number of images on each")
+        torch.manual_seed(config.seed)
+        options = {"drop_path_rate": config.drop_path}
+        self.model = load_backbone(config.model, arch=config.arch, image_size=config.image_size, **options)
+        add_head(self.model, len(self.data.class_names), std=config.head_std)
+        self.model.to(self.device).train()
+        self.ema = ModelEmaV3(self.model, decay=config.ema) if config.ema else None
+        self.optimizer, self.best = build_optimizer(config, self.model), -1.0
+        group = {"rank": self.processes.rank, "world_size": self.processes.world_size}
+        self.sampler = StepSampler(len(self.data.train), config.batch_size, seed=config.seed, **group)
+        self.steps = config.epochs * self.sampler.steps_per_epoch
+        self.sampler.num_steps = min(self.steps, config.max_steps or self.steps)
+        warmup = round(config.warmup_epochs * self.sampler.steps_per_epoch)
+        self.schedule = cosine_schedule(self.optimizer, self.steps, warmup, config.min_lr)
+        fingerprints = [part.fingerprint for part in (self.data.train, self.data.val)]
+        self.settings = {**dataclasses.asdict(config), "images": fingerprints}
+        self.resume_or_start()
+
+    def resume_or_start(self) -> None:
+        """Take everything back from the newest checkpoint."""
+        state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, first=self.first)
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.sampler.start_step, self.best = state["step"], state["best"]
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+        self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
+        self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}")
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint: all that depends on the steps so far."""
+        if self.first:
+            parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
+            parts |= {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
+            parts |= {"label_names": list(self.data.class_names)}
+            if isinstance(self.model, VisionTransformer):
+                parts["description"] = describe(self.model)  # for export.py
+            save_checkpoint(self.folder, {**parts, "step": step, "settings": self.settings})
+
+    def loader(self) -> Loader:
+        """Load the training images of each step."""
+        transform = training_transform(self.config, self.model)
+        options = {"workers": self.config.workers, "max_bad": self.config.max_bad}
+        return labelled.training_loader(self.data.train, transform, self.sampler, **options)
+
+    @torch.no_grad()
+    def validate(self, step: int) -> dict[str, float]:
+        """Give top-1 and top-5 accuracy in percent, and the loss, over all validation images; keep the best model."""
+        config, model = self.config, self.model if self.ema is None else self.ema.module
+        labels = torch.as_tensor(self.data.val.labels).to(self.device)
+        counts = torch.zeros(4, dtype=torch.float64, device=self.device)
+        loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
+        model.eval()
+        for images, rows in labelled.each_once(self.data.val, Seeded(model, config.image_size), self.processes, **loading):
+            with labelled.autocast(config.precision, self.device):
+                logits = model(images)
+            counts += labelled.count_right(logits, labels[rows])
+        self.model.train()
+        result = labelled.accuracy(self.processes.mean(counts))
+        self.log.write(step=step, **result)
+        for name, wanted in (("best", result["top1"] > self.best), ("last", step == self.sampler.num_steps)):
+            if self.first and wanted:
+                save_classifier(model, self.folder / name, self.data.class_names)
+        self.best = max(self.best, result["top1"])
+        return result
 
 
-class Run:
-    """What a run keeps between its steps: model, averaged model, optimizer, and the best accuracy so far."""
-
-    def __init__(self, config: Config, model: nn.Module) -> None:
-        self.model, self.optimizer = model, build_optimizer(config, model)
-        self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
-        self.best, self.step = -1.0, 0
-
-    @property
-    def evaluated(self) -> nn.Module:
-        return self.ema.module if self.ema is not None else self.model
-
-    def state(self) -> dict[str, Any]:
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self.best,
-            "step": self.step,
-        }
-        return state | ({"ema": self.ema.module.state_dict()} if self.ema is not None else {})
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.best, self.step = state["best"], state["step"]
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-
-
-def train(
-    config: Config,
-    current: Run,
-    loader: Loader,
-    sampler: StepSampler,
-    data: Labelled,
-    processes: Processes,
-    log: Log,
-    save: Callable[[], None],
-) -> dict[str, float]:
-    """Run the steps of the sampler, validate and save on the way; give the last validation."""
-    device, stop, folder = processes.device, StopSignal(), Path(config.output_dir)
-    per_epoch = sampler.steps_per_epoch
-    steps = config.epochs * per_epoch
-    schedule = cosine_schedule(current.optimizer, steps, round(config.warmup_epochs * per_epoch), config.min_lr)
-    model, mixup = parallel(current.model.train(), processes), build_mixup(config, len(data.class_names))
-    labels = torch.as_tensor(data.train.labels).to(device)
-    cross_entropy, total, result = SoftTargetCrossEntropy(), torch.zeros(2, device=device), {}
-    for step, batch in enumerate(loader, start=sampler.start_step + 1):
-        seed = sample_seed(config.seed, -2, step, processes.rank)
+def train(run: FineTuning) -> None:
+    """Run the steps, validate and save on the way."""
+    config, sampler, stop, meter = run.config, run.sampler, StopSignal(), Meter(run.processes)
+    model, per_epoch = parallel(run.model, run.processes), sampler.steps_per_epoch
+    mixup, cross_entropy = build_mixup(config, len(run.data.class_names)), SoftTargetCrossEntropy()
+    labels = torch.as_tensor(run.data.train.labels)
+    for step, batch in enumerate(run.loader(), start=sampler.start_step + 1):
+        seed = sample_seed(config.seed, -2, step, run.processes.rank)
         torch.manual_seed(seed)  # for stochastic depth
         np.random.seed(seed % 2**32)  # for mixup
-        schedule.step_update(step - 1)
-        images, target = batch.views.to(device, non_blocking=True), labels[batch.indices.to(device)]
+        run.schedule.step_update(step - 1)
+        images, target = batch.views.to(run.device, non_blocking=True), labels[batch.indices].to(run.device)
         images, target = mixup(images, target)  # (B, C, H, W), (B, classes)
-        with labelled.autocast(config.precision, device):
+        with labelled.autocast(config.precision, run.device):
             logits = model(images)
         loss = cross_entropy(logits.float(), target)
         loss.backward()
         if config.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-        current.optimizer.step()
-        current.optimizer.zero_grad(set_to_none=True)
-        if current.ema is not None:
-            current.ema.update(current.model)
-        total += torch.stack([loss.detach(), torch.ones_like(loss)])
-        current.step = step
-        log.advance(step)
-        last, stopped = step == sampler.num_steps, processes.any(stop.received is not None)
+            nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.ema is not None:
+            run.ema.update(run.model)
+        meter.add({"loss": loss})
+        run.log.advance(step)
+        last, stopped = step == sampler.num_steps, run.processes.any(stop.received is not None)
         if step % config.log_every == 0 or last:
-            mean = float(processes.mean(total[0] / total[1]))
-            if not np.isfinite(mean):
-                raise Stop(f"the loss is not finite at step {step}: the last checkpoint is from before", 1)
-            rate = max(group["lr"] for group in current.optimizer.param_groups)
-            log.write(step=step, epoch=round(step / per_epoch, 3), loss=mean, lr=rate)
-            total.zero_()
-        if step % (config.eval_every * per_epoch) == 0 or last:
-            result = validate(config, current.evaluated, data, processes)
-            log.write(step=step, **result)
-            if result["top1"] > current.best:
-                current.best = result["top1"]
-                if processes.rank == 0:
-                    models.save_classifier(current.evaluated, folder / "best", data.class_names)
+            rate = max(group["lr"] for group in run.optimizer.param_groups)
+            run.log.write(step=step, epoch=round(step / per_epoch, 3), **meter.means(step), lr=rate)
+        if step % (config.eval_every * per_epoch) == 0 and not last:
+            run.validate(step)
         if step % config.save_every == 0 or last or stopped:
-            save()
+            meter.check(step)
+            run.save(step)
         inject_fault(step)
         if stopped and not last:
-            log.close()
-            raise Stop(f"stopped after step {step} of {steps}, which is saved: add --resume to go on", stop.exit_code)
-    return result
+            run.log.close()
+            raise Stop(f"stopped after step {step} of {run.steps}, which is saved: add --resume to go on", stop.exit_code)
+
+
+def finish(run: FineTuning, start: float) -> None:
+    """Validate, and write the result for people and programs."""
+    config, result = run.config, run.validate(run.sampler.num_steps or 0)
+    run.log.close()
+    if run.first:
+        about = {
+            "model": config.model,
+            "data": config.data,
+            "note": run.data.note,
+            "epochs": config.epochs,
+            "seed": config.seed,
+        }
+        about |= {**result, "best_top1": run.best, "seconds": round(time.monotonic() - start, 1)}
+        write_text(run.folder / "results.json", json.dumps(about, indent=2) + "\n")
+        draw_curves(run.folder / "curves.png", run.log.records(), ("loss", "lr", "top1", "top5", "val_loss"))
+        print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, best top-1 {run.best:.2f} %; see {run.folder}")
 
 
 def main(config: Config) -> None:
     """Set up, train, write the result."""
-    processes, start = start_processes(config.device), time.monotonic()
-    folder, first = Path(config.output_dir), processes.rank == 0
-    data = labelled.open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
-    if config.batch_size // processes.world_size % 2:
-        raise Stop(f"--batch-size {config.batch_size} on {processes.world_size} processes: mixup needs an even number on each")
-    torch.manual_seed(config.seed)
-    model = models.load_backbone(config.model, arch=config.arch, image_size=config.image_size, drop_path_rate=config.drop_path)
-    models.add_head(model, len(data.class_names), std=config.head_std)
-    current = Run(config, model.to(processes.device))
-    steps = config.epochs * (len(data.train) // config.batch_size)
-    sampler = StepSampler(
-        len(data.train),
-        config.batch_size,
-        seed=config.seed,
-        num_steps=min(steps, config.max_steps or steps),
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
-    settings = {**dataclasses.asdict(config), "images": [data.train.fingerprint, data.val.fingerprint]}
-    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, first=first)
-    if state:
-        current.load(state)
-        sampler.start_step = state["step"]
-    log = Log(folder, processes.rank, sampler.num_steps or 0, sampler.start_step)
-    log.say(f"{data.note}; {steps} steps of {config.batch_size} on {processes.device}")
-
-    def save() -> None:
-        if first:
-            save_checkpoint(folder, {**current.state(), "settings": settings})
-
-    loader = labelled.training_loader(
-        data.train, training_transform(config, model), sampler, workers=config.workers, max_bad=config.max_bad
-    )
+    start, run = time.monotonic(), FineTuning(config)
     try:
-        result = train(config, current, loader, sampler, data, processes, log, save)
-    except DataError as error:
-        raise Stop(f"{error}", 1) from error
-    log.close()
-    if first:
-        result = result or validate(config, current.evaluated, data, processes)
-        models.save_classifier(current.evaluated, folder / "last", data.class_names)
-        about = {"model": config.model, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
-        about |= {**result, "best_top1": current.best, "seconds": round(time.monotonic() - start, 1)}
-        write_text(folder / "results.json", json.dumps(about, indent=2) + "\n")
-        draw_curves(folder / "curves.png", log.records(), ("loss", "lr", "top1", "top5", "val_loss"))
-        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  best top-1 {current.best:.2f} %; see {folder}")
+        train(run)
+        finish(run, start)
+    except RuntimeError as error:
+        if reason := explain_loader_error(error):
+            raise Stop(reason, 1) from error
+        raise
 
 
 if __name__ == "__main__":

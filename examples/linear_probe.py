@@ -29,6 +29,7 @@ import torch
 from checkpoint import open_run, save_checkpoint, write_text
 from common import (
     Log,
+    Meter,
     Processes,
     Stop,
     StopSignal,
@@ -44,7 +45,7 @@ from frozen import Features, Probe
 from labelled import Labelled, Seeded
 from torch import Tensor, nn
 
-from mvmae.data import DataError, StepSampler
+from mvmae.data import StepSampler, explain_loader_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ def train(
     save: Callable[[int], None],
 ) -> None:
     """Run the steps: the sum of the heads' losses, so that each head is trained as if it were alone."""
-    stop, per_epoch = StopSignal(), sampler.steps_per_epoch
+    stop, meter, per_epoch = StopSignal(), Meter(processes), sampler.steps_per_epoch
     schedule = cosine_schedule(optimizer, config.epochs * per_epoch, round(config.warmup_epochs * per_epoch))
     model = parallel(probe.train(), processes)
     for step, (features, labels) in enumerate(steps, start=sampler.start_step + 1):
@@ -158,11 +159,12 @@ def train(
         losses.sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        meter.add({"loss": losses[0]})
         log.advance(step)
         last, stopped = step == sampler.num_steps, processes.any(stop.received is not None)
         if step % config.log_every == 0 or last:
             lr = optimizer.param_groups[0]["lr"]
-            log.write(step=step, epoch=round(step / per_epoch, 3), loss=float(processes.mean(losses.detach()[0])), lr=lr)
+            log.write(step=step, epoch=round(step / per_epoch, 3), **meter.means(step), lr=lr)
         if step % max(per_epoch, config.log_every) == 0 or last:
             average_statistics(probe, processes)
             scores = evaluate(probe, *val)
@@ -246,8 +248,10 @@ def main(config: Config) -> None:
     data = labelled.open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
     try:
         results = [probe_model(config, name, data, processes) for name in config.models]
-    except DataError as error:
-        raise Stop(f"{error}", 1) from error
+    except RuntimeError as error:
+        if reason := explain_loader_error(error):
+            raise Stop(reason, 1) from error
+        raise
     if processes.rank == 0:
         text = frozen.table(results)
         write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
