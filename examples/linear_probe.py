@@ -147,10 +147,11 @@ def train(
     val: tuple[Features, Tensor],
     processes: Processes,
     log: Log,
+    stop: StopSignal,
     save: Callable[[int], None],
 ) -> None:
     """Run the steps: the sum of the heads' losses, so that each head is trained as if it were alone."""
-    stop, meter, per_epoch = StopSignal(), Meter(processes), sampler.steps_per_epoch
+    meter, per_epoch = Meter(processes), sampler.steps_per_epoch
     schedule = cosine_schedule(optimizer, config.epochs * per_epoch, round(config.warmup_epochs * per_epoch))
     model = parallel(probe.train(), processes)
     for step, (features, labels) in enumerate(steps, start=sampler.start_step + 1):
@@ -184,7 +185,7 @@ def average_statistics(probe: Probe, processes: Processes) -> None:
             buffer.copy_(processes.mean(buffer))
 
 
-def probe_model(config: Config, name: str, data: Labelled, processes: Processes) -> dict[str, Any]:
+def probe_model(config: Config, name: str, data: Labelled, processes: Processes, stop: StopSignal) -> dict[str, Any]:
     """Measure one model, in a folder of its own, and give its results."""
     folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
     settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
@@ -198,6 +199,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes)
         for part in (data.train, data.val)
     )
     results = frozen.measure(train_set, val, neighbours=config.neighbours, few_shot=config.few_shot)
+    torch.manual_seed(config.seed)  # again: loading images draws from the same generator
     probe = build_probe(config, {kind: x.shape[1] for kind, x in val[0].items()}, len(data.class_names)).to(processes.device)
     optimizer = build_optimizer(config, probe)
     length = len(train_set[1]) if config.cached else len(data.train)
@@ -218,7 +220,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes)
             save_checkpoint(folder, {**parts, "step": step, "settings": settings})
 
     features = batches(config, model, sampler, data, train_set if config.cached else None, processes)
-    train(config, probe, optimizer, features, sampler, val, processes, log, save)
+    train(config, probe, optimizer, features, sampler, val, processes, log, stop, save)
     log.close()
     scores = evaluate(probe, *val)
     best = max(scores, key=lambda head: scores[head]["top1"])
@@ -244,10 +246,10 @@ def paper_number(config: Config, name: str, data: Labelled) -> float | None:
 
 def main(config: Config) -> None:
     """Measure every model, then write and print the table."""
-    processes, folder = start_processes(config.device), Path(config.output_dir)
+    processes, folder, stop = start_processes(config.device), Path(config.output_dir), StopSignal()
     data = labelled.open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
     try:
-        results = [probe_model(config, name, data, processes) for name in config.models]
+        results = [probe_model(config, name, data, processes, stop) for name in config.models]
     except RuntimeError as error:
         if reason := explain_loader_error(error):
             raise Stop(reason, 1) from error
