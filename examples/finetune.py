@@ -39,6 +39,7 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -140,6 +141,12 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
+    """Build warm-up and cosine, over the steps of all epochs."""
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    return cosine_schedule(optimizer, config.epochs * steps_per_epoch, warmup_steps, config.min_lr)
+
+
 class FineTuning:
     """All that a run consists of, set up from its options and a checkpoint, if there is one."""
 
@@ -161,8 +168,7 @@ class FineTuning:
         self.sampler = StepSampler(len(self.data.train), config.batch_size, seed=config.seed, **group)
         self.steps = config.epochs * self.sampler.steps_per_epoch
         self.sampler.num_steps = min(self.steps, config.max_steps or self.steps)
-        warmup = round(config.warmup_epochs * self.sampler.steps_per_epoch)
-        self.schedule = cosine_schedule(self.optimizer, self.steps, warmup, config.min_lr)
+        self.schedule = build_schedule(config, self.optimizer, self.sampler.steps_per_epoch)
         fingerprints = [part.fingerprint for part in (self.data.train, self.data.val)]
         self.settings = {**dataclasses.asdict(config), "images": fingerprints}
         self.resume_or_start()

@@ -16,7 +16,7 @@ from mvmae import hub
 
 sys.path.append(str(EXAMPLES))
 import finetune
-from common import cosine_schedule, parse
+from common import parse
 from models import add_head, load_backbone
 
 COLOURS = ((250, 40, 40), (40, 250, 40), (40, 40, 250))
@@ -74,7 +74,7 @@ def layer_of(name, depth):
 @pytest.mark.parametrize("step", [0, 30, 100, 555, 999])
 def test_the_rate_of_every_parameter_is_that_of_its_layer_and_step(vit, step):
     optimizer = finetune.build_optimizer(config(), vit)
-    cosine_schedule(optimizer, 1000, 50, 1e-6).step_update(step)
+    finetune.build_schedule(config(), optimizer, 10).step_update(step)  # 100 epochs, 5 of them of warm-up
     peak = 5e-4 * 512 / 256
     rate = peak * step / 50
     if step >= 50:
@@ -87,7 +87,7 @@ def test_the_rate_of_every_parameter_is_that_of_its_layer_and_step(vit, step):
 
 def test_two_steps_follow_adamw_with_decay_on_matrices_alone(vit):
     optimizer = finetune.build_optimizer(config(), vit)
-    cosine_schedule(optimizer, 1000, 0, 1e-6).step_update(0)
+    finetune.build_schedule(config("--warmup-epochs", 0), optimizer, 10).step_update(0)
     wanted = {name: p.detach().double() for name, p in vit.named_parameters()}
     m, v = ({name: torch.zeros_like(p) for name, p in wanted.items()} for _ in range(2))
     for step in (1, 2):
