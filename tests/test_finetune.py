@@ -21,6 +21,7 @@ from models import add_head, load_backbone
 
 COLOURS = ((250, 40, 40), (40, 250, 40), (40, 40, 250))
 RUN = ["--preset", "quick", "--device", "cpu", "--workers", 0, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1]
+RUN += ["--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.1, "--erasing", 0.25, "--augment", "rand-m9-mstd0.5-inc1"]
 RUN += ["--log-every", 1, "--eval-every", 2, "--output-dir", "run", "--data", "images", "--model", "encoder"]
 
 
