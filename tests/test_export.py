@@ -15,7 +15,7 @@ from running import EXAMPLES, run_script
 from mvmae import MultiViewMAE, hub
 
 TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
-PRETRAIN = ["--preset", "quick", "--data", "sample", "--max-steps", 1, "--workers", 0, "--knn-images", 0, "--device", "cpu"]
+PRETRAIN = ["--preset", "quick", "--data", "sample", "--max-steps", 1, "--workers", 0, "--monitor-images", 0, "--device", "cpu"]
 
 
 def fine_tuned(folder: Path) -> torch.nn.Module:
