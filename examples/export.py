@@ -85,7 +85,14 @@ def main(config: Config) -> None:
         raise Stop(f"{source} holds no checkpoint.pt: the folder of a run is expected")
     model = build_model(state)
     hub.load_weights(model, state["model"], source=source / "checkpoint.pt")
-    hub.export(model, folder, label_names=state.get("label_names"), license=config.license)
+    hub.export(
+        model,
+        folder,
+        mean=state.get("mean"),
+        std=state.get("std"),
+        label_names=state.get("label_names"),
+        license=config.license,
+    )
     check(model, folder)
     for name in ("curves.png", "reconstructions.png"):
         if (source / name).exists():

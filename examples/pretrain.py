@@ -10,6 +10,8 @@ The defaults are the paper's, or MAE's where the paper is silent. Add --resume t
 """
 
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from torch import Tensor
 import mvmae
 from mvmae.data import Loader, MultiViewDataset, StepSampler, explain_loader_error, make_loader, sample_seed
 from mvmae.encoding import check_encoder
-from mvmae.hub import export
+from mvmae.hub import describe, export
 from mvmae.metrics import collapse_warning
 from mvmae.sources import open_images
 from mvmae.visualize import reconstruction_picture
@@ -184,6 +186,7 @@ class Pretraining:
             fused=self.device.type == "cuda",
         )
         self.schedule = cosine_schedule(self.optimizer, self.steps, round(config.warmup_epochs * steps_per_epoch))
+        self.description = describe(self.model)
         self.settings = {**dataclasses.asdict(config), "images": self.source.fingerprint}
         centre = mvmae.CentreCropTransform(config.image_size, in_chans=config.in_chans)
         self.monitor = Monitor(config.data, centre, self.mean, self.std, config.monitor_images if self.first else 0)
@@ -239,8 +242,10 @@ class Pretraining:
     def save(self, step: int) -> None:
         """Write a checkpoint: all that depends on the steps so far."""
         if self.first:
-            parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            save_checkpoint(self.folder, {**parts, "step": step, "settings": self.settings, "before": self.before})
+            weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            about = {"description": self.description, "mean": self.mean, "std": self.std, "command": shlex.join(sys.argv)}
+            state = {"step": step, "settings": self.settings, "before": self.before, **about}
+            save_checkpoint(self.folder, {**weights, **state})
 
 
 def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int) -> mvmae.Losses:

@@ -18,6 +18,7 @@ from .model import MultiViewOutput as MultiViewOutput
 from .model import projection_mlp as projection_mlp
 from .patches import patchify as patchify
 from .patches import unpatchify as unpatchify
+from .pretrained import WeightsError as WeightsError
 from .views import CentreCropTransform as CentreCropTransform
 from .views import MultiViewTransform as MultiViewTransform
 

@@ -151,7 +151,7 @@ def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defau
     weights = ""
     if pretrained:
         weights, args["pretrained_cfg_overlay"] = _find_weights(
-            name, args.get("pretrained_cfg"), args.get("pretrained_cfg_overlay"), args.get("cache_dir")
+            name, args.get("pretrained_cfg"), args.get("pretrained_cfg_overlay"), args.get("cache_dir"), args.get("in_chans")
         )
     if args.pop("use_naflex", False):
         return _create_naflex(name, pretrained, args)
@@ -169,7 +169,9 @@ def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defau
     return model
 
 
-def _find_weights(name: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any) -> tuple[str, dict[str, Any]]:
+def _find_weights(
+    name: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any, in_chans: int | None
+) -> tuple[str, dict[str, Any]]:
     """Say where the weights of a pretrained cfg are, having read them once: timm's loader says less of what is wrong.
 
     Returns:
@@ -197,6 +199,11 @@ def _find_weights(name: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir
     weights = read_weights(path)
     if cfg.file and not cfg.source and "head.weight" in weights:
         overlay.setdefault("num_classes", len(weights["head.weight"]))
+    proj = next((value for key, value in weights.items() if key.endswith("patch_embed.proj.weight") and value.ndim == 4), None)
+    if proj is not None and proj.shape[1] not in (1, 3):  # what timm before 1.0.31 takes for 3 channels
+        overlay.setdefault("input_size", (proj.shape[1], *cfg.input_size[1:]))
+        if in_chans in (None, proj.shape[1]):
+            overlay["first_conv"] = None
     return str(path), overlay
 
 

@@ -16,7 +16,6 @@ if sys.platform == "linux":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 
@@ -40,6 +39,8 @@ def _seed() -> None:
 def tiny_vit() -> Callable[..., Any]:
     """Builds timm's ViT with 32 x 32 pixels, 16 patches, width 48 and 2 blocks; keywords go to timm."""
 
+    import timm  # here, since every process that a test starts imports this file
+
     def build(**kwargs: Any) -> Any:
         tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
         return timm.create_model("vit_tiny_patch16_224", **(tiny | kwargs))
@@ -52,10 +53,10 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., lis
     """Runs `fn(*args)` in two gloo processes: `two_processes(fn, *args)` gives `[result of rank 0, of rank 1]`.
 
     `fn` stands at the top level of a test file and finds its rank by `torch.distributed.get_rank()`; arguments and
-    results are pickled. The traceback of the process that failed first is raised here; after 60 seconds both end.
+    results are pickled. The traceback of the process that failed first is raised here; after `timeout` seconds both end.
     """
 
-    def run(fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    def run(fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         folder = tmp_path_factory.mktemp("two_processes")
         context = torch.multiprocessing.get_context("spawn")
         processes = [context.Process(target=_process, args=(rank, folder, fn, args), daemon=True) for rank in range(2)]

@@ -249,6 +249,14 @@ def test_a_fine_tuned_head_is_kept_unless_another_number_of_classes_is_asked_for
     assert caplog.messages == ["the checkpoint's head of 5 classes is left out: the model has 9"]
 
 
+def test_a_file_of_other_channels_gives_a_model_of_as_many(tmp_path):
+    vit = tiny(in_chans=5)
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / "file.safetensors")
+    loaded = tiny(pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "file.safetensors")})
+    x = images(vit)
+    assert torch.equal(loaded(x), vit(x))
+
+
 def test_the_final_norm_moves_where_the_model_has_it(tmp_path):
     vit = tiny()
     nn.init.normal_(vit.norm.weight)

@@ -15,7 +15,8 @@ from running import EXAMPLES, run_script
 from mvmae import MultiViewMAE, hub
 
 TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
-PRETRAIN = ["--preset", "quick", "--data", "sample", "--max-steps", 1, "--workers", 0, "--knn-images", 0, "--device", "cpu"]
+PRETRAIN = ["--preset", "quick", "--data", "sample", "--max-steps", 1, "--workers", 0, "--monitor-images", 0, "--device", "cpu"]
+STATISTICS = ["--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6]
 
 
 def fine_tuned(folder: Path) -> torch.nn.Module:
@@ -46,7 +47,7 @@ def test_a_fine_tuned_run_keeps_its_head_and_the_names_of_its_classes(tmp_path):
 
 
 def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
-    done = run_script("pretrain.py", *PRETRAIN, "--output-dir", "run", "--projector", 8, folder=tmp_path)
+    done = run_script("pretrain.py", *PRETRAIN, "--output-dir", "run", "--projector", 8, *STATISTICS, folder=tmp_path)
     assert done.code == 0, done.err
     with Hub() as server:
         environment = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test"}
@@ -62,6 +63,8 @@ def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
     commit, files = repo.commits[-1]
     assert f"hf-hub:me/quick@{commit}" in ended.stdout
     assert {"config.json", "model.safetensors", "pretraining/pretraining.safetensors", "README.md", "curves.png"} <= set(files)
+    cfg = json.loads(files["config.json"])["pretrained_cfg"]
+    assert (cfg["mean"], cfg["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert b"![Losses of the run](curves.png)" in files["README.md"]
     weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     loaded = MultiViewMAE.from_pretrained(tmp_path / "run" / "encoder").state_dict()

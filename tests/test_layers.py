@@ -103,6 +103,11 @@ def problems(module: str, source: str) -> list[str]:
     return found
 
 
+def test_the_table_allows_no_import_upward():
+    for number, module in enumerate(LAYERS):
+        assert allowed(module)[0] <= set(list(LAYERS)[:number]), module
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_a_module_imports_only_from_its_layer(path):
     assert path.stem in LAYERS, f"{path.name} is not in the table: say what it may import"
