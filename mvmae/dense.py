@@ -122,8 +122,8 @@ def _positions(vit: VisionTransformer, grid: tuple[int, int], positions: str) ->
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Group normalisation in 32 groups, or as many as divide both 32 and the channels."""
-    return nn.GroupNorm(gcd(32, channels), channels)
+    """Group normalisation in 32 groups, or fewer where that leaves less than 8 channels in one."""
+    return nn.GroupNorm(gcd(channels, min(32, max(channels // 8, 1))), channels)
 
 
 class ViTPyramid(nn.Module):
