@@ -42,7 +42,7 @@ def rectangle(height, width, top, left, bottom, right):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Four images with polygons, both kinds of run lengths, a crowd, category ids 3 and 17; the last one shows nothing."""
+    """Four images with polygons, both kinds of run lengths, a crowd, category ids 3 and 17; the last one shows no object."""
     root = tmp_path_factory.mktemp("coco")
     sizes = {7: (40, 60), 8: (60, 40), 9: (50, 50), 30: (33, 47)}
     code = run_lengths.encode(np.asfortranarray(rectangle(60, 40, 10, 5, 50, 30)))
@@ -62,9 +62,11 @@ def folder(tmp_path_factory):
         "categories": [{"id": 17, "name": "cat"}, {"id": 3, "name": "car"}],
     }
     (root / "annotations").mkdir()
-    for split in ("train2017", "val2017"):
+    line = {"id": 5, "image_id": 30, "category_id": 3, "segmentation": [[1, 1, 9, 9]], "bbox": [1, 1, 8, 8], "area": 0}
+    for split, more in (("train2017", [line]), ("val2017", [])):  # pycocotools itself cannot evaluate outlines of two points
         (root / split).mkdir()
-        (root / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+        everything = content | {"annotations": content["annotations"] + more}
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(everything))
         for number, (height, width) in sizes.items():
             Image.new("RGB", (width, height), (90, 120, 60)).save(root / split / f"{number}.png")
     return root
@@ -187,7 +189,11 @@ def test_the_recipe_of_li2021_reaches_optimizer_schedule_and_model():
     assert [round(getattr(block.drop_path1, "drop_prob", 0.0), 3) for block in trunk.blocks] == [0, 0.033, 0.067, 0.1]
     assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
     assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (2000, 1000)
+    seen, _ = model.transform([torch.zeros(3, 20, 40), torch.zeros(3, 900, 7)])
+    assert (seen.image_sizes, seen.tensors.shape) == ([(20, 40), (900, 7)], (2, 3, 1024, 1024))  # the jitter's sizes, filled up
     model.eval()
+    seen, _ = model.transform([torch.zeros(3, 20, 40)])
+    assert (seen.image_sizes, seen.tensors.shape) == ([(512, 1024)], (1, 3, 1024, 1024))
     assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (1000, 1000)
     deep = detect.build_model(config_of("li2021", "--model-args", "depth=12 embed_dim=48 num_heads=3"), 2)[1]
     assert deep.taps == (2, 5, 8, 11)
