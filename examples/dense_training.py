@@ -1,0 +1,237 @@
+"""What detect.py and segment.py share: the encoder, the parameter groups, the learning rate, the steps, evaluation in parts."""
+
+import ast
+import dataclasses
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from checkpoint import load_checkpoint, open_run, save_checkpoint
+from common import Log, Processes, Stop, StopSignal, draw_curves, inject_fault, option, parallel
+from models import load_backbone
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Dataset
+
+from mvmae.data import StepSampler, sample_seed
+from mvmae.dense import WindowedViT
+
+REQUIRED = dataclasses.MISSING
+POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Settings of both scripts; their presets give the values."""
+
+    data: str = option(REQUIRED, "folder of the data, or toy: shapes, drawn into the output folder")
+    output_dir: str = option(REQUIRED, "folder of the run")
+    model: str = option(REQUIRED, "encoder: timm name, hf-hub:, folder or file of weights; random: before it leaves them out")
+    arch: str = option("", "timm name of the model of a lone file of weights")
+    model_args: str = option(REQUIRED, "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'")
+    resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
+    evaluate: bool = option(False, "only evaluate the newest checkpoint in the output folder")
+    image_size: int = option(REQUIRED, "side of a training image in pixels")
+    window_size: int = option(REQUIRED, "side of an attention window in patches; 0 for none")
+    rel_pos: bool = option(True, "learn relative positions in every block")
+    drop_path: float = option(REQUIRED, "largest rate of stochastic depth in the encoder")
+    steps: int = option(REQUIRED, "steps of the whole run")
+    batch_size: int = option(REQUIRED, "images of a step over all processes")
+    lr: float = option(REQUIRED, "learning rate of AdamW")
+    weight_decay: float = option(REQUIRED, "of AdamW; not on normalisations and positions")
+    decay_biases: bool = option(REQUIRED, "weight decay on biases too, as in detectron2")
+    layer_decay: float = option(REQUIRED, "factor of the learning rate from a block to the one before it; 1 for none")
+    schedule: str = option(REQUIRED, "of the learning rate", ["cosine", "linear", "steps"])
+    warmup_steps: int = option(REQUIRED, "of a linearly rising learning rate")
+    warmup_start: float = option(REQUIRED, "factor of the learning rate at step 0")
+    seed: int = option(0, "of weights, order and augmentation")
+    device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+    precision: str = option("auto", "auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
+    grad_checkpointing: bool = option(False, "keep fewer activations of the encoder and compute them again")
+    workers: int = option(REQUIRED, "processes that load images, for each process that trains")
+    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
+    save_every: int = option(REQUIRED, "steps between checkpoints; the end is saved in any case")
+    log_every: int = option(20, "steps between lines of the log")
+    toy_images: int = option(600, "training images that toy draws; a sixth as many are held out")
+    pictures: int = option(8, "images to draw the predictions of")
+
+
+MAY_CHANGE = frozenset(
+    {"output_dir", "resume", "evaluate", "device", "grad_checkpointing", "workers", "max_steps", "save_every", "log_every"}
+    | {"pictures"}
+)
+
+
+def build_trunk(
+    config: DenseConfig, taps: Callable[[int], Sequence[int]] | None = None, **options: Any
+) -> tuple[WindowedViT, Any]:
+    """Create the encoder and run it in windows; give the plain one too, for its mean and standard deviation.
+
+    Args:
+        config: settings.
+        taps: gives the blocks whose output is used, from the number of blocks.
+        **options: for `WindowedViT`.
+    """
+    torch.manual_seed(config.seed)
+    try:
+        arguments = {key: ast.literal_eval(value) for key, value in (part.split("=") for part in config.model_args.split())}
+    except (ValueError, SyntaxError) as error:
+        raise Stop(f"--model-args {config.model_args!r} is not of the form 'patch_size=8 embed_dim=128'") from error
+    unknown = set(arguments) - set(inspect.signature(VisionTransformer.__init__).parameters)
+    if unknown:
+        raise Stop(f"--model-args: a plain ViT of timm has no {', '.join(sorted(unknown))}")
+    name = f"random:{config.model.removeprefix('random:')}" if config.evaluate else config.model
+    vit: Any = load_backbone(name, arch=config.arch, drop_path_rate=config.drop_path, **arguments)
+    options |= {"rel_pos": config.rel_pos, "grad_checkpointing": config.grad_checkpointing}
+    options["taps"] = None if taps is None else taps(len(vit.blocks))
+    return WindowedViT(vit, config.image_size, window_size=config.window_size or None, **options), vit
+
+
+def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> list[dict[str, Any]]:
+    """Sort the trained parameters by weight decay and by depth, with the factor ``lr_scale`` of their learning rate."""
+    last = len(trunk.blocks) + 1
+    depth = {id(parameter): 0 for parameter in trunk.parameters()}
+    depth |= {id(parameter): index + 1 for index, block in enumerate(trunk.blocks) for parameter in block.parameters()}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    for module in model.modules():
+        norm = isinstance(module, nn.LayerNorm | nn.GroupNorm | _BatchNorm)
+        for name, parameter in module.named_parameters(recurse=False):
+            decayed = parameter.ndim > 1 or (config.decay_biases and name == "bias" and not norm)
+            if parameter.requires_grad:
+                groups[depth.get(id(parameter), last), decayed and name not in POSITIONS].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay * decayed,
+            "lr_scale": config.layer_decay ** (last - layer),
+        }
+        for (layer, decayed), parameters in groups.items()
+    ]
+
+
+def lr_factor(step: int, config: DenseConfig) -> float:
+    """Give the learning rate after ``step`` steps as a part of ``config.lr``: a pure function of the step.
+
+    Linear warm-up from ``warmup_start``, times a cosine or a line to 0 at the last step, or tenths after 8/9 and 26/27 of the
+    steps (ViTDet: 163 889 and 177 546 of 184 375).
+    """
+    part = step / config.steps
+    if config.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * part))
+    elif config.schedule == "linear":
+        factor = 1 - part
+    else:
+        factor = 0.1 ** ((part >= 163889 / 184375) + (part >= 177546 / 184375))
+    if step < config.warmup_steps:
+        factor *= config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+    return factor
+
+
+def autocast(config: DenseConfig, device: torch.device) -> torch.autocast:
+    """Compute in bf16 where that is asked for, or by default on CUDA."""
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def fit(
+    config: DenseConfig,
+    model: nn.Module,
+    trunk: WindowedViT,
+    dataset: Dataset[Any],
+    losses: Callable[[nn.Module, Any], dict[str, Tensor]],
+    processes: Processes,
+    *,
+    images: str,
+    collate: Callable[[Sequence[Any]], Any] | None = None,
+) -> None:
+    """Train, save, and go on where a run was cut: bit for bit the same on a CPU.
+
+    Args:
+        config: settings.
+        model: trained in place; with ``--evaluate`` it gets the weights of the newest checkpoint and nothing else happens.
+        trunk: the encoder in it.
+        dataset: (epoch, index) -> sample.
+        losses: (model, batch) -> named losses; their sum is minimised.
+        processes: this process and the others.
+        images: tells the data of this run from others.
+        collate: samples -> batch.
+
+    Raises:
+        Stop: if a signal or a loss that is not finite ends the run, or there is nothing to evaluate.
+    """
+    folder, first = Path(config.output_dir), processes.rank == 0
+    if config.evaluate:
+        state = load_checkpoint(folder)
+        if state is None:
+            raise Stop(f"--evaluate: {folder} holds no checkpoint")
+        model.load_state_dict(state["model"])
+        return
+    optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr, fused=processes.device.type == "cuda")
+    last = min(config.steps, config.max_steps or config.steps)
+    where = {"rank": processes.rank, "world_size": processes.world_size}
+    sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **where)  # type: ignore[arg-type]
+    settings = {**dataclasses.asdict(config), "images": images}
+    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, first=first)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        sampler.start_step = state["step"]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=config.workers,
+        collate_fn=collate,
+        pin_memory=processes.device.type == "cuda",
+        generator=torch.Generator(),
+    )
+    log, stop = Log(folder, processes.rank, last, sampler.start_step), StopSignal()
+    log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")  # type: ignore[arg-type]
+    model.train()
+    trained = parallel(model, processes)
+    for step, batch in enumerate(loader, start=sampler.start_step + 1):
+        torch.manual_seed(sample_seed(config.seed, -2, step, processes.rank))  # for drop path and the sampling of regions
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * group["lr_scale"] * lr_factor(step - 1, config)
+        with autocast(config, processes.device):
+            parts = losses(trained, batch)
+            loss = torch.stack(list(parts.values())).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.advance(step)
+        stopped = processes.any(stop.received is not None)
+        saves = step % config.save_every == 0 or step == last or stopped
+        if step % config.log_every == 0 or saves:
+            means = processes.mean(torch.stack([loss, *parts.values()]).detach()).tolist()
+            if not math.isfinite(sum(means)):
+                values = ", ".join(f"{name} {value}" for name, value in zip(parts, means[1:], strict=True))
+                raise Stop(f"the loss is not finite at step {step} ({values}): the last checkpoint is from before", 1)
+            named = dict(zip(("loss", *parts), means, strict=True))
+            log.write(step=step, **named, lr=config.lr * lr_factor(step - 1, config))
+        if saves and first:
+            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings}
+            save_checkpoint(folder, content)
+        inject_fault(step)
+        if stopped and step != last:
+            log.close()
+            raise Stop(f"stopped after step {step} of {last}, which is saved: add --resume to go on", stop.exit_code)
+    if first:
+        names = {name: None for record in log.records() for name in record if name not in ("step", "epoch")}
+        draw_curves(folder / "curves.png", log.records(), names)
+    log.close()
+
+
+def gather(items: Iterable[Any], processes: Processes) -> list[Any]:
+    """Collect the items of all processes, in the order of the ranks."""
+    own = list(items)
+    if processes.world_size == 1:
+        return own
+    parts: list[list[Any]] = [[] for _ in range(processes.world_size)]
+    dist.all_gather_object(parts, own, group=processes.control)
+    return [item for part in parts for item in part]

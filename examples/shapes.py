@@ -1,0 +1,81 @@
+"""Drawn shapes, a data set to try detection and segmentation on without any data at all."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mvmae.data import sample_seed
+
+Mask = np.ndarray[Any, np.dtype[np.uint8]]
+CIRCLE = [(math.cos(math.tau * corner / 48), math.sin(math.tau * corner / 48)) for corner in range(48)]
+CROSS = [(1, 0.35), (0.35, 0.35), (0.35, 1), (-0.35, 1), (-0.35, 0.35), (-1, 0.35)]
+CROSS += [(-x, -y) for x, y in CROSS]
+TRIANGLE = [(0, -1), (0.87, 0.5), (-0.87, 0.5)]
+SHAPES = {2: ("circle", CIRCLE), 5: ("cross", CROSS), 9: ("triangle", TRIANGLE)}
+"""The drawn categories: name and corners by id. The ids leave gaps, as COCO's do."""
+STRIPE = 4
+"""Width in pixels of the stripes of a cross and of the squares of a triangle; a circle is plain."""
+
+
+def draw_shapes(side: int, rng: np.random.Generator) -> tuple[Image.Image, list[tuple[int, Mask]]]:
+    """Draw up to three shapes, of any two colours, on a noisy gradient; on one image in ten none.
+
+    Returns:
+        the image, and for each shape its category id and the mask of what is seen of it, (H, W).
+    """
+    ramp = np.linspace(0, 1, side)[:, None, None] * rng.uniform(-60, 60, 3) + rng.uniform(60, 195, 3)
+    image = Image.fromarray((ramp + rng.normal(0, 12, (side, side, 3))).clip(0, 255).astype(np.uint8))
+    found: list[tuple[int, Mask]] = []
+    for _ in range(rng.integers(1, 4) if rng.random() < 0.9 else 0):
+        category, radius, turn = int(rng.choice(list(SHAPES))), rng.uniform(0.15, 0.28) * side, rng.uniform(-0.3, 0.3)
+        x, y = rng.uniform(radius, side - radius, 2)
+        down, across = radius * math.sin(turn), radius * math.cos(turn)
+        corners = [(x + across * a - down * b, y + down * a + across * b) for a, b in SHAPES[category][1]]
+        mask = Image.new("L", image.size)
+        ImageDraw.Draw(mask).polygon(corners, fill=1)
+        covered = np.array(mask)
+        row, column = np.indices(covered.shape) // STRIPE
+        second = {2: 0, 5: column, 9: row + column}[category] % 2
+        colours = rng.integers(0, 256, (2, 3), np.uint8)[second + np.zeros_like(row)]
+        image.paste(Image.fromarray(colours), mask=Image.fromarray(covered * np.uint8(255)))
+        found = [(number, shape * (1 - covered)) for number, shape in found] + [(category, covered)]
+    return image, [(number, shape) for number, shape in found if shape.sum() >= 20]
+
+
+def coco_object(mask: Mask) -> dict[str, Any]:
+    """Describe a mask as COCO does: run lengths of its columns, of zeros first; box (left, top, width, height); area."""
+    flat = mask.T.reshape(-1)
+    changes = np.flatnonzero(np.diff(flat, prepend=0))
+    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    rows, columns = np.flatnonzero(mask.any(1)).tolist(), np.flatnonzero(mask.any(0)).tolist()
+    box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+    return {"segmentation": {"size": list(mask.shape), "counts": counts}, "bbox": box, "area": int(mask.sum()), "iscrowd": 0}
+
+
+def write_toy(root: Path, *, side: int, train: int, val: int, seed: int = 0) -> Path:
+    """Draw a data set of shapes, both in COCO's format and, as label maps, in ADE20K's layout; the same for the same seed."""
+    for (coco, ade), count in ((("train2017", "training"), train), (("val2017", "validation"), val)):
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for folder in (root / coco, root / "images" / ade, root / "annotations" / ade):
+            folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            image, shapes = draw_shapes(side, np.random.default_rng(sample_seed(seed, coco == "val2017", number)))
+            labels = np.ones((side, side), np.uint8)
+            for category, mask in shapes:
+                labels[mask > 0] = 2 + list(SHAPES).index(category)
+                place = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
+                annotations.append(place | coco_object(mask))
+            image.save(root / coco / f"{number:05}.png")
+            image.save(root / "images" / ade / f"{number:05}.png")
+            Image.fromarray(labels).save(root / "annotations" / ade / f"{number:05}.png")
+            images.append({"id": number, "file_name": f"{number:05}.png", "width": side, "height": side})
+        categories = [{"id": number, "name": name} for number, (name, _) in SHAPES.items()]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"annotations/instances_{coco}.json").write_text(json.dumps(content))
+    (root / "classes.txt").write_text("\n".join(("background", *(name for name, _ in SHAPES.values()))))
+    return root

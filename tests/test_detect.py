@@ -1,0 +1,331 @@
+"""detect.py: COCO in its variants, average precision, the recipes, and runs that are cut."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from running import EXAMPLES, run_processes, run_script
+
+pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+sys.path.insert(0, str(EXAMPLES))
+
+import detect
+from coco import CocoData, evaluate, jitter, to_coco
+from common import Stop, parse
+from dense_training import lr_factor, param_groups
+from models import load_backbone
+from pycocotools import mask as run_lengths
+from safetensors.torch import save_file
+
+from mvmae.hub import export
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11
+UNTRAINED = ["--data", "x", "--model", "random:mvmae_vit_base_patch16"]
+TINY = "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2"
+SMALL = ["--model-args", TINY, "--image-size", 32, "--channels", 16, "--fc-width", 16, "--toy-images", 12, "--workers", 0]
+SMALL += ["--batch-size", 2, "--steps", 6, "--log-every", 1, "--device", "cpu", "--pictures", 2, "--proposals", 20]
+
+
+def config_of(preset, *arguments):
+    return parse(detect.Config, detect.PRESETS, None, ["--preset", preset, *UNTRAINED, *map(str, arguments)])
+
+
+def rectangle(height, width, top, left, bottom, right):
+    mask = np.zeros((height, width), np.uint8)
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four images with polygons, both kinds of run lengths, a crowd, category ids 3 and 17; the last one shows no object."""
+    root = tmp_path_factory.mktemp("coco")
+    sizes = {7: (40, 60), 8: (60, 40), 9: (50, 50), 30: (33, 47)}
+    code = run_lengths.encode(np.asfortranarray(rectangle(60, 40, 10, 5, 50, 30)))
+    compressed = {"size": code["size"], "counts": code["counts"].decode()}
+    plain = {"size": [50, 50], "counts": [50 * 10 + 5, *[20, 30] * 19, 20, 50 * 20 + 25]}  # rows 5-25 of columns 10-30
+    polygon = [[10, 5, 50, 5, 50, 30, 10, 30], [1, 1, 2, 2]]
+    crowd = {"size": [50, 50], "counts": [50 * 30, 50 * 20]}  # columns 30-50
+    annotations = [
+        {"id": 1, "image_id": 7, "category_id": 17, "segmentation": polygon, "bbox": [10, 5, 40, 25], "area": 1000},
+        {"id": 2, "image_id": 8, "category_id": 3, "segmentation": compressed, "bbox": [5, 10, 25, 40], "area": 1000},
+        {"id": 3, "image_id": 9, "category_id": 3, "segmentation": plain, "bbox": [10, 5, 20, 20], "area": 400},
+        {"id": 4, "image_id": 9, "category_id": 3, "segmentation": crowd, "bbox": [30, 0, 20, 50], "area": 1000, "iscrowd": 1},
+    ]
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "height": h, "width": w} for n, (h, w) in sizes.items()],
+        "annotations": [{"iscrowd": 0} | annotation for annotation in annotations],
+        "categories": [{"id": 17, "name": "cat"}, {"id": 3, "name": "car"}],
+    }
+    (root / "annotations").mkdir()
+    line = {"id": 5, "image_id": 30, "category_id": 3, "segmentation": [[1, 1, 9, 9]], "bbox": [1, 1, 8, 8], "area": 0}
+    for split, more in (("train2017", [line]), ("val2017", [])):  # pycocotools itself cannot evaluate outlines of two points
+        (root / split).mkdir()
+        everything = content | {"annotations": content["annotations"] + more}
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(everything))
+        for number, (height, width) in sizes.items():
+            Image.new("RGB", (width, height), (90, 120, 60)).save(root / split / f"{number}.png")
+    return root
+
+
+def truth_as_detections(data):
+    found = []
+    for index in range(len(data)):
+        _, target = data[0, index]
+        ideal = target | {"scores": torch.ones(len(target["labels"])), "masks": target["masks"][:, None].float()}
+        found += to_coco(ideal, int(target["image_id"]), data.category_ids)
+    return found
+
+
+def test_the_truth_as_detections_gives_an_average_precision_of_1(folder):
+    data = CocoData(folder, "val")
+    found = truth_as_detections(data)
+    assert {item["category_id"] for item in found} == {3, 17}
+    for numbers in evaluate(data.truth, found, data.image_ids).values():
+        assert numbers["AP"] == numbers["AP50"] == numbers["AR100"] == pytest.approx(100)
+    # what lies in the crowd is no mistake; elsewhere it is
+    for left, expected in ((31, 100.0), (0, 99.0)):
+        mask = torch.from_numpy(rectangle(50, 50, 30, left, 45, left + 9))[None, None].float()
+        box = torch.tensor([[left, 30.0, left + 9, 45]])
+        more = to_coco({"boxes": box, "labels": torch.tensor([1]), "scores": torch.tensor([2.0]), "masks": mask}, 9, [3, 17])
+        numbers = evaluate(data.truth, found + more, data.image_ids)["mask"]
+        assert (numbers["AP"] == pytest.approx(100)) == (expected == 100)
+
+
+def test_no_detections_at_all_give_0(folder):
+    data = CocoData(folder, "val")
+    results = evaluate(data.truth, [], data.image_ids)
+    assert results["box"]["AP"] == results["mask"]["AP50"] == results["mask"]["AR100"] == 0.0
+    assert len(results["box"]) == len(results["mask"]) == 12
+
+
+def test_coco_is_read_in_all_its_variants(folder):
+    train, val = CocoData(folder, "train"), CocoData(folder, "val")
+    assert (train.image_ids, val.image_ids) == ([7, 8, 9], [7, 8, 9, 30])
+    assert train.names == ["car", "cat"]
+    targets = [train[0, index][1] for index in range(3)]
+    assert [target["labels"].tolist() for target in targets] == [[2], [1], [1]]  # no crowd
+    assert [target["boxes"].tolist() for target in targets] == [[[10, 5, 50, 30]], [[5, 10, 30, 50]], [[10, 5, 30, 25]]]
+    empty = val[0, 3][1]
+    assert empty["boxes"].shape == (0, 4)
+    assert empty["masks"].shape == (0, 33, 47)
+    with pytest.raises(FileNotFoundError, match="COCO's layout is expected"):
+        CocoData(folder / "train2017", "train")
+
+
+def test_jitter_moves_image_and_masks_alike():
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[20:50, 30:70] = 255
+    image, mask = Image.fromarray(pixels), Image.fromarray(pixels[:, :, 0] // 255)
+    sizes = set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        seen, (moved,) = jitter(image, [mask], 64, (0.1, 2.0), rng)
+        assert max(seen.size) <= 64
+        assert seen.size == moved.size
+        differ = (np.asarray(seen)[:, :, 0] > 127) != (np.asarray(moved) > 0)
+        assert differ.mean() < 0.12  # edges only, at sizes down to 6 x 5 pixels
+        sizes.add(seen.size)
+    assert (64, 64) in sizes
+    assert min(width for width, _ in sizes) < 16
+
+
+def test_the_jitter_of_a_sample_depends_on_seed_epoch_and_index_alone(folder):
+    options = {"side": 32, "scale": (0.5, 2.0)}
+    first, second = CocoData(folder, "train", **options), CocoData(folder, "train", **options)
+    second[0, 0]
+    assert torch.equal(first[0, 1][0], second[0, 1][0])
+    others = (first[1, 1][0], CocoData(folder, "train", **options, seed=1)[0, 1][0])
+    assert not any(other.shape == first[0, 1][0].shape and torch.equal(first[0, 1][0], other) for other in others)
+    image, target = first[3, 0]
+    for mask, box in zip(target["masks"], target["boxes"].int().tolist(), strict=True):
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert image.shape[1:] == target["masks"].shape[1:]
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("li2021", 118.6), ("vitdet", 113.9)])
+def test_mask_r_cnn_on_vit_b_has_as_many_parameters_as_published(preset, millions):
+    with torch.device("meta"):  # MIMDet's model, li2021 here, has 118.67 M
+        model, _ = detect.build_model(config_of(preset), 80)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.003)
+
+
+def decay_of(model, trunk, config):
+    """What a step without gradients leaves of each parameter."""
+    optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr)
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_scale"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return {name: 1 - float(parameter.detach().flatten()[0]) for name, parameter in model.named_parameters()}
+
+
+def test_the_recipe_of_li2021_reaches_optimizer_schedule_and_model():
+    config = config_of("li2021", "--model-args", "depth=4 embed_dim=48 num_heads=3")
+    model, trunk = detect.build_model(config, 80)
+    lost = decay_of(model, trunk, config)
+    full = pytest.approx(8e-5 * 0.1, rel=1e-2)
+    for name in ("blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias", "patch_embed.proj.weight"):
+        assert lost[f"backbone.trunk.{name}"] == full  # no layer decay, biases decay
+    assert lost["roi_heads.box_predictor.cls_score.weight"] == full
+    for name in ("pos_embed", "blocks.0.attn.rel_pos_h", "blocks.0.norm1.weight", "blocks.0.norm2.bias"):
+        assert lost[f"backbone.trunk.{name}"] == 0
+    assert lost["backbone.fpn.inner_blocks.0.1.weight"] == 0
+    assert config.steps == 184_375
+    assert lr_factor(0, config) == pytest.approx(0.001)
+    assert lr_factor(461, config) == pytest.approx(1, abs=1e-4)
+    assert lr_factor(92_188, config) == pytest.approx(0.5, abs=1e-4)
+    assert lr_factor(184_375, config) == pytest.approx(0)
+    assert trunk.grid_size == (64, 64)
+    assert [block.attn.window for block in trunk.blocks] == [None] * 4  # of 4 blocks each is the last of its quarter
+    assert [round(getattr(block.drop_path1, "drop_prob", 0.0), 3) for block in trunk.blocks] == [0, 0.033, 0.067, 0.1]
+    assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+    assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (2000, 1000)
+    seen, _ = model.transform([torch.zeros(3, 20, 40), torch.zeros(3, 900, 7)])
+    assert (seen.image_sizes, seen.tensors.shape) == ([(20, 40), (900, 7)], (2, 3, 1024, 1024))  # the jitter's sizes, filled up
+    model.eval()
+    seen, _ = model.transform([torch.zeros(3, 20, 40)])
+    assert (seen.image_sizes, seen.tensors.shape) == ([(512, 1024)], (1, 3, 1024, 1024))
+    assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (1000, 1000)
+    deep = detect.build_model(config_of("li2021", "--model-args", "depth=12 embed_dim=48 num_heads=3"), 2)[1]
+    assert deep.taps == (2, 5, 8, 11)
+    assert [block.attn.window is None for block in deep.blocks] == [False, False, True] * 4
+    assert deep.blocks[0].attn.window == (16, 16)
+
+
+def test_the_recipe_of_vitdet_reaches_optimizer_schedule_and_model():
+    config = config_of("vitdet", "--model-args", "depth=4 embed_dim=48 num_heads=3", "--image-size", 512)
+    model, trunk = detect.build_model(config, 80)
+    lost = decay_of(model, trunk, config)
+    for name, power in {"patch_embed.proj": 5, "blocks.0.mlp.fc1": 4, "blocks.3.mlp.fc1": 1}.items():
+        assert lost[f"backbone.trunk.{name}.weight"] == pytest.approx(1e-5 * 0.7**power, rel=2e-2)
+    assert lost["backbone.neck.0.0.weight"] == pytest.approx(1e-5, rel=1e-2)
+    factors = [lr_factor(step, config) for step in (125, 250, 163_888, 163_889, 177_546)]
+    assert factors == pytest.approx([0.5005, 1, 1, 0.1, 0.01])
+    assert trunk.pos_embed.shape == (1, 32 * 32, 48)
+    assert isinstance(model.roi_heads.mask_head[0][1], torch.nn.LayerNorm)
+    assert (model.backbone.style, model.backbone.fpn) == ("vitdet", None)
+    for preset, steps in (("li2021-25", 46_094), ("li2021-50", 92_188)):
+        assert config_of(preset).steps == steps
+
+
+def test_a_checkpoint_that_matches_no_block_stops_with_the_names_of_keys(tmp_path):
+    save_file({"layers.0.attention.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.weight") as error:
+        load_backbone(str(tmp_path / "other.safetensors"), arch="mvmae_vit_tiny_patch16")
+    assert "cls_token" in str(error.value)  # what is missing, beside what is there
+    model = ["--model", "other.safetensors", "--arch", "mvmae_vit_tiny_patch16"]
+    result = run_script("detect.py", "--preset", "toy", *SMALL, *model, folder=tmp_path)
+    assert result.code == 2
+    assert "layers.0.attention.weight" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_an_encoder_is_taken_from_a_run_a_folder_or_a_file(tmp_path):
+    vit = timm.create_model("mvmae_vit_tiny_patch16", img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    export(vit, tmp_path / "run/encoder")
+    for model in ("run", "run/encoder", "local-dir:{}/run/encoder", "run/encoder/model.safetensors"):
+        name = model.format(tmp_path) if "{}" in model else str(tmp_path / model)
+        _, trunk = detect.build_model(config_of("toy", "--model", name, "--model-args", "", "--image-size", 64), 3)
+        assert torch.equal(trunk.blocks[3].attn.qkv.weight, vit.blocks[3].attn.qkv.weight), model
+        assert trunk.grid_size == (8, 8)
+    with pytest.raises(Stop, match="has no depht"):
+        detect.build_model(config_of("toy", "--model-args", "depht=3"), 3)
+
+
+def test_patches_that_no_stride_of_torchvision_fits_are_refused():
+    config = config_of("toy", "--model-args", "img_size=56 patch_size=14 embed_dim=32 depth=4 num_heads=2", "--image-size", 56)
+    with pytest.raises(ValueError, match="patches are 14x14"):
+        detect.build_model(config, 3)
+
+
+def test_detection_learns_one_batch_and_objects_may_be_absent(folder):
+    config = config_of("toy", *SMALL, "--scale", 1, "--regions", 16)
+    model, _ = detect.build_model(config, 2)
+    data = CocoData(folder, "val")
+    batch = [data[0, 0], data[0, 3]]  # one with an object, one without
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    values = []
+    for _ in range(12):
+        torch.manual_seed(0)
+        parts = detect.losses(model, batch, device=torch.device("cpu"))
+        loss = sum(parts.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.7 * values[0]
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    alone = detect.losses(model, batch[1:], device=torch.device("cpu"))
+    assert all(torch.isfinite(value) for value in alone.values())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six steps in one go."""
+    place = tmp_path_factory.mktemp("detect")
+    result = run_script("detect.py", "--preset", "toy", *SMALL, "--output-dir", "run", folder=place)
+    assert result.code == 0, result.err
+    return place
+
+
+def end_of(place):
+    return torch.load(place / "run" / "checkpoint.pt", weights_only=True)
+
+
+def test_a_run_leaves_its_numbers_detections_and_pictures(whole):
+    names = {path.name for path in (whole / "run").iterdir()}
+    expected = {"config.json", "log.jsonl", "checkpoint.pt", "curves.png", "detections.json", "results.json", "predictions.png"}
+    assert expected <= names
+    results = json.loads((whole / "run/results.json").read_text())
+    assert {kind: len(numbers) for kind, numbers in results.items()} == {"box": 12, "mask": 12}
+    with Image.open(whole / "run/predictions.png") as picture:
+        assert picture.size == (64, 64)
+    for detection in json.loads((whole / "run/detections.json").read_text())[:3]:
+        assert set(detection) == {"image_id", "category_id", "score", "bbox", "segmentation"}
+        assert detection["category_id"] in (2, 5, 9)
+
+
+def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
+    arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
+    killed = run_script("detect.py", *arguments, folder=tmp_path, env={"MVMAE_FAULT": "kill@3"})
+    assert killed.code == -9
+    again = run_script("detect.py", *arguments, "--workers", 1, "--resume", folder=tmp_path)
+    assert again.code == 0, again.err
+    assert "after step 2" in again.out
+    ours, theirs = end_of(tmp_path)["model"], end_of(whole)["model"]
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert (tmp_path / "run/results.json").read_text() == (whole / "run/results.json").read_text()
+
+
+def test_evaluation_alone_gives_the_numbers_of_the_end(whole):
+    before = (whole / "run/results.json").read_text()
+    (whole / "run/results.json").unlink()
+    result = run_script("detect.py", "--preset", "toy", *SMALL, "--output-dir", "run", "--evaluate", folder=whole)
+    assert result.code == 0, result.err
+    assert (whole / "run/results.json").read_text() == before
+    nothing = run_script("detect.py", "--preset", "toy", *SMALL, "--output-dir", "other", "--evaluate", folder=whole)
+    assert (nothing.code, nothing.err) == (2, "error: --evaluate: other holds no checkpoint\n")
+
+
+def test_two_processes_with_bf16_train_and_evaluate_together(tmp_path):
+    arguments = ["--preset", "toy", *SMALL, "--steps", 2, "--precision", "bf16", "--output-dir", "run"]
+    results = run_processes("detect.py", *arguments, folder=tmp_path)
+    assert [result.code for result in results] == [0, 0], results
+    images = {detection["image_id"] for detection in json.loads((tmp_path / "run/detections.json").read_text())}
+    assert not images or {number % 2 for number in images} == {0, 1}
+
+
+@pytest.mark.slow
+def test_the_toy_preset_reaches_a_mask_ap50_of_40(tmp_path):
+    result = run_script("detect.py", "--preset", "toy", "--output-dir", "run", folder=tmp_path, timeout=900)
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "run/results.json").read_text())["mask"]["AP50"] > 40

@@ -1,0 +1,307 @@
+"""segment.py: label maps, augmentation, the sliding test, the numbers, the recipe, and runs that are cut."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import EXAMPLES, run_processes, run_script
+from torch import nn
+
+sys.path.insert(0, str(EXAMPLES))
+
+import segment
+from common import parse
+from dense_training import lr_factor, param_groups
+from label_maps import IGNORE, Augment, LabelMaps, confusion, distort, fitting_size, scores
+
+UNTRAINED = ["--data", "x", "--model", "random:mvmae_vit_base_patch16"]
+TINY = "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2"
+SMALL = ["--model-args", TINY, "--image-size", 32, "--channels", 16, "--aux-channels", 8, "--toy-images", 12, "--workers", 0]
+SMALL += [
+    "--batch-size",
+    4,
+    "--steps",
+    6,
+    "--warmup-steps",
+    2,
+    "--log-every",
+    1,
+    "--device",
+    "cpu",
+    "--pictures",
+    2,
+    "--stride",
+    21,
+]
+
+
+def config_of(preset, *arguments):
+    return parse(segment.Config, segment.PRESETS, None, ["--preset", preset, *UNTRAINED, *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images of ADE20K's layout with labels 0 (left out) to 3."""
+    labels = np.zeros((20, 30), np.uint8)
+    labels[5:, :10], labels[5:, 10:20], labels[5:, 20:] = 1, 2, 3
+    for split in ("training", "validation"):
+        for number in range(2):
+            place = f"{split}/part{number}"
+            for kind in ("images", "annotations"):
+                (tmp_path / kind / place).mkdir(parents=True)
+            Image.fromarray(np.repeat(labels[:, :, None] * 80, 3, 2)).save(
+                tmp_path / "images" / place / f"{number}.jpg", quality=95
+            )
+            Image.fromarray(labels).save(tmp_path / "annotations" / place / f"{number}.png")
+    return tmp_path
+
+
+def test_label_0_is_left_out_and_the_others_count_from_0(folder):
+    image, labels = LabelMaps(folder, "val", num_classes=3)[0, 0]
+    assert (image.shape, image.dtype) == ((3, 20, 30), torch.uint8)
+    assert labels[0].tolist() == [IGNORE] * 30
+    assert labels[10, ::10].tolist() == [0, 1, 2]
+    plain = LabelMaps(folder, "val", num_classes=4, reduce_zero_label=False)[0, 0][1]
+    assert (plain[0, 0], plain[10, 25]) == (0, 3)
+
+
+def test_wrong_label_maps_are_refused_by_name(folder):
+    with pytest.raises(ValueError, match=r"0\.png .* labels up to 2: .*--num-classes 3"):
+        LabelMaps(folder, "val", num_classes=2)[0, 0]
+    Image.new("RGB", (30, 20)).save(folder / "annotations/validation/part0/0.png")
+    with pytest.raises(ValueError, match="one 8-bit channel is expected"):
+        LabelMaps(folder, "val", num_classes=4, reduce_zero_label=False)[0, 0]
+    Image.new("L", (3, 3)).save(folder / "annotations/validation/part0/0.png")
+    with pytest.raises(ValueError, match="pixels, its image"):
+        LabelMaps(folder, "val", num_classes=4)[0, 0]
+    (folder / "annotations/training/part1/1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"part1/1\.png is missing"):
+        LabelMaps(folder, "train", num_classes=4)
+    with pytest.raises(FileNotFoundError, match="ADE20K's layout is expected"):
+        LabelMaps(folder / "images", "train", num_classes=4)
+
+
+def test_images_and_labels_are_augmented_alike_and_filled_up(folder, monkeypatch):
+    monkeypatch.setattr("label_maps.distort", lambda image, rng: image)
+    options = {"num_classes": 4, "reduce_zero_label": False}
+    data = LabelMaps(folder, "train", augment=Augment(32, fill=(9, 9, 9)), **options)
+    filled = 0
+    for epoch in range(30):
+        image, labels = data[epoch, 0]
+        assert image.shape[1:] == labels.shape == (32, 32)
+        beyond = labels == IGNORE
+        filled += beyond.any().item()
+        assert (image[0][beyond] == 9).all()
+        differ = (image[0].float() / 80 - labels).abs()[~beyond] > 0.5
+        assert differ.float().mean() < 0.2  # edges
+    assert 0 < filled < 30
+    again = LabelMaps(folder, "train", augment=Augment(32, fill=(9, 9, 9)), **options)
+    assert torch.equal(again[29, 0][0], image)
+    assert not torch.equal(again[28, 0][0], image)
+
+
+def test_a_crop_full_of_one_class_is_drawn_again():
+    labels = np.zeros((64, 256), np.uint8)
+    labels[:, 200:] = 1
+    shares = []
+    for limit in (0.75, 0.0):  # 0 takes what is drawn last
+        augment = Augment(32, ratio=(2.0, 2.0), max_share=limit)
+        rng = np.random.default_rng(0)
+        crops = [augment(Image.new("RGB", (256, 64)), Image.fromarray(labels), rng)[1] for _ in range(60)]
+        shares.append(np.mean([len(np.unique(np.array(crop))) > 1 for crop in crops]))
+    assert shares[0] > 2 * shares[1] > 0
+
+
+def test_distortion_changes_colours_alone():
+    image = Image.fromarray(np.random.default_rng(0).integers(40, 200, (8, 8, 3), dtype=np.uint8))
+    changed = [np.asarray(distort(image, np.random.default_rng(seed)), float) for seed in range(60)]
+    assert all(result.shape == (8, 8, 3) for result in changed)
+    assert len({result.tobytes() for result in changed}) > 50
+    assert min(np.abs(result - np.asarray(image, float)).mean() for result in changed) < 4  # nothing drawn: HSV's rounding
+
+
+def test_an_image_is_resized_to_fit_the_recipe():
+    assert fitting_size((640, 480), 512) == (683, 512)
+    assert fitting_size((4000, 500), 512) == (2048, 256)
+    assert fitting_size((640, 480), 512, 2.0) == (1365, 1024)
+
+
+def test_intersection_over_union_equals_a_slow_loop_over_the_whole_set():
+    torch.manual_seed(0)
+    pairs = [(torch.randint(4, (9, 11)), torch.randint(4, (9, 11))) for _ in range(3)]
+    for pred, labels in pairs:
+        labels[labels == 3] = IGNORE  # class 3 never occurs
+        pred[0] = 2
+    result = scores(sum(confusion(pred, labels, 5) for pred, labels in pairs), "abcde")
+    right = total = 0
+    ious, accs = [], []
+    for label, name in enumerate("abcde"):
+        both = either = true = 0
+        for pred, labels in pairs:
+            for p, t in zip(pred.flatten().tolist(), labels.flatten().tolist(), strict=True):
+                if t != IGNORE:
+                    both, either, true = both + (p == t == label), either + (label in (p, t)), true + (t == label)
+        right, total = right + both, total + true
+        if either:
+            ious.append(100 * both / either)
+            assert result["classes"][name]["IoU"] == pytest.approx(ious[-1])
+        else:
+            assert result["classes"][name] == {"IoU": None, "Acc": None}
+        if true:
+            accs.append(100 * both / true)
+    assert result["mIoU"] == pytest.approx(np.mean(ious))
+    assert result["mAcc"] == pytest.approx(np.mean(accs))
+    assert result["aAcc"] == pytest.approx(100 * right / total)
+    assert len(ious) == 4
+    assert len(accs) == 3
+
+
+class Pixels(nn.Module):
+    """Names a pixel by its red value, and notes the windows it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(images.shape)
+        return (torch.stack([-(images[:, 0] - level).square() for level in range(4)], 1), None)
+
+
+def test_windows_cover_the_image_and_are_averaged():
+    config, model = config_of("toy", "--image-size", 8, "--stride", 5), Pixels()
+    image = torch.randn(3, 18, 11)
+    values = segment.slide(model, image, config)
+    assert model.seen == [(3 * 2, 3, 8, 8)]  # from rows 0, 5, 10 and columns 0, 3
+    torch.testing.assert_close(values, model(image[None])[0][0])
+    assert segment.slide(model, image[:, :5, :6], config).shape == (4, 5, 6)
+
+
+def test_windows_start_where_those_of_mmsegmentation_do():
+    config = config_of("beit", "--num-classes", 1)
+    starts = []
+
+    class Corner(nn.Module):
+        def forward(self, images):
+            starts.extend((int(image[0, 0, 0]), int(image[1, 0, 0])) for image in images)
+            return torch.zeros(len(images), 1, 512, 512), None
+
+    rows, columns = torch.meshgrid(torch.arange(512.0), torch.arange(1100.0), indexing="ij")
+    segment.slide(Corner(), torch.stack([rows, columns, rows]), config)
+    grids = max(1100 - 512 + 341 - 1, 0) // 341 + 1
+    assert starts == [(0, min(341 * i + 512, 1100) - 512) for i in range(grids)]
+
+
+def test_several_scales_and_mirrored_images_agree_on_what_each_sees():
+    image = torch.zeros(3, 32, 48)
+    image[0, :, 24:], image[0, 16:, :12] = 3.0, 1.0
+    for arguments in ([], ["--ratios", 0.5, 1, 2, "--flip-test"]):
+        config = config_of("toy", "--image-size", 32, "--stride", 21, *arguments)
+        pred = segment.predict(config, Pixels(), image)
+        assert (pred == image[0].long()).float().mean() > 0.9
+
+
+def test_the_recipe_of_beit_reaches_optimizer_schedule_and_model():
+    config = config_of("beit", "--model-args", "depth=12 embed_dim=48 num_heads=3")
+    model, _ = segment.build_model(config)
+    trunk = model.backbone.trunk
+    optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr)
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_scale"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    lost = {name: 1 - p.detach().flatten()[0].item() for name, p in model.named_parameters()}
+    assert lost["head.classifier.weight"] == pytest.approx(1e-4 * 0.05, rel=2e-2)
+    assert lost["backbone.trunk.blocks.11.mlp.fc1.weight"] == pytest.approx(1e-4 * 0.05 * 0.65, rel=3e-2)
+    assert lost["backbone.trunk.blocks.8.mlp.fc1.weight"] == pytest.approx(1e-4 * 0.05 * 0.65**4, rel=0.1)
+    for name in ("head.classifier.bias", "backbone.trunk.pos_embed", "backbone.trunk.blocks.11.norm1.weight"):
+        assert lost[name] == 0
+    steps = (0, 750, 1500, 80_000, 160_000)
+    assert [lr_factor(step, config) for step in steps] == pytest.approx([1e-6, 0.4977, 0.9906, 0.5, 0], abs=1e-4)
+    assert trunk.taps == (3, 5, 7, 11)
+    assert {block.attn.window for block in trunk.blocks} == {None}
+    assert trunk.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    assert trunk.grid_size == (32, 32)
+    assert model.head.classifier.weight.shape == (150, 768, 1, 1)
+    assert model.auxiliary.layers[-1].weight.shape == (150, 256, 1, 1)
+    assert (config.batch_size, config.image_size, config.stride, config.ratio) == (16, 512, 341, (0.5, 2.0))
+
+
+def test_the_loss_is_finite_where_all_pixels_are_left_out_and_the_auxiliary_weight_counts():
+    model = segment.build_model(config_of("toy", *SMALL))[0].eval()
+    images, labels = torch.randint(255, (2, 3, 32, 32)), torch.full((2, 32, 32), IGNORE)
+    prepare = {"prepare": lambda x: x.float() / 255}
+    assert segment.losses(model, (images, labels), aux_weight=0.4, **prepare)["loss_main"] == 0
+    labels[0] = 2
+    one, two = (segment.losses(model, (images, labels), aux_weight=weight, **prepare) for weight in (0.4, 0.8))
+    torch.testing.assert_close(2 * one["loss_aux"], two["loss_aux"])
+    main = model(images.float() / 255)[0]
+    expected = nn.functional.cross_entropy(main[:1], labels[:1]) / 2  # a mean over all pixels
+    torch.testing.assert_close(one["loss_main"], expected)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six steps in one go."""
+    place = tmp_path_factory.mktemp("segment")
+    result = run_script("segment.py", "--preset", "toy", *SMALL, "--output-dir", "run", folder=place)
+    assert result.code == 0, result.err
+    return place
+
+
+def test_a_run_leaves_its_numbers_and_pictures(whole):
+    results = json.loads((whole / "run/results.json").read_text())
+    assert set(results) == {"mIoU", "mAcc", "aAcc", "classes"}
+    assert list(results["classes"]) == ["background", "circle", "cross", "triangle"]
+    with Image.open(whole / "run/predictions.png") as picture:
+        assert picture.size == (3 * 32, 2 * 32)
+    with Image.open(whole / "run/toy/annotations/validation/00000.png") as labels:
+        assert set(np.unique(np.array(labels))) <= {1, 2, 3, 4}
+
+
+def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
+    arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
+    killed = run_script("segment.py", *arguments, folder=tmp_path, env={"MVMAE_FAULT": "kill@3"})
+    assert killed.code == -9
+    again = run_script("segment.py", *arguments, "--workers", 1, "--resume", folder=tmp_path)
+    assert again.code == 0, again.err
+    ours, theirs = (torch.load(place / "run/checkpoint.pt", weights_only=True)["model"] for place in (tmp_path, whole))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert (tmp_path / "run/results.json").read_text() == (whole / "run/results.json").read_text()
+
+
+def test_evaluation_alone_gives_the_numbers_of_the_end_and_of_other_scales(whole):
+    before = (whole / "run/results.json").read_text()
+    arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--evaluate"]
+    assert run_script("segment.py", *arguments, folder=whole).code == 0
+    assert (whole / "run/results.json").read_text() == before
+    assert run_script("segment.py", *arguments, "--ratios", 0.75, 1.25, "--flip-test", folder=whole).code == 0
+    assert (whole / "run/results.json").read_text() != before
+
+
+def test_two_processes_with_bf16_train_and_evaluate_together(tmp_path):
+    arguments = ["--preset", "toy", *SMALL, "--steps", 2, "--precision", "bf16", "--output-dir", "run"]
+    results = run_processes("segment.py", *arguments, folder=tmp_path)
+    assert [result.code for result in results] == [0, 0], results
+    assert 0 <= json.loads((tmp_path / "run/results.json").read_text())["mIoU"] <= 100
+
+
+def test_segmentation_learns_drawn_shapes(tmp_path):
+    arguments = ["--model-args", TINY, "--image-size", 32, "--steps", 60, "--toy-images", 60, "--pictures", 0, "--stride", 32]
+    result = run_script("segment.py", "--preset", "toy", *arguments, "--workers", 0, "--output-dir", "run", folder=tmp_path)
+    assert result.code == 0, result.err
+    classes = json.loads((tmp_path / "run/results.json").read_text())["classes"]
+    assert classes["background"]["IoU"] > 75  # about 70 where all is called background
+
+
+@pytest.mark.slow
+def test_the_toy_preset_reaches_an_miou_of_70(tmp_path):
+    result = run_script("segment.py", "--preset", "toy", "--output-dir", "run", folder=tmp_path, timeout=600)
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "run/results.json").read_text())["mIoU"] > 70
