@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .architecture import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
@@ -13,7 +12,7 @@ from .card import CARD_FILE
 from .card import write_card as write_card
 from .checkpoints import load_encoder as load_encoder
 from .checkpoints import load_pretraining as load_pretraining
-from .encoding import check_encoder
+from .encoding import PlainViT, check_encoder
 from .model import MultiViewMAE
 from .pretrained import (
     CONFIG_FILE,
@@ -119,7 +118,7 @@ def export(
 
 
 def _timm_config(
-    vit: VisionTransformer,
+    vit: PlainViT,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     preprocessing: Mapping[str, Any],
