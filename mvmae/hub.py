@@ -1,5 +1,6 @@
 """From a model to a folder that timm, transformers and `mvmae` load, to the Hub, and back from other people's files."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from .architecture import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
-from .card import CARD_FILE
+from .card import CARD_FILE, license_warning
 from .card import write_card as write_card
 from .checkpoints import load_encoder as load_encoder
 from .checkpoints import load_pretraining as load_pretraining
@@ -29,6 +30,7 @@ from .pretrained import (
     write_weights,
 )
 
+_logger = logging.getLogger(__name__)
 PUBLISHED = [
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -80,6 +82,7 @@ def export(
     crop_pct: float = 0.875,
     label_names: Sequence[str] | None = None,
     license: str | None = None,
+    started_from: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model for everyone: ``config.json`` and ``model.safetensors`` hold its encoder as a plain ViT of timm.
 
@@ -94,7 +97,9 @@ def export(
         interpolation: how images are to be resized.
         crop_pct: share of the resized image's side that is kept at test time.
         label_names: names of the classes, in the order of the head.
-        license: of the weights, as the Hub spells it, such as ``apache-2.0``.
+        license: of the weights, as the Hub spells it, such as ``apache-2.0``; that of the weights it started from where None.
+        started_from: ``weights`` (a name) and ``license`` of what the training started from, if not from nothing, and ``repo``
+            on the Hub if known; the card says so, and a warning where the licence does not let everybody use them.
 
     Returns:
         The folder.
@@ -104,10 +109,15 @@ def export(
         ValueError: if mean, std or names do not fit the model.
         WeightsError: if timm could not rebuild the encoder, or a weight is NaN or infinite.
     """
+    if started_from and (warning := license_warning(started_from)):
+        _logger.warning("%s", warning)
+    license = license or (started_from or {}).get("license")
     folder, vit = Path(folder), check_encoder(model.encoder if isinstance(model, MultiViewMAE) else model)
     config = _timm_config(
         vit, mean, std, {"interpolation": interpolation, "crop_pct": crop_pct, "license": license}, label_names
     )
+    if started_from:
+        config["started_from"] = dict(started_from)
     if isinstance(model, MultiViewMAE):
         description = describe_pretraining(model)
         description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
