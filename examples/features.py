@@ -57,9 +57,9 @@ class Monitor:
 
     @torch.no_grad()
     def look(self, encode: Encode, device: torch.device, limit: int = 0) -> dict[str, float]:
-        """Give ``effective_rank``, ``uniformity``, ``knn`` (percent, where there are labels), ``similarity`` and ``cka`` (drift).
+        """Give ``effective_rank`` and ``uniformity`` of at most ``limit`` images, always the same ones.
 
-        Of at most ``limit`` images, always the same ones.
+        And ``knn`` (percent) where there are labels, ``similarity`` and ``cka`` (see `moved`) where drift is followed.
         """
         if not self.splits:
             return {}

@@ -40,8 +40,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 import mvmae
-from mvmae.data import Loader, MultiViewDataset, StepSampler, explain_loader_error, make_loader, sample_seed
 from mvmae.card import license_warning
+from mvmae.data import Loader, MultiViewDataset, StepSampler, explain_loader_error, make_loader, sample_seed
 from mvmae.hub import describe, export
 from mvmae.images import MAX_PIXELS
 from mvmae.metrics import collapse_warning
@@ -61,7 +61,7 @@ class Config:
     layer_decay: float = option(1.0, "factor of the learning rate from each layer of the encoder to the one below")
     image_size: tuple[int, ...] = option((), "side of a view in pixels, or height and width; the encoder's own (paper: 224)")
     in_chans: int = option(3, "channels of the images; other than 3 needs --mean and --std")
-    mean: tuple[float | str, ...] = option((), "mean of each channel, 0 to 1, or auto to measure; the encoder's own if not given")
+    mean: tuple[float | str, ...] = option((), "mean of each channel, 0 to 1; auto measures it; the encoder's own if not given")
     std: tuple[float | str, ...] = option((), "standard deviation of each channel, likewise")
     value_range: tuple[float, ...] = option((), "values of 16-bit images that become black and white, such as 0 4095")
     max_pixels: int = option(MAX_PIXELS, "of an image: larger ones are refused")
@@ -180,8 +180,8 @@ class Pretraining:
         self.model = build_model(config).to(self.device).train()
         self.image_size = self.model.encoder.patch_embed.img_size
         self.start = starting_weights(self.model.encoder, config.encoder) if config.pretrained else {}
-        pixels = {"value_range": config.value_range or None, "max_pixels": config.max_pixels, "in_chans": config.in_chans}
-        self.pixels: dict[str, Any] = pixels
+        self.pixels: dict[str, Any] = {"in_chans": config.in_chans, "max_pixels": config.max_pixels}
+        self.pixels["value_range"] = config.value_range or None
         centre = mvmae.CentreCropTransform(self.image_size, **self.pixels)
         typed = {"mean": config.mean, "std": config.std}
         self.mean, self.std = channel_statistics(typed, self.model.encoder.pretrained_cfg, self.source, centre)
@@ -196,7 +196,15 @@ class Pretraining:
             world_size=self.processes.world_size,
         )
         self.lr = config.base_lr * config.batch_size / 256
-        self.optimizer = self.build_optimizer()
+        gentle = config.layer_decay != 1 or config.freeze_epochs > 0
+        self.optimizer = create_optimizer_v2(
+            parameter_groups(self.model, config.weight_decay, config.layer_decay) if gentle else self.model,
+            opt="adamw",
+            lr=self.lr,
+            weight_decay=config.weight_decay,
+            betas=(0.9, config.beta2),
+            fused=self.device.type == "cuda",
+        )
         self.freeze = Freeze(self.model.encoder, round(config.freeze_epochs * steps_per_epoch))
         self.schedule = cosine_schedule(self.optimizer, self.steps, round(config.warmup_epochs * steps_per_epoch))
         self.description = describe(self.model)
@@ -204,20 +212,6 @@ class Pretraining:
         looked_at = config.monitor_images if self.first else 0
         self.monitor = Monitor(config.data, centre, self.mean, self.std, looked_at, drift=config.pretrained)
         self.resume_or_start()
-
-    def build_optimizer(self) -> torch.optim.Optimizer:
-        """Build AdamW, with shares of the learning rate for the layers of an encoder that is trained gently."""
-        config, parameters = self.config, self.model
-        if config.layer_decay != 1 or config.freeze_epochs:
-            parameters = parameter_groups(self.model, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
-        return create_optimizer_v2(
-            parameters,
-            opt="adamw",
-            lr=self.lr,
-            weight_decay=config.weight_decay,
-            betas=(0.9, config.beta2),
-            fused=self.device.type == "cuda",
-        )
 
     def resume_or_start(self) -> None:
         """Take everything back from the newest checkpoint, or look at the encoder as it is before."""
@@ -230,9 +224,7 @@ class Pretraining:
         about = f"{len(self.source)} images, {self.steps} steps of {self.config.batch_size}, learning rate {self.lr:.3g}"
         self.log.say(f"{about}, on {self.device}")
         if self.start:
-            self.log.say(f"from {self.start['weights']}, licence {self.start['license']}")
-            if warning := license_warning(self.start):
-                self.log.say(f"warning: {warning}")
+            self.log.say(f"from {self.start['weights']}: {license_warning(self.start) or 'licence ' + self.start['license']}")
         self.monitor.start = state["start_features"] if state else None
         self.before = state["before"] if state else self.look(0)
 

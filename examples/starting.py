@@ -17,7 +17,13 @@ from mvmae.pretrained import CONFIG_FILE, first_line
 
 
 def start_encoder(
-    name: str, arguments: str = "", *, pretrained: bool = False, arch: str = "", image_size: Sequence[int] = (), in_chans: int = 3
+    name: str,
+    arguments: str = "",
+    *,
+    pretrained: bool = False,
+    arch: str = "",
+    image_size: Sequence[int] = (),
+    in_chans: int = 3,
 ) -> Any:
     """Build the encoder that a run starts from, without a classifier head.
 
@@ -83,7 +89,7 @@ def starting_weights(encoder: Any, name: str) -> dict[str, str]:
     return found | ({"repo": str(repo)} if repo and repo != "timm/" else {})
 
 
-def parameter_groups(model: mvmae.MultiViewMAE, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Group all trained parameters: the encoder's layers each with its share of the learning rate, the new parts with all.
 
     A layer's share, which timm's schedule applies, is ``layer_decay`` times that of the layer above (BEiT; MAE's fine-tuning).

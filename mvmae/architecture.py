@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import timm.layers
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .encoders import TIMM_NAMES
@@ -73,7 +74,8 @@ def build_encoder(description: Mapping[str, Any]) -> nn.Module:
     name, args = description.get("architecture"), description.get("model_args", {})
     if not (isinstance(name, str) and timm.is_model(name)):
         raise WeightsError(f"architecture {name!r} is unknown to timm {timm.__version__}: the name of a ViT is expected")
-    unknown = sorted(set(args) - set(inspect.signature(type(_on_meta(name, {})).__init__).parameters))
+    kind = Eva if isinstance(_on_meta(name, {}), Eva) else VisionTransformer
+    unknown = sorted(set(args) - set(inspect.signature(kind.__init__).parameters))
     if unknown:
         raise WeightsError(f"timm {timm.__version__} has no ViT arguments {', '.join(unknown)} (of {name}): upgrade timm")
     statistics = {key: tuple(description[key]) for key in ("mean", "std") if key in description}

@@ -48,7 +48,9 @@ def measure_channels(source: ImageSource, transform: Callable[..., Tensor], *, l
         total, squares = total.long() + pixels.sum(dim=1), squares.long() + pixels.square().sum(dim=1)
         count, seen = count + pixels.shape[1], seen + 1
     if not seen:
-        raise ValueError(f"none of {len(order)} images can be read, {source.name(int(order[0]))} among them: nothing to measure")
+        raise ValueError(
+            f"none of {len(order)} images can be read, {source.name(int(order[0]))} is one of them: nothing to measure"
+        )
     mean = total.double() / count
     std = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
     if not std.min() > 0:

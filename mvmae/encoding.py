@@ -36,15 +36,16 @@ def check_encoder(vit: nn.Module) -> PlainViT:
     Raises:
         TypeError: if it is not a plain ViT of timm, naming what is in the way.
     """
-    name = type(vit).__name__
-    kind = next((kind for kind in (VisionTransformer, Eva) if isinstance(vit, kind)), None)
-    if kind is None:
+    own: Any = type(vit)
+    name = own.__name__
+    kinds: list[Any] = [kind for kind in (VisionTransformer, Eva) if isinstance(vit, kind)]
+    if not kinds:
         reason = next((f" ({why})" for start, why in REASONS.items() if name.startswith(start)), "")
         raise TypeError(
             f"{name} is not a timm VisionTransformer or Eva{reason}: use a plain ViT, such as timm's vit_*, deit*, eva02_* or "
             "mvmae_vit_*"
         )
-    if type(vit).forward_features is not kind.forward_features:
+    if own.forward_features is not kinds[0].forward_features:
         raise TypeError(f"{name} has a forward of its own, which would be passed over: use a plain ViT of timm")
     if not isinstance(vit.patch_embed, PatchEmbed):
         raise TypeError(
