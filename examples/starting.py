@@ -96,10 +96,11 @@ def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay
     """
     encoder: Any = model.encoder
     fixed = tuple(encoder.no_weight_decay())
-    groups: list[dict[str, Any]] = param_groups_layer_decay(encoder, weight_decay, fixed, layer_decay=layer_decay)
-    groups = [{**group, "encoder": True} for group in groups]
+    layers = param_groups_layer_decay(encoder, weight_decay=weight_decay, no_weight_decay_list=fixed, layer_decay=layer_decay)
+    groups: list[dict[str, Any]] = [{**group, "encoder": True} for group in layers]
     for part in (model.decoder, model.projector):
-        groups += [{**group, "encoder": False} for group in param_groups_weight_decay(part, weight_decay, ("mask_token",))]
+        new = param_groups_weight_decay(part, weight_decay=weight_decay, no_weight_decay_list=("mask_token",))
+        groups += [{**group, "encoder": False} for group in new]
     return [group for group in groups if group["params"]]
 
 

@@ -101,7 +101,7 @@ def _check_encoder_weights(weights: dict[str, Tensor], model: "VisionTransformer
     expected = model.state_dict()
     head = ("head.weight", "head.bias")
     fits = all(key in weights and key in expected and weights[key].shape == expected[key].shape for key in head)
-    if not fits and model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes"):
+    if not fits and (not model.num_classes or model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes")):
         if head[0] in weights:
             classes = len(weights[head[0]])
             _logger.warning("the checkpoint's head of %d classes is left out: the model has %d", classes, model.num_classes)
