@@ -177,6 +177,10 @@ class Pretraining:
         self.source = open_source(config.data, config.crops_per_image)
         if config.batch_size < 2 and config.loss_weight:
             raise Stop("--batch-size 1 has no negatives for the contrastive loss: use 2 or more, or --loss-weight 0")
+        if config.freeze_epochs >= config.epochs:
+            raise Stop(
+                f"--freeze-epochs {config.freeze_epochs:g} leaves nothing of --epochs {config.epochs} to train the encoder in"
+            )
         self.model = build_model(config).to(self.device).train()
         self.image_size = self.model.encoder.patch_embed.img_size
         self.start = starting_weights(self.model.encoder, config.encoder) if config.pretrained else {}
