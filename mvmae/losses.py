@@ -115,19 +115,19 @@ class NTXentLoss(nn.Module):
                     "a global batch of 1 image has no negatives for the contrastive loss: use a batch of 2 or more, "
                     "or loss_weight=0"
                 )
-            anchors, keys = z.flatten(0, 1), keys.flatten(0, 1)  # (B*V, D), (N*V, D)
-            first_self = offset * z.shape[1]
-            denominator = self._log_denominator(anchors, keys, first_self)
+            views = z.shape[1]
+            anchors = slice(offset * views, (offset + len(z)) * views)
+            denominator = self._log_denominator(keys.flatten(0, 1), anchors)  # (B*V,)
             return (denominator - mean_positive_similarity(z).flatten() / self.temperature).mean()  # Eqs. 4, 6
 
-    def _log_denominator(self, anchors: Tensor, keys: Tensor, first_self: int) -> Tensor:
+    def _log_denominator(self, latents: Tensor, anchors: slice) -> Tensor:
         chunk_size = self.chunk_size
         if chunk_size is None:
-            row_bytes = len(keys) * keys.element_size()
-            if len(anchors) * row_bytes <= PLAIN_LOGITS_BYTES:
-                return log_denominator(anchors, keys, first_self, self.temperature)
+            row_bytes = len(latents) * latents.element_size()
+            if (anchors.stop - anchors.start) * row_bytes <= PLAIN_LOGITS_BYTES:
+                return log_denominator(latents, anchors, self.temperature)
             chunk_size = max(PLAIN_LOGITS_BYTES // 4 // row_bytes, 1)
-        result: Tensor = _ChunkedLogDenominator.apply(anchors, keys, first_self, self.temperature, chunk_size)
+        result: Tensor = _ChunkedLogDenominator.apply(latents, anchors, self.temperature, chunk_size)
         return result
 
     def extra_repr(self) -> str:
@@ -149,51 +149,52 @@ def mean_positive_similarity(z: Tensor) -> Tensor:
     return (similarity.sum(dim=2) - own) / (z.shape[1] - 1)
 
 
-def log_denominator(anchors: Tensor, keys: Tensor, first_self: int, temperature: float) -> Tensor:
+def log_denominator(latents: Tensor, anchors: slice, temperature: float) -> Tensor:
     """Give the logarithm of the denominator of Eq. 4: over all latents but the anchor itself.
 
     Args:
-        anchors: (A, D), of unit length.
-        keys: (N * V, D), of unit length; anchor i is key ``first_self + i``.
-        first_self: where the first anchor stands among the keys.
+        latents: (N * V, D), of unit length.
+        anchors: which of them are the anchors, A in a row.
         temperature: tau.
 
     Returns:
         (A,).
     """
-    return _logits_without_self(anchors, keys, first_self, temperature).logsumexp(dim=1)
+    return _logits_without_self(latents, anchors, temperature).logsumexp(dim=1)
 
 
-def _logits_without_self(anchors: Tensor, keys: Tensor, first_self: int, temperature: float) -> Tensor:
-    logits = anchors @ keys.T / temperature
-    rows = torch.arange(len(anchors), device=anchors.device)
-    return logits.index_put((rows, rows + first_self), logits.new_tensor(float("-inf")))
+def _logits_without_self(latents: Tensor, anchors: slice, temperature: float) -> Tensor:
+    logits = latents[anchors] @ latents.T / temperature
+    rows = torch.arange(len(logits), device=logits.device)
+    return logits.index_put_((rows, rows + anchors.start), logits.new_tensor(float("-inf")))
+
+
+def _chunks(anchors: slice, size: int) -> list[slice]:
+    return [slice(i, min(i + size, anchors.stop)) for i in range(anchors.start, anchors.stop, size)]
 
 
 class _ChunkedLogDenominator(torch.autograd.Function):
     """`log_denominator` with the logits of one chunk of anchors in memory at a time, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, keys: Tensor, first_self: int, temperature: float, chunk_size: int) -> Tensor:
-        starts = range(0, len(anchors), chunk_size)
-        chunks = [anchors[i : i + chunk_size] for i in starts]
-        result = torch.cat([log_denominator(a, keys, first_self + i, temperature) for i, a in zip(starts, chunks, strict=True)])
-        ctx.save_for_backward(anchors, keys, result)
-        ctx.options = first_self, temperature, chunk_size
+    def forward(ctx: Any, latents: Tensor, anchors: slice, temperature: float, chunk_size: int) -> Tensor:
+        result = torch.cat([log_denominator(latents, chunk, temperature) for chunk in _chunks(anchors, chunk_size)])
+        ctx.save_for_backward(latents, result)
+        ctx.options = anchors, temperature, chunk_size
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        anchors, keys, result = ctx.saved_tensors
-        first_self, temperature, chunk_size = ctx.options
-        grad_anchors, grad_keys = torch.empty_like(anchors), torch.zeros_like(keys)
-        for i in range(0, len(anchors), chunk_size):
-            rows = slice(i, i + chunk_size)
-            weights = _logits_without_self(anchors[rows], keys, first_self + i, temperature)
-            weights.sub_(result[rows, None]).exp_().mul_(grads[0][rows, None] / temperature)  # softmax, times the chain
-            torch.mm(weights, keys, out=grad_anchors[rows])
-            grad_keys.addmm_(weights.T, anchors[rows])
-        return grad_anchors, grad_keys, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        latents, result = ctx.saved_tensors
+        anchors, temperature, chunk_size = ctx.options
+        total = torch.zeros_like(latents)
+        for chunk in _chunks(anchors, chunk_size):
+            own = slice(chunk.start - anchors.start, chunk.stop - anchors.start)
+            weights = _logits_without_self(latents, chunk, temperature)
+            weights.sub_(result[own, None]).exp_().mul_(grads[0][own, None] / temperature)  # softmax, times the chain
+            total[chunk].addmm_(weights, latents)
+            total.addmm_(weights.T, latents[chunk])
+        return total, None, None, None
 
 
 class _AllGather(torch.autograd.Function):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy
 import pytest
 import safetensors
@@ -205,6 +206,9 @@ def hub_repo(folder: Path) -> Any:
     return repo
 
 
+OLD_CLIENT = int(huggingface_hub.__version__.split(".")[0]) < 1
+"""Before 1.0 the client does not try again after a 503, and reads offline mode once, when it is imported."""
+
 FAILURES = [
     ("create('hf-hub:me/nothing')", ["me/nothing", "there is no", "hf auth login"]),
     ("load('me/nothing')", ["me/nothing", "there is no"]),
@@ -286,6 +290,8 @@ def test_what_goes_wrong_on_the_hub_is_said_in_one_line(published, tmp_path):
         assert server.errors == 0  # the client met both before it succeeded
         assert len(server.repos["me/gated"].commits) == 1
     for message, (call, parts) in zip(messages, FAILURES, strict=True):
+        if "faults('', 2)" in call and OLD_CLIENT:
+            continue
         assert all(part in message for part in parts) and bool(message) == bool(parts), f"{call}: {message}"
 
 
@@ -296,7 +302,7 @@ def test_without_network_and_cache_the_cause_is_one_line(tmp_path):
     for message, repo in zip(messages, ("me/good", "me/mvmae_vit_base_patch16.in1k", "me/good", "me/good"), strict=True):
         assert f" of {repo} is not in the cache {tmp_path}/hub, and http://127.0.0.1:9 cannot be reached" in message
     assert "refused" in messages[0]
-    assert "offline mode" in messages[3]
+    assert OLD_CLIENT or "offline mode" in messages[3]
 
 
 ENCODERS = {

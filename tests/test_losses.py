@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvmae import MultiViewMAE, NTXentLoss, ReconstructionLoss, random_mask
 from mvmae.losses import gather_latents, log_denominator
@@ -42,10 +43,33 @@ def test_chunks_are_chosen_by_size(monkeypatch):
     plain = value_and_gradient(NTXentLoss(), z)
     monkeypatch.setattr("mvmae.losses.PLAIN_LOGITS_BYTES", 48 * 48 * 8 - 1)
     seen = []
-    monkeypatch.setattr("mvmae.losses.log_denominator", lambda *a: seen.append(len(a[0])) or log_denominator(*a))
+    count = lambda latents, anchors, tau: seen.append(anchors.stop - anchors.start) or log_denominator(latents, anchors, tau)  # noqa: E731
+    monkeypatch.setattr("mvmae.losses.log_denominator", count)
     chunked = value_and_gradient(NTXentLoss(), z)
     torch.testing.assert_close(chunked, plain, rtol=1e-10, atol=1e-12)
     assert len(seen) > 1 and sum(seen) == 48
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation makes, in bytes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.size = max(self.size, result.numel() * result.element_size())
+        return result
+
+
+def test_memory_is_linear_in_a_large_batch():
+    z = torch.randn(4200, 2, 8, requires_grad=True)  # 8400 x 8400 logits would take 282 MB
+    with Largest() as largest:
+        NTXentLoss()(z).backward()
+    assert largest.size <= 64 * 2**20
+    with Largest() as largest:
+        NTXentLoss(chunk_size=8400)(z).backward()
+    assert largest.size > 256 * 2**20
 
 
 def test_identical_latents_give_the_logarithm_of_the_number_of_the_others():

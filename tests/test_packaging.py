@@ -16,7 +16,7 @@ import mvmae
 from mvmae.model import MultiViewOutput
 
 ROOT = Path(__file__).parents[1]
-PROVIDERS = importlib.metadata.packages_distributions()
+PROVIDERS = {"skimage": ["scikit-image"], **importlib.metadata.packages_distributions()}  # Python 3.10 reads no RECORD
 REQUIREMENTS = [Requirement(line) for line in importlib.metadata.requires("mvmae") or []]
 
 

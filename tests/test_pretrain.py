@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import pty
@@ -146,7 +147,7 @@ def test_a_batch_in_parts_gives_the_same_losses(whole, images, tmp_path):
 
 def test_on_a_terminal_a_bar_shows(images, tmp_path):
     leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, 100))
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     seen = bytearray()
 
     def read():

@@ -161,11 +161,11 @@ def test_orientation_equals_transposing_first_and_cropping_then(orientation, fil
     height, width = (300, 200) if orientation >= 5 else (200, 300)
     boxes, flips = transform.draw(height, width, generator=seeded(3))
     plain = by_torchvision(encoded, boxes, flips, (64, 96))
-    assert difference(transform(encoded, generator=seeded(3)), plain) <= 0.2
+    assert difference(transform(encoded, generator=seeded(3)), plain) <= 0.25
     centre = CentreCropTransform((64, 96), decoder=decoder)(encoded)
     with Image.open(io.BytesIO(encoded)) as image:
         upright = ImageOps.exif_transpose(image)
-    assert difference(centre, CentreCropTransform((64, 96), decoder=decoder)(upright)) <= 0.2
+    assert difference(centre, CentreCropTransform((64, 96), decoder=decoder)(upright)) <= 0.25
 
 
 def test_orientation_and_scaled_decoding_go_together():

@@ -1,0 +1,160 @@
+"""A frozen model: its features of labelled images, what they tell at once, and the linear layers to be trained on them.
+
+Shapes: N images, B of a batch, D width of a feature.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import labelled
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common import Processes
+from timm.optim import Lars
+from torch import Tensor, nn
+
+from mvmae.metrics import effective_rank, knn_accuracy
+
+Features = dict[str, Tensor]
+DRAWS = 5  # of the few labelled images
+DECAY = 1e-3  # of the weights of the classifier on few labels, ours
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Keep a model from changing: no gradient, no dropout, no statistics that move."""
+    return model.eval().requires_grad_(False)
+
+
+def pooled(model: Any, images: Tensor) -> Features:
+    """Give features (B, D) in float32: mean patch token and class token of a transformer, else the pooled map."""
+    tokens, prefix = model.forward_features(images), getattr(model, "num_prefix_tokens", None)
+    if tokens.ndim != 3 or prefix is None:
+        return {"avg": model.forward_head(tokens, pre_logits=True).float()}
+    norm = getattr(model, "fc_norm", None) or nn.Identity()
+    features = {"avg": norm(tokens[:, prefix:].mean(dim=1)).float()}
+    return features | ({"token": norm(tokens[:, 0]).float()} if getattr(model, "cls_token", None) is not None else {})
+
+
+@torch.no_grad()
+def extract(
+    model: nn.Module, source: labelled.Part, transform: labelled.Seeded, processes: Processes, *, precision: str, **loading: Any
+) -> tuple[Features, Tensor]:
+    """Give features (N, D) and labels (N,) of all images that can be read, in their order, in all processes."""
+    found: Features = {}
+    seen = torch.zeros(len(source), dtype=torch.int64, device=processes.device)
+    for images, rows in labelled.each_once(source, transform, processes, **loading):
+        with labelled.autocast(precision, processes.device):
+            features = pooled(model, images)
+        for kind, values in features.items():
+            found.setdefault(kind, values.new_zeros(len(source), values.shape[1]))[rows] = values
+        seen[rows] = 1
+    if processes.world_size > 1:  # each row is zero in all processes but one
+        for values in [*found.values(), seen]:
+            dist.all_reduce(values)
+    labels, read = torch.as_tensor(source.labels).to(processes.device), seen.bool()
+    return {kind: values[read] for kind, values in found.items()}, labels[read]
+
+
+def measure(
+    train: tuple[Features, Tensor], val: tuple[Features, Tensor], *, neighbours: int, few_shot: Sequence[int]
+) -> dict[str, float]:
+    """Give, for each kind of feature, effective rank, k-NN accuracy, and accuracy with few labels: mean and deviation."""
+    results: dict[str, float] = {}
+    for kind in val[0]:
+        bank, queries = train[0][kind], val[0][kind]
+        results[f"rank_{kind}"] = effective_rank(queries)
+        if neighbours:
+            k = min(neighbours, len(bank))
+            results[f"knn_{kind}"] = 100 * knn_accuracy(bank, train[1], queries, val[1], k=k)
+        for shots in filter(None, few_shot):
+            scores = torch.tensor([few_label_accuracy(bank, train[1], queries, val[1], shots, seed) for seed in range(DRAWS)])
+            results |= {f"shot{shots}_{kind}": scores.mean().item(), f"shot{shots}_{kind}_std": scores.std().item()}
+    return results
+
+
+def few_label_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, shots: int, seed: int) -> float:
+    """Give the accuracy in percent of logistic regression on ``shots`` images of each class, of features of unit length."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    members = [order[labels[order] == label][:shots] for label in labels.unique()]
+    rows = torch.cat(members)
+    weight, bias = logistic_regression(F.normalize(bank[rows]), labels[rows], int(labels.max()) + 1, decay=DECAY)
+    right = F.linear(F.normalize(queries), weight, bias).argmax(dim=1) == query_labels
+    return 100 * right.double().mean().item()
+
+
+def logistic_regression(x: Tensor, labels: Tensor, num_classes: int, *, decay: float) -> tuple[Tensor, Tensor]:
+    """Minimise the mean cross-entropy + decay / 2 * |weight|^2; give weight (classes, D) and bias (classes,)."""
+    weight = x.new_zeros(num_classes, x.shape[1]).requires_grad_()
+    bias = x.new_zeros(num_classes).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+class Probe(nn.Module):
+    """A linear layer for each kind of feature and each multiple of the learning rate, ``avg_0`` that of the recipe.
+
+    Args:
+        widths: D of each kind of feature.
+        num_classes: of each layer.
+        multiples: of the learning rate, the recipe's own, 1, first.
+        batch_norm: normalise each feature over the batch first, without affine part (MAE).
+        std: of the layers' first weights.
+    """
+
+    def __init__(
+        self, widths: Mapping[str, int], num_classes: int, *, multiples: Sequence[float], batch_norm: bool, std: float
+    ) -> None:
+        super().__init__()
+        self.multiples = tuple(multiples)
+        norms = {kind: nn.BatchNorm1d(width, affine=False, eps=1e-6) for kind, width in widths.items() if batch_norm}
+        self.norms, self.heads = nn.ModuleDict(norms), nn.ModuleDict()
+        for kind, width in widths.items():
+            for number in range(len(multiples)):
+                head = self.heads[f"{kind}_{number}"] = nn.Linear(width, num_classes)
+                nn.init.normal_(head.weight, std=std)
+                nn.init.zeros_(head.bias)
+
+    def forward(self, features: Features) -> Features:
+        """Give the logits (B, classes) of every layer."""
+        normed = {kind: self.norms[kind](x) if kind in self.norms else x for kind, x in features.items()}
+        return {name: head(normed[name.rpartition("_")[0]]) for name, head in self.heads.items()}
+
+
+def build_optimizer(probe: Probe, name: str, *, lr: float) -> torch.optim.Optimizer:
+    """Build SGD or LARS with momentum 0.9 and no weight decay; LARS does not adapt the rate of biases (MAE)."""
+    groups: list[dict[str, Any]] = []
+    for head_name, head in probe.heads.items():
+        rate = lr * probe.multiples[int(head_name.rpartition("_")[2])]
+        groups += [{"params": [head.weight], "lr": rate, "always_adapt": True}, {"params": [head.bias], "lr": rate}]
+    if name == "sgd":
+        return torch.optim.SGD([{"params": g["params"], "lr": g["lr"]} for g in groups], momentum=0.9, weight_decay=0.0)
+    optimizer: torch.optim.Optimizer = Lars(groups, lr=lr, momentum=0.9, weight_decay=0.0, trust_coeff=1e-3)
+    return optimizer
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Set results in Markdown; a cell is empty where there is no number."""
+    shots = dict.fromkeys(key for result in results for key in result if re.fullmatch(r"shot\d+_avg", key))
+    columns = {"model": "model", "knn_avg": "k-NN", "linear": "linear", "best": "best", "paper": "linear, the paper's"}
+    columns |= {key: f"{key[4:-4]} a class" for key in shots} | {"rank_avg": "effective rank"}
+    lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(_cell(result, key) for key in columns) for result in results]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(result: Mapping[str, Any], key: str) -> str:
+    value, spread = result.get(key), result.get(f"{key}_std")
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.1f}" + ("" if spread is None else f" ± {spread:.1f}")

@@ -1,0 +1,195 @@
+"""Labelled images for fine-tuning and probing: two splits, timm's transforms, and accuracy.
+
+Shapes: B images of a batch, N of a set, C channels, H W pixels.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from common import Processes, Stop
+from PIL import Image
+from timm.data.auto_augment import posterize
+from torch import Tensor, nn
+
+from mvmae.data import Loader, MultiViewDataset, StepSampler, make_loader
+from mvmae.images import ImageLike, open_image
+from mvmae.sources import ImageSource, SplitError, open_images
+
+HELD_OUT = 10  # one image of so many is held out of data that comes without a validation split
+UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF orientation: Image.Transpose
+
+
+class Part(ImageSource):
+    """Some images of a source, with labels from 0 on."""
+
+    def __init__(self, source: ImageSource, indices: Tensor, classes: Tensor, names: tuple[str, ...]) -> None:
+        super().__init__([])
+        self.source, self.indices, self.class_names = source, indices, names
+        self.labels = torch.searchsorted(classes, torch.as_tensor(source.labels)[indices]).numpy()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> ImageLike:
+        return self.source.image(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the source, how many images are taken, and where from."""
+        return f"{self.source.fingerprint}:{len(self)}:{int(self.indices.sum())}"
+
+
+class Labelled(NamedTuple):
+    """Training and validation images of the same classes, and what is to be said about them."""
+
+    train: Part
+    val: Part
+    class_names: tuple[str, ...]
+    note: str
+
+
+def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> Labelled:
+    """Open labelled images: folders by class, IDX files, ``sample``, a data set of timm.
+
+    Where there is no validation split, one image of ten of each class is held out, the same whatever the seed of the run.
+
+    Args:
+        data: what `open_images` takes.
+        train_images: most images to train on, drawn once, the same whatever the seed; all where 0.
+        val_images: most images to validate on, likewise.
+
+    Raises:
+        Stop: if the images have no labels, or only one.
+    """
+    train = open_images(data, split="train")
+    if train.labels is None:
+        raise Stop(f"{data} has no labels: a folder for each class, or another labelled data set, is expected")
+    labels = torch.as_tensor(train.labels)
+    try:
+        val = open_images(data, split="val")
+        parts = torch.randperm(len(train), generator=_fixed()), torch.randperm(len(val), generator=_fixed())
+        note = "validation split of the data"
+    except SplitError:
+        val, parts = train, hold_out(labels)
+        note = "no validation split: one image of ten of each class is held out, whatever the seed"
+    if val.labels is None:
+        raise Stop(f"the validation split of {data} has no labels")
+    classes = torch.cat([labels, torch.as_tensor(val.labels)]).unique()
+    if len(classes) < 2:
+        raise Stop(f"{data} has a single class: two or more are expected")
+    known = train.class_names
+    names = tuple(known[i] if len(known) > int(classes[-1]) else str(i) for i in classes.tolist())
+    chosen = [part[:limit] if limit else part for part, limit in zip(parts, (train_images, val_images), strict=True)]
+    first, second = (Part(src, part.sort().values, classes, names) for src, part in zip((train, val), chosen, strict=True))
+    return Labelled(first, second, names, f"{len(first)} + {len(second)} images of {len(names)} classes; {note}")
+
+
+def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Split labelled images, each class for itself, at least one image of a class of two or more on either side."""
+    order = torch.randperm(len(labels), generator=_fixed())
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        held[members[: max(len(members) // HELD_OUT, int(len(members) > 1))]] = True
+    return order[~held[order]], order[held[order]]
+
+
+def _fixed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+class Seeded:
+    """A transform of timm for one image, drawn from one generator: (C, H, W) float32, normalised."""
+
+    def __init__(self, model: nn.Module, image_size: int, **options: Any) -> None:
+        cfg = timm.data.resolve_model_data_config(model)
+        self.channels = cfg["input_size"][0]
+        self.size = image_size or cfg["input_size"][1]
+        self.shape = (4, self.channels, self.size, self.size)  # bytes
+        options = {"interpolation": "bicubic", "crop_pct": 224 / 256, "mean": cfg["mean"], "std": cfg["std"], **options}
+        self.transform = timm.data.create_transform((self.channels, self.size, self.size), **options)
+        for step in self.transform.transforms:
+            for op in getattr(step, "ops", []):
+                if op.aug_fn is posterize:  # asks for 0 bits at times, which Pillow 13 refuses
+                    op.aug_fn = posterize_to_a_bit
+
+    def __call__(self, image: ImageLike, *, generator: torch.Generator) -> Tensor:
+        seed = int(torch.randint(2**32, (), generator=generator))
+        random.seed(seed)  # timm draws from all three
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        transformed: Tensor = self.transform(to_pil(image, self.channels))
+        return transformed
+
+
+def posterize_to_a_bit(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """Posterize as timm does, to one bit at least."""
+    result: Image.Image = posterize(image, max(bits, 1), **options)
+    return result
+
+
+def to_pil(image: ImageLike, channels: int = 3) -> Image.Image:
+    """Decode an image, upright."""
+    opened = open_image(image)
+    pixels = opened.decode(channels=channels)
+    picture = Image.fromarray(pixels if channels > 1 else pixels[..., 0])
+    turn = UPRIGHT.get(opened.orientation)
+    return picture if turn is None else picture.transpose(Image.Transpose(turn))
+
+
+class InOrder(StepSampler):
+    """Every image once, in order: of this process every one of ``world_size``, ``share`` at a time."""
+
+    def __init__(self, length: int, share: int, processes: Processes) -> None:
+        self.length, self.share, self.seed = length, share, 0
+        self.rank, self.world_size, self.batch_size = processes.rank, processes.world_size, share * processes.world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        keys = [(0, index) for index in range(self.rank, self.length, self.world_size)]
+        yield from (keys[i : i + self.share] for i in range(0, len(keys), self.share))
+
+    def __len__(self) -> int:
+        return -(-len(range(self.rank, self.length, self.world_size)) // self.share)
+
+
+def training_loader(source: ImageSource, transform: Seeded, sampler: StepSampler, *, workers: int, max_bad: int) -> Loader:
+    """Load the training images of each step."""
+    dataset = MultiViewDataset(source, transform, seed=sampler.seed, max_bad=max_bad)
+    return make_loader(dataset, sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
+
+
+def each_once(
+    source: ImageSource, transform: Seeded, processes: Processes, *, batch_size: int, workers: int, max_bad: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give this process's share of the images, (B, C, H, W), and where they stand, (B,); those that cannot be read lack."""
+    sampler = InOrder(len(source), max(batch_size // processes.world_size, 1), processes)
+    for keys, batch in zip(sampler, training_loader(source, transform, sampler, workers=workers, max_bad=max_bad), strict=True):
+        read = batch.indices == torch.tensor([index for _, index in keys])
+        yield batch.views[read].to(processes.device, non_blocking=True), batch.indices[read].to(processes.device)
+
+
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Give, as float64: how many are right, how many are among the five likeliest, the summed loss, and how many there are."""
+    right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    counts = [right[:, 0].sum(), right.any(dim=1).sum(), loss, torch.tensor(len(labels), device=labels.device)]
+    return torch.stack([count.double() for count in counts])
+
+
+def accuracy(counts: Tensor) -> dict[str, float]:
+    """Turn what `count_right` gave, summed over batches and processes, into percent."""
+    top1, top5, loss, total = counts.tolist()
+    return {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "val_loss": loss / total}
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Compute in bf16: ``auto`` does so on CUDA, ``bf16`` everywhere."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

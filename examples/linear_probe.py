@@ -1,0 +1,265 @@
+"""Measure frozen features of models on labelled images: linear probe (Section 4.1.3, Table 2), k-NN, few labels.
+
+  python examples/linear_probe.py --preset quick --data sample --models runs/quick random:runs/quick
+      under a minute on two CPU cores; prints a table, a line for each model
+  torchrun --nproc-per-node 8 examples/linear_probe.py --data path/to/imagenet --models runs/paper --output-dir runs/paper-probe
+      the paper's setting: 100 epochs of a linear layer on ViT-B/16, estimated at 5 to 10 hours of one H100 (not measured);
+      the paper's accuracy is 76.7 % after 1600 epochs of pretraining
+  python examples/linear_probe.py --cached --data path/to/imagenet --models vit_base_patch16_224.mae
+      centre crops instead of random ones: features are extracted once, minutes instead of hours
+
+Any model of timm can be measured: a name, hf-hub:ID, a run's folder, local-dir:FOLDER or a file of weights; random: before it
+takes it untrained. The linear layers of all learning rates, on the mean patch token and on the class token, are trained at
+once on the same features. "linear" is the mean patch token at the recipe's own learning rate; "best" is the best of all on the
+validation images, and so chosen by them.
+"""
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import frozen
+import labelled
+import models
+import torch
+from checkpoint import open_run, save_checkpoint, write_text
+from common import (
+    Log,
+    Meter,
+    Processes,
+    Stop,
+    StopSignal,
+    cosine_schedule,
+    draw_curves,
+    inject_fault,
+    option,
+    parallel,
+    run,
+    start_processes,
+)
+from frozen import Features, Probe
+from labelled import Labelled, Seeded
+from torch import Tensor, nn
+
+from mvmae.data import StepSampler, explain_loader_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: str = option(dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample")
+    models: tuple[str, ...] = option(dataclasses.MISSING, "timm names, hf-hub:ID, run or export folders, files of weights")
+    output_dir: str = option("runs/linear-probe", "folder for the results, with a folder for each model")
+    resume: bool = option(False, "go on from the newest checkpoints in the output folder, if there are any")
+    arch: str = option("", "timm name of the model of a lone file of weights")
+    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)")
+    train_images: int = option(0, "most images to train on; 0 for all")
+    val_images: int = option(0, "most images to validate on; 0 for all")
+    cached: bool = option(False, "train on features of centre crops, extracted once")
+    epochs: int = option(100, "passes over the images (paper)")
+    warmup_epochs: float = option(0, "of a linearly rising learning rate (MoCo v3; MAE: 10)")
+    batch_size: int = option(1024, "images of a step over all processes (paper)")
+    base_lr: float = option(3.0, "learning rate for a batch of 256; scaled with the batch (MoCo v3; MAE: 0.1)")
+    sweep: tuple[float, ...] = option((0.1, 0.3, 1.0, 3.0, 10.0), "multiples of the learning rate to train as well")
+    optimizer: str = option("sgd", "SGD (MoCo v3) or LARS (MAE), momentum 0.9, no weight decay", ["sgd", "lars"])
+    batch_norm: bool = option(False, "normalise each feature over the batch first, without affine part (MAE)")
+    head_std: float = option(0.01, "of the head's first weights (MoCo v3, MAE)")
+    crop_scale: tuple[float, ...] = option((0.08, 1.0), "share of the image's area that a crop covers (MoCo v3, MAE)")
+    neighbours: int = option(20, "of the k-NN test (DINO); 0 for no test")
+    few_shot: tuple[int, ...] = option((1, 2, 5), "labelled images a class for a classifier on few labels; 0 for none")
+    seed: int = option(0, "of weights, order and crops")
+    device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+    precision: str = option("auto", "of the backbone: auto is bf16 on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
+    workers: int = option(8, "processes that load images, for each process that trains")
+    max_bad: int = option(100, "different images that may be unreadable before the run stops")
+    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
+    save_every: int = option(1000, "steps between checkpoints; the end is saved in any case")
+    log_every: int = option(50, "steps between lines of the log")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "mocov3": {},
+    "mae": {"warmup_epochs": 10, "base_lr": 0.1, "optimizer": "lars", "batch_norm": True},
+    "quick": {"output_dir": "runs/quick-probe", "cached": True, "batch_size": 128, "workers": 0},
+}
+MAY_CHANGE = frozenset(
+    {"models", "output_dir", "resume", "device", "workers", "max_bad", "max_steps", "save_every", "log_every"}
+)
+PAPER = {"vit_base_patch16_224.mae": 68.0, "vit_base_patch16_224.dino": 78.2, "mvmae_vit_base_patch16.in1k": 76.7}  # Table 2
+IMAGENET = (1_281_167, 50_000, 1000)
+
+
+def build_probe(config: Config, widths: Mapping[str, int], num_classes: int) -> Probe:
+    """Build the linear layers: the recipe's first, then those of the sweep."""
+    multiples = tuple(dict.fromkeys((1.0, *config.sweep)))
+    return Probe(widths, num_classes, multiples=multiples, batch_norm=config.batch_norm, std=config.head_std)
+
+
+def build_optimizer(config: Config, probe: Probe) -> torch.optim.Optimizer:
+    """Build the optimizer of the recipe, with a learning rate for each head."""
+    return frozen.build_optimizer(probe, config.optimizer, lr=config.base_lr * config.batch_size / 256)
+
+
+def batches(
+    config: Config,
+    model: nn.Module,
+    sampler: StepSampler,
+    data: Labelled,
+    cached: tuple[Features, Tensor] | None,
+    processes: Processes,
+) -> Iterator[tuple[Features, Tensor]]:
+    """Give features and labels of each step: of random crops, or out of the ones that were extracted."""
+    if cached is not None:
+        for keys in sampler:
+            rows = torch.tensor([index for _, index in keys], device=cached[1].device)
+            yield {kind: values[rows] for kind, values in cached[0].items()}, cached[1][rows]
+        return
+    scale = (config.crop_scale[0], config.crop_scale[-1])
+    transform = Seeded(model, config.image_size, is_training=True, scale=scale, color_jitter=None)
+    labels = torch.as_tensor(data.train.labels)
+    for batch in labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad):
+        with torch.no_grad(), labelled.autocast(config.precision, processes.device):
+            features = frozen.pooled(model, batch.views.to(processes.device, non_blocking=True))
+        yield features, labels[batch.indices].to(processes.device)
+
+
+@torch.no_grad()
+def evaluate(probe: Probe, features: Features, labels: Tensor) -> dict[str, dict[str, float]]:
+    """Give the accuracy of every head in percent."""
+    probe.eval()
+    counts: dict[str, Tensor] = {}
+    for rows in torch.arange(len(labels), device=labels.device).split(1024):
+        for name, logits in probe({kind: values[rows] for kind, values in features.items()}).items():
+            counts[name] = counts.get(name, 0) + labelled.count_right(logits, labels[rows])
+    probe.train()
+    return {name: labelled.accuracy(total) for name, total in counts.items()}
+
+
+def train(
+    config: Config,
+    probe: Probe,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterator[tuple[Features, Tensor]],
+    sampler: StepSampler,
+    val: tuple[Features, Tensor],
+    processes: Processes,
+    log: Log,
+    stop: StopSignal,
+    save: Callable[[int], None],
+) -> None:
+    """Run the steps: the sum of the heads' losses, so that each head is trained as if it were alone."""
+    meter, per_epoch = Meter(processes), sampler.steps_per_epoch
+    schedule = cosine_schedule(optimizer, config.epochs * per_epoch, round(config.warmup_epochs * per_epoch))
+    model = parallel(probe.train(), processes)
+    for step, (features, labels) in enumerate(steps, start=sampler.start_step + 1):
+        schedule.step_update(step - 1)
+        losses = torch.stack([nn.functional.cross_entropy(logits, labels) for logits in model(features).values()])
+        losses.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        meter.add({"loss": losses[0]})
+        log.advance(step)
+        last, stopped = step == sampler.num_steps, processes.any(stop.received is not None)
+        if step % config.log_every == 0 or last:
+            lr = optimizer.param_groups[0]["lr"]
+            log.write(step=step, epoch=round(step / per_epoch, 3), **meter.means(step), lr=lr)
+        if step % max(per_epoch, config.log_every) == 0 or last:
+            average_statistics(probe, processes)
+            scores = evaluate(probe, *val)
+            log.write(step=step, linear=scores["avg_0"]["top1"], best=max(score["top1"] for score in scores.values()))
+        if step % config.save_every == 0 or last or stopped:
+            save(step)
+        inject_fault(step)
+        if stopped and not last:
+            log.close()
+            raise Stop(f"stopped after step {step}, which is saved: add --resume to go on", stop.exit_code)
+
+
+def average_statistics(probe: Probe, processes: Processes) -> None:
+    """Give all processes the same running statistics."""
+    for buffer in probe.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(processes.mean(buffer))
+
+
+def probe_model(config: Config, name: str, data: Labelled, processes: Processes, stop: StopSignal) -> dict[str, Any]:
+    """Measure one model, in a folder of its own, and give its results."""
+    folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
+    settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
+    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, first=processes.rank == 0)
+    torch.manual_seed(config.seed)
+    model = frozen.freeze(models.load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
+    transform = Seeded(model, config.image_size)
+    loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
+    train_set, val = (
+        frozen.extract(model, part, transform, processes, precision=config.precision, **loading)
+        for part in (data.train, data.val)
+    )
+    results = frozen.measure(train_set, val, neighbours=config.neighbours, few_shot=config.few_shot)
+    torch.manual_seed(config.seed)  # again: loading images draws from the same generator
+    probe = build_probe(config, {kind: x.shape[1] for kind, x in val[0].items()}, len(data.class_names)).to(processes.device)
+    optimizer = build_optimizer(config, probe)
+    length = len(train_set[1]) if config.cached else len(data.train)
+    group = {"rank": processes.rank, "world_size": processes.world_size}
+    sampler = StepSampler(length, config.batch_size, seed=config.seed, **group)
+    steps = config.epochs * sampler.steps_per_epoch
+    sampler.num_steps = min(steps, config.max_steps or steps)
+    if state:
+        probe.load_state_dict(state["probe"])
+        optimizer.load_state_dict(state["optimizer"])
+        sampler.start_step = state["step"]
+    log = Log(folder, processes.rank, sampler.num_steps, sampler.start_step)
+    log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}")
+
+    def save(step: int) -> None:
+        if processes.rank == 0:
+            parts = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
+            save_checkpoint(folder, {**parts, "step": step, "settings": settings})
+
+    features = batches(config, model, sampler, data, train_set if config.cached else None, processes)
+    train(config, probe, optimizer, features, sampler, val, processes, log, stop, save)
+    log.close()
+    scores = evaluate(probe, *val)
+    best = max(scores, key=lambda head: scores[head]["top1"])
+    kind, _, number = best.rpartition("_")
+    results |= {"linear": scores["avg_0"]["top1"], "linear_top5": scores["avg_0"]["top5"], "best": scores[best]["top1"]}
+    chosen = {"best_feature": kind, "best_multiple": probe.multiples[int(number)]}
+    about = {"model": name, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
+    about |= {"paper": paper_number(config, name, data), **results, **chosen, "seconds": round(time.monotonic() - start, 1)}
+    if processes.rank == 0:
+        write_text(folder / "results.json", json.dumps(about, indent=2) + "\n")
+        draw_curves(folder / "curves.png", log.records(), ("loss", "lr", "linear", "best"))
+    return about
+
+
+def paper_number(config: Config, name: str, data: Labelled) -> float | None:
+    """Give the accuracy of Table 2, where model, images and recipe are the paper's; None elsewhere."""
+    recipe = Config(data=config.data, models=config.models)
+    same = ("cached", "epochs", "warmup_epochs", "batch_size", "base_lr", "optimizer", "batch_norm", "crop_scale", "max_steps")
+    if any(getattr(config, field) != getattr(recipe, field) for field in same) or config.image_size not in (0, 224):
+        return None
+    return PAPER.get(name) if (len(data.train), len(data.val), len(data.class_names)) == IMAGENET else None
+
+
+def main(config: Config) -> None:
+    """Measure every model, then write and print the table."""
+    processes, folder, stop = start_processes(config.device), Path(config.output_dir), StopSignal()
+    data = labelled.open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
+    try:
+        results = [probe_model(config, name, data, processes, stop) for name in config.models]
+    except RuntimeError as error:
+        if reason := explain_loader_error(error):
+            raise Stop(reason, 1) from error
+        raise
+    if processes.rank == 0:
+        text = frozen.table(results)
+        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_text(folder / "results.md", text + "\n")
+        print(f"accuracy in percent on {data.note}\n\n{text}\n\nsee {folder}")
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, __doc__)

@@ -1,0 +1,300 @@
+"""examples/finetune.py: the recipe reaches optimizer, schedule, augmentation and loss; runs resume, repeat and agree."""
+
+import json
+import math
+import signal
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from running import EXAMPLES, run_processes, run_script
+
+from mvmae import hub
+
+sys.path.append(str(EXAMPLES))
+import finetune
+from common import parse
+from models import add_head, load_backbone
+
+COLOURS = ((250, 40, 40), (40, 250, 40), (40, 40, 250))
+RUN = ["--preset", "quick", "--device", "cpu", "--workers", 0, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1]
+RUN += ["--log-every", 1, "--eval-every", 2, "--output-dir", "run", "--data", "images", "--model", "encoder"]
+
+
+def config(*arguments, preset="paper"):
+    arguments = ["--preset", preset, "--data", "x", "--model", "y", *map(str, arguments)]
+    return parse(finetune.Config, finetune.PRESETS, "", arguments)
+
+
+@pytest.fixture
+def vit(tiny_vit):
+    model = tiny_vit(depth=4)
+    add_head(model, 5, std=2e-5)
+    return model
+
+
+def test_the_defaults_are_the_recipe_of_the_paper_and_of_mae():
+    recipe = {
+        "batch_size": 512,
+        "epochs": 100,
+        "warmup_epochs": 5,
+        "base_lr": 5e-4,
+        "min_lr": 1e-6,
+        "layer_decay": 0.65,
+        "weight_decay": 0.05,
+        "beta2": 0.999,
+        "drop_path": 0.1,
+        "head_std": 2e-5,
+        "augment": "rand-m9-mstd0.5-inc1",
+        "erasing": 0.25,
+        "color_jitter": 0.0,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "smoothing": 0.1,
+        "mix_prob": 1.0,
+        "switch_prob": 0.5,
+        "ema": 0.0,
+        "clip_grad": 0.0,
+        "image_size": 0,
+    }
+    parsed = config()
+    assert {name: getattr(parsed, name) for name in recipe} == recipe
+
+
+def layer_of(name, depth):
+    """MAE's numbering: what is before the blocks, the blocks, what is behind them."""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+@pytest.mark.parametrize("step", [0, 30, 100, 555, 999])
+def test_the_rate_of_every_parameter_is_that_of_its_layer_and_step(vit, step):
+    optimizer = finetune.build_optimizer(config(), vit)
+    finetune.build_schedule(config(), optimizer, 10).step_update(step)  # 100 epochs, 5 of them of warm-up
+    peak = 5e-4 * 512 / 256
+    rate = peak * step / 50
+    if step >= 50:
+        rate = 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * (step - 50) / 950)) / 2
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in vit.named_parameters():
+        assert found.pop(id(parameter)) == pytest.approx(rate * 0.65 ** (5 - layer_of(name, 4))), name
+    assert not found
+
+
+def test_two_steps_follow_adamw_with_decay_on_matrices_alone(vit):
+    optimizer = finetune.build_optimizer(config(), vit)
+    finetune.build_schedule(config("--warmup-epochs", 0), optimizer, 10).step_update(0)
+    wanted = {name: p.detach().double() for name, p in vit.named_parameters()}
+    m, v = ({name: torch.zeros_like(p) for name, p in wanted.items()} for _ in range(2))
+    for step in (1, 2):
+        for name, parameter in vit.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            grad, lr = parameter.grad.double(), 1e-3 * 0.65 ** (5 - layer_of(name, 4))
+            decayed = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+            m[name] = 0.9 * m[name] + 0.1 * grad
+            v[name] = 0.999 * v[name] + 0.001 * grad**2
+            update = (m[name] / (1 - 0.9**step)) / ((v[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+            wanted[name] = wanted[name] * (1 - lr * (0.05 if decayed else 0)) - lr * update
+        optimizer.step()
+    for name, parameter in vit.named_parameters():
+        assert torch.allclose(parameter.double(), wanted[name], atol=1e-6, rtol=1e-5), name
+
+
+def test_images_of_a_batch_are_mixed_as_in_the_recipe():
+    mixup = finetune.build_mixup(config(), 4)
+    np.random.seed(0)
+    shares = {"mixup": [], "cutmix": []}
+    for _ in range(1500):
+        images, target = mixup(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).repeat(1, 1, 16, 16), torch.tensor([0, 1]))
+        cut = bool(((images == 0) | (images == 1)).all())
+        share = 1 - images[0].mean().item()  # of the first image
+        assert target.sum(dim=1).tolist() == pytest.approx([1, 1])
+        assert target[0].tolist() == pytest.approx([0.9 * share + 0.025, 0.9 * (1 - share) + 0.025, 0.025, 0.025], abs=1e-4)
+        shares["cutmix" if cut else "mixup"].append(share)
+    assert len(shares["cutmix"]) / 1500 == pytest.approx(0.5, abs=0.04)
+    assert np.var(shares["mixup"]) == pytest.approx(1 / 4 / 2.6, rel=0.1)  # of Beta(0.8, 0.8)
+    assert np.mean(shares["mixup"]) == pytest.approx(0.5, abs=0.04)
+    assert np.mean(np.abs(np.array(shares["mixup"] + shares["cutmix"]) - 0.5) < 0.49) > 0.9  # nearly every batch is mixed
+    plain = finetune.build_mixup(config("--mixup", 0, "--cutmix", 0, "--smoothing", 0), 4)
+    assert plain(torch.ones(2, 1, 4, 4), torch.tensor([2, 0]))[1].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+
+
+def test_images_are_augmented_as_in_the_recipe(vit):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 70, 3), dtype=np.uint8))
+    vit.pretrained_cfg |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    ours, plain = (
+        finetune.training_transform(config("--image-size", 32, *options), vit) for options in ((), ("--augment", "none"))
+    )
+    options = {"scale": (0.08, 1.0), "interpolation": "bicubic", "re_prob": 0.25, "re_mode": "pixel", "color_jitter": None}
+    timms = timm.data.create_transform(32, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", **options)
+    ours_transform, ours.transform = ours.transform, timms
+    generators = [[torch.Generator().manual_seed(seed) for seed in range(20)] for _ in range(3)]
+    expected = [ours(image, generator=generator) for generator in generators[0]]
+    ours.transform = ours_transform
+    assert all(torch.equal(a, ours(image, generator=g)) for a, g in zip(expected, generators[1], strict=True))
+    assert not all(torch.equal(a, plain(image, generator=g)) for a, g in zip(expected, generators[2], strict=True))
+
+
+def test_a_quarter_of_the_images_is_erased_with_noise(vit):
+    transform = finetune.training_transform(config("--image-size", 32, "--augment", "none"), vit)
+    image = Image.new("RGB", (40, 40), (99, 99, 99))
+    views = torch.stack([transform(image, generator=torch.Generator().manual_seed(seed)) for seed in range(400)])
+    erased = views.flatten(1).std(dim=1) > 1e-3
+    assert erased.float().mean().item() == pytest.approx(0.25, abs=0.06)
+    assert views[erased].unique().numel() > 1000
+
+
+def test_branches_are_dropped_up_to_the_rate_of_the_recipe():
+    name, images = "random:vit_tiny_patch16_224", torch.randn(1500, 5, 192)
+    model = load_backbone(name, drop_path_rate=config().drop_path).train()
+    for number, rate in ((0, 0.0), (5, 0.1 * 5 / 11), (11, 0.1)):
+        branch = model.blocks[number].drop_path1(images)
+        assert (branch == 0).flatten(1).all(dim=1).float().mean().item() == pytest.approx(rate, abs=0.025)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three colours in noise, and an encoder for them."""
+    folder = tmp_path_factory.mktemp("finetune")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 6)):
+        for colour in COLOURS:
+            (folder / "images" / split / f"c{colour}").mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 40, (36, 40, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / split / f"c{colour}" / f"{i}.png")
+    torch.manual_seed(0)
+    tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    hub.export(timm.create_model("mvmae_vit_tiny_patch16", **tiny), folder / "encoder")
+    return folder
+
+
+@pytest.fixture
+def place(folder, tmp_path):
+    for name in ("images", "encoder"):
+        (tmp_path / name).symlink_to(folder / name)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run in one go, with averaged weights."""
+    done = run_script("finetune.py", *RUN, "--ema", 0.5, folder=folder)
+    assert done.code == 0, done.err
+    assert "Warning" not in done.err
+    return done
+
+
+def state(folder):
+    return torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def assert_identical(left, right):
+    assert left["step"] == right["step"] and left["best"] == right["best"]
+    for name in ("model", "ema"):
+        assert left[name].keys() == right[name].keys()
+        assert all(torch.equal(left[name][key], right[name][key]) for key in left[name])
+
+
+def test_a_run_leaves_a_result_a_picture_and_models_with_the_names_of_the_classes(whole, folder):
+    run = folder / "run"
+    result = json.loads((run / "results.json").read_text())
+    assert {"model", "data", "top1", "top5", "best_top1", "seconds"} <= result.keys()
+    assert "18 images of 3 classes" in whole.out and f"top-1 {result['top1']:.2f} %" in whole.out and "\r" not in whole.out
+    with Image.open(run / "curves.png") as picture:
+        assert min(picture.size) > 100
+    ends = state(folder)
+    last = timm.create_model(f"local-dir:{run / 'last'}", pretrained=True)
+    assert all(torch.equal(value, ends["ema"][key]) for key, value in last.state_dict().items())
+    assert any(not torch.equal(value, ends["ema"][key]) for key, value in ends["model"].items())
+    for name in ("best", "last"):
+        names = json.loads((run / name / "config.json").read_text())["label_names"]
+        assert names == sorted(f"c{colour}" for colour in COLOURS)
+    # an accuracy computed by other means
+    model, right = last.eval(), 0
+    transform = timm.data.create_transform(32, interpolation="bicubic", crop_pct=0.875)
+    for label, name in enumerate(names):
+        for path in (folder / "images" / "val" / name).iterdir():
+            with Image.open(path) as image:
+                right += int(model(transform(image)[None]).argmax()) == label
+    assert result["top1"] == pytest.approx(100 * right / 18)
+
+
+def test_averaged_weights_are_averaged(place):
+    arguments = [*RUN, "--ema", 0.5, "--save-every", 1]
+    results = []
+    for steps in (1, 2):
+        done = run_script("finetune.py", *arguments, "--max-steps", steps, "--resume", folder=place)
+        assert done.code == 0, done.err
+        results.append(state(place))
+    for key, value in results[1]["ema"].items():
+        assert torch.allclose(value, 0.5 * results[0]["ema"][key] + 0.5 * results[1]["model"][key], atol=1e-7)
+
+
+def test_a_run_killed_and_resumed_ends_bit_identical(whole, folder, place):
+    arguments = [*RUN, "--ema", 0.5, "--save-every", 5]
+    cut = run_script("finetune.py", *arguments, folder=place, env={"MVMAE_FAULT": "kill@8"})
+    assert cut.code == -signal.SIGKILL and state(place)["step"] == 5
+    done = run_script("finetune.py", *arguments, "--workers", 2, "--resume", folder=place)
+    assert done.code == 0 and "resuming run after step 5" in done.out, done.err
+    assert_identical(state(place), state(folder))
+    assert losses(place) == losses(folder)
+    again = run_script("finetune.py", *arguments, folder=place)
+    assert again.code == 2 and again.err.count("\n") == 1 and "add --resume" in again.err
+    other = run_script("finetune.py", *arguments, "--resume", "--layer-decay", 0.7, folder=place)
+    assert other.code == 2 and "layer_decay was 0.65 and is 0.7 now" in other.err
+
+
+def test_two_processes_compute_what_one_does(place):
+    plain = ["--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--max-steps", 6]
+    assert run_script("finetune.py", *RUN, *plain, folder=place).code == 0
+    alone, result = losses(place), json.loads((place / "run" / "results.json").read_text())
+    both = run_processes("finetune.py", *RUN, *plain, "--output-dir", "run2", folder=place)
+    assert [done.code for done in both] == [0, 0] and both[1].out == "", both
+    (place / "run").rename(place / "one")
+    (place / "run2").rename(place / "run")
+    assert losses(place) == pytest.approx(alone, rel=1e-4)
+    again = json.loads((place / "run" / "results.json").read_text())
+    assert again["top1"] == pytest.approx(result["top1"]) and again["val_loss"] == pytest.approx(result["val_loss"], rel=1e-4)
+
+
+def test_fine_tuning_learns_colours(place):
+    simple = ["--augment", "none", "--mixup", 0, "--cutmix", 0, "--erasing", 0, "--epochs", 15]
+    done = run_script("finetune.py", *RUN, *simple, folder=place)
+    assert done.code == 0, done.err
+    assert json.loads((place / "run" / "results.json").read_text())["top1"] > 90
+
+
+@pytest.mark.parametrize(
+    "name", ["random:vit_small_patch16_224", "random:convnext_atto", "encoder/model.safetensors", "local-dir:encoder"]
+)
+def test_the_same_command_takes_any_model(place, name):
+    options = ["--model", name, "--image-size", 32, "--max-steps", 1]
+    done = run_script("finetune.py", *RUN, *options, folder=place)
+    assert done.code == 0 and "top-1" in done.out and "Warning" not in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", 7], "mixup needs an even number"),
+        (["--model", "vit_tny_patch16_224"], "did you mean vit_tiny_patch16_224"),
+        (["--data", "encoder"], "no images"),
+        (["--data", "images/train/c(250, 40, 40)"], "has no labels"),
+        (["--batch-size", 64], "48 images are fewer than one batch of 64"),
+        (["--model", "images"], "images holds no encoder"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_code_2(place, arguments, message):
+    done = run_script("finetune.py", *RUN, *arguments, folder=place)
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert done.err.startswith("error: ") and message in done.err and not (place / "run" / "checkpoint.pt").exists()

@@ -1,0 +1,182 @@
+"""examples/labelled.py: two splits of labelled images, transforms that depend on one generator, and accuracy."""
+
+import gzip
+import random
+import struct
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image, ImageOps
+from running import EXAMPLES
+from sklearn.metrics import log_loss, top_k_accuracy_score
+
+sys.path.append(str(EXAMPLES))
+from common import Processes, Stop
+from labelled import InOrder, Seeded, accuracy, count_right, each_once, hold_out, open_labelled, to_pil
+
+ONE = Processes(0, 1, torch.device("cpu"), None)
+
+
+def write_classes(folder, counts, size=(40, 36)):
+    """Writes images whose red tells the class and whose green tells the number in it."""
+    for label, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", size, (50 * label, i, 0)).save(folder / name / f"{i:03}.png")
+
+
+def shown(part):
+    """What the images of a split show: (class, number)."""
+    return [(red // 50, green) for red, green, _ in (to_pil(part[i][0]).getpixel((0, 0)) for i in range(len(part)))]
+
+
+def test_a_folder_without_a_validation_split_is_split_the_same_way_always(tmp_path):
+    write_classes(tmp_path, {"ant": 40, "bee": 5, "cat": 1})
+    data = open_labelled(str(tmp_path))
+    assert "no validation split: one image of ten of each class is held out" in data.note
+    train, val = shown(data.train), shown(data.val)
+    assert not set(train) & set(val) and len(train) + len(val) == 46
+    assert [sum(label == i for label, _ in val) for i in range(3)] == [4, 1, 0]
+    assert [label for label, _ in train] == data.train.labels.tolist()
+    assert [label for label, _ in val] == data.val.labels.tolist()
+    torch.manual_seed(1)
+    random.seed(1)
+    again = open_labelled(str(tmp_path))
+    assert shown(again.val) == val and again.val.fingerprint == data.val.fingerprint != data.train.fingerprint
+
+
+def test_holding_out_leaves_every_class_on_both_sides():
+    labels = torch.randint(7, (200,))
+    train, val = hold_out(labels)
+    assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(200))
+    assert labels[train].unique().tolist() == labels[val].unique().tolist() == list(range(7))
+    assert torch.equal(labels[val].bincount(), (labels.bincount() // 10).clamp(min=1))
+
+
+def test_the_splits_of_a_folder_are_taken_and_named(tmp_path):
+    write_classes(tmp_path / "train", {"ant": 3, "bee": 2})
+    write_classes(tmp_path / "val", {"ant": 1, "bee": 2})
+    data = open_labelled(str(tmp_path))
+    assert data.class_names == ("ant", "bee") and "5 + 3 images of 2 classes; validation split of the data" in data.note
+    assert [label for label, _ in shown(data.val)] == data.val.labels.tolist() == [0, 1, 1]
+
+
+def test_idx_files_and_the_sample_have_labels(tmp_path):
+    for name, count in (("train", 6), ("t10k", 4)):
+        labels = np.arange(count, dtype=np.uint8) % 3 + 4
+        images = np.repeat(labels, 28 * 28).reshape(count, 28, 28)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    data = open_labelled(str(tmp_path))
+    assert data.class_names == ("4", "5", "6") and len(data.val) == 4
+    assert data.val.labels.tolist() == [0, 1, 2, 0]
+    assert [to_pil(data.val[i][0]).getpixel((0, 0)) for i in range(4)] == [(value,) * 3 for value in (4, 5, 6, 4)]
+    sample = open_labelled("sample")
+    assert (len(sample.train), len(sample.val), len(sample.class_names)) == (896, 504, 14)
+
+
+def test_fewer_images_are_drawn_once_and_a_part_of_more(tmp_path):
+    few, more = (open_labelled("sample", train_images=n, val_images=n) for n in (50, 200))
+    assert len(few.train) == len(few.val) == 50 and few.train.labels.max() <= 13
+    assert set(few.train.indices.tolist()) < set(more.train.indices.tolist())
+    assert len(np.unique(few.train.labels)) > 8
+
+
+def test_data_without_classes_is_refused(tmp_path):
+    write_classes(tmp_path / "one", {"ant": 3})
+    for folder in (tmp_path / "one", tmp_path / "one" / "ant"):
+        with pytest.raises(Stop, match="has no labels|has a single class"):
+            open_labelled(str(folder))
+
+
+def test_a_transform_is_that_of_timm_and_depends_on_its_generator_alone(tiny_vit):
+    augment = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel", "color_jitter": None}
+    vit = tiny_vit()
+    vit.pretrained_cfg |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    transform = Seeded(vit, 48, is_training=True, **augment)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 70, 3), dtype=np.uint8))
+    reference = timm.data.create_transform(48, is_training=True, interpolation="bicubic", **augment)
+    results = []
+    for seed in range(20):
+        results.append(transform(image, generator=torch.Generator().manual_seed(seed)))
+        drawn = int(torch.randint(2**32, (), generator=torch.Generator().manual_seed(seed)))
+        random.seed(drawn)
+        np.random.seed(drawn)
+        torch.manual_seed(drawn)
+        with_timm = reference(image)
+        assert torch.equal(results[-1], with_timm) and results[-1].shape == (3, 48, 48)
+    again = transform(image, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(again, results[7]) and not torch.equal(results[6], results[7])
+
+
+def test_evaluation_resizes_to_eight_sevenths_and_crops_the_centre(tiny_vit):
+    vit = tiny_vit(img_size=224, patch_size=16)
+    vit.pretrained_cfg |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    resized = image.resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 58 + 224, 16 + 224))
+    expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    result = Seeded(vit, 224)(image, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(result, (expected - mean) / std, atol=1e-5)
+
+
+def test_posterizing_to_nothing_does_not_end_a_run(tiny_vit):
+    transform = Seeded(tiny_vit(), 8, is_training=True, auto_augment="rand-m10-n4-inc1", color_jitter=None)
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    for seed in range(60):  # a quarter of these ask for 0 bits, which Pillow refuses
+        transform(image, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright(tmp_path, orientation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+    assert np.array_equal(np.asarray(to_pil(tmp_path / "x.png")), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_images_of_any_mode_become_rgb(tmp_path, mode):
+    Image.new(mode, (5, 4)).save(tmp_path / "x.tiff")
+    assert (to_pil(tmp_path / "x.tiff").mode, to_pil(tmp_path / "x.tiff", channels=1).mode) == ("RGB", "L")
+
+
+@pytest.mark.parametrize(("length", "batch", "world"), [(13, 4, 1), (13, 4, 2), (3, 8, 4), (8, 8, 2)])
+def test_every_image_is_seen_by_one_process_once(length, batch, world):
+    seen = []
+    for rank in range(world):
+        sampler = InOrder(length, batch // world, Processes(rank, world, torch.device("cpu"), None))
+        lists = list(sampler)
+        assert len(lists) == len(sampler) and all(1 <= len(keys) <= batch // world for keys in lists)
+        seen += [index for keys in lists for _, index in keys]
+    assert sorted(seen) == list(range(length))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_cannot_be_read_are_left_out(tmp_path, tiny_vit, workers):
+    write_classes(tmp_path, {"ant": 12, "bee": 12})
+    (tmp_path / "ant" / "003.png").write_bytes(b"no image")
+    part = open_labelled(str(tmp_path)).train
+    options = {"batch_size": 5, "workers": workers, "max_bad": 5}
+    found = list(each_once(part, Seeded(tiny_vit(), 32), ONE, **options))
+    rows = torch.cat([rows for _, rows in found])
+    readable = [i for i in range(len(part)) if not part.name(i).endswith("ant/003.png")]
+    assert rows.tolist() == readable and len(torch.cat([images for images, _ in found])) == len(readable) == len(part) - 1
+
+
+def test_accuracy_is_that_of_scikit_learn():
+    logits, labels = torch.randn(300, 9), torch.randint(9, (300,))
+    counts = count_right(logits[:100], labels[:100]) + count_right(logits[100:], labels[100:])
+    found, scores, classes = accuracy(counts), logits.softmax(1).double().numpy(), list(range(9))
+    assert found["top1"] == pytest.approx(100 * top_k_accuracy_score(labels, scores, k=1))
+    assert found["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, scores, k=5))
+    scores /= scores.sum(1, keepdims=True)
+    assert found["val_loss"] == pytest.approx(log_loss(labels, scores, labels=classes), rel=1e-5)
+    assert accuracy(count_right(logits[:, :3], labels % 3))["top5"] == 100  # fewer classes than five

@@ -1,0 +1,297 @@
+"""examples/linear_probe.py and frozen.py: the recipes, frozen backbones, heads trained at once, few labels, the table."""
+
+import dataclasses
+import json
+import signal
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from running import EXAMPLES, run_processes, run_script
+from sklearn.linear_model import LogisticRegression
+from test_finetune import folder as folder  # the same images, the same encoder
+from test_finetune import place as place
+
+from mvmae.metrics import knn_accuracy
+
+sys.path.append(str(EXAMPLES))
+import frozen
+import linear_probe
+from common import Processes, StopSignal, cosine_schedule, parse
+from labelled import Labelled, Seeded, open_labelled
+
+ONE = Processes(0, 1, torch.device("cpu"), None)
+RUN = ["--preset", "quick", "--device", "cpu", "--batch-size", 8, "--epochs", 4, "--log-every", 4, "--output-dir", "run"]
+RUN += ["--data", "images", "--few-shot", 1, 2, "--models"]
+
+
+def config(*arguments, preset="mocov3"):
+    arguments = ["--preset", preset, "--data", "x", "--models", "y", *map(str, arguments)]
+    return parse(linear_probe.Config, linear_probe.PRESETS, "", arguments)
+
+
+def test_the_presets_are_the_recipes_of_moco_v3_and_mae():
+    common = {"batch_size": 1024, "epochs": 100, "head_std": 0.01, "cached": False, "image_size": 0, "neighbours": 20}
+    mocov3 = {**common, "base_lr": 3.0, "warmup_epochs": 0, "optimizer": "sgd", "batch_norm": False}
+    mae = {**common, "base_lr": 0.1, "warmup_epochs": 10, "optimizer": "lars", "batch_norm": True}
+    for name, recipe in (("mocov3", mocov3), ("mae", mae)):
+        parsed = config(preset=name)
+        assert {field: getattr(parsed, field) for field in recipe} == recipe
+        assert 1.0 in parsed.sweep and parsed.few_shot == (1, 2, 5)
+
+
+def small_probe(settings, widths=None):
+    return linear_probe.build_probe(settings, widths or {"avg": 6}, 3)
+
+
+def test_two_steps_of_lars_follow_its_equation():
+    settings = config("--sweep", 1.0, 10.0, "--base-lr", 0.1, preset="mae")
+    probe = small_probe(settings)
+    optimizer = linear_probe.build_optimizer(settings, probe)
+    heads = [(probe.heads["avg_0"], 0.4), (probe.heads["avg_1"], 4.0)]  # 0.1 * 1024 / 256
+    wanted = [[p.detach().double() for p in (head.weight, head.bias)] for head, _ in heads]
+    velocity = [[torch.zeros_like(p) for p in pair] for pair in wanted]
+    for _ in range(2):
+        for i, (head, lr) in enumerate(heads):
+            for j, parameter in enumerate((head.weight, head.bias)):
+                parameter.grad = torch.randn_like(parameter)
+                grad, w = parameter.grad.double(), wanted[i][j]
+                local = 0.001 * w.norm() / grad.norm() if j == 0 else 1.0  # the paper's local rate; not for biases
+                velocity[i][j] = 0.9 * velocity[i][j] + lr * local * grad
+                wanted[i][j] = w - velocity[i][j]
+        optimizer.step()
+    for (head, _), (weight, bias) in zip(heads, wanted, strict=True):
+        assert torch.allclose(head.weight.double(), weight, atol=1e-7) and torch.allclose(head.bias.double(), bias, atol=1e-5)
+
+
+def test_heads_trained_at_once_end_as_if_each_were_alone():
+    settings = config("--base-lr", 0.3, "--sweep", 0.1, 1.0, 3.0)
+    probe = small_probe(settings, {"avg": 6, "token": 4})
+    alone = {name: torch.nn.Linear(head.in_features, 3) for name, head in probe.heads.items()}
+    for name, head in alone.items():
+        head.load_state_dict(probe.heads[name].state_dict())
+    optimizer, momentum = linear_probe.build_optimizer(settings, probe), {}
+    schedule = cosine_schedule(optimizer, 20, 0)
+    for step in range(20):
+        features, labels = {"avg": torch.randn(9, 6), "token": torch.randn(9, 4)}, torch.randint(3, (9,))
+        schedule.step_update(step)
+        sum(torch.nn.functional.cross_entropy(x, labels) for x in probe(features).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, head in alone.items():
+            kind, number = name.split("_")
+            lr = 0.3 * 1024 / 256 * (1.0, 0.1, 3.0)[int(number)] * (1 + np.cos(np.pi * step / 20)) / 2
+            torch.nn.functional.cross_entropy(head(features[kind]), labels).backward()
+            for parameter in head.parameters():
+                momentum[parameter] = 0.9 * momentum.get(parameter, 0) + parameter.grad
+                parameter.data -= lr * momentum[parameter]
+                parameter.grad = None
+    for name, head in alone.items():
+        assert torch.allclose(probe.heads[name].weight, head.weight, atol=1e-5), name
+
+
+def test_heads_start_small_and_only_maes_normalise_over_the_batch():
+    x = 5 + 3 * torch.randn(500, 64)
+    for preset, normed in (("mocov3", x), ("mae", (x - x.mean(0)) / (x.var(0, correction=0) + 1e-6).sqrt())):
+        probe = small_probe(config("--sweep", 1.0, preset=preset), {"avg": 64})
+        head = probe.heads["avg_0"]
+        assert head.weight.std().item() == pytest.approx(0.01, rel=0.2) and not head.bias.any()
+        assert torch.allclose(probe({"avg": x})["avg_0"], head(normed), atol=1e-5)
+        assert len(list(probe.parameters())) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"global_pool": "avg"}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}]
+)
+def test_features_are_those_of_timm(tiny_vit, options):
+    vit, images = tiny_vit(**options).eval(), torch.randn(2, 3, 32, 32)
+    features = frozen.pooled(vit, images)
+    pools = {"avg": "avg", "token": "token"} if vit.cls_token is not None else {"avg": "avg"}
+    assert features.keys() == pools.keys()
+    for kind, pool in pools.items():
+        vit.reset_classifier(0, pool)
+        assert torch.allclose(features[kind], vit(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224"])
+def test_features_of_other_models_are_what_their_head_would_see(name):
+    model, images = timm.create_model(name, num_classes=0).eval(), torch.randn(1, 3, 224, 224)
+    assert torch.allclose(frozen.pooled(model, images)["avg"], model(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_every_tensor_of_the_backbone_stays_as_it_was(tmp_path, monkeypatch, folder, cached):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=0, drop_rate=0.5, drop_path_rate=0.5)  # batch norm, dropout
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    assert "bn1.running_mean" in buffers and buffers.keys() <= before.keys()
+    monkeypatch.setattr("models.load_backbone", lambda *_, **__: model.train())
+    settings = dataclasses.replace(
+        config("--batch-size", 16, "--epochs", 2, "--workers", 0, "--image-size", 32, "--few-shot", 1),
+        output_dir=str(tmp_path),
+        cached=cached,
+        data=str(folder / "images"),
+    )
+    data = open_labelled(settings.data)
+    result = linear_probe.probe_model(settings, "any", data, ONE, StopSignal())
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert 0 <= result["linear"] <= result["best"] <= 100
+
+
+def test_a_frozen_model_drops_nothing(tiny_vit):
+    vit = frozen.freeze(tiny_vit(drop_path_rate=0.5, drop_rate=0.5, proj_drop_rate=0.5).train())
+    images = torch.randn(4, 3, 32, 32, requires_grad=True)
+    first, second = (frozen.pooled(vit, images)["avg"] for _ in range(2))
+    assert torch.equal(first, second)
+    first.sum().backward()
+    assert all(p.grad is None for p in vit.parameters())
+
+
+def test_logistic_regression_is_that_of_scikit_learn():
+    x, labels = torch.randn(60, 12, dtype=torch.float64), torch.randint(4, (60,))
+    weight, bias = frozen.logistic_regression(x, labels, 4, decay=0.01)
+    peer = LogisticRegression(C=1 / (0.01 * 60), tol=1e-8, max_iter=10000).fit(x.numpy(), labels.numpy())
+    ours, theirs = (x @ weight.T + bias).log_softmax(1), peer.predict_log_proba(x.numpy())
+    assert np.allclose(ours.numpy(), theirs, atol=1e-3)
+
+
+def test_few_labels_are_so_many_of_each_class(monkeypatch):
+    seen = []
+
+    def fit(x, labels, num_classes, decay):
+        seen.append((x, labels))
+        return torch.zeros(num_classes, x.shape[1]), torch.zeros(num_classes)
+
+    monkeypatch.setattr(frozen, "logistic_regression", fit)
+    labels = torch.tensor([0] * 9 + [1] * 9 + [2])
+    bank = torch.arange(1.0, 20).view(-1, 1) * torch.ones(1, 4)
+    draws = {frozen.few_label_accuracy(bank, labels, bank, labels, 2, seed) for seed in (0, 0, 1)}
+    assert all(chosen.bincount().tolist() == [2, 2, 1] for _, chosen in seen)
+    assert all(x.norm(dim=1).tolist() == pytest.approx([1.0] * 5) for x, _ in seen)
+    assert list(draws) == pytest.approx([100 * 9 / 19])  # all zeros say class 0
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run with a pretrained and an untrained encoder."""
+    done = run_script("linear_probe.py", *RUN, "encoder", "random:convnext_atto", "--image-size", 32, folder=folder)
+    assert done.code == 0 and "Warning" not in done.err, done.err
+    return done
+
+
+def state(at, name="encoder"):
+    return torch.load(at / "run" / name / "checkpoint.pt", weights_only=True)
+
+
+def test_a_run_leaves_a_table_and_results_for_each_model(whole, folder):
+    run = folder / "run"
+    results = json.loads((run / "results.json").read_text())
+    assert [result["model"] for result in results] == ["encoder", "random:convnext_atto"]
+    assert results[0] == json.loads((run / "encoder" / "results.json").read_text())
+    assert {"knn_avg", "knn_token", "linear", "best", "shot1_avg", "shot2_token_std", "rank_avg"} <= results[0].keys()
+    assert results[0]["paper"] is None and "knn_token" not in results[1]
+    text = (run / "results.md").read_text()
+    assert text in whole.out and (run / "random-convnext_atto" / "curves.png").stat().st_size > 1000
+    lines = text.splitlines()
+    assert [line.count("|") for line in lines] == [lines[0].count("|")] * 4
+    assert f"| encoder | {results[0]['knn_avg']:.1f} | {results[0]['linear']:.1f} |" in text
+
+
+def test_the_numbers_are_those_of_the_features(whole, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    result, data = json.loads((folder / "run" / "encoder" / "results.json").read_text()), open_labelled("images")
+    vit = timm.create_model("local-dir:encoder", pretrained=True).eval()
+    transform, sets = Seeded(vit, 32), []
+    for part in (data.train, data.val):
+        images = torch.stack([transform(part[i][0], generator=torch.Generator()) for i in range(len(part))])
+        with torch.no_grad():
+            sets.append((vit.forward_features(images)[:, 1:].mean(1), torch.as_tensor(part.labels)))
+    assert result["knn_avg"] == pytest.approx(100 * knn_accuracy(*sets[0], *sets[1]))
+    weight, bias = (state(folder)["probe"][f"heads.avg_0.{name}"] for name in ("weight", "bias"))
+    right = (sets[1][0] @ weight.T + bias).argmax(1) == sets[1][1]
+    assert result["linear"] == pytest.approx(100 * right.float().mean().item())
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_run_killed_and_resumed_ends_bit_identical(place, cached):
+    options = [*RUN, "encoder", "--save-every", 5, *([] if cached else ["--no-cached"])]
+    assert run_script("linear_probe.py", *options, folder=place).code == 0
+    expected, numbers = state(place), json.loads((place / "run" / "results.json").read_text())
+    (place / "run").rename(place / "before")
+    cut = run_script("linear_probe.py", *options, folder=place, env={"MVMAE_FAULT": "kill@7"})
+    assert cut.code == -signal.SIGKILL and state(place)["step"] == 5
+    done = run_script("linear_probe.py", *options, "--resume", "--workers", 0 if cached else 2, folder=place)
+    assert done.code == 0 and "resuming run/encoder after step 5" in done.out, done.err
+    assert all(torch.equal(value, state(place)["probe"][key]) for key, value in expected["probe"].items())
+    again = json.loads((place / "run" / "results.json").read_text())
+    assert {**again[0], "seconds": 0} == {**numbers[0], "seconds": 0}
+
+
+def test_two_processes_find_what_one_does(whole, folder, place):
+    both = run_processes("linear_probe.py", *RUN, "encoder", "--image-size", 32, folder=place)
+    assert [done.code for done in both] == [0, 0] and both[1].out == "", both
+    result = json.loads((place / "run" / "results.json").read_text())[0]
+    expected = json.loads((folder / "run" / "results.json").read_text())[0]
+    assert result["knn_avg"] == expected["knn_avg"]
+    ours, theirs = state(place)["probe"], state(folder)["probe"]
+    assert all(torch.allclose(value, theirs[key], atol=1e-4) for key, value in ours.items())
+
+
+@pytest.mark.parametrize(("preset", "options"), [("mae", ["--batch-size", 8, "--no-cached"]), ("quick", [])])
+def test_colours_are_told_apart_by_a_linear_layer(place, preset, options):
+    options = [
+        *options,
+        "--preset",
+        preset,
+        "--epochs",
+        12,
+        "--warmup-epochs",
+        1,
+        "--workers",
+        0,
+        "--sweep",
+        1,
+        10 if preset == "quick" else 10000,
+    ]
+    done = run_script("linear_probe.py", *RUN, "encoder", *options, folder=place)
+    assert done.code == 0, done.err
+    assert json.loads((place / "run" / "results.json").read_text())[0]["best"] > 90
+
+
+def test_the_papers_number_stands_where_model_images_and_recipe_are_its_own():
+    class Sized(list):
+        def __len__(self):
+            return self[0]
+
+    imagenet = Labelled(Sized([1_281_167]), Sized([50_000]), tuple(map(str, range(1000))), "")
+    name = "vit_base_patch16_224.mae"
+    assert linear_probe.paper_number(config(), name, imagenet) == 68.0
+    assert linear_probe.paper_number(config(), "random:" + name, imagenet) is None
+    assert linear_probe.paper_number(config(), name, imagenet._replace(train=Sized([1000]))) is None
+    for change in (["--cached"], ["--epochs", 90], ["--base-lr", 1], ["--image-size", 192], ["--max-steps", 5]):
+        assert linear_probe.paper_number(config(*change), name, imagenet) is None
+    assert linear_probe.paper_number(config(preset="mae"), name, imagenet) is None
+    text = frozen.table(
+        [{"model": "a", "linear": 1.26, "paper": None}, {"model": "b", "paper": 68.0, "shot1_avg": 2.0, "shot1_avg_std": 0.5}]
+    )
+    assert "| a |  | 1.3 |  |  |  |  |" in text and "| b |  |  |  | 68.0 | 2.0 ± 0.5 |  |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convnxt_atto"], "did you mean convnext_atto"),
+        (["encoder", "--batch-size", 64], "48 images are fewer than one batch of 64"),
+        (["encoder", "--data", "nowhere"], "nowhere"),
+        (["images"], "images holds no encoder"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_code_2(place, arguments, message):
+    done = run_script("linear_probe.py", *RUN, *arguments, folder=place)
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert done.err.startswith("error: ") and message in done.err
