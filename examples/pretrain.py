@@ -53,7 +53,9 @@ class Config:
     data: str = option(dataclasses.MISSING, "images: a folder, a list of paths (.txt), or sample")
     output_dir: str = option("runs/pretrain", "folder of the run")
     resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
-    encoder: str = option("mvmae_vit_base_patch16", "plain ViT of timm (paper: ViT-B/16), hf-hub:ID, local-dir:FOLDER, or file")
+    encoder: str = option(
+        "mvmae_vit_base_patch16", "plain ViT of timm (paper: ViT-B/16), hf-hub:ID, folder of a run or export, file"
+    )
     encoder_args: str = option("", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'")
     arch: str = option("", "timm name of the encoder of a lone file of weights")
     pretrained: bool = option(False, "start from the encoder's weights")
@@ -183,7 +185,7 @@ class Pretraining:
             )
         self.model = build_model(config).to(self.device).train()
         self.image_size = self.model.encoder.patch_embed.img_size
-        self.start = starting_weights(self.model.encoder, config.encoder) if config.pretrained else {}
+        self.start = starting_weights(self.model.encoder, config.encoder, config.arch) if config.pretrained else {}
         self.pixels: dict[str, Any] = {"in_chans": config.in_chans, "max_pixels": config.max_pixels}
         self.pixels["value_range"] = config.value_range or None
         centre = mvmae.CentreCropTransform(self.image_size, **self.pixels)

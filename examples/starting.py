@@ -1,12 +1,11 @@
 """What a run starts from: an encoder and its weights, whose they are, and how gently they are trained further."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from common import Stop, create_encoder
+from models import find_weights
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
@@ -28,7 +27,7 @@ def start_encoder(
     """Build the encoder that a run starts from, without a classifier head.
 
     Args:
-        name: of timm, ``hf-hub:ID``, ``local-dir:FOLDER``, or a file of weights (.safetensors, .pth).
+        name: of timm, ``hf-hub:ID``, the folder of a run or an export (with ``local-dir:`` or not), or a file of weights.
         arguments: more of timm's options, as ``"patch_size=8 embed_dim=128"``.
         pretrained: with its weights.
         arch: timm's name of the model of a file, where no config.json lies beside it.
@@ -43,8 +42,7 @@ def start_encoder(
     options: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
     if image_size:
         options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
-    file = _weights_file(name)
-    architecture = name if file is None else arch or _folder_of(file)
+    architecture, file = find_weights(name, arch)
     try:
         encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
     except (RuntimeError, OSError) as error:
@@ -55,38 +53,24 @@ def start_encoder(
     return encoder
 
 
-def _weights_file(name: str) -> Path | None:
-    if Path(name).suffix not in (".safetensors", ".pth", ".pt"):
-        return None
-    if not Path(name).is_file():
-        raise Stop(f"there is no file {name}")
-    return Path(name)
-
-
-def _folder_of(file: Path) -> str:
-    config = file.parent / CONFIG_FILE
-    if not (config.is_file() and "architecture" in json.loads(config.read_text())):
-        raise Stop(f"{file} does not tell its architecture: add --arch with its name in timm")
-    return f"local-dir:{file.parent}"
-
-
-def starting_weights(encoder: Any, name: str) -> dict[str, str]:
+def starting_weights(encoder: Any, name: str, arch: str = "") -> dict[str, str]:
     """Say which weights a run starts from and what licence they are under, for the export and its card.
 
     Args:
         encoder: as `start_encoder` built it with weights.
         name: as `start_encoder` took it.
+        arch: likewise.
 
     Returns:
         ``weights``, their name; ``license``, "unknown" where none is recorded; ``repo`` on the Hub, where timm knows one.
     """
-    cfg = encoder.pretrained_cfg
-    by_name = ":" not in name and _weights_file(name) is None
-    found = {"weights": f"{cfg['architecture']}.{cfg['tag']}" if by_name and cfg.get("tag") else name}
-    alone = not by_name and ":" not in name and not (Path(name).parent / CONFIG_FILE).is_file()
-    found["license"] = "unknown" if alone else cfg.get("license") or "unknown"
-    repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id") if by_name else None
-    return found | ({"repo": str(repo)} if repo and repo != "timm/" else {})
+    cfg, (_, file) = encoder.pretrained_cfg, find_weights(name, arch)
+    named = file is None and ":" not in name
+    known = file is None or (file.parent / CONFIG_FILE).is_file()
+    found = {"weights": f"{cfg['architecture']}.{cfg['tag']}" if named and cfg.get("tag") else name}
+    found["license"] = (cfg.get("license") or "unknown") if known else "unknown"
+    repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id") if named else ""
+    return found | ({"repo": str(repo)} if repo and "/" in str(repo).strip("/") else {})
 
 
 def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

@@ -231,7 +231,7 @@ def test_every_trained_parameter_is_in_one_group(name, monkeypatch):
     ("arguments", "words"),
     [
         (["--encoder", "swin_tiny_patch4_window7_224", "--no-pretrained"], ["SwinTransformer", "windows"]),
-        (["--encoder", "no/such.safetensors"], ["there is no file no/such.safetensors"]),
+        (["--encoder", "no/such.safetensors"], ["there is no file or folder no/such.safetensors"]),
         (["--encoder", "local-dir:no/such"], ["no/such"]),
         (["--mean", "automatic"], ["--mean 'automatic'", "auto"]),
         (["--crops-per-image", "0"], ["0 times"]),
