@@ -76,7 +76,7 @@ def parse(
             settings["action"] = argparse.BooleanOptionalAction
             settings["help"] = field.metadata["help"]
         elif typing.get_origin(kind) is tuple:
-            settings |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+            settings |= {"type": _reader(typing.get_args(kind)[0]), "nargs": "+"}
         else:
             settings["type"] = _without_none(kind)
         if field.metadata["choices"]:
@@ -85,6 +85,17 @@ def parse(
     values = vars(parser.parse_args(arguments))
     values.pop("preset")
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _reader(kind: Any) -> Any:
+    return _number_or_word if kind == float | str else kind
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _without_none(kind: Any) -> Any:

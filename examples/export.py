@@ -33,7 +33,7 @@ class Config:
     push: str = option("", "owner/name of a repository on the Hub to upload to; none where it is empty")
     private: bool = option(False, "create that repository as a private one")
     datasets: tuple[str, ...] = option((), "names of the images, as the Hub has them, for the card")
-    license: str = option("apache-2.0", "of the weights, for the card")
+    license: str = option("", "of the weights; that of the weights the run started from where empty, else apache-2.0")
     hardware: str = option("", "that the run used, for the card")
     command: str = option("", "that started the run, for the card; what the checkpoint says where it is empty")
     commit: str = option("", "of this package that the run used, for the card; what the checkpoint says where it is empty")
@@ -83,7 +83,8 @@ def main(config: Config) -> None:
     state = load_checkpoint(source)
     if state is None:
         raise Stop(f"{source} holds no checkpoint.pt: the folder of a run is expected")
-    model = build_model(state)
+    model, started_from = build_model(state), state.get("start") or {}
+    license = config.license or started_from.get("license", "apache-2.0")
     hub.load_weights(model, state["model"], source=source / "checkpoint.pt")
     hub.export(
         model,
@@ -91,7 +92,8 @@ def main(config: Config) -> None:
         mean=state.get("mean"),
         std=state.get("std"),
         label_names=state.get("label_names"),
-        license=config.license,
+        license=license,
+        started_from=started_from,
     )
     check(model, folder)
     for name in ("curves.png", "reconstructions.png"):
@@ -101,7 +103,7 @@ def main(config: Config) -> None:
         folder,
         repo=config.push or f"owner/{source.name}",
         datasets=config.datasets,
-        license=config.license,
+        license=license,
         metrics=measured(source, state.get("step", 0)),
         command=config.command or state.get("command", ""),
         commit=config.commit or state.get("commit", ""),

@@ -38,6 +38,7 @@ from labelled import Seeded, open_labelled
 from models import add_head, load_backbone, save_classifier
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -197,7 +198,7 @@ class FineTuning:
             parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
             parts |= {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
             parts |= {"label_names": list(self.data.class_names)}
-            if isinstance(self.model, VisionTransformer):
+            if isinstance(self.model, VisionTransformer | Eva):
                 parts["description"] = describe(self.model)  # for export.py
             save_checkpoint(self.folder, {**parts, "step": step, "settings": self.settings})
 

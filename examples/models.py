@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from common import Stop, create_encoder
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -31,7 +32,7 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
         Stop: if there is no such model, or its weights cannot be had or do not fit.
     """
     wanted, untrained = name.removeprefix("random:"), name.startswith("random:")
-    architecture, file = _find(wanted, arch)
+    architecture, file = find_weights(wanted, arch)
     options |= {"img_size": image_size} if image_size else {}
     try:
         with torch.device("meta"):
@@ -45,8 +46,16 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
     return model
 
 
-def _find(name: str, arch: str) -> tuple[str, Path | None]:
-    """Give what timm is to build, and the local file of its weights."""
+def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
+    """Give what timm is to build, and the local file of its weights, if there is one.
+
+    Args:
+        name: as `load_backbone` takes it, without ``random:``.
+        arch: likewise.
+
+    Raises:
+        Stop: if there is no such file or folder, or it does not tell its architecture.
+    """
     path = Path(name.removeprefix("local-dir:"))
     if path.is_dir():
         folder = next((path / part for part in ("encoder", "best", "") if _is_export(path / part)), None)
@@ -74,7 +83,7 @@ def load_weights(model: Any, file: Path) -> None:
         WeightsError: if the file is damaged or does not fit.
     """
     weights, head = read_weights(file), model.pretrained_cfg.get("classifier") or "head"
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | Eva):
         weights = checkpoint_filter(weights, model)
     weights = {key: value for key, value in weights.items() if not key.startswith(f"{head}.")}
     check_weights(weights, {k: v for k, v in model.state_dict().items() if not k.startswith(f"{head}.")}, source=file)
@@ -105,7 +114,7 @@ def add_head(model: Any, num_classes: int, *, std: float) -> None:
 
 def save_classifier(model: nn.Module, folder: Path, class_names: tuple[str, ...]) -> None:
     """Write a model with its head and the names of its classes, for ``timm.create_model("local-dir:FOLDER")``."""
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | Eva):
         export(model, folder, label_names=class_names)
     else:
         timm.models.save_for_hf(model, str(folder), model_config={"label_names": list(class_names)}, safe_serialization=True)

@@ -5,6 +5,8 @@
   torchrun --nproc-per-node 8 examples/pretrain.py --data path/to/imagenet/train --output-dir runs/paper --workers 12
       the paper's run: 1600 epochs of ViT-B/16, estimated at 120 to 215 hours of one H100 (not measured); the paper's
       fine-tuning accuracy after it is 84.3 %, its linear probe 76.7 %
+  python examples/pretrain.py --preset adapt --encoder vit_small_patch16_dinov3 --data path/to/images --output-dir runs/adapted
+      goes on from published weights on images of one's own: see examples/README.md
 
 The defaults are the paper's, or MAE's where the paper is silent. Add --resume to go on with a run that was cut.
 """
@@ -23,7 +25,6 @@ from common import (
     Stop,
     StopSignal,
     cosine_schedule,
-    create_encoder,
     draw_curves,
     inject_fault,
     normalize,
@@ -32,16 +33,18 @@ from common import (
     run,
     start_processes,
 )
-from features import Monitor
+from features import MONITORED, Monitor, report
+from inputs import augmented, channel_statistics, open_source
+from starting import Freeze, parameter_groups, start_encoder, starting_weights
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 import mvmae
+from mvmae.card import license_warning
 from mvmae.data import Loader, MultiViewDataset, StepSampler, explain_loader_error, make_loader, sample_seed
-from mvmae.encoding import check_encoder
 from mvmae.hub import describe, export
+from mvmae.images import MAX_PIXELS
 from mvmae.metrics import collapse_warning
-from mvmae.sources import open_images
 from mvmae.visualize import reconstruction_picture
 
 
@@ -50,13 +53,22 @@ class Config:
     data: str = option(dataclasses.MISSING, "images: a folder, a list of paths (.txt), or sample")
     output_dir: str = option("runs/pretrain", "folder of the run")
     resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
-    encoder: str = option("mvmae_vit_base_patch16", "any plain ViT of timm (paper: ViT-B/16)")
+    encoder: str = option(
+        "mvmae_vit_base_patch16", "plain ViT of timm (paper: ViT-B/16), hf-hub:ID, folder of a run or export, file"
+    )
     encoder_args: str = option("", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'")
-    pretrained: bool = option(False, "start from the encoder's published weights")
-    image_size: int = option(224, "side of a view in pixels (paper)")
+    arch: str = option("", "timm name of the encoder of a lone file of weights")
+    pretrained: bool = option(False, "start from the encoder's weights")
+    freeze_epochs: float = option(0, "for which the encoder stays as it is, and again to warm its learning rate up")
+    layer_decay: float = option(1.0, "factor of the learning rate from each layer of the encoder to the one below")
+    image_size: tuple[int, ...] = option((), "side of a view in pixels, or height and width; the encoder's own (paper: 224)")
     in_chans: int = option(3, "channels of the images; other than 3 needs --mean and --std")
-    mean: tuple[float, ...] = option((), "mean of each channel, 0 to 1; the encoder's own where not given")
-    std: tuple[float, ...] = option((), "standard deviation of each channel; the encoder's own where not given")
+    mean: tuple[float | str, ...] = option((), "mean of each channel, 0 to 1; auto measures it; the encoder's own if not given")
+    std: tuple[float | str, ...] = option((), "standard deviation of each channel, likewise")
+    value_range: tuple[float, ...] = option((), "values of 16-bit images that become black and white, such as 0 4095")
+    max_pixels: int = option(MAX_PIXELS, "of an image: larger ones are refused")
+    crops_per_image: int = option(1, "times that an epoch sees each image, for a few huge ones")
+    transform: str = option("", "module:function of yours that changes each view, (C, H, W) uint8, after crop and flip")
     num_views: int = option(2, "target views of an image (paper)")
     same_crop: bool = option(False, "the same crop in every view: Table 6, without two different targets")
     crop_scale: tuple[float, ...] = option((0.2, 1.0), "share of the image's area that a crop covers (MAE)")
@@ -99,7 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "output_dir": "runs/quick",
         "encoder": "mvmae_vit_tiny_patch16",
         "encoder_args": "patch_size=8 embed_dim=128 depth=4 num_heads=4",
-        "image_size": 48,
+        "image_size": (48,),
         "decoder_dim": 64,
         "decoder_depth": 2,
         "decoder_heads": 4,
@@ -111,6 +123,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "save_every": 100,
         "monitor": 10,
     },
+    "adapt": {  # all but the layer decay's source are assumed: nobody has published such a recipe
+        "output_dir": "runs/adapt",
+        "pretrained": True,
+        "freeze_epochs": 5,  # a random decoder's gradients would spoil the encoder, as a random head's do (LP-FT)
+        "layer_decay": 0.75,  # low layers hold what all images share (BEiT, MAE fine-tuning: 0.65 to 0.75)
+        "base_lr": 1e-4,  # below pretraining's: the way from good weights is short
+        "epochs": 100,  # own images are few; the drift in curves.png shows where to stop
+        "warmup_epochs": 5,
+        "monitor": 10,
+    },
 }
 MAY_CHANGE = frozenset(
     {"output_dir", "resume", "device", "accumulate", "compile", "grad_checkpointing", "workers", "max_bad", "max_steps"}
@@ -118,16 +140,20 @@ MAY_CHANGE = frozenset(
 )
 
 
-CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "lr")
-MONITORED = 512
-"""Most images of a look in the middle of a run."""
+CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "similarity", "cka", "lr")
 
 
 def build_model(config: Config) -> mvmae.MultiViewMAE:
     """Create the encoder and the pretraining model around it, the same for the same seed."""
     torch.manual_seed(config.seed)
-    options = {"pretrained": config.pretrained, "img_size": config.image_size, "in_chans": config.in_chans}
-    encoder = check_encoder(create_encoder(config.encoder, config.encoder_args, **options))
+    encoder = start_encoder(
+        config.encoder,
+        config.encoder_args,
+        pretrained=config.pretrained,
+        arch=config.arch,
+        image_size=config.image_size,
+        in_chans=config.in_chans,
+    )
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     return mvmae.MultiViewMAE(
         encoder,
@@ -144,28 +170,27 @@ def build_model(config: Config) -> mvmae.MultiViewMAE:
     )
 
 
-def channel_statistics(config: Config, cfg: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Give the mean and standard deviation of each channel: the user's, or the encoder's."""
-    mean, std = (tuple(typed or cfg[name]) for name, typed in (("mean", config.mean), ("std", config.std)))
-    if len(mean) != config.in_chans or len(std) != config.in_chans:
-        raise Stop(
-            f"--in-chans {config.in_chans} does not go with {len(mean)} means and {len(std)} standard deviations: "
-            f"give --mean and --std {config.in_chans} numbers each, in units of the whole range (0 to 1)"
-        )
-    return mean, std
-
-
 class Pretraining:
     """All that a run consists of, set up from its options and a checkpoint, if there is one."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.processes = config, start_processes(config.device)
         self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
-        self.source = open_images(config.data)
+        self.source = open_source(config.data, config.crops_per_image)
         if config.batch_size < 2 and config.loss_weight:
             raise Stop("--batch-size 1 has no negatives for the contrastive loss: use 2 or more, or --loss-weight 0")
+        if config.freeze_epochs >= config.epochs:
+            raise Stop(
+                f"--freeze-epochs {config.freeze_epochs:g} leaves nothing of --epochs {config.epochs} to train the encoder in"
+            )
         self.model = build_model(config).to(self.device).train()
-        self.mean, self.std = channel_statistics(config, self.model.encoder.pretrained_cfg)
+        self.image_size = self.model.encoder.patch_embed.img_size
+        self.start = starting_weights(self.model.encoder, config.encoder, config.arch) if config.pretrained else {}
+        self.pixels: dict[str, Any] = {"in_chans": config.in_chans, "max_pixels": config.max_pixels}
+        self.pixels["value_range"] = config.value_range or None
+        centre = mvmae.CentreCropTransform(self.image_size, **self.pixels)
+        typed = {"mean": config.mean, "std": config.std}
+        self.mean, self.std = channel_statistics(typed, self.model.encoder.pretrained_cfg, self.source, centre)
         steps_per_epoch = len(self.source) // config.batch_size
         self.steps = config.epochs * steps_per_epoch
         self.sampler = StepSampler(
@@ -177,19 +202,21 @@ class Pretraining:
             world_size=self.processes.world_size,
         )
         self.lr = config.base_lr * config.batch_size / 256
+        gentle = config.layer_decay != 1 or config.freeze_epochs > 0
         self.optimizer = create_optimizer_v2(
-            self.model,
+            parameter_groups(self.model, config.weight_decay, config.layer_decay) if gentle else self.model,
             opt="adamw",
             lr=self.lr,
             weight_decay=config.weight_decay,
             betas=(0.9, config.beta2),
             fused=self.device.type == "cuda",
         )
+        self.freeze = Freeze(self.model.encoder, round(config.freeze_epochs * steps_per_epoch))
         self.schedule = cosine_schedule(self.optimizer, self.steps, round(config.warmup_epochs * steps_per_epoch))
         self.description = describe(self.model)
         self.settings = {**dataclasses.asdict(config), "images": self.source.fingerprint}
-        centre = mvmae.CentreCropTransform(config.image_size, in_chans=config.in_chans)
-        self.monitor = Monitor(config.data, centre, self.mean, self.std, config.monitor_images if self.first else 0)
+        looked_at = config.monitor_images if self.first else 0
+        self.monitor = Monitor(config.data, centre, self.mean, self.std, looked_at, drift=config.pretrained)
         self.resume_or_start()
 
     def resume_or_start(self) -> None:
@@ -202,22 +229,32 @@ class Pretraining:
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
         about = f"{len(self.source)} images, {self.steps} steps of {self.config.batch_size}, learning rate {self.lr:.3g}"
         self.log.say(f"{about}, on {self.device}")
+        if self.start:
+            self.log.say(f"from {self.start['weights']}: {license_warning(self.start) or 'licence ' + self.start['license']}")
+        self.monitor.start = state["start_features"] if state else None
         self.before = state["before"] if state else self.look(0)
 
     def loader(self) -> Loader:
         """Load V views of each image of a step."""
         config = self.config
         transform = mvmae.MultiViewTransform(
-            config.image_size,
+            self.image_size,
             num_views=config.num_views,
             scale=(config.crop_scale[0], config.crop_scale[-1]),
             same_crop=config.same_crop,
-            in_chans=config.in_chans,
             decoder=config.loader,
+            **self.pixels,
         )
-        dataset = MultiViewDataset(self.source, transform, seed=config.seed, max_bad=config.max_bad)
+        views = augmented(transform, config.transform)
+        dataset = MultiViewDataset(self.source, views, seed=config.seed, max_bad=config.max_bad)
         options = {"num_workers": config.workers, "pin_memory": self.device.type == "cuda"}
         return make_loader(dataset, self.sampler, bad_file=self.folder / "bad_files.txt", **options)  # type: ignore[arg-type]
+
+    def trained(self, step: int) -> torch.nn.Module:
+        """Freeze the encoder or set it free, and give the model as it is to be trained from this step on."""
+        self.freeze.apply(step)
+        model = torch.compile(self.model) if self.config.compile else self.model
+        return parallel(model, self.processes)  # type: ignore[arg-type]
 
     def masks(self, step: int) -> mvmae.Mask:
         """Draw the masks of a step for the whole batch, the same for any number of processes, and give this one's part."""
@@ -245,7 +282,8 @@ class Pretraining:
             weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             about = {"description": self.description, "mean": self.mean, "std": self.std, "command": shlex.join(sys.argv)}
             state = {"step": step, "settings": self.settings, "before": self.before, **about}
-            save_checkpoint(self.folder, {**weights, **state})
+            start = {"start": self.start, "start_features": self.monitor.start}
+            save_checkpoint(self.folder, {**weights, **state, **start})
 
 
 def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int) -> mvmae.Losses:
@@ -260,12 +298,14 @@ def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int
 def train(run: Pretraining) -> Tensor:
     """Run the steps; give the last batch of views."""
     config, sampler, stop, meter = run.config, run.sampler, StopSignal(), Meter(run.processes)
-    model = parallel(torch.compile(run.model) if config.compile else run.model, run.processes)  # type: ignore[arg-type]
+    model = run.trained(sampler.start_step + 1)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
     views, per_epoch = torch.empty(0), sampler.steps_per_epoch
     for step, batch in enumerate(run.loader(), start=sampler.start_step + 1):
         torch.manual_seed(sample_seed(config.seed, -2, step, run.processes.rank))  # for dropout, if the encoder has any
+        model = run.trained(step) if run.freeze.ends(step) else model
         run.schedule.step_update(step - 1)
+        run.freeze.scale_rates(run.optimizer, step)
         views = normalize(batch.views.to(run.device, non_blocking=True), run.mean, run.std)  # (B, V, C, H, W)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
             losses = backward(model, views, run.masks(step), config.accumulate)
@@ -293,9 +333,8 @@ def train(run: Pretraining) -> Tensor:
 
 def finish(run: Pretraining, views: Tensor) -> None:
     """Write the encoder and the pictures, and say how to load it and how good it is."""
-    folder, before = run.folder, run.before.get("knn")
-    after = run.look(run.sampler.num_steps or 0).get("knn")
-    export(run.model, folder / "encoder", mean=run.mean, std=run.std)
+    folder, after = run.folder, run.look(run.sampler.num_steps or 0)
+    export(run.model, folder / "encoder", mean=run.mean, std=run.std, started_from=run.start)
     draw_curves(folder / "curves.png", run.log.records(), CURVES)
     if len(views):
         generator = torch.Generator().manual_seed(run.config.seed)
@@ -304,8 +343,8 @@ def finish(run: Pretraining, views: Tensor) -> None:
     run.log.close()
     print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir()))}")
     print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')
-    if before is not None and after is not None:
-        print(f"k-NN accuracy on held-out images: {before:.1f} % before, {after:.1f} % after")
+    for line in report(run.before, after):
+        print(line)
 
 
 def main(config: Config) -> None:

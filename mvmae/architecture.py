@@ -7,10 +7,12 @@ from typing import Any
 
 import timm
 import timm.layers
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .encoders import TIMM_NAMES
+from .encoding import PlainViT
 from .pretrained import WeightsError, first_line
 
 DEFAULT_NAME = "vit_base_patch16_224"
@@ -29,7 +31,7 @@ OPTIONS = (
 RUN_TIME = ("device", "dtype", "num_classes", "weight_init", "fix_init")  # not what the weights are
 
 
-def describe_encoder(vit: VisionTransformer, *, plain: bool = True) -> dict[str, Any]:
+def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
     """Give what ``timm.create_model`` needs to build a ViT like this one, as JSON can hold it.
 
     Args:
@@ -51,9 +53,10 @@ def describe_encoder(vit: VisionTransformer, *, plain: bool = True) -> dict[str,
     current, default = _arguments(vit), _arguments(reference)
     recorded = getattr(vit, "_model_args", {})  # how timm built it, from 1.0.31 on: finds what no attribute tells
     args = {key: value for key, value in recorded.items() if key not in current and key not in RUN_TIME and _is_plain(value)}
-    args |= {key: value for key, value in current.items() if value != default[key]}
+    args |= {key: value for key, value in current.items() if value != default.get(key)}
     if "global_pool" in args:  # which decides fc_norm where nothing is said
-        args["fc_norm"] = current["fc_norm"]
+        fc_norm = "use_fc_norm" if isinstance(vit, Eva) else "fc_norm"
+        args[fc_norm] = current[fc_norm]
     if plain:
         args = {key: value for key, value in args.items() if key not in REGULARISERS}
     description = {"architecture": name, "model_args": args, "num_classes": vit.num_classes}
@@ -71,7 +74,8 @@ def build_encoder(description: Mapping[str, Any]) -> nn.Module:
     name, args = description.get("architecture"), description.get("model_args", {})
     if not (isinstance(name, str) and timm.is_model(name)):
         raise WeightsError(f"architecture {name!r} is unknown to timm {timm.__version__}: the name of a ViT is expected")
-    unknown = sorted(set(args) - set(inspect.signature(VisionTransformer.__init__).parameters))
+    kind = Eva if isinstance(_on_meta(name, {}), Eva) else VisionTransformer
+    unknown = sorted(set(args) - set(inspect.signature(kind.__init__).parameters))
     if unknown:
         raise WeightsError(f"timm {timm.__version__} has no ViT arguments {', '.join(unknown)} (of {name}): upgrade timm")
     statistics = {key: tuple(description[key]) for key in ("mean", "std") if key in description}
@@ -148,18 +152,24 @@ def _widths(projector: nn.Module) -> list[int] | None:
     return widths
 
 
-def _on_meta(name: str, args: Mapping[str, Any]) -> VisionTransformer:
-    return timm.create_model(name, num_classes=0, device="meta", **args)
+def _on_meta(name: str, args: Mapping[str, Any]) -> PlainViT:
+    vit: PlainViT = timm.create_model(name, num_classes=0, device="meta", **args)
+    return vit
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float | bool)
 
 
-def _arguments(vit: VisionTransformer) -> dict[str, Any]:
+def _arguments(vit: PlainViT) -> dict[str, Any]:
     """Read the arguments of a ViT off its modules."""
+    args = _shared_arguments(vit) | (_eva_arguments(vit) if isinstance(vit, Eva) else _vit_arguments(vit))
+    return {key: value[0] if isinstance(value, list) and value[0] == value[1] else value for key, value in args.items()}
+
+
+def _shared_arguments(vit: PlainViT) -> dict[str, Any]:
     embed, block = vit.patch_embed, vit.blocks[0]
-    fc1, qkv = getattr(block.mlp, "fc1", None), getattr(block.attn, "qkv", None)
+    fc1, last = getattr(block.mlp, "fc1", None), vit.blocks[-1]
     args = {
         "img_size": list(embed.img_size) if embed.img_size else None,
         "patch_size": list(embed.patch_size),
@@ -168,33 +178,53 @@ def _arguments(vit: VisionTransformer) -> dict[str, Any]:
         "depth": len(vit.blocks),
         "num_heads": block.attn.num_heads,
         "qk_norm": not isinstance(getattr(block.attn, "q_norm", nn.Identity()), nn.Identity),
-        "class_token": vit.has_class_token,
-        "reg_tokens": vit.num_reg_tokens,
+        "class_token": vit.cls_token is not None,
         "no_embed_class": vit.no_embed_class,
-        "pos_embed": "none" if vit.pos_embed is None else "learn",
-        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
         "global_pool": vit.global_pool,
-        "pool_include_prefix": vit.pool_include_prefix,
         "dynamic_img_size": vit.dynamic_img_size,
         "dynamic_img_pad": embed.dynamic_img_pad,
         "drop_rate": vit.head_drop.p,
         "pos_drop_rate": vit.pos_drop.p,
         "proj_drop_rate": getattr(getattr(block.attn, "proj_drop", None), "p", 0.0),
         "attn_drop_rate": getattr(getattr(block.attn, "attn_drop", None), "p", 0.0),
-        "drop_path_rate": round(getattr(getattr(vit.blocks[-1], "drop_path1", None), "drop_prob", 0.0), 6),
+        "drop_path_rate": round(getattr(getattr(last, "drop_path1", None), "drop_prob", None) or 0.0, 6),
     }
-    if fc1 is not None:
-        args["mlp_ratio"] = fc1.out_features / vit.embed_dim
+    return args | ({"mlp_ratio": fc1.out_features / vit.embed_dim} if fc1 is not None else {})
+
+
+def _vit_arguments(vit: PlainViT) -> dict[str, Any]:
+    block = vit.blocks[0]
+    qkv = getattr(block.attn, "qkv", None)
+    args = {
+        "reg_tokens": vit.num_reg_tokens,
+        "pos_embed": "none" if vit.pos_embed is None else "learn",
+        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+        "pool_include_prefix": vit.pool_include_prefix,
+    }
     if qkv is not None:
         args["qkv_bias"] = qkv.bias is not None
     if isinstance(getattr(block, "ls1", None), timm.layers.LayerScale):
         args["init_values"] = 1e-5  # where layer scale starts does not matter to weights that are loaded
-    return {key: value[0] if isinstance(value, list) and value[0] == value[1] else value for key, value in args.items()}
+    return args
 
 
-def _check_rebuilt(vit: VisionTransformer, rebuilt: VisionTransformer, description: Mapping[str, Any]) -> None:
+def _eva_arguments(vit: PlainViT) -> dict[str, Any]:
+    args = {
+        "num_reg_tokens": vit.reg_token.shape[1] if vit.reg_token is not None else 0,
+        "use_abs_pos_emb": vit.pos_embed is not None,
+        "use_rot_pos_emb": vit.rope is not None,
+        "use_pre_transformer_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "use_post_transformer_norm": not isinstance(vit.norm, nn.Identity),
+        "use_fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+    }
+    if getattr(vit.blocks[0], "gamma_1", None) is not None:
+        args["init_values"] = 1e-5
+    return args
+
+
+def _check_rebuilt(vit: PlainViT, rebuilt: PlainViT, description: Mapping[str, Any]) -> None:
     ours, theirs = (_structure(model) for model in (vit, rebuilt))
     for key in {**theirs, **ours}:
         if ours.get(key) != theirs.get(key):
@@ -204,7 +234,7 @@ def _check_rebuilt(vit: VisionTransformer, rebuilt: VisionTransformer, descripti
             )
 
 
-def _structure(vit: VisionTransformer) -> dict[str, str]:
+def _structure(vit: PlainViT) -> dict[str, str]:
     """Give all that decides what a ViT computes, without its weights and its classifier head."""
     modules = {name: repr(module) for name, module in vit.named_modules() if not list(module.children())}
     shapes = {name: str(tuple(value.shape)) for name, value in vit.state_dict().items()}

@@ -1,6 +1,7 @@
 """The model card: what an exported folder holds, how to load it, how it was made, and what was measured."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,24 @@ from typing import Any
 from .pretrained import CONFIG_FILE, PRETRAINING_FILE, PRETRAINING_FOLDER, WEIGHTS_FILE, locate, read_json, replace_file, sha256
 
 CARD_FILE = "README.md"
+FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
+NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|amlr|seer-license")
+
+
+def license_warning(started_from: Mapping[str, str]) -> str | None:
+    """Give a line to warn with where trained weights are not free for all, because those they started from are not.
+
+    Args:
+        started_from: ``weights``, a name, and ``license``, as the Hub spells it.
+    """
+    weights, license = started_from.get("weights", "the starting weights"), started_from.get("license", "unknown").lower()
+    if NON_COMMERCIAL.search(license):
+        return f"{weights} is under {license}, which forbids commercial use: that holds for the weights trained from it too"
+    if license in ("", "unknown", "none", "other"):
+        return f"the licence of {weights} is not recorded: find it out before you use or publish weights trained from it"
+    if not FREE.fullmatch(license):
+        return f"{weights} is under {license}, which has terms of its own for weights trained from it: read them"
+    return None
 
 
 def write_card(
@@ -51,6 +70,10 @@ def write_card(
         "tags": ["timm", "transformers", "mvmae", "masked-autoencoder", "self-supervised-learning"],
         "datasets": list(datasets),
     }
+    started = config.get("started_from") or {}
+    if started.get("repo"):
+        metadata["base_model"] = started["repo"]
+    warning = license_warning(started) if started else None
     made = {"Images": ", ".join(datasets), "Command": command and f"`{command}`", "Commit": commit, "Hardware": hardware}
     files = {
         name: sha256(folder / name)
@@ -67,6 +90,8 @@ def write_card(
         if whole
         else "",
         "## Training\n\n" + "\n".join(f"- {key}: {value or 'not recorded'}" for key, value in made.items()),
+        f"Started from {started['weights']}, licence {started['license']}." if started else "",
+        f"**Licence:** {warning}." if warning else "",
         f"```json\n{json.dumps(settings, indent=2)}\n```" if settings else "",
         "![Losses of the run](curves.png)" if (folder / "curves.png").exists() else "",
         "## Measured\n\n" + ("\n".join(f"- {key}: {value:g}" for key, value in (metrics or {}).items()) or "Nothing yet."),

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as eva_filter
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from .patches import sincos_table
@@ -66,7 +69,7 @@ def hub_owner() -> str:
     return os.environ.get("MVMAE_HUB_OWNER") or HUB_OWNER
 
 
-def checkpoint_filter(state_dict: Mapping[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer | Eva") -> dict[str, Tensor]:
     """Turn the weights of a checkpoint into those of an encoder, for timm's loader.
 
     Takes the encoder out of a pretraining checkpoint (``encoder.*``, or an MAE-layout file with its decoder and mask token),
@@ -82,7 +85,7 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: VisionTransformer) -
         state_dict = {key[8:]: value for key, value in state_dict.items() if key.startswith("encoder.")}
     kept = {key: value for key, value in state_dict.items() if key != "mask_token" and not key.startswith("decoder")}
     try:
-        weights: dict[str, Tensor] = checkpoint_filter_fn(kept, model)
+        weights: dict[str, Tensor] = (eva_filter if isinstance(model, Eva) else vit_filter)(kept, model)
     except (RuntimeError, ValueError) as error:
         raise WeightsError(f"the checkpoint's positions or patches cannot be resized ({first_line(error)})") from error
     source, wanted = ("norm", "fc_norm") if isinstance(model.norm, nn.Identity) else ("fc_norm", "norm")
@@ -93,12 +96,12 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: VisionTransformer) -
     return weights
 
 
-def _check_encoder_weights(weights: dict[str, Tensor], model: VisionTransformer) -> None:
+def _check_encoder_weights(weights: dict[str, Tensor], model: "VisionTransformer | Eva") -> None:
     """Check all but what timm itself adapts afterwards: another number of classes, another number of channels."""
     expected = model.state_dict()
     head = ("head.weight", "head.bias")
     fits = all(key in weights and key in expected and weights[key].shape == expected[key].shape for key in head)
-    if not fits and model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes"):
+    if not fits and (not model.num_classes or model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes")):
         if head[0] in weights:
             classes = len(weights[head[0]])
             _logger.warning("the checkpoint's head of %d classes is left out: the model has %d", classes, model.num_classes)

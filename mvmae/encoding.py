@@ -1,39 +1,58 @@
-"""How a plain ViT of timm encodes only the visible patches of an image.
+"""How a plain ViT of timm, with learned or rotary positions, encodes only the visible patches of an image.
 
 Shapes: B images, C channels, H x W pixels, P patch side, L patches, K visible, T prefix tokens (class and register tokens),
 D encoder width.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import checkpoint_seq
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .masking import Mask
 from .patches import grid_size
+from .rotary import rotated_blocks
+
+PlainViT: TypeAlias = "VisionTransformer | Eva"
+REASONS = {
+    "Swin": "its windows and merged patches need every patch at its place",
+    "Hiera": "it pools patches between its stages, which needs every patch at its place",
+    "ConvNeXt": "its convolutions see across patches, masked ones too",
+    "ResNet": "its convolutions see across patches, masked ones too",
+    "EfficientNet": "its convolutions see across patches, masked ones too",
+    "Beit": "the relative positions in its attention are made for all patches at once",
+    "NaFlexVit": "it takes patches instead of images: build it with use_naflex=False",
+}  # the start of a class's name -> what is in the way
 
 
-def check_encoder(vit: nn.Module) -> VisionTransformer:
+def check_encoder(vit: nn.Module) -> PlainViT:
     """Give ``vit`` back if `encode_visible` can run it.
 
     Raises:
         TypeError: if it is not a plain ViT of timm, naming what is in the way.
     """
-    name = type(vit).__name__
-    if not isinstance(vit, VisionTransformer):
-        raise TypeError(f"{name} is not a timm VisionTransformer: use a plain ViT, such as timm's vit_* or mvmae_vit_*")
-    if type(vit).forward_features is not VisionTransformer.forward_features:
+    own: Any = type(vit)
+    name = own.__name__
+    kinds: list[Any] = [kind for kind in (VisionTransformer, Eva) if isinstance(vit, kind)]
+    if not kinds:
+        reason = next((f" ({why})" for start, why in REASONS.items() if name.startswith(start)), "")
+        raise TypeError(
+            f"{name} is not a timm VisionTransformer or Eva{reason}: use a plain ViT, such as timm's vit_*, deit*, eva02_* or "
+            "mvmae_vit_*"
+        )
+    if own.forward_features is not kinds[0].forward_features:
         raise TypeError(f"{name} has a forward of its own, which would be passed over: use a plain ViT of timm")
     if not isinstance(vit.patch_embed, PatchEmbed):
         raise TypeError(
             f"{name} embeds patches with {type(vit.patch_embed).__name__}, which sees beyond one patch: "
             "use a ViT with a plain patch projection"
         )
-    if not isinstance(vit.patch_drop, nn.Identity):
+    if not (vit.patch_drop is None or isinstance(vit.patch_drop, nn.Identity)):
         raise TypeError(f"{name} drops patches of its own (patch_drop_rate): build it without, the mask takes its place")
     return vit
 
@@ -45,7 +64,7 @@ def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
     result is that of ``vit.forward_features``.
 
     Args:
-        vit: any plain ViT of timm (`check_encoder`).
+        vit: any plain ViT of timm, of the `Eva` family too (`check_encoder`).
         images: (B, C, H, W), normalised, of the encoder's image size unless it was built with ``dynamic_img_size``.
         mask: over the L patches of the images, for each of the B images.
 
@@ -67,12 +86,15 @@ def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
         prefix = [torch.cat(prefix, dim=1) + of_prefix] if len(of_prefix) else prefix
     tokens = torch.cat([*prefix, tokens], dim=1)  # (B, T + K, D)
     tokens = encoder.norm_pre(encoder.pos_drop(tokens))
-    tokens = checkpoint_seq(encoder.blocks, tokens) if encoder.grad_checkpointing else encoder.blocks(tokens)
+    if isinstance(encoder, Eva):
+        tokens = rotated_blocks(encoder, tokens, mask.visible, grid)
+    else:
+        tokens = checkpoint_seq(encoder.blocks, tokens) if encoder.grad_checkpointing else encoder.blocks(tokens)
     encoded: Tensor = encoder.norm(tokens)
     return encoded
 
 
-def _check_images(vit: VisionTransformer, images: Tensor, mask: Mask) -> tuple[int, int]:
+def _check_images(vit: PlainViT, images: Tensor, mask: Mask) -> tuple[int, int]:
     embed, size = vit.patch_embed, tuple(images.shape[2:])
     if images.ndim != 4 or images.shape[1] != embed.proj.in_channels:
         raise ValueError(
@@ -104,7 +126,7 @@ def _embed_visible(embed: PatchEmbed, images: Tensor, visible: Tensor, grid: tup
     return normed
 
 
-def _positions(vit: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _positions(vit: PlainViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Give what is added to prefix tokens, (T or 0, D), and to patches, (L, D)."""
     with_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     positions = vit.pos_embed

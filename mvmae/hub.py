@@ -1,19 +1,19 @@
 """From a model to a folder that timm, transformers and `mvmae` load, to the Hub, and back from other people's files."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .architecture import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
-from .card import CARD_FILE
+from .card import CARD_FILE, license_warning
 from .card import write_card as write_card
 from .checkpoints import load_encoder as load_encoder
 from .checkpoints import load_pretraining as load_pretraining
-from .encoding import check_encoder
+from .encoding import PlainViT, check_encoder
 from .model import MultiViewMAE
 from .pretrained import (
     CONFIG_FILE,
@@ -30,6 +30,7 @@ from .pretrained import (
     write_weights,
 )
 
+_logger = logging.getLogger(__name__)
 PUBLISHED = [
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -81,6 +82,7 @@ def export(
     crop_pct: float = 0.875,
     label_names: Sequence[str] | None = None,
     license: str | None = None,
+    started_from: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model for everyone: ``config.json`` and ``model.safetensors`` hold its encoder as a plain ViT of timm.
 
@@ -95,7 +97,9 @@ def export(
         interpolation: how images are to be resized.
         crop_pct: share of the resized image's side that is kept at test time.
         label_names: names of the classes, in the order of the head.
-        license: of the weights, as the Hub spells it, such as ``apache-2.0``.
+        license: of the weights, as the Hub spells it, such as ``apache-2.0``; that of the weights it started from where None.
+        started_from: ``weights`` (a name) and ``license`` of what the training started from, if not from nothing, and ``repo``
+            on the Hub if known; the card says so, and a warning where the licence does not let everybody use them.
 
     Returns:
         The folder.
@@ -105,10 +109,15 @@ def export(
         ValueError: if mean, std or names do not fit the model.
         WeightsError: if timm could not rebuild the encoder, or a weight is NaN or infinite.
     """
+    if started_from and (warning := license_warning(started_from)):
+        _logger.warning("%s", warning)
+    license = license or (started_from or {}).get("license")
     folder, vit = Path(folder), check_encoder(model.encoder if isinstance(model, MultiViewMAE) else model)
     config = _timm_config(
         vit, mean, std, {"interpolation": interpolation, "crop_pct": crop_pct, "license": license}, label_names
     )
+    if started_from:
+        config["started_from"] = dict(started_from)
     if isinstance(model, MultiViewMAE):
         description = describe_pretraining(model)
         description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
@@ -119,7 +128,7 @@ def export(
 
 
 def _timm_config(
-    vit: VisionTransformer,
+    vit: PlainViT,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     preprocessing: Mapping[str, Any],

@@ -85,7 +85,14 @@ class OpenedImage:
             raise ImageError(self.name, _reason(error)) from error
         return _orientation(self._image)
 
-    def decode(self, *, channels: int = 3, reduction: int = 1, decoder: str = "fast") -> Pixels:
+    def decode(
+        self,
+        *,
+        channels: int = 3,
+        reduction: int = 1,
+        decoder: str = "fast",
+        value_range: tuple[float, float] | None = None,
+    ) -> Pixels:
         """Decode the first frame to 8 bits.
 
         Deep images are scaled to 8 bits (`to_uint8`); an alpha channel that was not asked for is dropped, as by Pillow.
@@ -94,6 +101,7 @@ class OpenedImage:
             channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image as it is), or what the array holds.
             reduction: 1, 2, 4 or 8; other than 1 only where `reducible`.
             decoder: "fast" takes simplejpeg for JPEG where it is installed, "pillow" never.
+            value_range: Of deep images and arrays: what becomes 0 and 255.
 
         Returns:
             (ceil(H / s), ceil(W / s), C); may be read-only.
@@ -103,7 +111,7 @@ class OpenedImage:
         """
         size = (-(-self.height // reduction), -(-self.width // reduction))
         try:
-            pixels = self._decode(channels, size, reduction, decoder)
+            pixels = self._decode(channels, size, reduction, decoder, value_range)
         except ImageError:
             raise
         except Exception as error:
@@ -112,12 +120,14 @@ class OpenedImage:
             raise ImageError(self.name, f"decoded to {pixels.shape}, expected {(*size, channels)}")
         return pixels
 
-    def _decode(self, channels: int, size: tuple[int, int], reduction: int, decoder: str) -> Pixels:
+    def _decode(
+        self, channels: int, size: tuple[int, int], reduction: int, decoder: str, value_range: tuple[float, float] | None
+    ) -> Pixels:
         if not isinstance(self._image, Image.Image):
-            return with_channels(to_uint8(self._image), channels)
+            return with_channels(to_uint8(self._image, value_range), channels)
         other = channels not in (1, 3, len(self._image.getbands()))
         if other and self._encoded is not None and self._image.format == "TIFF":  # Pillow drops nameless bands
-            return with_channels(to_uint8(_read_tiff(self._encoded)), channels)
+            return with_channels(to_uint8(_read_tiff(self._encoded), value_range), channels)
         if self.reducible and self._encoded is not None:
             _refuse_zero_tail(self._encoded, self.name)
             if decoder == "fast" and simplejpeg is not None and channels in (1, 3) and self._image.mode in ("L", "RGB"):
@@ -126,7 +136,7 @@ class OpenedImage:
                 except ValueError as error:  # strict: also for harmless warnings, so Pillow has the last word
                     _logger.debug("%s: simplejpeg: %s; trying Pillow", self.name, error)
             self._image.draft("L" if channels == 1 else None, (self.width // reduction, self.height // reduction))
-        return _pillow_pixels(self._image, channels)
+        return _pillow_pixels(self._image, channels, value_range)
 
 
 def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
@@ -261,9 +271,9 @@ def _decode_simplejpeg(encoded: bytes, channels: int, size: tuple[int, int], red
     return pixels
 
 
-def _pillow_pixels(image: Image.Image, channels: int) -> Pixels:
+def _pillow_pixels(image: Image.Image, channels: int, value_range: tuple[float, float] | None) -> Pixels:
     if image.mode.startswith(_DEEP):
-        return with_channels(to_uint8(np.asarray(image)[..., None]), channels)
+        return with_channels(to_uint8(np.asarray(image)[..., None], value_range), channels)
     if channels not in _MODES:
         raise ValueError(f"an image of mode {image.mode} has {len(image.getbands())} channels, expected {channels}")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):

@@ -68,7 +68,7 @@ class MultiViewMAE(nn.Module):
     require a gradient while it is held here.
 
     Args:
-        encoder: a plain ViT of timm, pretrained or not, or the name of one, which is then created untrained.
+        encoder: a plain ViT of timm (`Eva` too), pretrained or not, or the name of one, which is then created untrained.
         decoder_dim: width of the decoder (MAE: 512).
         decoder_depth: blocks of the decoder (paper, Table 5: 4).
         decoder_heads: attention heads of the decoder (MAE: 16).
@@ -105,7 +105,7 @@ class MultiViewMAE(nn.Module):
     ) -> None:
         super().__init__()
         vit = check_encoder(timm.create_model(encoder) if isinstance(encoder, str) else encoder)
-        if pool not in get_args(Pool) or (pool == "token" and not vit.has_class_token):
+        if pool not in get_args(Pool) or (pool == "token" and vit.cls_token is None):
             raise ValueError(f'pool {pool!r} is not to be had: "avg" is, and "token" where the encoder has a class token')
         if loss_weight < 0:
             raise ValueError(f"loss_weight {loss_weight} is out of range: at least 0 is expected, the paper's is 2.0")

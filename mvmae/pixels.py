@@ -9,15 +9,25 @@ Pixels: TypeAlias = NDArray[np.uint8]
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's convert("L")
 
 
-def to_uint8(array: "NDArray[Any]") -> Pixels:
+def to_uint8(array: "NDArray[Any]", value_range: tuple[float, float] | None = None) -> Pixels:
     """Scale pixels of any type to 8 bits.
 
     uint16 maps 0..65535 to 0..255. Other types are taken to lie in the smallest of 0..1 (floats only), 0..255 and
     0..65535 that holds the largest value, beyond that in 0..maximum. NaN becomes 0.
 
+    Args:
+        array: Pixels.
+        value_range: What becomes 0 and 255 instead, for data that fills a part of its type, such as 0..4095 of 12 bits;
+            what lies outside is cut off.
+
     Raises:
-        ValueError: Negative values.
+        ValueError: Negative values where there is no range.
     """
+    if value_range is not None:
+        low, high = value_range
+        cut = np.nan_to_num(array.astype(np.float32), nan=low, posinf=high, neginf=low).clip(low, high)
+        within: Pixels = np.rint((cut - np.float32(low)) * np.float32(255.0 / (high - low))).astype(np.uint8)
+        return within
     if array.dtype == np.uint8:
         return np.asarray(array, dtype=np.uint8)
     if array.dtype == np.bool_:

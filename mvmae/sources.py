@@ -13,7 +13,7 @@ from .folders import SPLITS, FileSource, ImageSource, SplitError, open_folder, o
 from .images import ImageLike
 from .sample import SampleSource
 
-__all__ = ["DatasetSource", "FileSource", "ImageSource", "SplitError", "open_images"]
+__all__ = ["DatasetSource", "FileSource", "ImageSource", "RepeatedSource", "SplitError", "open_images"]
 
 _TIMM = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
@@ -58,6 +58,39 @@ class DatasetSource(ImageSource):
     def fingerprint(self) -> str:
         """Count and type: what can be known without reading every image."""
         return f"{self._size}-{type(self._dataset).__name__}"
+
+
+class RepeatedSource(ImageSource):
+    """Every image several times, for a few huge ones: each time it is cropped anew.
+
+    Args:
+        source: The images.
+        times: How often an epoch holds each.
+    """
+
+    def __init__(self, source: ImageSource, times: int) -> None:
+        if times < 1:
+            raise ValueError(f"each image is to come {times} times: at least once is expected")
+        super().__init__([])
+        self._source, self._times = source, times
+        self.class_names, self.problems = source.class_names, source.problems
+        self.labels = None if source.labels is None else np.tile(source.labels, times)
+
+    def __len__(self) -> int:
+        return len(self._source) * self._times
+
+    def image(self, index: int) -> ImageLike:
+        """The source's image."""
+        return self._source.image(index % len(self._source))
+
+    def name(self, index: int) -> str:
+        """The source's name of it."""
+        return self._source.name(index % len(self._source))
+
+    @property
+    def fingerprint(self) -> str:
+        """The source's, and how often."""
+        return f"{self._source.fingerprint}x{self._times}"
 
 
 def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, split: str = "train") -> ImageSource:

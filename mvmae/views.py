@@ -85,6 +85,7 @@ class MultiViewTransform:
         decoder: "fast" (simplejpeg where installed), "pillow" (Pillow only), or "pil": the slow reference that decodes
             in full and crops with Pillow's `resize(box=...)`.
         max_pixels: Larger images are refused before they are decoded.
+        value_range: Of images and arrays deeper than 8 bits: what becomes 0 and 255, such as (0, 4095).
 
     Raises:
         ValueError: An argument out of its range.
@@ -104,6 +105,7 @@ class MultiViewTransform:
         scaled_decode: float | None = 1.5,
         decoder: str = "fast",
         max_pixels: int = MAX_PIXELS,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         if num_views < 1 or in_chans < 1:
             raise ValueError(f"num_views={num_views} and in_chans={in_chans} must be at least 1")
@@ -120,6 +122,7 @@ class MultiViewTransform:
         self.num_views, self.scale, self.ratio, self.flip = num_views, scale, ratio, flip
         self.same_crop, self.in_chans, self.max_pixels = same_crop, in_chans, max_pixels
         self.scaled_decode, self.decoder = scaled_decode or None, decoder
+        self.value_range = _check_range(value_range)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -146,6 +149,7 @@ class MultiViewTransform:
             channels=self.in_chans,
             scaled_decode=self.scaled_decode,
             decoder=self.decoder,
+            value_range=self.value_range,
         )
 
     def draw(self, height: int, width: int, *, generator: torch.Generator | None = None) -> tuple[list[Box], list[bool]]:
@@ -169,6 +173,7 @@ class CentreCropTransform:
         scaled_decode: As in `MultiViewTransform`; None, the default, decodes in full.
         decoder: As in `MultiViewTransform`.
         max_pixels: As in `MultiViewTransform`.
+        value_range: As in `MultiViewTransform`.
     """
 
     def __init__(
@@ -180,12 +185,14 @@ class CentreCropTransform:
         scaled_decode: float | None = None,
         decoder: str = "fast",
         max_pixels: int = MAX_PIXELS,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         if not 0 < crop <= 1:
             raise ValueError(f"crop is {crop}, expected a share above 0 and at most 1")
         _check_decoder(decoder, in_chans)
         self.image_size, self.crop, self.in_chans = _pair(image_size), crop, in_chans
         self.scaled_decode, self.decoder, self.max_pixels = scaled_decode, decoder, max_pixels
+        self.value_range = _check_range(value_range)
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Take the view of one image, (C, H, W) uint8; `generator` is not used."""
@@ -202,6 +209,7 @@ class CentreCropTransform:
             channels=self.in_chans,
             scaled_decode=self.scaled_decode,
             decoder=self.decoder,
+            value_range=self.value_range,
         )[0]
 
 
@@ -214,6 +222,7 @@ def take_views(
     channels: int = 3,
     scaled_decode: float | None = 1.5,
     decoder: str = "fast",
+    value_range: tuple[float, float] | None = None,
 ) -> Tensor:
     """Decode once and resize the crops, bicubic with antialiasing.
 
@@ -224,7 +233,8 @@ def take_views(
     stored = [_stored_box(box, image, transpose, mirror, upend) for box in boxes]
     size = (image_size[1], image_size[0]) if transpose else image_size
     reduction = choose_reduction(stored, size, scaled_decode) if image.reducible and decoder != "pil" else 1
-    pixels = image.decode(channels=channels, reduction=reduction, decoder="fast" if decoder == "fast" else "pillow")
+    library = "fast" if decoder == "fast" else "pillow"
+    pixels = image.decode(channels=channels, reduction=reduction, decoder=library, value_range=value_range)
     resize = _resize_pil if decoder == "pil" else _resize
     views = torch.empty(len(boxes), channels, *image_size, dtype=torch.uint8)
     for view, box, flip in zip(views, stored, flips, strict=True):
@@ -288,6 +298,12 @@ def _check_decoder(decoder: str, in_chans: int) -> None:
         raise ValueError(f"decoder is {decoder!r}, expected one of {', '.join(DECODERS)}")
     if in_chans < 1:
         raise ValueError(f"in_chans is {in_chans}, expected at least 1")
+
+
+def _check_range(value_range: tuple[float, float] | None) -> tuple[float, float] | None:
+    if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
+        raise ValueError(f"value_range is {tuple(value_range)}, expected (low, high) with low < high")
+    return value_range
 
 
 def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -1,0 +1,79 @@
+"""What goes into a run: the views of other people's images, and the statistics of their channels."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from common import Stop
+from torch import Tensor
+
+import mvmae
+from mvmae.augment import AugmentedViews
+from mvmae.channels import measure_channels
+from mvmae.sources import ImageSource, RepeatedSource, open_images
+
+
+def open_source(data: str, crops_per_image: int) -> ImageSource:
+    """Open the images to train on, each of them so many times."""
+    source = open_images(data)
+    return RepeatedSource(source, crops_per_image) if crops_per_image != 1 else source
+
+
+def channel_statistics(
+    typed: Mapping[str, Sequence[float | str]],
+    own: Mapping[str, Sequence[float]],
+    source: ImageSource,
+    centre: mvmae.CentreCropTransform,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Give the mean and standard deviation of each channel: the user's, measured on the images, or the encoder's.
+
+    Args:
+        typed: ``mean`` and ``std`` as the user gave them: numbers, "auto", or nothing.
+        own: ``mean`` and ``std`` of the encoder's cfg.
+        source: images to measure.
+        centre: the view of them to measure.
+
+    Raises:
+        Stop: if they are not one for each channel.
+    """
+    chosen: dict[str, tuple[float, ...]] = {}
+    measured = measure_channels(source, centre)._asdict() if ("auto",) in [tuple(value) for value in typed.values()] else {}
+    for name in ("mean", "std"):
+        values = tuple(typed[name]) or tuple(own[name])
+        if values == ("auto",):
+            values = measured[name]
+        words = [value for value in values if isinstance(value, str)]
+        if words:
+            raise Stop(f"--{name} {words[0]!r} is neither a number nor auto alone")
+        chosen[name] = tuple(float(value) for value in values)
+    mean, std = chosen["mean"], chosen["std"]
+    if len(mean) != centre.in_chans or len(std) != centre.in_chans:
+        raise Stop(
+            f"--in-chans {centre.in_chans} does not go with {len(mean)} means and {len(std)} standard deviations: "
+            f"give --mean and --std {centre.in_chans} numbers each, in units of the whole range (0 to 1), or auto"
+        )
+    return mean, std
+
+
+def augmented(transform: mvmae.MultiViewTransform, name: str) -> Callable[..., Tensor]:
+    """Let a function of the user's own change each view.
+
+    Args:
+        transform: takes the views.
+        name: ``module:function``, found from the current folder on; none where empty.
+
+    Raises:
+        Stop: if there is no such function.
+    """
+    if not name:
+        return transform
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        augment: Any = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Stop(f"--transform {name}: {error}; module:function is expected, in a file of the current folder") from error
+    return AugmentedViews(transform, augment)

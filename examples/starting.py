@@ -1,0 +1,118 @@
+"""What a run starts from: an encoder and its weights, whose they are, and how gently they are trained further."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from common import Stop, create_encoder
+from models import find_weights
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+import mvmae
+from mvmae.encoding import check_encoder
+from mvmae.hub import load_encoder
+from mvmae.pretrained import CONFIG_FILE, first_line
+
+
+def start_encoder(
+    name: str,
+    arguments: str = "",
+    *,
+    pretrained: bool = False,
+    arch: str = "",
+    image_size: Sequence[int] = (),
+    in_chans: int = 3,
+) -> Any:
+    """Build the encoder that a run starts from, without a classifier head.
+
+    Args:
+        name: of timm, ``hf-hub:ID``, the folder of a run or an export (with ``local-dir:`` or not), or a file of weights.
+        arguments: more of timm's options, as ``"patch_size=8 embed_dim=128"``.
+        pretrained: with its weights.
+        arch: timm's name of the model of a file, where no config.json lies beside it.
+        image_size: in pixels, one side or (H, W); the model's own where empty.
+        in_chans: channels; weights are adapted to them as timm does.
+
+    Raises:
+        Stop: if there is no such model or file, or the weights cannot be had.
+        TypeError: if it is not a plain ViT.
+        WeightsError: if the weights do not fit.
+    """
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
+    if image_size:
+        options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
+    architecture, file = find_weights(name, arch)
+    try:
+        encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
+    except (RuntimeError, OSError) as error:
+        raise Stop(f"{name} cannot be had ({first_line(error)})") from error
+    check_encoder(encoder)
+    if pretrained and file is not None:
+        load_encoder(encoder, file)
+    return encoder
+
+
+def starting_weights(encoder: Any, name: str, arch: str = "") -> dict[str, str]:
+    """Say which weights a run starts from and what licence they are under, for the export and its card.
+
+    Args:
+        encoder: as `start_encoder` built it with weights.
+        name: as `start_encoder` took it.
+        arch: likewise.
+
+    Returns:
+        ``weights``, their name; ``license``, "unknown" where none is recorded; ``repo`` on the Hub, where timm knows one.
+    """
+    cfg, (_, file) = encoder.pretrained_cfg, find_weights(name, arch)
+    named = file is None and ":" not in name
+    known = file is None or (file.parent / CONFIG_FILE).is_file()
+    found = {"weights": f"{cfg['architecture']}.{cfg['tag']}" if named and cfg.get("tag") else name}
+    found["license"] = (cfg.get("license") or "unknown") if known else "unknown"
+    repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id") if named else ""
+    return found | ({"repo": str(repo)} if repo and "/" in str(repo).strip("/") else {})
+
+
+def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Group all trained parameters: the encoder's layers each with its share of the learning rate, the new parts with all.
+
+    A layer's share, which timm's schedule applies, is ``layer_decay`` times that of the layer above (BEiT; MAE's fine-tuning).
+    """
+    encoder: Any = model.encoder
+    fixed = tuple(encoder.no_weight_decay())
+    layers = param_groups_layer_decay(encoder, weight_decay=weight_decay, no_weight_decay_list=fixed, layer_decay=layer_decay)
+    groups: list[dict[str, Any]] = [{**group, "encoder": True} for group in layers]
+    for part in (model.decoder, model.projector):
+        new = param_groups_weight_decay(part, weight_decay=weight_decay, no_weight_decay_list=("mask_token",))
+        groups += [{**group, "encoder": False} for group in new]
+    return [group for group in groups if group["params"]]
+
+
+class Freeze:
+    """Keeps the encoder as it is for the first steps, then warms its learning rate up over as many.
+
+    A random decoder's gradients would undo in a few steps what the encoder has learned.
+
+    Args:
+        encoder: none of its parameters is trained in those steps.
+        steps: how many; 0 freezes nothing.
+    """
+
+    def __init__(self, encoder: nn.Module, steps: int) -> None:
+        self.trained, self.steps = [p for p in encoder.parameters() if p.requires_grad], steps
+
+    def ends(self, step: int) -> bool:
+        """Tell whether the encoder is set free at this step, counted from 1."""
+        return self.steps > 0 and step == self.steps + 1
+
+    def apply(self, step: int) -> None:
+        """Freeze the encoder or set it free, as befits this step."""
+        for parameter in self.trained:
+            parameter.requires_grad_(step > self.steps)
+
+    def scale_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Scale the learning rates of the encoder, once the schedule has set them for this step."""
+        if 0 < self.steps < step <= 2 * self.steps:
+            for group in optimizer.param_groups:
+                if group.get("encoder"):
+                    group["lr"] *= (step - self.steps) / (self.steps + 1)

@@ -1,0 +1,75 @@
+"""A user's own augmentation of views, made as repeatable as the package's.
+
+Shapes: V views, C channels, H W pixels.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .images import ImageLike
+
+
+class AugmentedViews:
+    """Views of an image, each changed by a function of the user's, such as a transform of torchvision.
+
+    What the function draws from the global generators of torch, NumPy and Python depends on the sample alone, as the crops
+    do, and leaves them as they were.
+
+    Args:
+        transform: (image, generator=) -> (V, C, H, W) uint8, such as `MultiViewTransform`.
+        augment: (C, H, W) uint8 -> the same.
+
+    Raises:
+        TypeError: if the function cannot be called, or, on call, gives something else.
+    """
+
+    def __init__(self, transform: Callable[..., Tensor], augment: Callable[[Tensor], Any]) -> None:
+        if not callable(augment):
+            raise TypeError(f"augment is a {type(augment).__name__}: a function from (C, H, W) uint8 to the same is expected")
+        self.transform, self.augment = transform, augment
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(V, C, H, W) of what a call gives."""
+        shape: tuple[int, ...] = getattr(self.transform, "shape", ())
+        return shape
+
+    def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
+        """Take the views of one image, and change each.
+
+        Args:
+            image: as the transform takes it.
+            generator: of this sample.
+
+        Returns:
+            (V, C, H, W) uint8.
+        """
+        views = self.transform(image, generator=generator)
+        with _seeded(int(torch.randint(2**62, (), generator=generator))):
+            changed = [self.augment(view) for view in views]
+        for view in changed:
+            if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.shape != views.shape[1:]:
+                what = f"{view.dtype} {tuple(view.shape)}" if isinstance(view, Tensor) else type(view).__name__
+                raise TypeError(f"the augmentation gives {what}: torch.uint8 {tuple(views.shape[1:])} is expected, as it got")
+        return torch.stack(changed)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the three global generators, and put them back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,60 @@
+"""Mean and standard deviation of each channel of one's own images.
+
+Shapes: C channels, H W pixels of a view.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .folders import ImageSource
+from .images import ImageError
+
+_logger = logging.getLogger(__name__)
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and standard deviation of each channel, in 0 to 1, to eight digits."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def measure_channels(source: ImageSource, transform: Callable[..., Tensor], *, limit: int = 2000) -> ChannelStatistics:
+    """Measure mean and standard deviation over all pixels of a sample of images, the same sample every time.
+
+    Sums are of integers, and so exact in any order. Images that cannot be read are passed over.
+
+    Args:
+        source: the images.
+        transform: from an image to (C, H, W) uint8 without anything random, such as `CentreCropTransform`; the same size for
+            all images lets each count the same.
+        limit: most images to measure.
+
+    Raises:
+        ValueError: if no image can be read, or a channel is the same everywhere.
+    """
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:limit]
+    count, total, squares, seen = 0, torch.zeros(1), torch.zeros(1), 0
+    for index in order.tolist():
+        try:
+            pixels = transform(source[index][0]).flatten(1).long()  # (C, H * W)
+        except ImageError as error:
+            _logger.warning("not measured: %s", error)
+            continue
+        total, squares = total.long() + pixels.sum(dim=1), squares.long() + pixels.square().sum(dim=1)
+        count, seen = count + pixels.shape[1], seen + 1
+    if not seen:
+        raise ValueError(
+            f"none of {len(order)} images can be read, {source.name(int(order[0]))} is one of them: nothing to measure"
+        )
+    mean = total.double() / count
+    std = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
+    if not std.min() > 0:
+        raise ValueError(
+            f"channel {int(std.argmin())} is the same in every pixel of {seen} images: give mean and std, or leave it out"
+        )
+    return ChannelStatistics(*(tuple(round(value / 255, 8) for value in values.tolist()) for values in (mean, std)))

@@ -1,0 +1,298 @@
+"""Going on from published weights on images of one's own: pretrain.py --preset adapt, and what it asks of the package."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from running import EXAMPLES, run_processes, run_script
+
+from mvmae import CentreCropTransform, MultiViewMAE, MultiViewTransform, hub, projection_mlp
+from mvmae.augment import AugmentedViews
+from mvmae.card import license_warning
+from mvmae.channels import measure_channels
+from mvmae.data import MultiViewDataset
+from mvmae.drift import linear_cka, mean_cosine
+from mvmae.sources import RepeatedSource, open_images
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+ARGUMENTS = ["--preset", "adapt", "--data", "sample", "--output-dir", "run", "--epochs", 2, "--batch-size", 32, "--workers", 0]
+ARGUMENTS += ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2, "--device", "cpu", "--log-every", 1]
+ARGUMENTS += ["--freeze-epochs", 0.15, "--warmup-epochs", 0.1, "--projector", 8]  # four steps of the encoder as it is
+
+
+def adapt(folder, *arguments, **kwargs):
+    return run_script("pretrain.py", *ARGUMENTS, *map(str, arguments), folder=folder, **kwargs)
+
+
+def state_of(folder):
+    return torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Weights to start from: DINOv3's architecture, under a licence that forbids commercial use."""
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(0)
+    hub.export(timm.create_model("vit_small_patch16_dinov3", **TINY, num_classes=5), folder, license="cc-by-nc-4.0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, start):
+    """Ten steps from those weights: four with the encoder frozen, four while its rate warms up, two more."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = adapt(folder, "--encoder", f"local-dir:{start}", "--max-steps", 10, "--monitor-images", 60, "--mean", "auto")
+    assert result.code == 0, result.err
+    return folder, result
+
+
+def encoder_moved(folder, start):
+    weights = {name[8:]: value for name, value in state_of(folder)["model"].items() if name.startswith("encoder.")}
+    given = timm.create_model(f"local-dir:{start}", pretrained=True, num_classes=0).state_dict()
+    assert weights.keys() == given.keys()
+    return [name for name, value in given.items() if not torch.equal(value, weights[name])]
+
+
+def test_the_encoder_stays_bit_for_bit_while_the_new_parts_warm_up(start, tmp_path):
+    arguments = ["--encoder", f"local-dir:{start}", "--monitor-images", 0]
+    assert adapt(tmp_path, *arguments, "--max-steps", 4).code == 0
+    first = state_of(tmp_path)
+    assert encoder_moved(tmp_path, start) == []
+    assert adapt(tmp_path, *arguments, "--max-steps", 5, "--resume").code == 0
+    last = state_of(tmp_path)
+    assert set(encoder_moved(tmp_path, start)) == {name[8:] for name in first["model"] if name.startswith("encoder.")}
+    assert [name for name in first["model"] if torch.equal(first["model"][name], last["model"][name])] == []
+    groups = last["optimizer"]["param_groups"]
+    assert sorted({group["lr_scale"] for group in groups if group["encoder"]}) == [0.75**2, 0.75, 1.0]
+    new = next(group["lr"] for group in groups if not group["encoder"])
+    for group in groups:
+        if group["encoder"]:
+            assert group["lr"] == pytest.approx(new * group["lr_scale"] / 5)  # the first of four steps of its own warm-up
+
+
+@pytest.mark.parametrize("killed", [4, 6])
+def test_a_run_cut_at_either_side_of_the_freeze_ends_bit_identical(whole, start, tmp_path, killed):
+    arguments = ["--encoder", f"local-dir:{start}", "--max-steps", 10, "--monitor-images", 60, "--mean", "auto"]
+    arguments += ["--save-every", killed - 1]
+    assert adapt(tmp_path, *arguments, env={"MVMAE_FAULT": f"kill@{killed}"}).code == -signal.SIGKILL
+    resumed = adapt(tmp_path, *arguments, "--resume")
+    assert resumed.code == 0, resumed.err
+    left, right = state_of(tmp_path), state_of(whole[0])
+    assert [name for name in right["model"] if not torch.equal(left["model"][name], right["model"][name])] == []
+    moments = left["optimizer"]["state"], right["optimizer"]["state"]
+    assert moments[0].keys() == moments[1].keys()
+    assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[1] for key in moments[1][i])
+    assert torch.equal(left["start_features"], right["start_features"])
+    assert lines(tmp_path) == lines(whole[0])
+
+
+def test_two_processes_train_alike_on_either_side_of_the_freeze(whole, start, tmp_path):
+    arguments = [*ARGUMENTS, "--encoder", f"local-dir:{start}", "--max-steps", 10, "--monitor-images", 60, "--mean", "auto"]
+    results = run_processes("pretrain.py", *map(str, arguments), folder=tmp_path)
+    assert [result.code for result in results] == [0, 0], results
+    here, there = ({line["step"]: line["loss"] for line in lines(folder) if "loss" in line} for folder in (tmp_path, whole[0]))
+    assert here == pytest.approx(there, rel=1e-5)
+
+
+def test_the_run_reports_how_far_the_features_moved(whole, start):
+    folder, result = whole
+    looks = [line for line in lines(folder) if "effective_rank" in line]
+    assert "similarity" not in looks[0]
+    assert 0 < looks[-1]["similarity"] < 1 and 0 < looks[-1]["cka"] < 1
+    assert f"cosine {looks[-1]['similarity']:.3f}, CKA {looks[-1]['cka']:.3f}" in result.out
+    assert "effective rank of the features: " in result.out and "k-NN accuracy on held-out images: " in result.out
+    data, encoder = open_images("sample", split="val"), timm.create_model(f"local-dir:{folder}/run/encoder", pretrained=True)
+    cfg, order = encoder.pretrained_cfg, torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:60]
+    images = torch.stack([CentreCropTransform(32)(data[i][0]) for i in order.tolist()]).float() / 255
+    mean, std = (torch.tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    features = []
+    for model in (timm.create_model(f"local-dir:{start}", pretrained=True), encoder):
+        with torch.inference_mode():
+            tokens = model.eval().forward_features((images - mean) / std)
+        features.append(tokens[:, model.num_prefix_tokens :].mean(dim=1))
+    assert mean_cosine(*features) == pytest.approx(looks[-1]["similarity"], abs=1e-5)
+    assert linear_cka(*features) == pytest.approx(looks[-1]["cka"], abs=1e-5)
+
+
+def test_the_export_names_the_starting_weights_and_warns_of_their_licence(whole, start):
+    folder, result = whole
+    words = f"local-dir:{start} is under cc-by-nc-4.0, which forbids commercial use"
+    assert words in result.out and words in result.err
+    exported = run_script("export.py", "--run", "run", folder=folder)
+    assert exported.code == 0 and words in exported.err
+    card = (folder / "run" / "encoder" / "README.md").read_text()
+    assert 'license: "cc-by-nc-4.0"' in card and f"Started from local-dir:{start}, licence cc-by-nc-4.0." in card
+    assert f"**Licence:** {words}" in card
+    config = json.loads((folder / "run" / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["license"] == config["started_from"]["license"] == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize(
+    ("license", "words"),
+    [
+        ("cc-by-nc-4.0", "forbids commercial"),
+        ("fair-noncommercial-research-license", "forbids commercial"),
+        ("apple-amlr", "forbids commercial"),
+        ("dinov3-license", "terms of its own"),
+        ("unknown", "not recorded"),
+        ("apache-2.0", None),
+        ("mit", None),
+        ("bsd-3-clause", None),
+    ],
+)
+def test_licences(license, words):
+    warning = license_warning({"weights": "some.weights", "license": license})
+    assert warning is None if words is None else words in warning and "some.weights" in warning
+
+
+def test_measured_statistics_equal_numpys_and_travel_with_the_export(whole):
+    data, centre = open_images("sample"), CentreCropTransform(32)
+    pixels = np.stack([centre(image).numpy() for image, _ in (data[i] for i in range(len(data)))]) / 255  # (N, C, H, W)
+    measured = measure_channels(data, centre)
+    assert measured.mean == pytest.approx(pixels.mean(axis=(0, 2, 3)), abs=1e-7)
+    assert measured.std == pytest.approx(pixels.std(axis=(0, 2, 3)), abs=1e-7)
+    assert measure_channels(data, centre, limit=50) == measure_channels(data, centre, limit=50) != measured
+    state = state_of(whole[0])
+    assert tuple(state["mean"]) == measured.mean
+    assert tuple(state["std"]) == timm.create_model("vit_small_patch16_dinov3", device="meta").pretrained_cfg["std"]
+    encoder = timm.create_model(f"local-dir:{whole[0]}/run/encoder", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
+    assert transform.transforms[-1].mean.tolist() == pytest.approx(measured.mean)
+    assert MultiViewMAE.from_pretrained(whole[0] / "run" / "encoder").encoder.pretrained_cfg["mean"] == measured.mean
+
+
+def test_own_images_deep_oblong_few_and_changed_by_a_function(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 4096, (60, 90), dtype=np.uint16)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "mine.py").write_text("import torch\n\ndef invert(view):\n    return 255 - view\n")
+    arguments = ["--data", "images", "--encoder", "vit_tiny_patch16_224", "--no-pretrained", "--monitor-images", 0]
+    arguments += ["--encoder-args", "patch_size=8 embed_dim=48 depth=2 num_heads=2", "--in-chans", 1, "--image-size", 24, 40]
+    arguments += ["--value-range", 0, 4095, "--mean", "auto", "--std", "auto", "--crops-per-image", 32, "--max-steps", 2]
+    arguments += ["--transform", "mine:invert", "--crop-scale", 0.05, 0.3, "--loss-weight", 0]
+    result = adapt(tmp_path, *arguments)
+    assert result.code == 0, result.err
+    assert "96 images, 6 steps" in result.out
+    cfg = json.loads((tmp_path / "run" / "encoder" / "config.json").read_text())["pretrained_cfg"]
+    assert cfg["input_size"] == [1, 24, 40]
+    assert cfg["mean"] == pytest.approx([0.5], abs=0.02) and 0.05 < cfg["std"][0] < 0.3
+    wrong = adapt(tmp_path, *arguments, "--transform", "mine:invent", "--output-dir", "other")
+    assert wrong.code == 2 and "--transform mine:invent" in wrong.err and "module:function is expected" in wrong.err
+
+
+def test_a_file_of_weights_needs_its_architecture(start, tmp_path):
+    (tmp_path / "alone").mkdir()
+    file = tmp_path / "alone" / "weights.safetensors"
+    file.write_bytes((start / "model.safetensors").read_bytes())
+    torch.save({"model": timm.create_model(f"local-dir:{start}", pretrained=True).state_dict()}, tmp_path / "weights.pth")
+    arguments = ["--max-steps", 1, "--monitor-images", 0]
+    refused = adapt(tmp_path, "--encoder", file, *arguments)
+    assert refused.code == 2 and "does not tell its architecture: add --arch" in refused.err
+    shape = ["--encoder-args", "patch_size=8 embed_dim=48 depth=2 num_heads=2", "--image-size", 32]
+    for number, name in enumerate((file, tmp_path / "weights.pth")):
+        run = ["--encoder", name, "--arch", "vit_small_patch16_dinov3", *shape, "--output-dir", f"run{number}"]
+        result = adapt(tmp_path, *run, *arguments)
+        assert result.code == 0, result.err
+        assert "the licence of" in result.out and "not recorded" in result.out
+    with_config = adapt(tmp_path, "--encoder", start / "model.safetensors", *arguments)
+    assert with_config.code == 0 and encoder_moved(tmp_path, start) == [], with_config.err
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_rope_mixed_ape_224", "vit_base_patch16_siglip_224", "vit_small_patch16_224"]
+)
+def test_every_trained_parameter_is_in_one_group(name, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from starting import parameter_groups
+
+    vit = timm.create_model(name, **TINY, num_classes=0)
+    model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2, projector=projection_mlp(48, 16, 8))
+    groups = parameter_groups(model, 0.05, 0.5)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"] if group["encoder"]}
+    first, last = (scale[id(vit.blocks[i].mlp.fc1.weight)] for i in (0, 1))
+    assert scale[id(vit.patch_embed.proj.weight)] < first < last <= 1
+    decayed = {id(parameter) for group in groups for parameter in group["params"] if group["weight_decay"]}
+    assert id(vit.pos_embed) not in decayed and id(model.decoder.mask_token) not in decayed
+    assert id(vit.blocks[0].mlp.fc1.weight) in decayed and id(model.projector[0].weight) in decayed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--encoder", "swin_tiny_patch4_window7_224", "--no-pretrained"], ["SwinTransformer", "windows"]),
+        (["--encoder", "no/such.safetensors"], ["there is no file or folder no/such.safetensors"]),
+        (["--encoder", "local-dir:no/such"], ["no/such"]),
+        (["--mean", "automatic"], ["--mean 'automatic'", "auto"]),
+        (["--crops-per-image", "0"], ["0 times"]),
+        (["--freeze-epochs", "2"], ["--freeze-epochs 2", "--epochs 2"]),
+        (["--value-range", "9", "3"], ["value_range is (9.0, 3.0)"]),
+    ],
+)
+def test_what_cannot_be_is_one_line(start, tmp_path, arguments, words):
+    result = adapt(tmp_path, "--encoder", f"local-dir:{start}", *arguments)
+    assert result.code == 2 and "Traceback" not in result.err, result
+    assert [word for word in words if word not in result.err.strip().splitlines()[-1]] == []
+
+
+def test_drift_of_what_stays_turns_and_is_lost():
+    x = torch.randn(200, 16)
+    turn = torch.linalg.qr(torch.randn(16, 16))[0]
+    assert mean_cosine(x, 3 * x) == pytest.approx(1) and linear_cka(x, x) == pytest.approx(1)
+    assert mean_cosine(x, -x) == pytest.approx(-1) and linear_cka(x, 2 * x @ turn + 1) == pytest.approx(1)
+    assert linear_cka(x, torch.randn(200, 16)) < 0.2 and linear_cka(x, torch.ones(200, 3)) == 0
+    gram = [(y - y.mean(0)) @ (y - y.mean(0)).T for y in (x, x[:, :5])]
+    expected = (gram[0] * gram[1]).sum() / (gram[0].norm() * gram[1].norm())
+    assert linear_cka(x, x[:, :5]) == pytest.approx(float(expected), rel=1e-5)
+    for wrong in (x[:9], x[0]):
+        with pytest.raises(ValueError, match="features are"):
+            linear_cka(x, wrong)
+    with pytest.raises(ValueError, match="no pairs"):
+        mean_cosine(x, x[:, :5])
+
+
+def noisy(view):
+    return (view.float() + torch.randn(view.shape) + np.random.rand()).clamp(0, 255).to(torch.uint8)
+
+
+def test_an_own_augmentation_repeats_and_leaves_the_generators_alone():
+    image = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    views = AugmentedViews(MultiViewTransform(16), noisy)
+    assert views.shape == (2, 3, 16, 16)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, again, other = (views(image, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+    plain = MultiViewTransform(16)(image, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(plain, first) and (plain.float() - first.float()).abs().mean() < 3
+    with pytest.raises(TypeError, match=r"torch.float32 \(3, 16, 16\): torch.uint8 \(3, 16, 16\) is expected"):
+        AugmentedViews(MultiViewTransform(16), torch.Tensor.float)(image)
+
+
+def test_a_repeated_source_crops_each_image_anew():
+    source = RepeatedSource(open_images("sample"), 3)
+    assert len(source) == 3 * 896 and source[5][1] == source[5 + 896][1] and source.name(900) == source.name(4)
+    assert source.fingerprint != open_images("sample").fingerprint
+    dataset = MultiViewDataset(source, MultiViewTransform(16))
+    assert not torch.equal(dataset[0, 5].views, dataset[0, 5 + 896].views)
+
+
+def test_a_value_range_keeps_the_depth_of_twelve_bits(tmp_path):
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    for image in (tmp_path / "deep.png", values):
+        view = CentreCropTransform(64, crop=1.0, in_chans=1, value_range=(0, 4095))(image)
+        assert np.abs(view[0].numpy() - values / 4095 * 255).max() <= 1
+        assert CentreCropTransform(64, crop=1.0, in_chans=1)(image).max() <= 17
+    cut = CentreCropTransform(64, crop=1.0, in_chans=1, value_range=(1000, 2000))(values)
+    assert (cut.min(), cut.max()) == (0, 255)

@@ -1,0 +1,132 @@
+"""Every family of public encoders: as timm builds it, with random weights and few blocks."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from mvmae import Mask, MultiViewMAE, encode_visible, hub, random_mask
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 0}
+FAMILIES = {
+    "supervised": "vit_small_patch32_224.augreg_in21k_ft_in1k",
+    "AugReg": "vit_small_patch16_224.augreg_in21k",
+    "MAE": "vit_base_patch16_224.mae",
+    "DINO": "vit_small_patch16_224.dino",
+    "DINOv2, registers, layer scale": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "CLIP, norm before the blocks": "vit_base_patch16_clip_224.openai",
+    "SigLIP, map pooling": "vit_base_patch16_siglip_224.webli",
+    "SigLIP, mean": "vit_base_patch16_siglip_gap_224.webli",
+    "DeiT-3": "deit3_small_patch16_224.fb_in1k",
+    "DeiT, distilled": "deit_small_distilled_patch16_224.fb_in1k",
+    "DINOv3": "vit_small_patch16_dinov3.lvd1689m",
+    "DINOv3, biases": "vit_small_patch16_dinov3_qkvb.lvd1689m",
+    "EVA-02": "eva02_tiny_patch14_224.mim_in22k",
+    "EVA-02 CLIP": "eva02_base_patch16_clip_224.merged2b",
+    "EVA, no rotary positions": "eva_large_patch14_196.in22k_ft_in1k",
+    "EVA, norm after": "eva02_enormous_patch14_clip_224.laion2b",
+    "RoPE, mixed, learned positions": "vit_small_patch16_rope_mixed_ape_224.naver_in1k",
+    "RoPE, no class token": "vit_base_patch16_rope_reg1_gap_256.sbb_in1k",
+    "Perception Encoder": "vit_pe_core_tiny_patch16_384.fb",
+}
+ROTARY = ("DINOv3", "EVA-02", "RoPE, mixed, learned positions", "RoPE, no class token", "Perception Encoder")
+
+
+def build(family, **kwargs):
+    vit = timm.create_model(FAMILIES[family], **{**TINY, **kwargs})
+    if vit.pos_embed is not None:  # zero in some, which would hide a wrong order
+        torch.nn.init.normal_(vit.pos_embed)
+    return vit.eval()
+
+
+def nothing_masked(images, patches):
+    return Mask.from_masked(torch.zeros(len(images), patches, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_masked_equals_timm_and_masked_patches_do_not_leak(family):
+    vit = build(family).double()
+    images, mask = torch.randn(2, 3, 32, 32, dtype=torch.float64), random_mask(2, 16, 0.75)
+    encoded = encode_visible(vit, images, nothing_masked(images, 16))
+    torch.testing.assert_close(encoded, vit.forward_features(images), rtol=1e-10, atol=1e-10)
+    before = encode_visible(vit, images, mask)
+    hidden = mask.masked.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert torch.equal(encode_visible(vit, images.masked_fill(hidden, float("nan")), mask), before)
+    assert not torch.equal(encode_visible(vit, torch.where(hidden, images, images + 1), mask), before)
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_a_visible_patch_keeps_its_rotary_position(family):
+    vit = build(family).double()
+    images, mask = torch.randn(2, 3, 32, 32, dtype=torch.float64), random_mask(2, 16, 0.5)
+    encoded = encode_visible(vit, images, mask)
+    prefix = vit.num_prefix_tokens
+    for b in range(2):  # timm's own blocks, with the masked patches kept out of the attention
+        tokens, rope = vit._pos_embed(vit.patch_embed(images[b : b + 1]))
+        tokens, seen = vit.norm_pre(tokens), torch.cat([torch.ones(prefix, dtype=torch.bool), ~mask.masked[b]])
+        for i, block in enumerate(vit.blocks):
+            tokens = block(tokens, rope=rope[i] if rope.ndim == 4 else rope, attn_mask=seen[None, None, None])
+        torch.testing.assert_close(encoded[b, prefix:], vit.norm(tokens)[0, prefix:][mask.visible[b]])
+
+
+@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("size", [(24, 40), (32, 32)])
+def test_rectangles_dynamic_sizes_and_recomputed_blocks_equal_timm(family, size):
+    vit = build(family, dynamic_img_size=True).double()
+    vit.set_grad_checkpointing(size == (32, 32))
+    images = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    patches = nothing_masked(images, size[0] * size[1] // 64)
+    torch.testing.assert_close(encode_visible(vit, images, patches), vit.forward_features(images))
+    fixed = build(family, img_size=(24, 40)).double()
+    images = torch.randn(2, 3, 24, 40, dtype=torch.float64)
+    torch.testing.assert_close(encode_visible(fixed, images, nothing_masked(images, 15)), fixed.forward_features(images))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_trains_all_it_should_and_the_export_is_timms(family, tmp_path):
+    vit = build(family)
+    names, before = list(vit.state_dict()), {name: value.clone() for name, value in vit.state_dict().items()}
+    model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2).train()
+    assert list(model.encoder.state_dict()) == names
+    assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    model(torch.randn(4, 2, 3, 32, 32)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    optimizer.step()
+    same = [name for name, value in vit.state_dict().items() if torch.equal(value, before[name])]
+    assert [name for name in same if not name.startswith(("attn_pool.", "head"))] == []
+    assert vit.pos_embed is None or vit.pos_embed.requires_grad
+
+    hub.export(model, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    expected, name = vit.eval().forward_features(images), FAMILIES[family].partition(".")[0]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == name
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval().forward_features(images), expected)
+    overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 0}
+    by_name = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **TINY).eval()
+    assert torch.equal(by_name.forward_features(images), expected)
+    again = timm.create_model(name, **TINY).eval()
+    hub.load_encoder(again, tmp_path)
+    assert torch.equal(again.forward_features(images), expected)
+    whole = MultiViewMAE.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(whole[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("swin_tiny_patch4_window7_224", "SwinTransformer is not .* windows and merged patches"),
+        ("convnext_atto", "ConvNeXt is not .* convolutions see across patches"),
+        ("hiera_tiny_224", "Hiera is not .* pools patches between its stages"),
+        ("beit_base_patch16_224", "Beit is not .* relative positions"),
+        ("resnet18", "ResNet is not .* convolutions see across patches"),
+        ("vit_tiny_r_s16_p8_224", "HybridEmbed, which sees beyond one patch"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name_with_the_reason(name, reason):
+    with pytest.raises(TypeError, match=reason):
+        MultiViewMAE(timm.create_model(name, device="meta"))
+    with pytest.raises(TypeError, match="patch_drop_rate"):
+        MultiViewMAE(build("DINOv3", patch_drop_rate=0.5))
