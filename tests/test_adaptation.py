@@ -135,6 +135,17 @@ def test_the_export_names_the_starting_weights_and_warns_of_their_licence(whole,
     assert config["pretrained_cfg"]["license"] == config["started_from"]["license"] == "cc-by-nc-4.0"
 
 
+def test_a_card_names_free_starting_weights_without_a_warning(tmp_path, caplog):
+    vit = timm.create_model("vit_small_patch16_224", **TINY, num_classes=0)
+    started = {"weights": "some_vit.tag", "license": "mit", "repo": "timm/some_vit.tag"}
+    hub.export(vit, tmp_path, started_from=started)
+    card = hub.write_card(tmp_path, repo="me/mine").read_text()
+    assert 'base_model: "timm/some_vit.tag"' in card and "Started from some_vit.tag, licence mit." in card
+    assert "**Licence:**" not in card and caplog.records == []
+    hub.export(vit, tmp_path)
+    assert "Started from" not in hub.write_card(tmp_path, repo="me/mine").read_text()
+
+
 @pytest.mark.parametrize(
     ("license", "words"),
     [
