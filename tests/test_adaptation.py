@@ -126,6 +126,8 @@ def test_the_export_names_the_starting_weights_and_warns_of_their_licence(whole,
     folder, result = whole
     words = f"local-dir:{start} is under cc-by-nc-4.0, which forbids commercial use"
     assert words in result.out and words in result.err
+    config = json.loads((folder / "run" / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["license"] == config["started_from"]["license"] == "cc-by-nc-4.0"
     exported = run_script("export.py", "--run", "run", folder=folder)
     assert exported.code == 0 and words in exported.err
     card = (folder / "run" / "encoder" / "README.md").read_text()
