@@ -128,6 +128,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pretrained": True,
         "freeze_epochs": 5,  # a random decoder's gradients would spoil the encoder, as a random head's do (LP-FT)
         "layer_decay": 0.75,  # low layers hold what all images share (BEiT, MAE fine-tuning: 0.65 to 0.75)
+        "projector": 128,  # takes the contrastive loss's pull: on the features themselves it undid them (examples/README.md)
         "base_lr": 1e-4,  # below pretraining's: the way from good weights is short
         "epochs": 100,  # own images are few; the drift in curves.png shows where to stop
         "warmup_epochs": 5,

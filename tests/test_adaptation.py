@@ -126,6 +126,8 @@ def test_the_export_names_the_starting_weights_and_warns_of_their_licence(whole,
     folder, result = whole
     words = f"local-dir:{start} is under cc-by-nc-4.0, which forbids commercial use"
     assert words in result.out and words in result.err
+    config = json.loads((folder / "run" / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["license"] == config["started_from"]["license"] == "cc-by-nc-4.0"
     exported = run_script("export.py", "--run", "run", folder=folder)
     assert exported.code == 0 and words in exported.err
     card = (folder / "run" / "encoder" / "README.md").read_text()
@@ -133,6 +135,17 @@ def test_the_export_names_the_starting_weights_and_warns_of_their_licence(whole,
     assert f"**Licence:** {words}" in card
     config = json.loads((folder / "run" / "encoder" / "config.json").read_text())
     assert config["pretrained_cfg"]["license"] == config["started_from"]["license"] == "cc-by-nc-4.0"
+
+
+def test_a_card_names_free_starting_weights_without_a_warning(tmp_path, caplog):
+    vit = timm.create_model("vit_small_patch16_224", **TINY, num_classes=0)
+    started = {"weights": "some_vit.tag", "license": "mit", "repo": "timm/some_vit.tag"}
+    hub.export(vit, tmp_path, started_from=started)
+    card = hub.write_card(tmp_path, repo="me/mine").read_text()
+    assert 'base_model: "timm/some_vit.tag"' in card and "Started from some_vit.tag, licence mit." in card
+    assert "**Licence:**" not in card and caplog.records == []
+    hub.export(vit, tmp_path)
+    assert "Started from" not in hub.write_card(tmp_path, repo="me/mine").read_text()
 
 
 @pytest.mark.parametrize(

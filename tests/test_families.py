@@ -34,8 +34,12 @@ ROTARY = ("DINOv3", "EVA-02", "RoPE, mixed, learned positions", "RoPE, no class 
 
 
 def build(family, **kwargs):
+    """With weights that count: positions and layer scales that start near zero would hide what is wrong elsewhere."""
     vit = timm.create_model(FAMILIES[family], **{**TINY, **kwargs})
-    if vit.pos_embed is not None:  # zero in some, which would hide a wrong order
+    for name, parameter in vit.named_parameters():
+        if "gamma" in name or parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=1 if "gamma" in name else 0.2)
+    if vit.pos_embed is not None:
         torch.nn.init.normal_(vit.pos_embed)
     return vit.eval()
 
