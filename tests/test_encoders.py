@@ -293,3 +293,19 @@ def test_a_filtered_checkpoint_is_not_changed_itself():
     checkpoint_filter(weights, tiny(img_size=48))
     assert list(weights["model"]) == list(before)
     assert all(torch.equal(weights["model"][key], value) for key, value in before.items())
+
+
+def test_positions_are_non_zero_after_build_load_and_resize(tmp_path):
+    from safetensors.torch import save_file
+
+    built = tiny()
+    save_file(built.state_dict(), tmp_path / "weights.safetensors")
+    overlay = {"file": str(tmp_path / "weights.safetensors"), "custom_load": False}
+    loaded = tiny(pretrained=True, pretrained_cfg_overlay=overlay)
+    larger = tiny(pretrained=True, pretrained_cfg_overlay=overlay, img_size=(48, 64))
+    resized = tiny()
+    resized.set_input_size(img_size=(48, 64))
+    assert torch.equal(loaded.pos_embed, built.pos_embed)
+    torch.testing.assert_close(larger.pos_embed, resized.pos_embed)
+    for vit in (built, loaded, larger, resized):
+        assert (vit.pos_embed[0, 1:].norm(dim=1) > 0.1).all() and vit.pos_embed[0, 0].abs().max() == 0
