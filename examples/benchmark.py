@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Stop, create_encoder, option, run, start_processes
+from common import Stop, autocast, create_encoder, option, run, start_processes
 from PIL import Image
 from timing import Products, clock, peak_memory_mb, show
 from torch import Tensor, nn
@@ -169,7 +169,7 @@ def measure_model(config: Config, device: torch.device) -> dict[str, Any]:
     mask = mvmae.random_mask(2 * config.batch_size, model.encoder.patch_embed.num_patches, 0.8, device=device)
 
     def step(loss_of: Callable[[], Tensor]) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(config.precision, device):
             loss = loss_of()
         loss.backward()
         optimizer.step()

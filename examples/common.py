@@ -185,6 +185,12 @@ def parallel(model: nn.Module, processes: Processes) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Compute in bf16: ``auto`` does so on CUDA, ``bf16`` everywhere, ``float32`` nowhere."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int, min_lr: float = 0.0) -> CosineLRScheduler:
     """Build timm's schedule, a pure function of the step: linear warm-up from 0, then a cosine to ``min_lr`` at ``steps``."""
     warmup_steps = min(warmup_steps, steps - 1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from checkpoint import load_checkpoint, open_run, save_checkpoint
-from common import Log, Processes, Stop, StopSignal, draw_curves, inject_fault, option, parallel
+from common import Log, Processes, Stop, StopSignal, autocast, draw_curves, inject_fault, option, parallel
 from models import load_backbone
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -133,12 +133,6 @@ def lr_factor(step: int, config: DenseConfig) -> float:
     return factor
 
 
-def autocast(config: DenseConfig, device: torch.device) -> torch.autocast:
-    """Compute in bf16 where that is asked for, or by default on CUDA."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
 def fit(
     config: DenseConfig,
     model: nn.Module,
@@ -198,7 +192,7 @@ def fit(
         torch.manual_seed(sample_seed(config.seed, -2, step, processes.rank))  # for drop path and the sampling of regions
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_scale"] * lr_factor(step - 1, config)
-        with autocast(config, processes.device):
+        with autocast(config.precision, processes.device):
             parts = losses(trained, batch)
             loss = torch.stack(list(parts.values())).sum()
         loss.backward()

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from checkpoint import write_text
 from coco import CocoData, evaluate, to_coco
-from common import Processes, Stop, option, run, start_processes
-from dense_training import REQUIRED, DenseConfig, autocast, build_trunk, fit, gather
+from common import Processes, Stop, autocast, option, run, start_processes
+from dense_training import REQUIRED, DenseConfig, build_trunk, fit, gather
 from PIL import Image
 from shapes import write_toy
 from timm.layers import LayerNorm2d
@@ -167,7 +167,7 @@ def detect(config: Config, model: MaskRCNN, data: CocoData, processes: Processes
     """Give the detections in this process's share of the images, as COCO's format has them."""
     for index in range(processes.rank, len(data), processes.world_size):
         image, target = data[0, index]
-        with autocast(config, processes.device):
+        with autocast(config.precision, processes.device):
             found = model([image.to(processes.device)])[0]
         yield from to_coco(found, int(target["image_id"]), data.category_ids)
 

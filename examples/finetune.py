@@ -26,6 +26,7 @@ from common import (
     Meter,
     Stop,
     StopSignal,
+    autocast,
     cosine_schedule,
     draw_curves,
     inject_fault,
@@ -217,7 +218,7 @@ class FineTuning:
         loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
         model.eval()
         for images, rows in labelled.each_once(self.data.val, Seeded(model, config.image_size), self.processes, **loading):
-            with labelled.autocast(config.precision, self.device):
+            with autocast(config.precision, self.device):
                 logits = model(images)
             counts += labelled.count_right(logits, labels[rows])
         self.model.train()
@@ -243,7 +244,7 @@ def train(run: FineTuning) -> None:
         run.schedule.step_update(step - 1)
         images, target = batch.views.to(run.device, non_blocking=True), labels[batch.indices].to(run.device)
         images, target = mixup(images, target)  # (B, C, H, W), (B, classes)
-        with labelled.autocast(config.precision, run.device):
+        with autocast(config.precision, run.device):
             logits = model(images)
         loss = cross_entropy(logits.float(), target)
         loss.backward()

@@ -11,7 +11,7 @@ import labelled
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import Processes
+from common import Processes, autocast
 from timm.optim import Lars
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ def extract(
     found: Features = {}
     seen = torch.zeros(len(source), dtype=torch.int64, device=processes.device)
     for images, rows in labelled.each_once(source, transform, processes, **loading):
-        with labelled.autocast(precision, processes.device):
+        with autocast(precision, processes.device):
             features = pooled(model, images)
         for kind, values in features.items():
             found.setdefault(kind, values.new_zeros(len(source), values.shape[1]))[rows] = values

@@ -187,9 +187,3 @@ def accuracy(counts: Tensor) -> dict[str, float]:
     """Turn what `count_right` gave, summed over batches and processes, into percent."""
     top1, top5, loss, total = counts.tolist()
     return {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "val_loss": loss / total}
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Compute in bf16: ``auto`` does so on CUDA, ``bf16`` everywhere."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -33,6 +33,7 @@ from common import (
     Processes,
     Stop,
     StopSignal,
+    autocast,
     cosine_schedule,
     draw_curves,
     inject_fault,
@@ -121,7 +122,7 @@ def batches(
     transform = Seeded(model, config.image_size, is_training=True, scale=scale, color_jitter=None)
     labels = torch.as_tensor(data.train.labels)
     for batch in labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad):
-        with torch.no_grad(), labelled.autocast(config.precision, processes.device):
+        with torch.no_grad(), autocast(config.precision, processes.device):
             features = frozen.pooled(model, batch.views.to(processes.device, non_blocking=True))
         yield features, labels[batch.indices].to(processes.device)
 

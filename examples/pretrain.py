@@ -24,6 +24,7 @@ from common import (
     Meter,
     Stop,
     StopSignal,
+    autocast,
     cosine_schedule,
     draw_curves,
     inject_fault,
@@ -300,7 +301,6 @@ def train(run: Pretraining) -> Tensor:
     """Run the steps; give the last batch of views."""
     config, sampler, stop, meter = run.config, run.sampler, StopSignal(), Meter(run.processes)
     model = run.trained(sampler.start_step + 1)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and run.device.type == "cuda")
     views, per_epoch = torch.empty(0), sampler.steps_per_epoch
     for step, batch in enumerate(run.loader(), start=sampler.start_step + 1):
         torch.manual_seed(sample_seed(config.seed, -2, step, run.processes.rank))  # for dropout, if the encoder has any
@@ -308,7 +308,7 @@ def train(run: Pretraining) -> Tensor:
         run.schedule.step_update(step - 1)
         run.freeze.scale_rates(run.optimizer, step)
         views = normalize(batch.views.to(run.device, non_blocking=True), run.mean, run.std)  # (B, V, C, H, W)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(config.precision, run.device):
             losses = backward(model, views, run.masks(step), config.accumulate)
         if config.clip_grad:
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from checkpoint import write_text
-from common import Processes, normalize, option, run, start_processes
-from dense_training import DenseConfig, autocast, build_trunk, fit, gather
+from common import Processes, autocast, normalize, option, run, start_processes
+from dense_training import DenseConfig, build_trunk, fit, gather
 from label_maps import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
 from PIL import Image
 from shapes import write_toy
@@ -163,7 +163,7 @@ def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Any, pr
     def shares() -> Iterator[Tensor]:
         for index in range(processes.rank, len(data), processes.world_size):
             image, labels = data[0, index]
-            with autocast(config, processes.device):
+            with autocast(config.precision, processes.device):
                 pred = predict(config, model, prepare(image))
             yield confusion(pred.cpu(), labels, config.num_classes)
 
