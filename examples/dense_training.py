@@ -14,6 +14,7 @@ import torch.distributed as dist
 from checkpoint import load_checkpoint, open_run, save_checkpoint
 from common import Log, Processes, Stop, StopSignal, autocast, draw_curves, inject_fault, option, parallel
 from models import load_backbone
+from shapes import write_toy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -219,6 +220,17 @@ def fit(
         names = {name: None for record in log.records() for name in record if name not in ("step", "epoch")}
         draw_curves(folder / "curves.png", log.records(), names)
     log.close()
+
+
+def data_folder(config: DenseConfig, processes: Processes) -> Path:
+    """Give the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
+    if config.data != "toy":
+        return Path(config.data)
+    root = Path(config.output_dir) / "toy"
+    if processes.rank == 0:
+        write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
+    processes.any(False)  # the others wait for the drawings
+    return root
 
 
 def gather(items: Iterable[Any], processes: Processes) -> list[Any]:

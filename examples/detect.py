@@ -22,9 +22,8 @@ import torch
 from checkpoint import write_text
 from coco import CocoData, evaluate, to_coco
 from common import Processes, Stop, autocast, option, run, start_processes
-from dense_training import REQUIRED, DenseConfig, build_trunk, fit, gather
+from dense_training import REQUIRED, DenseConfig, build_trunk, data_folder, fit, gather
 from PIL import Image
-from shapes import write_toy
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -203,12 +202,7 @@ def draw_predictions(path: Path, config: Config, model: MaskRCNN, data: CocoData
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then detect, measure and draw."""
     processes = start_processes(config.device)
-    folder, root = Path(config.output_dir), Path(config.data)
-    if config.data == "toy":
-        root = folder / "toy"
-        if processes.rank == 0:
-            write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
-        processes.any(False)  # the others wait for the drawings
+    folder, root = Path(config.output_dir), data_folder(config, processes)
     scale = (config.scale[0], config.scale[-1])
     data = CocoData(root, "train", side=config.image_size, scale=scale, seed=config.seed)
     val = CocoData(root, "val")

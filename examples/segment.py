@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from checkpoint import write_text
 from common import Processes, autocast, normalize, option, run, start_processes
-from dense_training import DenseConfig, build_trunk, fit, gather
+from dense_training import DenseConfig, build_trunk, data_folder, fit, gather
 from label_maps import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
 from PIL import Image
-from shapes import write_toy
 from torch import Tensor, nn
 
 from mvmae.dense import ViTPyramid
@@ -192,12 +191,7 @@ def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMa
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then test, measure and draw."""
     processes = start_processes(config.device)
-    folder, root = Path(config.output_dir), Path(config.data)
-    if config.data == "toy":
-        root = folder / "toy"
-        if processes.rank == 0:
-            write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
-        processes.any(False)  # the others wait for the drawings
+    folder, root = Path(config.output_dir), data_folder(config, processes)
     model, vit = build_model(config)
     mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
     fill = tuple(round(255 * value) for value in mean)
