@@ -22,7 +22,8 @@ class Monitor:
     """Looks at features of images that are not cropped or masked at random, the same ones every time.
 
     Args:
-        data: images to train on; its held-out split is looked at where there is one, else some images of its own.
+        source: images to train on, opened already: to list a large folder takes a while.
+        data: where they come from; its held-out split is looked at where there is one, else some images of its own.
         transform: from an image to what the encoder takes, as uint8.
         mean: of each channel, in [0, 1].
         std: of each channel.
@@ -35,6 +36,7 @@ class Monitor:
 
     def __init__(
         self,
+        source: ImageSource,
         data: str,
         transform: CentreCropTransform,
         mean: Sequence[float],
@@ -45,7 +47,7 @@ class Monitor:
         self.transform, self.mean, self.std, self.limit = transform, mean, std, limit
         self.drift = drift
         self.start: Tensor | None = None
-        self.splits: list[ImageSource] = [open_images(data)] if limit else []
+        self.splits: list[ImageSource] = [source] if limit else []
         if limit:
             with contextlib.suppress(SplitError):
                 self.splits.append(open_images(data, split="val"))

@@ -12,12 +12,11 @@ from torch import Tensor
 import mvmae
 from mvmae.augment import AugmentedViews
 from mvmae.channels import measure_channels
-from mvmae.sources import ImageSource, RepeatedSource, open_images
+from mvmae.sources import ImageSource, RepeatedSource
 
 
-def open_source(data: str, crops_per_image: int) -> ImageSource:
-    """Open the images to train on, each of them so many times."""
-    source = open_images(data)
+def repeated(source: ImageSource, crops_per_image: int) -> ImageSource:
+    """Give each image of a source so many times."""
     return RepeatedSource(source, crops_per_image) if crops_per_image != 1 else source
 
 

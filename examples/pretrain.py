@@ -35,7 +35,7 @@ from common import (
     start_processes,
 )
 from features import MONITORED, Monitor, report
-from inputs import augmented, channel_statistics, open_source
+from inputs import augmented, channel_statistics, repeated
 from starting import Freeze, parameter_groups, start_encoder, starting_weights
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -46,6 +46,7 @@ from mvmae.data import Loader, MultiViewDataset, StepSampler, explain_loader_err
 from mvmae.hub import describe, export
 from mvmae.images import MAX_PIXELS
 from mvmae.metrics import collapse_warning
+from mvmae.sources import open_images
 from mvmae.visualize import reconstruction_picture
 
 
@@ -178,7 +179,8 @@ class Pretraining:
     def __init__(self, config: Config) -> None:
         self.config, self.processes = config, start_processes(config.device)
         self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
-        self.source = open_source(config.data, config.crops_per_image)
+        images = open_images(config.data)
+        self.source = repeated(images, config.crops_per_image)
         if config.batch_size < 2 and config.loss_weight:
             raise Stop("--batch-size 1 has no negatives for the contrastive loss: use 2 or more, or --loss-weight 0")
         if config.freeze_epochs >= config.epochs:
@@ -218,7 +220,7 @@ class Pretraining:
         self.description = describe(self.model)
         self.settings = {**dataclasses.asdict(config), "images": self.source.fingerprint}
         looked_at = config.monitor_images if self.first else 0
-        self.monitor = Monitor(config.data, centre, self.mean, self.std, looked_at, drift=config.pretrained)
+        self.monitor = Monitor(images, config.data, centre, self.mean, self.std, looked_at, drift=config.pretrained)
         self.resume_or_start()
 
     def resume_or_start(self) -> None:
