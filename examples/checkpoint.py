@@ -1,18 +1,28 @@
 """State of a run on the disk: written whole or not at all, checked when read, the one before kept."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pickle
+import shutil
+import socket
 import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from common import Stop
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+PARTS = frozenset({"step", "settings", "optimizer"})
+_locked: list[IO[str]] = []
+
+
+class SaveError(Exception):
+    """Why a checkpoint could not be written."""
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
@@ -23,6 +33,9 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     Args:
         folder: the run's folder.
         state: tensors, numbers, strings, lists and dictionaries of them.
+
+    Raises:
+        SaveError: if it cannot be written, such as to a full disk; what was there is there still.
     """
     newest, unfinished = folder / NEWEST, folder / (NEWEST + ".unfinished")
     try:
@@ -30,13 +43,22 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
-    if newest.exists():
-        os.replace(newest, folder / PREVIOUS)
-    os.replace(unfinished, newest)
-    _sync_folder(folder)
+        if newest.exists():
+            os.replace(newest, folder / PREVIOUS)
+        os.replace(unfinished, newest)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that fails
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else "torch could not write all of it"
+        raise SaveError(f"cannot write {newest}: {reason}, {_free_space(folder)}") from error
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free >> 20} MB are free"
+    except OSError as error:
+        return str(error)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,6 +113,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds more than tensors and plain values, and is not opened: it could run code") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: a dictionary is expected, it holds {type(state).__name__}")
+    if missing := PARTS - state.keys():
+        raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
     return state
 
 
@@ -110,15 +134,20 @@ def open_run(
         the checkpoint, or None for a new run.
 
     Raises:
-        Stop: if the folder holds a run that is not to be resumed or cannot be, or cannot be written to.
+        Stop: if the folder is in use, cannot be written to, or holds a run that is not to be resumed or cannot be.
     """
+    if first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock(folder)
+        except OSError as error:
+            raise Stop(f"cannot write to the output folder {folder}: {error.strerror}") from error
     state = load_checkpoint(folder)
     if state is not None and not resume:
         raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --output-dir")
     changed = check_same(state["settings"], settings, may_change) if state else []
     if first:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
         except OSError as error:
             raise Stop(f"cannot write to the output folder {folder}: {error.strerror}") from error
@@ -127,6 +156,24 @@ def open_run(
         elif resume:
             print(f"no checkpoint in {folder}: starting at step 0", flush=True)
     return state
+
+
+def lock(folder: Path) -> None:
+    """Keep other runs out of a folder while this process lives; the lock ends with the process, however that ends.
+
+    Raises:
+        Stop: if another process holds it, with its number and its machine.
+    """
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise Stop(f"{folder} is in use by {file.read().strip() or 'another process'}: choose another --output-dir") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _locked.append(file)
 
 
 def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], free: frozenset[str]) -> list[str]:

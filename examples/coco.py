@@ -69,11 +69,15 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def name(self, index: int) -> str:
+        """Give the path of an image."""
+        return str(self.folder / self.truth.loadImgs([self.image_ids[index]])[0]["file_name"])
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Give image (3, H, W) in [0, 1] and, for torchvision, ``boxes``, ``labels`` (from 1), ``masks`` and ``image_id``."""
         epoch, index = key
         number = self.image_ids[index]
-        with Image.open(self.folder / self.truth.loadImgs([number])[0]["file_name"]) as file:
+        with Image.open(self.name(index)) as file:
             image = file.convert("RGB")
         objects = [item | {"segmentation": _outline(item)} for item in self.truth.imgToAnns[number] if _outline(item)]
         masks = [Image.fromarray(self.truth.annToMask(item)) for item in objects]

@@ -1,4 +1,4 @@
-"""What every script needs and no method knows: arguments, processes, schedule, log, pictures of a run, how a run stops."""
+"""What every script needs and no method knows: arguments, processes, schedule, log, curves, how a script ends."""
 
 import argparse
 import ast
@@ -23,6 +23,9 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 Config = TypeVar("Config")
+Item = TypeVar("Item")
+LOST = ("peer", "gloo", "nccl", "socket", "tcpstore")
+"""Words of torch's errors where another process has ended."""
 
 
 class Stop(Exception):
@@ -44,16 +47,26 @@ def run(
     """Parse the command line into ``config``, run ``main``, and turn what goes wrong into one line and an exit code."""
     try:
         main(parse(config, presets, about))
+    except KeyboardInterrupt:
+        _end("stopped before the first step", 128 + signal.SIGINT)
     except (Stop, ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("MVMAE_TRACEBACK"):  # a mistake of ours rather than of the user's is found more easily so
+        _end(str(error), error.code if isinstance(error, Stop) else 2)
+    except RuntimeError as error:
+        if not (dist.is_initialized() and any(word in str(error).lower() for word in LOST)):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # no clean-up of threads and process groups: after an error they could wait for other processes for ever
-        sys.stdout.flush()
-        os._exit(error.code if isinstance(error, Stop) else 2)
+        _end(f"another process of this run has ended, see its message; --resume goes on ({str(error).splitlines()[0]})", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end(message: str, code: int) -> None:
+    """Print one line and exit, with no clean-up of threads and process groups, which could wait for others for ever."""
+    if os.environ.get("MVMAE_TRACEBACK"):  # a mistake of ours rather than of the user's is found more easily so
+        raise
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def parse(
@@ -146,6 +159,14 @@ class Processes(NamedTuple):
         dist.all_reduce(votes, group=self.control)
         return bool(votes)
 
+    def gather(self, item: Item) -> list[Item]:
+        """Give the items of all processes to all of them, in the order of the ranks."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
     def mean(self, values: Tensor) -> Tensor:
         """Average a tensor over all processes."""
         if self.world_size > 1:
@@ -204,34 +225,6 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: 
     )
 
 
-class StopSignal:
-    """Catches SIGINT, SIGTERM and SIGUSR1, so that a loop can finish its step and save; a second signal ends at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _: object) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
-
-    @property
-    def exit_code(self) -> int:
-        """The exit code of a program that this signal ended; that of SIGTERM where another process received it."""
-        return 128 + (self.received or signal.SIGTERM)
-
-
-def inject_fault(step: int) -> None:
-    """Do what ``MVMAE_FAULT`` says, which is how tests cut a run: ``kill@STEP``, or ``slow`` for time to send a signal."""
-    name = os.environ.get("MVMAE_FAULT", "")
-    if name == f"kill@{step}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if name == "slow":
-        time.sleep(0.3)
-
-
 class Log:
     """Writes ``log.jsonl``, a progress bar on a terminal, and plain lines elsewhere; nothing but on rank 0."""
 
@@ -260,8 +253,11 @@ class Log:
         """Add one line; numbers only, except for names."""
         if self.silent:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            self.say(f"warning: cannot write {self.path}: {error.strerror}")
         line = "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items()
         )
@@ -280,34 +276,6 @@ class Log:
         """Take the bar away."""
         if not self.silent and self.bar is not None:
             self.bar.close()
-
-
-class Meter:
-    """Means of named numbers over the steps since the last line of the log, kept on the device until then."""
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes, self.steps = processes, 0
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count one step's numbers, scalars on the device."""
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value.detach() if self.steps else value.detach().clone()
-        self.steps += 1
-
-    def check(self, step: int) -> None:
-        """Stop all processes where a number was not finite in any of them, naming the last, most particular one."""
-        for name in reversed(self.sums):
-            if self.processes.any(not bool(self.sums[name].isfinite())):
-                raise Stop(f"{name} is not finite at step {step}; the last checkpoint is from before", code=1)
-
-    def means(self, step: int) -> dict[str, float]:
-        """Give the mean of each over steps and processes, and start again."""
-        self.check(step)
-        names, sums = list(self.sums), torch.stack(list(self.sums.values()))
-        values = (self.processes.mean(sums) / self.steps).tolist()
-        self.sums, self.steps = {}, 0
-        return dict(zip(names, values, strict=True))
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,22 +6,24 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from checkpoint import load_checkpoint, open_run, save_checkpoint
-from common import Log, Processes, Stop, StopSignal, autocast, draw_curves, inject_fault, option, parallel
+from checkpoint import load_checkpoint, open_run
+from common import Log, Processes, Stop, autocast, draw_curves, option, parallel
+from course import Course
 from models import load_backbone
 from shapes import write_toy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from mvmae.data import StepSampler, sample_seed
+from mvmae.data import Key, StepSampler, sample_seed
 from mvmae.dense import WindowedViT
+from mvmae.pretrained import check_weights
 
 REQUIRED = dataclasses.MISSING
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
@@ -56,6 +58,7 @@ class DenseConfig:
     precision: str = option("auto", "auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
     grad_checkpointing: bool = option(False, "keep fewer activations of the encoder and compute them again")
     workers: int = option(REQUIRED, "processes that load images, for each process that trains")
+    skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
     max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
     save_every: int = option(REQUIRED, "steps between checkpoints; the end is saved in any case")
     log_every: int = option(20, "steps between lines of the log")
@@ -65,7 +68,7 @@ class DenseConfig:
 
 MAY_CHANGE = frozenset(
     {"output_dir", "resume", "evaluate", "device", "grad_checkpointing", "workers", "max_steps", "save_every", "log_every"}
-    | {"pictures"}
+    | {"pictures", "skip_nonfinite"}
 )
 
 
@@ -134,11 +137,24 @@ def lr_factor(step: int, config: DenseConfig) -> float:
     return factor
 
 
+class NamedImages(Protocol):
+    """(epoch, index) -> sample, and the name of each image."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: tuple[int, int]) -> Any: ...
+    def name(self, index: int) -> str: ...
+
+
+def names(dataset: NamedImages, keys: Iterable[Key]) -> list[str]:
+    """Give the paths of a batch's images."""
+    return [dataset.name(index) for _, index in keys]
+
+
 def fit(
     config: DenseConfig,
     model: nn.Module,
     trunk: WindowedViT,
-    dataset: Dataset[Any],
+    dataset: NamedImages,
     losses: Callable[[nn.Module, Any], dict[str, Tensor]],
     processes: Processes,
     *,
@@ -165,31 +181,38 @@ def fit(
         state = load_checkpoint(folder)
         if state is None:
             raise Stop(f"--evaluate: {folder} holds no checkpoint")
+        check_weights(state["model"], model.state_dict(), source=folder)
         model.load_state_dict(state["model"])
         return
     optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr, fused=processes.device.type == "cuda")
     last = min(config.steps, config.max_steps or config.steps)
     where = {"rank": processes.rank, "world_size": processes.world_size}
-    sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **where)  # type: ignore[arg-type]
+    sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **where)
     settings = {**dataclasses.asdict(config), "images": images}
     state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, first=first)
     if state:
+        check_weights(state["model"], model.state_dict(), source=folder)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         sampler.start_step = state["step"]
-    loader = DataLoader(
-        dataset,
+    loader: DataLoader[Any] = DataLoader(
+        dataset,  # type: ignore[arg-type]
         batch_sampler=sampler,
         num_workers=config.workers,
         collate_fn=collate,
         pin_memory=processes.device.type == "cuda",
         generator=torch.Generator(),
     )
-    log, stop = Log(folder, processes.rank, last, sampler.start_step), StopSignal()
-    log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")  # type: ignore[arg-type]
+    log = Log(folder, processes.rank, last, sampler.start_step)
+    log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")
+
+    def content() -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings}
+
+    course = Course(config, folder, log, processes, model, content, state, last=last)
     model.train()
     trained = parallel(model, processes)
-    for step, batch in enumerate(loader, start=sampler.start_step + 1):
+    for step, (keys, batch) in course.follow(zip(sampler, loader, strict=True)):
         torch.manual_seed(sample_seed(config.seed, -2, step, processes.rank))  # for drop path and the sampling of regions
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_scale"] * lr_factor(step - 1, config)
@@ -197,28 +220,13 @@ def fit(
             parts = losses(trained, batch)
             loss = torch.stack(list(parts.values())).sum()
         loss.backward()
-        optimizer.step()
+        if course.accepts(step, {"loss": loss, **parts}, partial(names, dataset, keys)):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log.advance(step)
-        stopped = processes.any(stop.received is not None)
-        saves = step % config.save_every == 0 or step == last or stopped
-        if step % config.log_every == 0 or saves:
-            means = processes.mean(torch.stack([loss, *parts.values()]).detach()).tolist()
-            if not math.isfinite(sum(means)):
-                values = ", ".join(f"{name} {value}" for name, value in zip(parts, means[1:], strict=True))
-                raise Stop(f"the loss is not finite at step {step} ({values}): the last checkpoint is from before", 1)
-            named = dict(zip(("loss", *parts), means, strict=True))
-            log.write(step=step, **named, lr=config.lr * lr_factor(step - 1, config))
-        if saves and first:
-            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings}
-            save_checkpoint(folder, content)
-        inject_fault(step)
-        if stopped and step != last:
-            log.close()
-            raise Stop(f"stopped after step {step} of {last}, which is saved: add --resume to go on", stop.exit_code)
+        course.report(step, lr=config.lr * lr_factor(step - 1, config))
     if first:
-        names = {name: None for record in log.records() for name in record if name not in ("step", "epoch")}
-        draw_curves(folder / "curves.png", log.records(), names)
+        drawn = {name: None for record in log.records() for name in record if name not in ("step", "epoch")}
+        draw_curves(folder / "curves.png", log.records(), drawn)
     log.close()
 
 
@@ -235,9 +243,4 @@ def data_folder(config: DenseConfig, processes: Processes) -> Path:
 
 def gather(items: Iterable[Any], processes: Processes) -> list[Any]:
     """Collect the items of all processes, in the order of the ranks."""
-    own = list(items)
-    if processes.world_size == 1:
-        return own
-    parts: list[list[Any]] = [[] for _ in range(processes.world_size)]
-    dist.all_gather_object(parts, own, group=processes.control)
-    return [item for part in parts for item in part]
+    return [item for part in processes.gather(list(items)) for item in part]

@@ -14,27 +14,27 @@ quick only crops and flips, for little data.
 import dataclasses
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import labelled
 import numpy as np
 import torch
-from checkpoint import open_run, save_checkpoint, write_text
+from checkpoint import open_run, write_text
 from common import (
     Log,
-    Meter,
     Stop,
-    StopSignal,
     autocast,
     cosine_schedule,
     draw_curves,
-    inject_fault,
     option,
     parallel,
     run,
     start_processes,
 )
+from course import Course
+from inputs import names
 from labelled import Seeded, open_labelled
 from models import add_head, load_backbone, save_classifier
 from timm.data import Mixup
@@ -48,6 +48,7 @@ from torch import nn
 
 from mvmae.data import Loader, StepSampler, explain_loader_error, sample_seed
 from mvmae.hub import describe
+from mvmae.pretrained import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Config:
     precision: str = option("auto", "auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
     workers: int = option(8, "processes that load images, for each process that trains")
     max_bad: int = option(100, "different images that may be unreadable before the run stops")
+    skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
     max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
     save_every: int = option(1000, "steps between checkpoints; the end is saved in any case")
     eval_every: int = option(1, "epochs between validations")
@@ -111,7 +113,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 MAY_CHANGE = frozenset(
-    {"output_dir", "resume", "device", "workers", "max_bad", "max_steps", "save_every", "eval_every", "log_every"}
+    {"output_dir", "resume", "device", "workers", "max_bad", "skip_nonfinite", "max_steps", "save_every"}
+    | {"eval_every", "log_every"}
 )
 
 
@@ -185,6 +188,7 @@ class FineTuning:
         """Take everything back from the newest checkpoint."""
         state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, first=self.first)
         if state:
+            check_weights(state["model"], self.model.state_dict(), source=self.folder)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.sampler.start_step, self.best = state["step"], state["best"]
@@ -192,16 +196,17 @@ class FineTuning:
                 self.ema.module.load_state_dict(state["ema"])
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
         self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}")
+        last = self.sampler.num_steps or 0
+        self.course = Course(self.config, self.folder, self.log, self.processes, self.model, self.state, state, last=last)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint: all that depends on the steps so far."""
-        if self.first:
-            parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
-            parts |= {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
-            parts |= {"label_names": list(self.data.class_names)}
-            if isinstance(self.model, VisionTransformer | Eva):
-                parts["description"] = describe(self.model)  # for export.py
-            save_checkpoint(self.folder, {**parts, "step": step, "settings": self.settings})
+    def state(self) -> dict[str, Any]:
+        """Give all that depends on the steps so far, and what an export needs."""
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
+        parts |= {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
+        parts |= {"label_names": list(self.data.class_names), "settings": self.settings}
+        if isinstance(self.model, VisionTransformer | Eva):
+            parts["description"] = describe(self.model)
+        return parts
 
     def loader(self) -> Loader:
         """Load the training images of each step."""
@@ -233,11 +238,11 @@ class FineTuning:
 
 def train(run: FineTuning) -> None:
     """Run the steps, validate and save on the way."""
-    config, sampler, stop, meter = run.config, run.sampler, StopSignal(), Meter(run.processes)
+    config, sampler, course = run.config, run.sampler, run.course
     model, per_epoch = parallel(run.model, run.processes), sampler.steps_per_epoch
     mixup, cross_entropy = build_mixup(config, len(run.data.class_names)), SoftTargetCrossEntropy()
     labels = torch.as_tensor(run.data.train.labels)
-    for step, batch in enumerate(run.loader(), start=sampler.start_step + 1):
+    for step, batch in course.follow(run.loader()):
         seed = sample_seed(config.seed, -2, step, run.processes.rank)
         torch.manual_seed(seed)  # for stochastic depth
         np.random.seed(seed % 2**32)  # for mixup
@@ -248,27 +253,16 @@ def train(run: FineTuning) -> None:
             logits = model(images)
         loss = cross_entropy(logits.float(), target)
         loss.backward()
-        if config.clip_grad:
-            nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
-        run.optimizer.step()
+        if course.accepts(step, {"loss": loss}, partial(names, run.data.train, batch.indices)):
+            if config.clip_grad:
+                nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+            run.optimizer.step()
+            if run.ema is not None:
+                run.ema.update(run.model)
         run.optimizer.zero_grad(set_to_none=True)
-        if run.ema is not None:
-            run.ema.update(run.model)
-        meter.add({"loss": loss})
-        run.log.advance(step)
-        last, stopped = step == sampler.num_steps, run.processes.any(stop.received is not None)
-        if step % config.log_every == 0 or last:
-            rate = max(group["lr"] for group in run.optimizer.param_groups)
-            run.log.write(step=step, epoch=round(step / per_epoch, 3), **meter.means(step), lr=rate)
-        if step % (config.eval_every * per_epoch) == 0 and not last:
+        course.report(step, epoch=round(step / per_epoch, 3), lr=max(group["lr"] for group in run.optimizer.param_groups))
+        if step % (config.eval_every * per_epoch) == 0 and step != sampler.num_steps:
             run.validate(step)
-        if step % config.save_every == 0 or last or stopped:
-            meter.check(step)
-            run.save(step)
-        inject_fault(step)
-        if stopped and not last:
-            run.log.close()
-            raise Stop(f"stopped after step {step} of {run.steps}, which is saved: add --resume to go on", stop.exit_code)
 
 
 def finish(run: FineTuning, start: float) -> None:

@@ -20,6 +20,11 @@ def repeated(source: ImageSource, crops_per_image: int) -> ImageSource:
     return RepeatedSource(source, crops_per_image) if crops_per_image != 1 else source
 
 
+def names(source: ImageSource, indices: Tensor) -> list[str]:
+    """Give the names of a batch's images."""
+    return [source.name(index) for index in indices.tolist()]
+
+
 def channel_statistics(
     typed: Mapping[str, Sequence[float | str]],
     own: Mapping[str, Sequence[float]],

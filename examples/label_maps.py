@@ -64,6 +64,10 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.images)
 
+    def name(self, index: int) -> str:
+        """Give the path of an image."""
+        return str(self.images[index])
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Give image (3, H, W) uint8 and labels (H, W) long."""
         epoch, index = key

@@ -19,6 +19,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,27 @@ import frozen
 import labelled
 import models
 import torch
-from checkpoint import open_run, save_checkpoint, write_text
+from checkpoint import open_run, write_text
 from common import (
     Log,
-    Meter,
     Processes,
     Stop,
-    StopSignal,
     autocast,
     cosine_schedule,
     draw_curves,
-    inject_fault,
     option,
     parallel,
     run,
     start_processes,
 )
+from course import Course, StopSignal
 from frozen import Features, Probe
+from inputs import names
 from labelled import Labelled, Seeded
 from torch import Tensor, nn
 
 from mvmae.data import StepSampler, explain_loader_error
+from mvmae.pretrained import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Config:
     precision: str = option("auto", "of the backbone: auto is bf16 on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
     workers: int = option(8, "processes that load images, for each process that trains")
     max_bad: int = option(100, "different images that may be unreadable before the run stops")
+    skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
     max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
     save_every: int = option(1000, "steps between checkpoints; the end is saved in any case")
     log_every: int = option(50, "steps between lines of the log")
@@ -87,10 +89,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"output_dir": "runs/quick-probe", "cached": True, "batch_size": 128, "workers": 0},
 }
 MAY_CHANGE = frozenset(
-    {"models", "output_dir", "resume", "device", "workers", "max_bad", "max_steps", "save_every", "log_every"}
+    {"models", "output_dir", "resume", "device", "workers", "max_bad", "skip_nonfinite"}
+    | {"max_steps", "save_every", "log_every"}
 )
 PAPER = {"vit_base_patch16_224.mae": 68.0, "vit_base_patch16_224.dino": 78.2, "mvmae_vit_base_patch16.in1k": 76.7}  # Table 2
 IMAGENET = (1_281_167, 50_000, 1000)
+Step = tuple[Features, Tensor, Callable[[], list[str]]]
+"""Features and labels of a batch, and what names its images."""
 
 
 def build_probe(config: Config, widths: Mapping[str, int], num_classes: int) -> Probe:
@@ -111,12 +116,12 @@ def batches(
     data: Labelled,
     cached: tuple[Features, Tensor] | None,
     processes: Processes,
-) -> Iterator[tuple[Features, Tensor]]:
+) -> Iterator[Step]:
     """Give features and labels of each step: of random crops, or out of the ones that were extracted."""
     if cached is not None:
         for keys in sampler:
             rows = torch.tensor([index for _, index in keys], device=cached[1].device)
-            yield {kind: values[rows] for kind, values in cached[0].items()}, cached[1][rows]
+            yield {kind: values[rows] for kind, values in cached[0].items()}, cached[1][rows], partial(numbers, rows)
         return
     scale = (config.crop_scale[0], config.crop_scale[-1])
     transform = Seeded(model, config.image_size, is_training=True, scale=scale, color_jitter=None)
@@ -124,7 +129,12 @@ def batches(
     for batch in labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad):
         with torch.no_grad(), autocast(config.precision, processes.device):
             features = frozen.pooled(model, batch.views.to(processes.device, non_blocking=True))
-        yield features, labels[batch.indices].to(processes.device)
+        yield features, labels[batch.indices].to(processes.device), partial(names, data.train, batch.indices)
+
+
+def numbers(rows: Tensor) -> list[str]:
+    """Give the numbers of a batch's images among all that could be read."""
+    return [f"number {row} of the images that can be read" for row in rows.tolist()]
 
 
 @torch.no_grad()
@@ -143,40 +153,28 @@ def train(
     config: Config,
     probe: Probe,
     optimizer: torch.optim.Optimizer,
-    steps: Iterator[tuple[Features, Tensor]],
+    steps: Iterator[Step],
     sampler: StepSampler,
     val: tuple[Features, Tensor],
     processes: Processes,
-    log: Log,
-    stop: StopSignal,
-    save: Callable[[int], None],
+    course: Course,
 ) -> None:
     """Run the steps: the sum of the heads' losses, so that each head is trained as if it were alone."""
-    meter, per_epoch = Meter(processes), sampler.steps_per_epoch
+    per_epoch, log = sampler.steps_per_epoch, course.log
     schedule = cosine_schedule(optimizer, config.epochs * per_epoch, round(config.warmup_epochs * per_epoch))
     model = parallel(probe.train(), processes)
-    for step, (features, labels) in enumerate(steps, start=sampler.start_step + 1):
+    for step, (features, labels, images) in course.follow(steps):
         schedule.step_update(step - 1)
         losses = torch.stack([nn.functional.cross_entropy(logits, labels) for logits in model(features).values()])
         losses.sum().backward()
-        optimizer.step()
+        if course.accepts(step, {"loss": losses[0]}, images):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        meter.add({"loss": losses[0]})
-        log.advance(step)
-        last, stopped = step == sampler.num_steps, processes.any(stop.received is not None)
-        if step % config.log_every == 0 or last:
-            lr = optimizer.param_groups[0]["lr"]
-            log.write(step=step, epoch=round(step / per_epoch, 3), **meter.means(step), lr=lr)
-        if step % max(per_epoch, config.log_every) == 0 or last:
+        course.report(step, epoch=round(step / per_epoch, 3), lr=optimizer.param_groups[0]["lr"])
+        if step % max(per_epoch, config.log_every) == 0 or step == sampler.num_steps:
             average_statistics(probe, processes)
             scores = evaluate(probe, *val)
             log.write(step=step, linear=scores["avg_0"]["top1"], best=max(score["top1"] for score in scores.values()))
-        if step % config.save_every == 0 or last or stopped:
-            save(step)
-        inject_fault(step)
-        if stopped and not last:
-            log.close()
-            raise Stop(f"stopped after step {step}, which is saved: add --resume to go on", stop.exit_code)
 
 
 def average_statistics(probe: Probe, processes: Processes) -> None:
@@ -209,19 +207,19 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     steps = config.epochs * sampler.steps_per_epoch
     sampler.num_steps = min(steps, config.max_steps or steps)
     if state:
+        check_weights(state["probe"], probe.state_dict(), source=folder)
         probe.load_state_dict(state["probe"])
         optimizer.load_state_dict(state["optimizer"])
         sampler.start_step = state["step"]
     log = Log(folder, processes.rank, sampler.num_steps, sampler.start_step)
     log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}")
 
-    def save(step: int) -> None:
-        if processes.rank == 0:
-            parts = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(folder, {**parts, "step": step, "settings": settings})
+    def content() -> dict[str, Any]:
+        return {"probe": probe.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings}
 
+    course = Course(config, folder, log, processes, probe, content, state, last=sampler.num_steps, stop=stop)
     features = batches(config, model, sampler, data, train_set if config.cached else None, processes)
-    train(config, probe, optimizer, features, sampler, val, processes, log, stop, save)
+    train(config, probe, optimizer, features, sampler, val, processes, course)
     log.close()
     scores = evaluate(probe, *val)
     best = max(scores, key=lambda head: scores[head]["top1"])

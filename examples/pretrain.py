@@ -14,28 +14,27 @@ The defaults are the paper's, or MAE's where the paper is silent. Add --resume t
 import dataclasses
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import open_run, save_checkpoint
+from checkpoint import open_run
 from common import (
     Log,
-    Meter,
     Stop,
-    StopSignal,
     autocast,
     cosine_schedule,
     draw_curves,
-    inject_fault,
     normalize,
     option,
     parallel,
     run,
     start_processes,
 )
+from course import Course
 from features import MONITORED, Monitor, report
-from inputs import augmented, channel_statistics, repeated
+from inputs import augmented, channel_statistics, names, repeated
 from starting import Freeze, parameter_groups, start_encoder, starting_weights
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -46,6 +45,7 @@ from mvmae.data import Loader, MultiViewDataset, StepSampler, explain_loader_err
 from mvmae.hub import describe, export
 from mvmae.images import MAX_PIXELS
 from mvmae.metrics import collapse_warning
+from mvmae.pretrained import check_weights
 from mvmae.sources import open_images
 from mvmae.visualize import reconstruction_picture
 
@@ -100,6 +100,7 @@ class Config:
     workers: int = option(8, "processes that load images, for each process that trains")
     loader: str = option("fast", "fast; pillow, without simplejpeg; pil, the slow reference", ["fast", "pillow", "pil"])
     max_bad: int = option(100, "different images that may be unreadable before the run stops")
+    skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
     max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
     save_every: int = option(1000, "steps between checkpoints; the end is saved in any case")
     log_every: int = option(20, "steps between lines of the log")
@@ -139,7 +140,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 MAY_CHANGE = frozenset(
     {"output_dir", "resume", "device", "accumulate", "compile", "grad_checkpointing", "workers", "max_bad", "max_steps"}
-    | {"save_every", "log_every", "monitor", "monitor_images", "epochs", "loader"}
+    | {"skip_nonfinite", "save_every", "log_every", "monitor", "monitor_images", "epochs", "loader"}
 )
 
 
@@ -227,6 +228,7 @@ class Pretraining:
         """Take everything back from the newest checkpoint, or look at the encoder as it is before."""
         state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, first=self.first)
         if state:
+            check_weights(state["model"], self.model.state_dict(), source=self.folder)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.sampler.start_step = state["step"]
@@ -237,6 +239,8 @@ class Pretraining:
             self.log.say(f"from {self.start['weights']}: {license_warning(self.start) or 'licence ' + self.start['license']}")
         self.monitor.start = state["start_features"] if state else None
         self.before = state["before"] if state else self.look(0)
+        last = self.sampler.num_steps or 0
+        self.course = Course(self.config, self.folder, self.log, self.processes, self.model, self.state, state, last=last)
 
     def loader(self) -> Loader:
         """Load V views of each image of a step."""
@@ -280,14 +284,12 @@ class Pretraining:
                 self.log.say(f"warning: {warning}")
         return found
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint: all that depends on the steps so far."""
-        if self.first:
-            weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            about = {"description": self.description, "mean": self.mean, "std": self.std, "command": shlex.join(sys.argv)}
-            state = {"step": step, "settings": self.settings, "before": self.before, **about}
-            start = {"start": self.start, "start_features": self.monitor.start}
-            save_checkpoint(self.folder, {**weights, **state, **start})
+    def state(self) -> dict[str, Any]:
+        """Give all that depends on the steps so far, and what an export needs."""
+        weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        about = {"description": self.description, "mean": self.mean, "std": self.std, "command": shlex.join(sys.argv)}
+        start = {"start": self.start, "start_features": self.monitor.start, "before": self.before}
+        return {**weights, **about, **start, "settings": self.settings}
 
 
 def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int) -> mvmae.Losses:
@@ -301,10 +303,10 @@ def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int
 
 def train(run: Pretraining) -> Tensor:
     """Run the steps; give the last batch of views."""
-    config, sampler, stop, meter = run.config, run.sampler, StopSignal(), Meter(run.processes)
+    config, sampler, course = run.config, run.sampler, run.course
     model = run.trained(sampler.start_step + 1)
     views, per_epoch = torch.empty(0), sampler.steps_per_epoch
-    for step, batch in enumerate(run.loader(), start=sampler.start_step + 1):
+    for step, batch in course.follow(run.loader()):
         torch.manual_seed(sample_seed(config.seed, -2, step, run.processes.rank))  # for dropout, if the encoder has any
         model = run.trained(step) if run.freeze.ends(step) else model
         run.schedule.step_update(step - 1)
@@ -312,25 +314,14 @@ def train(run: Pretraining) -> Tensor:
         views = normalize(batch.views.to(run.device, non_blocking=True), run.mean, run.std)  # (B, V, C, H, W)
         with autocast(config.precision, run.device):
             losses = backward(model, views, run.masks(step), config.accumulate)
-        if config.clip_grad:
-            torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
-        run.optimizer.step()
+        if course.accepts(step, losses._asdict(), partial(names, run.source, batch.indices)):
+            if config.clip_grad:
+                torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+            run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-        meter.add(losses._asdict())
-        run.log.advance(step)
-        last, stopped = step == sampler.num_steps, run.processes.any(stop.received is not None)
-        if step % config.log_every == 0 or last:
-            rate = max(group["lr"] for group in run.optimizer.param_groups)
-            run.log.write(step=step, epoch=round(step / per_epoch, 3), **meter.means(step), lr=rate)
-        if config.monitor and step % (config.monitor * per_epoch) == 0 and not last:
+        course.report(step, epoch=round(step / per_epoch, 3), lr=max(group["lr"] for group in run.optimizer.param_groups))
+        if config.monitor and step % (config.monitor * per_epoch) == 0 and step != sampler.num_steps:
             run.look(step, MONITORED)
-        if step % config.save_every == 0 or last or stopped:
-            meter.check(step)
-            run.save(step)
-        inject_fault(step)
-        if stopped and not last:
-            run.log.close()
-            raise Stop(f"stopped after step {step} of {run.steps}, which is saved: add --resume to go on", stop.exit_code)
     return views
 
 

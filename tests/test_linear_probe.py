@@ -19,7 +19,8 @@ from mvmae.metrics import knn_accuracy
 sys.path.append(str(EXAMPLES))
 import frozen
 import linear_probe
-from common import Processes, StopSignal, cosine_schedule, parse
+from common import Processes, cosine_schedule, parse
+from course import StopSignal
 from labelled import Labelled, Seeded, open_labelled
 
 ONE = Processes(0, 1, torch.device("cpu"), None)
