@@ -52,7 +52,7 @@ def run(
     except (Stop, ValueError, TypeError, OSError, ImportError) as error:
         _end(str(error), error.code if isinstance(error, Stop) else 2)
     except RuntimeError as error:
-        if not (dist.is_initialized() and any(word in str(error).lower() for word in LOST)):
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(word in str(error).lower() for word in LOST):
             raise
         _end(f"another process of this run has ended, see its message; --resume goes on ({str(error).splitlines()[0]})", 1)
     finally:

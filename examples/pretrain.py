@@ -14,6 +14,7 @@ The defaults are the paper's, or MAE's where the paper is silent. Add --resume t
 import dataclasses
 import shlex
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ class Pretraining:
     def __init__(self, config: Config) -> None:
         self.config, self.processes = config, start_processes(config.device)
         self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
+        start = time.monotonic()
         images = open_images(config.data)
+        self.listing = time.monotonic() - start
         self.source = repeated(images, config.crops_per_image)
         if config.batch_size < 2 and config.loss_weight:
             raise Stop("--batch-size 1 has no negatives for the contrastive loss: use 2 or more, or --loss-weight 0")
@@ -233,7 +236,8 @@ class Pretraining:
             self.optimizer.load_state_dict(state["optimizer"])
             self.sampler.start_step = state["step"]
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
-        about = f"{len(self.source)} images, {self.steps} steps of {self.config.batch_size}, learning rate {self.lr:.3g}"
+        listed = f"{len(self.source)} images, listed in {self.listing:.1f} s"
+        about = f"{listed}, {self.steps} steps of {self.config.batch_size}, learning rate {self.lr:.3g}"
         self.log.say(f"{about}, on {self.device}")
         if self.start:
             self.log.say(f"from {self.start['weights']}: {license_warning(self.start) or 'licence ' + self.start['license']}")
@@ -335,7 +339,7 @@ def finish(run: Pretraining, views: Tensor) -> None:
         picture = reconstruction_picture(run.model, views[:4], mean=run.mean, std=run.std, generator=generator)
         picture.save(folder / "reconstructions.png")
     run.log.close()
-    print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}")
     print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')
     for line in report(run.before, after):
         print(line)

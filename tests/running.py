@@ -25,15 +25,17 @@ class Finished(NamedTuple):
 
 
 class Started:
-    """A script that runs, with what it prints in files."""
+    """A script that runs, with what it prints in files; ``patch`` is a function of a test file that it calls first."""
 
-    def __init__(self, script, arguments, folder, env=None, terminal=None):
+    def __init__(self, script, arguments, folder, env=None, terminal=None, patch=None):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [self.folder / f"{os.getpid()}-{time.monotonic_ns()}.{kind}" for kind in ("out", "err")]
         self.files = [Path(terminal)] * 2 if terminal else names
         arguments = [str(EXAMPLES / script), *map(str, arguments)]
-        self.process = _context.Process(target=_run, args=(arguments, str(folder), env or {}, list(map(str, self.files))))
+        self.process = _context.Process(
+            target=_run, args=(arguments, str(folder), env or {}, list(map(str, self.files)), patch)
+        )
         self.process.start()
         self.pid = self.process.pid
 
@@ -49,12 +51,12 @@ class Started:
         return [file.read_text() if file.is_file() else "" for file in self.files]
 
 
-def run_script(script, *arguments, folder, env=None, timeout=120):
+def run_script(script, *arguments, folder, env=None, timeout=120, patch=None):
     """Run ``examples/<script>`` in ``folder`` to its end."""
-    return Started(script, arguments, folder, env).finish(timeout)
+    return Started(script, arguments, folder, env, patch=patch).finish(timeout)
 
 
-def run_processes(script, *arguments, folder, count=2, timeout=180):
+def run_processes(script, *arguments, folder, count=2, timeout=180, envs=()):
     """Run a script as torchrun would, in ``count`` processes that find each other on this machine."""
     import socket
 
@@ -64,12 +66,13 @@ def run_processes(script, *arguments, folder, count=2, timeout=180):
     group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in range(count):
-        env = {key: str(value) for key, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        own = envs[rank] if envs else {}
+        env = {key: str(value) for key, value in {**group, **own, "RANK": rank, "LOCAL_RANK": rank}.items()}
         started.append(Started(script, arguments, folder, env))
     return [process.finish(timeout) for process in started]
 
 
-def _run(arguments, folder, env, files):
+def _run(arguments, folder, env, files, patch):
     os.environ.update(env, PYTHONWARNINGS="default")
     os.chdir(folder)
     for number, file in zip((1, 2), files, strict=True):
@@ -84,6 +87,8 @@ def _run(arguments, folder, env, files):
         import torch
 
         torch.set_num_threads(1)
+        if patch is not None:
+            patch()
         runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -15,56 +15,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from running import Started, run_processes, run_script
-
-SMALL = "patch_size=8 embed_dim=32 depth=1 num_heads=2"
-ARGUMENTS = ["--preset", "quick", "--encoder-args", SMALL, "--image-size", 32, "--decoder-dim", 16, "--decoder-depth", 1]
-ARGUMENTS += [
-    "--batch-size",
-    8,
-    "--device",
-    "cpu",
-    "--monitor-images",
-    0,
-    "--log-every",
-    1,
-    "--epochs",
-    5,
-    "--warmup-epochs",
-    1,
-]
+from running import Started, run_processes
+from tiny_run import ARGUMENTS, SMALL, assert_identical, end_of, losses, pretrain, write_images
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(32):
-        pixels = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((48, 40)).save(folder / f"{i}.jpg")
-    return folder
-
-
-def pretrain(folder, images, *arguments, **kwargs):
-    return run_script("pretrain.py", "--data", images, "--output-dir", "run", *ARGUMENTS, *arguments, folder=folder, **kwargs)
-
-
-def end_of(folder):
-    """The state that a run ended with."""
-    return torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def assert_identical(left, right):
-    assert left["step"] == right["step"]
-    assert left["model"].keys() == right["model"].keys()
-    assert [name for name in left["model"] if not torch.equal(left["model"][name], right["model"][name])] == []
-    moments = [state["optimizer"]["state"] for state in (left, right)]
-    assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,225 @@
+"""Feeds damaged files to every reader of the package: nothing but the documented errors may come out, within seconds.
+
+Not one of the tests that pytest finds: `pip install hypothesis && python tests/fuzz.py --minutes 10`.
+"""
+
+import argparse
+import collections
+import gzip
+import io
+import logging
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from checkpoint import read_checkpoint, save_checkpoint
+
+from mvmae import MultiViewTransform
+from mvmae.images import ImageError
+from mvmae.pretrained import WeightsError, read_weights
+from mvmae.sources import open_images
+
+LIMIT = 20  # seconds for one file
+PLACE = Path(tempfile.mkdtemp())
+VIEWS = {decoder: MultiViewTransform(16, decoder=decoder) for decoder in ("fast", "pillow", "pil")}
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    colour = Image.fromarray(noise).resize((64, 48))
+    ways = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {}), ("WEBP", {}), ("TIFF", {}), ("BMP", {})]
+    kinds = [(colour, *way) for way in ways]
+    kinds += [(colour.convert("CMYK"), "JPEG", {}), (colour.convert("P"), "PNG", {}), (colour.convert("RGBA"), "PNG", {})]
+    kinds += [(Image.fromarray(noise[..., 0].astype(np.uint16) * 200), "PNG", {}), (colour.convert("1"), "TIFF", {})]
+    exif = Image.Exif()
+    exif[274] = 6
+    kinds += [(colour, "JPEG", {"exif": exif}), (colour, "TIFF", {"compression": "tiff_lzw"})]
+    for image, kind, options in kinds:
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        yield file.getvalue()
+    file = io.BytesIO()
+    np.save(file, noise)
+    yield file.getvalue()
+
+
+def archives():
+    """Name and content of one file of each kind that holds several images."""
+    images = list(pictures())[:4]
+    for name, mode in (("shard.tar", "w"), ("shard.tar.gz", "w:gz")):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode=mode) as archive:
+            for number, content in enumerate(images):
+                for suffix, data in (("png", content), ("cls", b"%d" % number)):
+                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        yield name, file.getvalue()
+    table = pa.table({"image": [{"bytes": content, "path": None} for content in images], "label": [0, 1, 0, 1]})
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table, file)
+    yield "table.parquet", file.getvalue()
+    header = b"\x00\x00\x08\x03" + np.array([3, 8, 8], ">u4").tobytes()
+    yield "train-images-idx3-ubyte", header + bytes(range(192))
+    yield "train-images-idx3-ubyte.gz", gzip.compress(header + bytes(range(192)))
+    yield "list.txt", b"a.jpg\nb.png\n" + bytes(range(128, 140)) + b".jpg\n"
+
+
+def weights():
+    """Name and content of weights in every format."""
+    tensors = {f"layer{i}.weight": torch.arange(60.0).reshape(6, 10) for i in range(3)}
+    safetensors.torch.save_file(tensors, PLACE / "w.safetensors")
+    yield "w.safetensors", (PLACE / "w.safetensors").read_bytes()
+    for number, zipped in enumerate((True, False)):
+        torch.save({"model": tensors, "epoch": 3}, PLACE / "w.pth", _use_new_zipfile_serialization=zipped)
+        yield f"w{number}.pth", (PLACE / "w.pth").read_bytes()
+
+
+def run_state():
+    save_checkpoint(PLACE, {"step": 3, "settings": {"a": 1}, "optimizer": {}, "model": {"w": torch.arange(100.0)}})
+    return (PLACE / "checkpoint.pt").read_bytes()
+
+
+place = st.floats(0, 1, exclude_max=True)
+change = st.one_of(
+    st.tuples(st.just("flip"), place, st.integers(1, 255)),
+    st.tuples(st.just("cut"), place, st.integers(0, 255)),
+    st.tuples(st.just("zero"), place, st.integers(1, 64)),
+    st.tuples(st.just("insert"), place, st.binary(min_size=1, max_size=16)),
+    st.tuples(st.just("repeat"), place, st.integers(1, 64)),
+)
+changes = st.lists(change, min_size=1, max_size=6)
+
+
+def damaged(content, done):
+    data = bytearray(content)
+    for kind, where, what in done:
+        at = int(where * len(data))
+        if kind == "flip" and data:
+            data[at] ^= what
+        elif kind == "cut":
+            del data[at:]
+        elif kind == "zero":
+            data[at : at + what] = bytes(len(data[at : at + what]))
+        elif kind == "insert":
+            data[at:at] = what
+        elif kind == "repeat":
+            data[at:at] = data[at : at + what]
+    return bytes(data)
+
+
+IMAGES, ARCHIVES, WEIGHTS, STATE = list(pictures()), list(archives()), list(weights()), run_state()
+counts = collections.Counter()
+
+
+def read_image(content):
+    for transform in VIEWS.values():
+        transform(content, generator=torch.Generator().manual_seed(0))
+
+
+def read_archive(name, content):
+    folder = PLACE / "data"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    source = open_images(folder if "idx" in name else folder / name)
+    for index in range(min(len(source), 3)):
+        read_image(source[index][0])
+
+
+def read_file(reader, name, content):
+    path = PLACE / name
+    path.write_bytes(content)
+    reader(path)
+
+
+def attempt(kind, errors, read, *arguments):
+    """Count what comes of it; let what is not documented out."""
+    signal.alarm(LIMIT)
+    try:
+        read(*arguments)
+        counts[f"{kind}: read"] += 1
+    except errors as error:
+        text = str(error)
+        if not text or "\n" in text.strip():
+            raise AssertionError(f"not one line: {text!r}") from error
+        counts[f"{kind}: refused"] += 1
+    finally:
+        signal.alarm(0)
+
+
+def once(number, examples):
+    """Run so many examples of each kind."""
+    tune = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+    @seed(number)
+    @tune
+    @given(st.sampled_from(IMAGES), changes)
+    def images(content, done):
+        attempt("images", ImageError, read_image, damaged(content, done))
+
+    @seed(number)
+    @tune
+    @given(st.sampled_from(ARCHIVES), changes)
+    def sources(file, done):
+        attempt("sources", (ValueError, FileNotFoundError), read_archive, file[0], damaged(file[1], done))
+
+    @seed(number)
+    @tune
+    @given(st.sampled_from(WEIGHTS), changes)
+    def weights_files(file, done):
+        attempt("weights", WeightsError, read_file, read_weights, file[0], damaged(file[1], done))
+
+    @seed(number)
+    @tune
+    @given(changes)
+    def checkpoints(done):
+        attempt("checkpoints", ValueError, read_file, read_checkpoint, "checkpoint.pt", damaged(STATE, done))
+
+    for test in (images, sources, weights_files, checkpoints):
+        test()
+
+
+def hang(*_):
+    raise AssertionError(f"still reading after {LIMIT} s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    signal.signal(signal.SIGALRM, hang)
+    warnings.simplefilter("ignore")
+    logging.disable()
+    torch.set_num_threads(1)
+    begin, number = time.monotonic(), options.seed
+    try:
+        while time.monotonic() - begin < 60 * options.minutes:
+            once(number, 500)
+            number += 1
+            print(f"{sum(counts.values())} files in {time.monotonic() - begin:.0f} s", flush=True)
+    finally:
+        shutil.rmtree(PLACE)
+        print(dict(sorted(counts.items())))
+
+
+if __name__ == "__main__":
+    main()
