@@ -61,9 +61,7 @@ def main():
         assert final.code == 0, final
         assert_identical(end_of(folder), end_of(whole))
         assert losses(folder) == losses(whole)
-        print(
-            f"{kills} kills ({at_start} before a first checkpoint), {ends + 1} ends, each bit-identical with the undisturbed run"
-        )
+        print(f"{kills} kills, {at_start} of them before a first checkpoint; {ends + 1} ends, each bit-identical")
 
 
 if __name__ == "__main__":
