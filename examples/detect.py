@@ -23,7 +23,6 @@ from checkpoint import write_text
 from coco import CocoData, evaluate, to_coco
 from common import Processes, Stop, autocast, option, run, start_processes
 from dense_training import REQUIRED, DenseConfig, build_trunk, data_folder, fit, gather
-from PIL import Image
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -31,13 +30,14 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
+from mvmae.visualize import contact_sheet
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 COLOURS = ["red", "deepskyblue", "lime", "gold", "magenta", "orange", "cyan", "white"]
+TILE = 256  # pixels that a picture is wide at least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,31 +172,36 @@ def detect(config: Config, model: MaskRCNN, data: CocoData, processes: Processes
 
 
 def draw(image: Tensor, found: dict[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Paint objects over an image in [0, 1]: one mask at a time, since torchvision paints overlaps black."""
-    picture = (image * 255).to(torch.uint8)
+    """Paint objects over an image in [0, 1] and enlarge it; one mask at a time, since torchvision paints overlaps black."""
+    zoom = -(-TILE // image.shape[2])
+    picture = enlarge((image * 255).to(torch.uint8), zoom)
     for label, mask in zip(found["labels"].tolist(), found["masks"], strict=True):
-        picture = draw_segmentation_masks(picture, mask.reshape(picture.shape[1:]) > 0.5, 0.5, COLOURS[label % len(COLOURS)])
+        shown = enlarge(mask.reshape(1, *image.shape[1:]) > 0.5, zoom)
+        picture = draw_segmentation_masks(picture, shown, 0.5, COLOURS[label % len(COLOURS)])
     if len(found["boxes"]):
         colours = [COLOURS[label % len(COLOURS)] for label in found["labels"].tolist()]
-        picture = draw_bounding_boxes(picture, found["boxes"], [names[label - 1] for label in found["labels"]], colours)
-    return picture
+        scores = [f" {score:.2f}" for score in found["scores"].tolist()] if "scores" in found else [""] * len(colours)
+        words = [names[label - 1] + score for label, score in zip(found["labels"].tolist(), scores, strict=True)]
+        picture = draw_bounding_boxes(picture, found["boxes"] * zoom, words, colours, width=2)
+    return picture / 255
+
+
+def enlarge(image: Tensor, zoom: int) -> Tensor:
+    """Repeat each pixel of (C, H, W)."""
+    return image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
 
 
 @torch.no_grad()
 def draw_predictions(path: Path, config: Config, model: MaskRCNN, data: CocoData, device: torch.device) -> None:
     """Draw the truth on the left, what is detected with a score above 0.5 on the right, for the first images."""
-    pairs = []
+    truths, predictions = [], []
     for index in range(min(config.pictures, len(data))):
         image, target = data[0, index]
         found = {name: value.cpu() for name, value in model([image.to(device)])[0].items()}
         found = {name: value[found["scores"] > 0.5] for name, value in found.items()}
-        pairs.append(torch.cat([draw(image, target, data.names), draw(image, found, data.names)], 2))
-    size = (max(pair.shape[2] for pair in pairs), sum(pair.shape[1] for pair in pairs))
-    sheet, top = Image.new("RGB", size), 0
-    for pair in pairs:
-        sheet.paste(to_pil_image(pair), (0, top))
-        top += pair.shape[1]
-    sheet.save(path)
+        truths.append(draw(image, target, data.names))
+        predictions.append(draw(image, found, data.names))
+    contact_sheet([truths, predictions], ["truth", "prediction, scores above 0.5"]).save(path)
 
 
 def main(config: Config) -> None:

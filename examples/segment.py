@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mvmae.dense import ViTPyramid
 from mvmae.upernet import FCNHead, UPerHead
+from mvmae.visualize import contact_sheet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,16 +177,15 @@ def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMa
     palette.putdata([(hue, 200 - 60 * (index % 2), 230) for index, hue in enumerate(hues)])
     colours = torch.zeros(256, 3, dtype=torch.uint8)
     colours[: len(hues)] = torch.tensor(list(palette.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3)
-    rows = []
+    columns: tuple[list[Tensor], ...] = ([], [], [])
     for index in range(min(config.pictures, len(data))):
         image, labels = data[0, index]
         pred = predict(config, model, prepare(image)).cpu()
-        rows.append(torch.cat([image.permute(1, 2, 0), colours[labels], colours[pred]], 1))
-    sheet, top = Image.new("RGB", (max(row.shape[1] for row in rows), sum(len(row) for row in rows))), 0
-    for row in rows:
-        sheet.paste(Image.fromarray(row.numpy()), (0, top))
-        top += len(row)
-    sheet.save(path)
+        for column, picture in zip(
+            columns, (image, colours[labels].permute(2, 0, 1), colours[pred].permute(2, 0, 1)), strict=True
+        ):
+            column.append(picture / 255)
+    contact_sheet(columns, ["image", "truth", "prediction"], "black: left out").save(path)
 
 
 def main(config: Config) -> None:

@@ -81,28 +81,39 @@ def _to_unit_range(images: Tensor, mean: Sequence[float], std: Sequence[float]) 
     return (images.float() * std_ + mean_).clamp(0, 1)
 
 
-def contact_sheet(columns: Sequence[Tensor], titles: Sequence[str], note: str = "", *, min_width: int = 160) -> Image.Image:
+def contact_sheet(
+    columns: Sequence[Sequence[Tensor] | Tensor], titles: Sequence[str], note: str = "", *, min_width: int = 160
+) -> Image.Image:
     """Put images into a grid with a title over each column and a note below.
 
     Args:
-        columns: (B, C, H, W) each, in [0, 1].
+        columns: images (C, H, W) in [0, 1], as many in each column; those of a row may differ in size.
         titles: one for each column.
         note: a line of text at the bottom.
         min_width: small images are enlarged by a whole number until they are this wide, in pixels.
     """
-    batch, _, height, width = columns[0].shape
-    zoom = max(-(-min_width // width), 1)
-    height, width, gap, text = height * zoom, width * zoom, 4, 16
-    size = (len(columns) * (width + gap) + gap, batch * (height + gap) + text * (2 if note else 1) + gap)
-    sheet = Image.new("RGB", size, "white")
+    tiles = [[_enlarged(to_pillow(image), min_width) for image in column] for column in columns]
+    gap, text = 4, 16
+    lefts = _starts([max(tile.width for tile in column) for column in tiles], gap, gap)
+    tops = _starts([max(tile.height for tile in row) for row in zip(*tiles, strict=True)], text, gap)
+    sheet = Image.new("RGB", (lefts[-1], tops[-1] + (text if note else 0)), "white")
     draw = ImageDraw.Draw(sheet)
-    for x, (column, title) in enumerate(zip(columns, titles, strict=True)):
-        draw.text((gap + x * (width + gap), 2), title, fill="black")
-        for y, image in enumerate(column):
-            tile = to_pillow(image).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (gap + x * (width + gap), text + y * (height + gap)))
-    draw.text((gap, size[1] - text), note, fill="black")
+    for left, column, title in zip(lefts, tiles, titles, strict=False):
+        draw.text((left, 2), title, fill="black")
+        for top, tile in zip(tops, column, strict=False):
+            sheet.paste(tile, (left, top))
+    draw.text((gap, tops[-1]), note, fill="black")
     return sheet
+
+
+def _enlarged(image: Image.Image, min_width: int) -> Image.Image:
+    zoom = max(-(-min_width // image.width), 1)
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+
+
+def _starts(sizes: Sequence[int], first: int, gap: int) -> list[int]:
+    """Where things of these sizes start, one after the other, and where the next would."""
+    return [first + sum(sizes[:index]) + index * gap for index in range(len(sizes) + 1)]
 
 
 def to_pillow(image: Tensor) -> Image.Image:

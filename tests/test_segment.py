@@ -260,7 +260,7 @@ def test_a_run_leaves_its_numbers_and_pictures(whole):
     assert set(results) == {"mIoU", "mAcc", "aAcc", "classes"}
     assert list(results["classes"]) == ["background", "circle", "cross", "triangle"]
     with Image.open(whole / "run/predictions.png") as picture:
-        assert picture.size == (3 * 32, 2 * 32)
+        assert picture.width > 3 * 160 and picture.height > 2 * 160
     with Image.open(whole / "run/toy/annotations/validation/00000.png") as labels:
         assert set(np.unique(np.array(labels))) <= {1, 2, 3, 4}
 
