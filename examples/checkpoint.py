@@ -104,16 +104,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{path} is damaged: wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from error
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values, and is not opened: it could run code") from error
+    except Exception as error:  # what torch makes of damaged bytes can be anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is damaged or cut short: {reason}") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: wrong checksum of {damaged!r}")
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: a dictionary is expected, it holds {type(state).__name__}")
-    if missing := PARTS - state.keys():
+    if missing := PARTS - {key for key in state if isinstance(key, str)}:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
     return state
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .patches import normalize_patches
@@ -108,7 +107,7 @@ class NTXentLoss(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             shortest = torch.finfo(z.dtype).eps  # keeps the gradient of a latent of length 0 within its own type
             z = z if z.dtype == torch.float64 else z.float()
-            z = F.normalize(z, dim=-1, eps=shortest)  # Eq. 5: dot products are cosines now
+            z = unit_length(z, shortest)  # Eq. 5: dot products are cosines now
             keys, offset = gather_latents(z) if self.gather else (z, 0)
             if len(keys) < 2:
                 raise ValueError(
@@ -133,6 +132,35 @@ class NTXentLoss(nn.Module):
     def extra_repr(self) -> str:
         """Name the options."""
         return f"temperature={self.temperature}, gather={self.gather}, chunk_size={self.chunk_size}"
+
+
+def unit_length(z: Tensor, shortest: float) -> Tensor:
+    """Divide latents by their lengths, or by ``shortest`` where they are shorter: `F.normalize` for less memory.
+
+    Args:
+        z: (..., D).
+        shortest: above 0.
+    """
+    result: Tensor = _UnitLength.apply(z, shortest)
+    return result
+
+
+class _UnitLength(torch.autograd.Function):
+    """The backward pass of `F.normalize` holds five tensors of the size of its input, this one its result alone."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, shortest: float) -> Tensor:
+        unit: Tensor = z / z.norm(dim=-1, keepdim=True).clamp_min(shortest)
+        ctx.save_for_backward(z, unit)
+        ctx.shortest = shortest
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        z, unit = ctx.saved_tensors
+        length = z.norm(dim=-1, keepdim=True)
+        along = torch.einsum("...d,...d->...", grads[0], unit)[..., None].masked_fill(length < ctx.shortest, 0)
+        return torch.addcmul(grads[0], unit, along, value=-1).div_(length.clamp_min(ctx.shortest)), None
 
 
 def mean_positive_similarity(z: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ DAMAGES = {
     "zeroed tail": lambda content: content[:-2000] + bytes(2000),
     "zeroed": lambda content: bytes(len(content)),
     "text": lambda content: b"<html>not found</html>",
+    "in front": lambda content: b"t" + content,  # zipfile reads it, torch takes it for another format
 }
 
 

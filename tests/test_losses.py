@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvmae import MultiViewMAE, NTXentLoss, ReconstructionLoss, random_mask
-from mvmae.losses import gather_latents, log_denominator
+from mvmae.losses import gather_latents, log_denominator, unit_length
 
 
 def slow_nt_xent(z, temperature):
@@ -70,6 +70,19 @@ def test_memory_is_linear_in_a_large_batch():
     with Largest() as largest:
         NTXentLoss(chunk_size=8400)(z).backward()
     assert largest.size > 256 * 2**20
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-9, 0.0])
+def test_unit_length_equals_that_of_torch_with_all_its_gradients(scale):
+    z = (torch.randn(5, 2, 7, dtype=torch.float64) * scale).requires_grad_()
+    weights, results = torch.randn(5, 2, 7, dtype=torch.float64), []
+    for normalize in (lambda z: unit_length(z, 1e-6), lambda z: torch.nn.functional.normalize(z, dim=-1, eps=1e-6)):
+        unit = normalize(z)
+        (first,) = torch.autograd.grad((unit * weights).sum(), z, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), z)[0] if scale else torch.zeros(())
+        results.append((unit, first, second))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-10, atol=1e-12)
 
 
 def test_identical_latents_give_the_logarithm_of_the_number_of_the_others():
