@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from .folders import ImageSource
 from .images import ImageError, ImageLike
+from .slots import Filled, Slots
 
 Key = tuple[int, int]
 _MAX_TRIES = 10
@@ -196,6 +197,7 @@ class Loader:
             DataError: Too many bad images, a worker died, or none came in time.
         """
         others = set(multiprocessing.active_children())
+        self._tracked.make_slots()
         batches = iter(self._loader)
         workers = set(multiprocessing.active_children()) - others
         _workers.update(workers)
@@ -214,7 +216,8 @@ class Loader:
                 _kill(workers)
                 raise DataError(reason + at) from error
             self._report(batch.bad)
-            yield batch
+            views: Tensor | Filled = batch.views
+            yield batch._replace(views=views.tensor()) if isinstance(views, Filled) else batch
 
     def _report(self, bad: Sequence[Bad]) -> None:
         for name, reason in bad:
@@ -254,18 +257,20 @@ def make_loader(
     Raises:
         DataError: /dev/shm is too small for the workers.
     """
-    tracked = _Tracked(dataset, num_workers)
+    ahead = prefetch_factor * num_workers
+    tracked = _Tracked(dataset, sampler, num_workers)
     if num_workers:
-        share = sampler.batch_size // sampler.world_size
         shape = getattr(dataset.transform, "shape", ())  # (V, C, H, W)
-        check_shared_memory(math.prod(shape) * share * prefetch_factor * num_workers)
+        size = math.prod(shape) * (sampler.batch_size // sampler.world_size)
+        tracked.slots = ahead + 2, size  # one that is given and one that is trained on
+        check_shared_memory(size * (ahead + 2))
         atexit.unregister(_end_workers)
         atexit.register(_end_workers)  # after multiprocessing's own hook, so that it runs before it
     loader = DataLoader(
         tracked,
-        batch_sampler=sampler,
+        batch_sampler=tracked.sampler,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=tracked.collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),
         worker_init_fn=_start_worker if num_workers else None,
@@ -273,13 +278,6 @@ def make_loader(
         timeout=timeout if num_workers else 0,
     )
     return Loader(loader, tracked, max_bad=dataset.max_bad, bad_file=Path(bad_file) if bad_file else None)
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples."""
-    views: Tensor = default_collate([sample.views for sample in samples])  # (B, V, C, H, W), straight to shared memory
-    indices = torch.tensor([sample.number for sample in samples])
-    return Batch(views, indices, [bad for sample in samples for bad in sample.bad])
 
 
 def check_shared_memory(needed: int, *, folder: str = "/dev/shm", free: int | None = None) -> None:  # noqa: S108
@@ -313,15 +311,37 @@ def explain_loader_error(error: BaseException) -> str | None:
     return _DIED + " ".join(text.split()) if died else None
 
 
-class _Tracked(Dataset[Sample]):
-    """The data set, with a note in shared memory of what each worker is at."""
+class _WithSlots(Sampler[list[Any]]):
+    """A sampler that names a free slot of shared memory behind each batch's keys."""
 
-    def __init__(self, dataset: MultiViewDataset, num_workers: int) -> None:
+    def __init__(self, sampler: StepSampler, take: Callable[[], int]) -> None:
+        self._sampler, self._take = sampler, take
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for keys in self._sampler:
+            yield [*keys, self._take()]
+
+
+class _Tracked(Dataset[Any]):
+    """The data set, with a note in shared memory of what each worker is at, and slots there for the batches."""
+
+    def __init__(self, dataset: MultiViewDataset, sampler: StepSampler, num_workers: int) -> None:
         self._dataset = dataset
         self._at = _shared(num_workers) if num_workers else None
+        self._slots: Slots | None = None
+        self.slots = 0, 0  # number, bytes
+        self.sampler = _WithSlots(sampler, self._take) if num_workers else sampler
 
-    def __getitem__(self, key: Key) -> Sample:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sampler": None}  # for workers
+
+    def __getitem__(self, key: Key | int) -> Sample | int:
         worker = get_worker_info()
+        if isinstance(key, int):
+            return key  # a slot's number
         if worker is None or self._at is None:
             return self._dataset[key]
         self._at[worker.id] = key[1]
@@ -329,6 +349,24 @@ class _Tracked(Dataset[Sample]):
             return self._dataset[key]
         finally:
             self._at[worker.id] = -1
+
+    def make_slots(self) -> None:
+        """Take shared memory for a pass over the data; batches of an earlier one keep theirs."""
+        number, size = self.slots
+        self._slots = Slots(number, size) if size else None
+
+    def _take(self) -> int:
+        return -1 if self._slots is None else self._slots.take()
+
+    def collate(self, samples: Sequence[Any]) -> Batch:
+        """Stack samples (B, V, C, H, W), in the slot whose number stands behind them where there is one."""
+        slot = samples[-1] if isinstance(samples[-1], int) else -1
+        samples = [sample for sample in samples if not isinstance(sample, int)]
+        views: Any = None if self._slots is None else self._slots.fill(slot, [sample.views for sample in samples])
+        if views is None:
+            views = default_collate([sample.views for sample in samples])
+        indices = torch.tensor([sample.number for sample in samples])
+        return Batch(views, indices, [bad for sample in samples for bad in sample.bad])
 
     def in_flight(self) -> str:
         at = [] if self._at is None else [int(index) for index in self._at if index >= 0]
