@@ -89,7 +89,7 @@ class TarSource(ImageSource):
                     members.append(_Member(number, start, member.size, member.name))
             if not compressed and size % 512 == 0 and not _ends_in_zeros(path, size):
                 raise EOFError("no end-of-archive mark")
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        except Exception as error:  # tarfile lets errors of many kinds out of a damaged header
             problem = f"{path} is damaged ({error}): its {len(members)} whole members are used, the rest is lost"
             _logger.warning(problem)
         if compressed:
@@ -101,7 +101,7 @@ class TarSource(ImageSource):
         marks = [classes.get((m.shard, _key(m.name))) for m in images]
         if all(marks):
             texts = [self._text(mark) for mark in marks if mark]
-            if all(text.isdigit() for text in texts):
+            if all(text.isdigit() and len(text) < 7 for text in texts):
                 self.labels = np.array([int(text) for text in texts], dtype=np.int64)
                 self.class_names = tuple(str(i) for i in range(int(self.labels.max()) + 1))
             return

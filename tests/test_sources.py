@@ -450,3 +450,20 @@ def test_an_absent_optional_package_names_the_extra(monkeypatch, tmp_path, packa
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r'pip install "mvmae\[train\]"'):
         open_images(data)
+
+
+def test_a_shard_cut_within_its_first_bytes_or_with_huge_labels_is_told(tmp_path):
+    path = tmp_path / "cut.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a.png"))
+    path.write_bytes(path.read_bytes()[:3])
+    with pytest.raises(ValueError, match="no images in .*cut.tar.gz"):
+        open_images(path)
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    with tarfile.open(tmp_path / "labels.tar", "w") as archive:
+        for name, data in (("a.png", content.getvalue()), ("a.cls", b"999999999999999")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert open_images(tmp_path / "labels.tar").labels is None
