@@ -85,7 +85,7 @@ class Config:
     decoder_dim: int = option(512, "width of the decoder (MAE)")
     decoder_depth: int = option(4, "blocks of the decoder (paper, Table 5)")
     decoder_heads: int = option(16, "attention heads of the decoder (MAE)")
-    epochs: int = option(1600, "passes over the images (paper)")
+    epochs: float = option(1600, "passes over the images (paper)")
     warmup_epochs: float = option(40, "of a linearly rising learning rate (paper)")
     batch_size: int = option(256, "images of a step over all processes (paper)")
     accumulate: int = option(1, "parts that a batch is cut into to save memory, for the same loss and gradients")
@@ -189,7 +189,7 @@ class Pretraining:
             raise Stop("--batch-size 1 has no negatives for the contrastive loss: use 2 or more, or --loss-weight 0")
         if config.freeze_epochs >= config.epochs:
             raise Stop(
-                f"--freeze-epochs {config.freeze_epochs:g} leaves nothing of --epochs {config.epochs} to train the encoder in"
+                f"--freeze-epochs {config.freeze_epochs:g} leaves nothing of --epochs {config.epochs:g} to train the encoder in"
             )
         self.model = build_model(config).to(self.device).train()
         self.image_size = self.model.encoder.patch_embed.img_size
@@ -200,7 +200,7 @@ class Pretraining:
         typed = {"mean": config.mean, "std": config.std}
         self.mean, self.std = channel_statistics(typed, self.model.encoder.pretrained_cfg, self.source, centre)
         steps_per_epoch = len(self.source) // config.batch_size
-        self.steps = config.epochs * steps_per_epoch
+        self.steps = max(round(config.epochs * steps_per_epoch), 1)
         self.sampler = StepSampler(
             len(self.source),
             config.batch_size,

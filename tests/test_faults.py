@@ -228,7 +228,7 @@ def test_f11_other_images_are_refused(whole, images, tmp_path):
     moved = pretrain(tmp_path, other, *STEPS, "--resume")
     assert moved.code == 2 and "data was" in moved.err and "images was" in moved.err
     more = pretrain(tmp_path, images, *STEPS, "--resume", "--max-steps", 13, "--epochs", 6, "--log-every", 2)
-    assert more.code == 0 and "epochs was 5 and is 6 now; log_every was 1 and is 2 now" in more.out
+    assert more.code == 0 and "epochs was 5.0 and is 6.0 now; log_every was 1 and is 2 now" in more.out
 
 
 class Payload:

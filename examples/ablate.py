@@ -1,0 +1,281 @@
+"""Measure what each part of the method is worth: Tables 5 and 6, and the choices that the paper leaves open.
+
+  python examples/ablate.py --preset fashion --data path/to/fashion-mnist
+      Table 6 on Fashion-MNIST with three seeds: pretrain, fine-tune, probe; about an hour on one CPU core
+  python examples/ablate.py --preset paper --data path/to/imagenet --tables table6 mask_ratio loss_weight decoder_depth
+      the paper's: 200 epochs of pretraining and 100 of fine-tuning for each of 16 arms, months of one GPU (not measured)
+
+Every run is pretrain.py, finetune.py and linear_probe.py, in a folder of its own. Call again to go on with what was cut, or
+with other seeds; calls for different seeds may run side by side. By default all arms cost the same FLOPs: an arm that costs
+half of ours for an image sees twice the images. Leaves ablation.json with every run, ablation.md and ablation.png.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+import signal
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import finetune
+import linear_probe
+import pretrain
+import torch
+from checkpoint import write_text
+from common import Stop, option, parse, run, start_processes
+from course import SIGNALS
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Arm(NamedTuple):
+    """A way to pretrain, and the paper's accuracy for it after fine-tuning, if there is one."""
+
+    name: str
+    options: str
+    paper: float | None = None
+
+
+OURS = Arm("ours", "")
+TABLES: dict[str, list[Arm]] = {
+    "table6": [
+        Arm("ours", "", 79.09),
+        Arm("without two different targets", "--same-crop", 77.86),
+        Arm("without contrastive loss", "--loss-weight 0", 74.33),
+        Arm("baseline, MAE", "--num-views 1 --loss-weight 0", 76.48),
+    ],
+    "mask_ratio": [
+        Arm(f"mask ratio {ratio}", f"--mask-ratio {ratio}", paper)
+        for ratio, paper in ((0.5, 79.22), (0.75, 79.09), (0.8, 79.25), (0.9, 79.23), (0.95, 78.30))
+    ],
+    "loss_weight": [
+        Arm(f"loss weight {weight}", f"--loss-weight {weight}", paper)
+        for weight, paper in ((0.1, 78.10), (0.5, 78.09), (1.0, 78.09), (1.5, 79.31), (2.0, 79.64))
+    ],
+    "decoder_depth": [
+        Arm(f"decoder depth {depth}", f"--decoder-depth {depth}", paper)
+        for depth, paper in ((1, 74.89), (2, 78.56), (4, 80.03), (8, 80.03), (12, 79.11))
+    ],
+    "choices": [
+        OURS,
+        Arm("class token contrasted", "--pool token"),
+        Arm("projector of 128", "--projector 128"),
+        Arm("all patches rebuilt", "--loss-on all"),
+        Arm("pixels as they are", "--no-norm-pix"),
+        Arm("temperature 0.2", "--temperature 0.2"),
+        Arm("temperature 0.5", "--temperature 0.5"),
+    ],
+}
+MEASURES = {"finetune": "fine-tuning", "knn": "k-NN", "linear": "linear probe"}
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles of Student's t for 1 to 9 degrees of freedom."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: str = option(dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample")
+    output_dir: str = option("runs/ablate", "folder for the results, with a folder for each run")
+    tables: tuple[str, ...] = option(("table6",), f"of {', '.join(TABLES)}")
+    seeds: tuple[int, ...] = option((0, 1, 2), "of the runs of each arm")
+    budget: str = option("flops", "what all arms have the same of: FLOPs, or images seen", ["flops", "images"])
+    pretrain: str = option("", "options of pretrain.py for all arms")
+    finetune: str = option("", "options of finetune.py; none leaves fine-tuning out")
+    probe: str = option("", "options of linear_probe.py; none leaves k-NN and linear probe out")
+    collect: bool = option(False, "only write the tables of the runs that are done")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"pretrain": "--epochs 200 --batch-size 512", "finetune": "--preset paper", "probe": ""},
+    "fashion": {
+        "pretrain": "--preset quick --epochs 0.5 --warmup-epochs 0.05 --workers 1 --monitor-images 0",
+        "finetune": "--preset quick --epochs 10 --warmup-epochs 1 --eval-every 10 --train-images 1000 --val-images 5000"
+        " --workers 0",
+        "probe": "--preset quick --epochs 30 --train-images 5000 --val-images 5000 --few-shot 0",
+    },
+}
+
+
+def settings(config: Config, arm: Arm, *more: str) -> pretrain.Config:
+    """Give the options of an arm's pretraining."""
+    arguments = ["--data", config.data, *shlex.split(config.pretrain), *shlex.split(arm.options), *more]
+    return parse(pretrain.Config, pretrain.PRESETS, None, arguments)
+
+
+def flops_per_image(chosen: pretrain.Config) -> float:
+    """Count the operations of a pretraining step, forward and backward, for one image with all its views."""
+    model = pretrain.build_model(chosen)
+    size = model.encoder.patch_embed.img_size
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, chosen.num_views, chosen.in_chans, *size)).loss.backward()
+    return float(counter.get_total_flops()) / 2
+
+
+def folder_of(config: Config, chosen: pretrain.Config, seed: int) -> Path:
+    """Name a run by what it has otherwise than ours, so that tables share the runs that they have in common."""
+    ours = dataclasses.asdict(settings(config, OURS))
+    changed = {key: value for key, value in dataclasses.asdict(chosen).items() if value != ours[key]}
+    name = "-".join(f"{key}={value}" for key, value in changed.items()) or "ours"
+    return Path(config.output_dir) / f"{re.sub(r'[^a-zA-Z0-9_.=-]', '', name)}-seed{seed}"
+
+
+def run_arm(config: Config, arm: Arm, seed: int) -> dict[str, Any]:
+    """Pretrain and measure, or take what an earlier call has found."""
+    folder = folder_of(config, settings(config, arm), seed)
+    done = folder / "ablation.json"
+    if done.exists():
+        found: dict[str, Any] = json.loads(done.read_text())
+        return found
+    start, base = time.monotonic(), settings(config, OURS)
+    ratio = flops_per_image(base) / flops_per_image(settings(config, arm)) if config.budget == "flops" else 1.0
+    length = {"--epochs": base.epochs * ratio, "--warmup-epochs": base.warmup_epochs * ratio}
+    common = ["--resume", "--seed", str(seed)]
+    more = [word for key, value in length.items() for word in (key, f"{value:.6g}")]
+    chosen = settings(config, arm, *more, *common, "--output-dir", str(folder))
+    _call(pretrain, chosen)
+    result: dict[str, Any] = {"arm": arm.name, "options": arm.options, "seed": seed, "epochs": chosen.epochs}
+    result["pretrain"] = shlex.join(["--data", config.data, *shlex.split(config.pretrain), *shlex.split(arm.options), *more])
+    if config.finetune:
+        arguments = ["--data", config.data, "--model", str(folder), *shlex.split(config.finetune), *common]
+        _call(finetune, parse(finetune.Config, finetune.PRESETS, None, [*arguments, "--output-dir", str(folder / "finetune")]))
+        result["finetune"] = json.loads((folder / "finetune/results.json").read_text())["top1"]
+    if config.probe:
+        arguments = ["--data", config.data, "--models", str(folder), *shlex.split(config.probe), *common]
+        chosen_probe = parse(
+            linear_probe.Config, linear_probe.PRESETS, None, [*arguments, "--output-dir", str(folder / "probe")]
+        )
+        _call(linear_probe, chosen_probe)
+        probed = json.loads((folder / "probe/results.json").read_text())[0]
+        result |= {"knn": probed["knn_avg"], "linear": probed["linear"], "rank": probed["rank_avg"]}
+    result["seconds"] = round(time.monotonic() - start)
+    write_text(done, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _call(script: Any, chosen: Any) -> None:
+    """Run a script's main; signals do what they do by default until it takes them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    script.main(chosen)
+
+
+def summarise(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], measure: str) -> dict[str, Any] | None:
+    """Give mean and deviation over seeds, and the mean difference to ours with the half width of its 95 % interval.
+
+    Differences are between runs of the same seed.
+    """
+    values = [result[measure] for result in results if measure in result]
+    if not values:
+        return None
+    by_seed = {result["seed"]: result[measure] for result in ours if measure in result}
+    pairs = [result[measure] - by_seed[result["seed"]] for result in results if measure in result and result["seed"] in by_seed]
+    found: dict[str, Any] = {"mean": statistics.mean(values), "n": len(values)}
+    found["std"] = statistics.stdev(values) if len(values) > 1 else None
+    found["difference"] = statistics.mean(pairs) if pairs else None
+    quantile = T975[len(pairs) - 2] if 1 < len(pairs) <= len(T975) + 1 else 1.96
+    found["half_width"] = quantile * statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+    return found
+
+
+def tables(config: Config) -> dict[str, Any]:
+    """Collect the runs that are done, by table and arm."""
+    found: dict[str, Any] = {}
+    for table in config.tables:
+        rows = []
+        for arm in TABLES[table]:
+            done = [folder_of(config, settings(config, arm), seed) / "ablation.json" for seed in config.seeds]
+            rows.append((arm, [json.loads(path.read_text()) for path in done if path.exists()]))
+        done = [folder_of(config, settings(config, OURS), seed) / "ablation.json" for seed in config.seeds]
+        ours = [json.loads(path.read_text()) for path in done if path.exists()]
+        found[table] = [
+            {"arm": arm.name, "options": arm.options, "paper": arm.paper, "runs": runs}
+            | {measure: summarise(runs, ours, measure) for measure in MEASURES}
+            for arm, runs in rows
+        ]
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Set the tables: for each measure mean, deviation over seeds, difference to ours with its 95 % interval."""
+    lines = []
+    for table, rows in found.items():
+        measures = [measure for measure in MEASURES if any(row[measure] for row in rows)]
+        lines += ["", " | ".join([table, "the paper's", *(MEASURES[measure] for measure in measures)])]
+        lines += [" | ".join("---" for _ in range(len(measures) + 2))]
+        for row in rows:
+            cells = [row["arm"], "" if row["paper"] is None else f"{row['paper']:.2f}"]
+            lines.append(" | ".join(cells + [_cell(row[measure]) for measure in measures]))
+    return "\n".join(f"| {line} |" if line else "" for line in lines).strip()
+
+
+def _cell(summary: dict[str, Any] | None) -> str:
+    if summary is None:
+        return ""
+    text = f"{summary['mean']:.1f}" + (f" ± {summary['std']:.1f}" if summary["std"] is not None else "")
+    if summary["difference"] and summary["half_width"] is not None:
+        text += f" ({summary['difference']:+.1f} ± {summary['half_width']:.1f})"
+    return text
+
+
+def draw(path: Path, found: dict[str, Any]) -> None:
+    """Draw every arm's mean, deviation and single runs, a row of panels for each table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    heights = [1.2 + 0.35 * len(rows) for rows in found.values()]
+    figure, axes = plt.subplots(
+        len(found), len(MEASURES), figsize=(13, sum(heights)), squeeze=False, sharey="row", height_ratios=heights
+    )
+    for panels, rows in zip(axes, found.values(), strict=True):
+        for axis, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+            for place, row in enumerate(rows):
+                if row[measure]:
+                    values = [run[measure] for run in row["runs"] if measure in run]
+                    axis.errorbar(row[measure]["mean"], place, xerr=row[measure]["std"] or 0, fmt="o", color="C0", capsize=3)
+                    axis.scatter(values, [place] * len(values), marker="|", color="C1", zorder=3)
+            axis.set_yticks(range(len(rows)), [row["arm"] for row in rows])
+            axis.set_title(f"{title}, %", fontsize=10)
+            axis.grid(alpha=0.3)
+        panels[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(config: Config) -> None:
+    """Run what is not done yet, then write and print the tables."""
+    unknown = [table for table in config.tables if table not in TABLES]
+    if unknown:
+        raise Stop(f"--tables {' '.join(unknown)}: of {', '.join(TABLES)} is expected")
+    if not config.finetune and not config.probe:
+        raise Stop("nothing would be measured: give --finetune, --probe, or a --preset")
+    processes, folder = start_processes(settings(config, OURS).device), Path(config.output_dir)
+    wanted = {
+        folder_of(config, settings(config, arm), seed): (arm, seed)
+        for table in config.tables
+        for arm in TABLES[table]
+        for seed in config.seeds
+    }
+    for number, (place, (arm, seed)) in enumerate(wanted.items(), 1):
+        if not config.collect:
+            if processes.rank == 0:
+                print(f"run {number} of {len(wanted)}: {arm.name}, seed {seed}, in {place}", flush=True)
+            run_arm(config, arm, seed)
+    if processes.rank == 0:
+        found = tables(config)
+        if not any(row["runs"] for rows in found.values() for row in rows):
+            raise Stop(f"no run in {folder} is done")
+        text = markdown(found)
+        write_text(folder / "ablation.json", json.dumps(found, indent=1) + "\n")
+        write_text(folder / "ablation.md", text + "\n")
+        draw(folder / "ablation.png", found)
+        print(f"accuracy in percent; in brackets the difference to ours of the same seeds with its 95 % interval\n\n{text}")
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, __doc__)

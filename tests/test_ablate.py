@@ -1,0 +1,114 @@
+import json
+import signal
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+from running import EXAMPLES, run_script
+from tiny_run import SMALL
+
+sys.path.insert(0, str(EXAMPLES))
+
+import ablate
+from common import parse
+
+TINY = f"--preset quick --encoder-args '{SMALL}' --image-size 32 --decoder-dim 16 --decoder-depth 1 --batch-size 8 --device cpu"
+TINY += " --epochs 2 --warmup-epochs 0.5 --workers 0 --monitor-images 0 --log-every 1 --save-every 2"
+FINETUNE = "--preset quick --epochs 1 --warmup-epochs 0 --batch-size 8 --workers 0 --device cpu"
+PROBE = "--preset quick --epochs 1 --batch-size 8 --few-shot 0 --neighbours 3 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Two classes of 20 images: reddish and bluish noise."""
+    folder = tmp_path_factory.mktemp("classes")
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("red", "blue")):
+        (folder / name).mkdir()
+        for i in range(20):
+            pixels = rng.integers(0, 128, (36, 36, 3), dtype=np.uint8)
+            pixels[..., 2 * number] += 100
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def arguments(photographs, *more):
+    return ["--data", photographs, "--output-dir", "ablation", "--seeds", 0, "--pretrain", TINY, "--probe", PROBE, *more]
+
+
+def test_an_ablation_that_was_killed_goes_on_where_it_was(photographs, tmp_path):
+    given = arguments(photographs, "--finetune", FINETUNE)
+    killed = run_script("ablate.py", *given, folder=tmp_path, env={"MVMAE_FAULT": "kill@7"})  # ours has 9 steps
+    assert killed.code == -signal.SIGKILL
+    assert not list(tmp_path.rglob("ablation.json")) and (tmp_path / "ablation/ours-seed0/checkpoint.pt").exists()
+    result = run_script("ablate.py", *given, folder=tmp_path, timeout=300)
+    assert result.code == 0, result.err
+    assert "resuming ablation/ours-seed0 after step 6" in result.out
+    found = json.loads((tmp_path / "ablation/ablation.json").read_text())["table6"]
+    assert [row["arm"] for row in found] == [arm.name for arm in ablate.TABLES["table6"]]
+    assert [row["paper"] for row in found] == [79.09, 77.86, 74.33, 76.48]
+    for row in found:
+        (run,) = row["runs"]
+        assert all(0 <= run[measure] <= 100 and row[measure]["mean"] == run[measure] for measure in ablate.MEASURES)
+    runs = {row["arm"]: row["runs"][0] for row in found}
+    assert runs["ours"]["epochs"] == 2
+    logs = {name: tmp_path / f"ablation/{folder}-seed0/config.json" for name, folder in FOLDERS.items()}
+    configs = {name: json.loads(path.read_text()) for name, path in logs.items()}
+    assert configs["without two different targets"]["same_crop"] and not configs["ours"]["same_crop"]
+    assert configs["baseline, MAE"]["num_views"] == 1 and configs["baseline, MAE"]["loss_weight"] == 0
+    assert configs["baseline, MAE"]["epochs"] == pytest.approx(4, rel=0.01)  # one view costs half
+    assert configs["without contrastive loss"]["epochs"] == pytest.approx(2, rel=0.01)
+    with Image.open(tmp_path / "ablation/ablation.png") as picture:
+        assert min(picture.size) > 200
+    text = (tmp_path / "ablation/ablation.md").read_text()
+    assert text.startswith("| table6 | the paper's | fine-tuning | k-NN | linear probe |") and "| 79.09 |" in text
+    again = run_script("ablate.py", *given, "--collect", folder=tmp_path)
+    assert again.code == 0 and text.strip() in again.out and "run 1 of" not in again.out
+
+
+FOLDERS = {
+    "ours": "ours",
+    "without two different targets": "same_crop=True",
+    "without contrastive loss": "loss_weight=0.0",
+    "baseline, MAE": "num_views=1-loss_weight=0.0",
+}
+
+
+def test_what_cannot_be_ablated_is_one_line(photographs, tmp_path):
+    result = run_script("ablate.py", *arguments(photographs, "--tables", "table7"), folder=tmp_path)
+    assert result.code == 2 and "--tables table7: of table6, mask_ratio" in result.err
+    result = run_script("ablate.py", *arguments(photographs, "--probe", "", "--finetune", ""), folder=tmp_path)
+    assert result.code == 2 and "nothing would be measured" in result.err
+    result = run_script("ablate.py", *arguments(photographs, "--collect"), folder=tmp_path)
+    assert result.code == 2 and "no run in ablation is done" in result.err
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_differences_are_paired_by_seed_with_students_interval(count):
+    rng = np.random.default_rng(count)
+    ours, other = rng.normal(70, 2, count), rng.normal(71, 2, count)
+    runs = [[{"seed": seed, "knn": value} for seed, value in enumerate(values)] for values in (other, ours)]
+    found = ablate.summarise(runs[0][::-1], runs[1], "knn")
+    low, high = scipy.stats.ttest_rel(other, ours).confidence_interval(0.95)
+    assert found["mean"] == pytest.approx(other.mean()) and found["std"] == pytest.approx(other.std(ddof=1))
+    assert found["difference"] == pytest.approx((low + high) / 2)
+    assert found["half_width"] == pytest.approx((high - low) / 2, rel=1e-3)
+    assert ablate.summarise(runs[0], runs[1], "linear") is None
+
+
+def test_every_arm_changes_what_it_says_and_the_operations_follow(photographs):
+    config = parse(ablate.Config, ablate.PRESETS, None, ["--data", str(photographs), "--pretrain", TINY])
+    ours = ablate.settings(config, ablate.OURS)
+    for table, arms in ablate.TABLES.items():
+        places = {ablate.folder_of(config, ablate.settings(config, arm), 0).name for arm in arms}
+        assert len(places) == len(arms), table
+    changes = ("--num-views 1 --loss-weight 0", "--decoder-depth 2")
+    one_view, deep = (ablate.settings(config, ablate.Arm("", text)) for text in changes)
+    base = ablate.flops_per_image(ours)
+    assert ablate.flops_per_image(one_view) == pytest.approx(base / 2, rel=0.01)
+    tokens, width = 16, 16
+    block = 2 * tokens * (4 * width**2 + 2 * 4 * width**2) + 4 * tokens**2 * width  # products with weights, and attention
+    more = ablate.flops_per_image(deep) - base  # forward, and twice that backward, where attention computes itself anew
+    assert 3 * 2 * block <= more <= 1.15 * 3 * 2 * block
