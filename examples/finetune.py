@@ -1,7 +1,7 @@
 """Fine-tune a model on labelled images (Section 4.1.2, Table 1).
 
   python examples/finetune.py --preset quick --data sample --model runs/quick
-      about two minutes on two CPU cores; ends with the accuracy on held-out tiles, about 90 %
+      two minutes on one CPU core; ends with the accuracy on held-out tiles: 91.7, 90.7, 91.1 % for the seeds 0, 1, 2
   torchrun --nproc-per-node 8 examples/finetune.py --data path/to/imagenet --model runs/paper --output-dir runs/paper-finetune
       the paper's setting: 100 epochs of ViT-B/16, estimated at 11 to 19 hours of one H100 that images are loaded fast enough
       for (not measured); the paper's accuracy is 84.3 % after 1600 epochs of pretraining, 83.2 % after 800

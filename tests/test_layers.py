@@ -35,6 +35,7 @@ LAYERS = {
     "drift": ("", "torch", ""),
     "rotary": ("", "torch timm", ""),
     "encoding": ("masking patches rotary", "torch timm", ""),
+    "attention": ("encoding", "torch", ""),
     "pretrained": ("", "torch timm safetensors huggingface_hub", ""),
     "encoders": ("masking patches pretrained", "torch timm", ""),
     "architecture": ("encoders encoding pretrained", "torch timm", ""),

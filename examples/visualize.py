@@ -1,0 +1,232 @@
+"""Draw what a model looks at (Fig. 2), what it rebuilds (Fig. 8), and what its features tell apart.
+
+  python examples/visualize.py --data sample --models runs/quick random:runs/quick
+      attention, PCA of the patches' features, nearest neighbours and, for runs of pretrain.py, reconstructions
+  python examples/visualize.py --data path/to/images --models vit_small_patch14_dinov2.lvd142m --image-size 224 448
+      any plain ViT of timm, at any size
+  python examples/visualize.py --data sample --models runs/depth4 runs/depth8 --draw reconstructions
+      decoders of several depths side by side
+  python examples/visualize.py --data sample --models runs/quick --draw method
+      the figure of the method: an image, its views, their masks, their reconstructions
+
+Leaves a PNG for each kind of picture, and its tiles one by one in a folder beside it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import Stop, normalize, option, run, start_processes
+from models import load_backbone
+from torch import Tensor
+
+import mvmae
+from mvmae.attention import attention_maps, patch_heat, rollout
+from mvmae.encoding import check_encoder
+from mvmae.images import ImageError
+from mvmae.sources import ImageSource, open_images
+from mvmae.visualize import GREY, contact_sheet, nearest, overlay, pca_colours, reconstruct, to_pillow, to_unit_range
+
+DRAWINGS = ("attention", "pca", "neighbours", "reconstructions", "method")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: str = option(dataclasses.MISSING, "images: what pretrain.py takes")
+    models: tuple[str, ...] = option(dataclasses.MISSING, "timm names, hf-hub:ID, runs, exports, files; random: before it")
+    output_dir: str = option("runs/pictures", "folder for the pictures")
+    draw: tuple[str, ...] = option(DRAWINGS[:4], f"of {', '.join(DRAWINGS)}")
+    arch: str = option("", "timm name of the model of a lone file of weights")
+    image_size: tuple[int, ...] = option((), "side of an image in pixels, or height and width; the first model's own")
+    count: int = option(6, "images to draw")
+    bank: int = option(500, "most images among which neighbours are looked for")
+    neighbours: int = option(5, "neighbours to draw")
+    seed: int = option(0, "of the choice of images, of untrained weights and of masks")
+    device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+
+
+class Model(NamedTuple):
+    """A model by its name, with what it takes its images by."""
+
+    name: str
+    vit: Any
+    grid: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Normalise images (B, C, H, W) uint8."""
+        return normalize(images, self.mean, self.std)
+
+
+def load(config: Config, name: str, device: torch.device) -> Model:
+    """Build a model at the size of the images."""
+    torch.manual_seed(config.seed)
+    size = _size(config)
+    options: dict[str, Any] = {"img_size": size} if size else {}
+    vit: Any = check_encoder(load_backbone(name, arch=config.arch, **options))
+    cfg = vit.pretrained_cfg
+    return Model(name, vit.to(device).eval(), vit.patch_embed.grid_size, cfg["mean"], cfg["std"])
+
+
+def _size(config: Config) -> tuple[int, int] | None:
+    return (config.image_size[0], config.image_size[-1]) if config.image_size else None
+
+
+def take(source: ImageSource, count: int, transform: Any, seed: int) -> Tensor:
+    """Give up to ``count`` images that can be read, drawn once for each seed, (B, C, H, W) uint8."""
+    found: list[Tensor] = []
+    for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
+        if len(found) == count:
+            break
+        try:
+            found.append(transform(source[index][0]))
+        except ImageError as error:
+            print(f"left out: {error}")
+    if not found:
+        raise Stop(f"none of {len(source)} images can be read", 1)
+    return torch.stack(found)
+
+
+def shown(images: Tensor) -> Tensor:
+    """Give images (B, C, H, W) uint8 in [0, 1]."""
+    return images.float() / 255
+
+
+def draw_attention(models: Sequence[Model], images: Tensor) -> tuple[list[Tensor], list[str]]:
+    """Draw attention rollout and the last block's attention: of the class token where the model uses it, else the mean."""
+    columns, titles = [shown(images)], ["image"]
+    for model in models:
+        query = "token" if model.vit.global_pool == "token" else "mean"
+        maps = attention_maps(model.vit, model.prepare(images))
+        for kind, weights in (("rollout", rollout(maps)), ("last block", maps[-1].mean(dim=1))):
+            columns.append(overlay(shown(images), patch_heat(weights, model.grid, query=query)))
+            titles.append(f"{_short(model.name)}\n{kind}, {'class token' if query == 'token' else 'mean patch'}")
+    return columns, titles
+
+
+@torch.no_grad()
+def draw_pca(models: Sequence[Model], images: Tensor) -> tuple[list[Tensor], list[str]]:
+    """Draw the three main directions of the patches' features as red, green and blue."""
+    columns = [shown(images)]
+    for model in models:
+        tokens = model.vit.forward_features(model.prepare(images))[:, model.vit.num_prefix_tokens :]
+        colours = pca_colours(tokens, model.grid)
+        columns.append(torch.nn.functional.interpolate(colours, images.shape[2:], mode="nearest"))
+    return columns, ["image", *(_short(model.name) for model in models)]
+
+
+@torch.no_grad()
+def draw_neighbours(models: Sequence[Model], images: Tensor, bank: Tensor, k: int) -> tuple[list[Tensor], list[str]]:
+    """Draw the images whose features have the largest cosine to those of the first ones, which are left out themselves."""
+    columns, titles, others = [shown(images)], ["image"], bank[len(images) :]
+    if len(others) < k:
+        raise Stop(f"--neighbours {k} of {len(others)} other images: more images, or a smaller --count, are needed")
+    for model in models:
+        features = torch.cat([model.vit(model.prepare(part)) for part in bank.split(64)])
+        cosines, rows = nearest(features[: len(images)], features[len(images) :], k)
+        for rank in range(k):
+            columns.append(shown(others[rows[:, rank]]))
+            low, high = cosines[:, rank].min(), cosines[:, rank].max()
+            titles.append(f"{_short(model.name)}, {rank + 1}\ncosine {low:.2f} to {high:.2f}")
+    return columns, titles
+
+
+def draw_reconstructions(
+    runs: Sequence[tuple[Model, mvmae.MultiViewMAE]], images: Tensor, seed: int
+) -> tuple[list[Tensor], list[str]]:
+    """Draw image, mask, and each run's reconstruction alone and with the visible patches pasted in, of the same masks."""
+    columns, titles = [shown(images)], ["image", "visible patches"]
+    for model, mae in runs:
+        generator = torch.Generator().manual_seed(seed)
+        rebuilt, masked = reconstruct(mae, model.prepare(images)[:, None], generator=generator)
+        rebuilt = to_unit_range(rebuilt, model.mean, model.std)
+        columns += [torch.where(masked, GREY, shown(images))] if len(columns) == 1 else []
+        columns += [rebuilt, torch.where(masked, rebuilt, shown(images))]
+        titles += [f"{_short(model.name)}\ndecoder of {len(mae.decoder.blocks)} blocks", "with the visible\npasted in"]
+    return columns, titles
+
+
+def draw_method(
+    model: Model, mae: mvmae.MultiViewMAE, source: ImageSource, count: int, seed: int
+) -> tuple[list[Tensor], list[str]]:
+    """Draw, for each image, its two views, what the encoder sees of them, and what the decoder makes of that."""
+    size, chans = mae.encoder.patch_embed.img_size, len(model.mean)
+    generator = torch.Generator().manual_seed(seed)
+    views = take(source, count, partial(mvmae.MultiViewTransform(size, in_chans=chans), generator=generator), seed)
+    whole = take(source, count, mvmae.CentreCropTransform(size, crop=1.0, in_chans=chans), seed)
+    rebuilt, masked = (x.cpu() for x in reconstruct(mae, model.prepare(views), generator=generator))
+    rebuilt = to_unit_range(rebuilt, model.mean, model.std)
+    first, second = (slice(view, None, 2) for view in range(2))
+    flat = shown(views.flatten(0, 1))
+    seen, pasted = torch.where(masked, GREY, flat), torch.where(masked, rebuilt, flat)
+    columns = [shown(whole), flat[first], seen[first], pasted[first], flat[second], seen[second], pasted[second]]
+    return columns, ["image", "first view", "the encoder sees", "rebuilt", "second view", "the encoder sees", "rebuilt"]
+
+
+def _short(name: str) -> str:
+    """Give a name that fits over a picture."""
+    shown = ("random:" if name.startswith("random:") else "") + Path(name.removeprefix("random:")).name
+    return shown if len(shown) <= 24 else shown[:21] + "..."
+
+
+def write(folder: Path, kind: str, columns: Sequence[Tensor], titles: Sequence[str], note: str = "") -> None:
+    """Write the grid, and every tile as a file of its own."""
+    contact_sheet(columns, titles, note).save(folder / f"{kind}.png")
+    single = folder / kind
+    single.mkdir(exist_ok=True)
+    for number, column in enumerate(columns):
+        for row, image in enumerate(column):
+            to_pillow(image).save(single / f"{row}-{number}.png")
+    print(f"{folder / kind}.png and its tiles in {single}")
+
+
+def main(config: Config) -> None:
+    """Draw what is asked for."""
+    unknown = [kind for kind in config.draw if kind not in DRAWINGS]
+    if unknown:
+        raise Stop(f"--draw {' '.join(unknown)}: of {', '.join(DRAWINGS)} is expected")
+    device, folder = start_processes(config.device).device, Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = open_images(config.data)
+    models = [load(config, name, device) for name in config.models]
+    size, chans = models[0].vit.patch_embed.img_size, models[0].vit.patch_embed.proj.in_channels
+    if any((model.vit.patch_embed.img_size, model.vit.patch_embed.proj.in_channels) != (size, chans) for model in models):
+        raise Stop("the models take images of other sizes or channels: give --image-size, or draw them one by one")
+    bank = take(source, config.bank, mvmae.CentreCropTransform(size, in_chans=chans), config.seed).to(device)
+    images = bank[: config.count]
+    ways: dict[str, Any] = {"attention": partial(draw_attention, models), "pca": partial(draw_pca, models)}
+    ways["neighbours"] = partial(draw_neighbours, models, bank=bank, k=config.neighbours)
+    for kind, way in ways.items():
+        if kind in config.draw:
+            columns, titles = way(images)
+            write(folder, kind, columns, titles)
+    rebuilding = [kind for kind in ("reconstructions", "method") if kind in config.draw]
+    runs = [(model, pretrained(model.name).to(device)) for model in models if is_run(model.name)] if rebuilding else []
+    if rebuilding and not runs:
+        print(f"no {' and no '.join(rebuilding)}: none of the models is a run of pretrain.py, with its decoder")
+        return
+    lent = any(mae.reconstruction_loss.norm_pix for _, mae in runs)
+    note = "mean and contrast of each rebuilt patch are the true patch's" if lent else ""
+    if "reconstructions" in rebuilding:
+        write(folder, "reconstructions", *draw_reconstructions(runs, images, config.seed), note)
+    if "method" in rebuilding:
+        columns, titles = draw_method(*runs[0], source, config.count, config.seed)
+        write(folder, "method", columns, titles, note)
+
+
+def is_run(name: str) -> bool:
+    """Tell whether a name is a folder of pretrain.py with a decoder in it."""
+    return (Path(name) / "encoder" / "pretraining").is_dir()
+
+
+def pretrained(name: str) -> mvmae.MultiViewMAE:
+    """Load the whole pretraining model of a run."""
+    return mvmae.MultiViewMAE.from_pretrained(Path(name) / "encoder")
+
+
+if __name__ == "__main__":
+    run(main, Config, {"all": {}}, __doc__)

@@ -1,0 +1,88 @@
+"""Where a plain ViT looks: its attention, and attention rollout (Abnar and Zuidema, 2020; Fig. 2).
+
+Shapes: B images, A heads, N tokens (prefix tokens first), h x w patches.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoding import check_encoder
+
+
+@torch.no_grad()
+def attention_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """Give the attention weights of each block.
+
+    Args:
+        encoder: any plain ViT of timm; put in eval mode meanwhile.
+        images: (B, C, H, W), normalised.
+
+    Returns:
+        for each block, first to last, (B, A, N, N): row i says what token i takes from which token, and sums to 1.
+
+    Raises:
+        TypeError: if it is not a plain ViT.
+    """
+    vit: Any = check_encoder(encoder)
+    found: list[Tensor] = []
+    layers = [block.attn for block in vit.blocks]
+    fused, training = [layer.fused_attn for layer in layers], vit.training
+    hooks = [layer.attn_drop.register_forward_hook(_keep(found)) for layer in layers]
+    try:
+        for layer in layers:
+            layer.fused_attn = False  # which would not give the weights
+        vit.eval().forward_features(images)
+    finally:
+        for layer, hook, before in zip(layers, hooks, fused, strict=True):
+            hook.remove()
+            layer.fused_attn = before
+        vit.train(training)
+    return found
+
+
+def _keep(found: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+    return lambda module, given, weights: found.append(weights.float())
+
+
+def rollout(maps: Sequence[Tensor]) -> Tensor:
+    """Multiply the blocks' attention, averaged over heads and with the residual connection counted as half.
+
+    Args:
+        maps: as `attention_maps` gives them.
+
+    Returns:
+        (B, N, N): row i says what token i of the last block has from which patch or prefix token, and sums to 1.
+    """
+    total: Tensor | None = None
+    for weights in maps:
+        mixed = weights.mean(dim=1) / 2
+        mixed.diagonal(dim1=1, dim2=2).add_(0.5)
+        total = mixed if total is None else mixed @ total
+    if total is None:
+        raise ValueError("there are no attention maps: those of one block or more are expected")
+    return total
+
+
+def patch_heat(weights: Tensor, grid: tuple[int, int], *, query: str = "mean") -> Tensor:
+    """Give what each patch contributes.
+
+    Args:
+        weights: (B, N, N), rows that sum to 1: of `rollout`, or one block's attention averaged over heads.
+        grid: h and w.
+        query: ``"token"`` for what the class token takes from them, ``"mean"`` for what the patches take on average.
+
+    Returns:
+        (B, h, w), above 0, with a sum of at most 1.
+
+    Raises:
+        ValueError: if there is no such query, or no class token.
+    """
+    prefix = weights.shape[1] - grid[0] * grid[1]
+    if query not in ("mean", "token") or (query == "token" and prefix < 1):
+        raise ValueError(f"query is {query!r} with {prefix} prefix tokens: 'mean', or 'token' with at least 1, is expected")
+    rows = weights[:, 0] if query == "token" else weights[:, prefix:].mean(dim=1)
+    heat: Tensor = rows[:, prefix:].unflatten(1, grid)
+    return heat
