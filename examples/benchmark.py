@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import mvmae
-from mvmae.data import MultiViewDataset, StepSampler, make_loader
+from mvmae.data import MultiViewDataset, StepSampler
+from mvmae.loading import make_loader
 from mvmae.sources import open_images
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}

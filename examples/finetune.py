@@ -46,8 +46,9 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from mvmae.data import Loader, StepSampler, explain_loader_error, sample_seed
+from mvmae.data import StepSampler, sample_seed
 from mvmae.hub import describe
+from mvmae.loading import Loader, explain_loader_error
 from mvmae.pretrained import check_weights
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 
-from mvmae.data import Loader, MultiViewDataset, StepSampler, make_loader
+from mvmae.data import MultiViewDataset, StepSampler
 from mvmae.images import ImageLike, open_image
+from mvmae.loading import Loader, make_loader
 from mvmae.sources import ImageSource, SplitError, open_images
 
 HELD_OUT = 10  # one image of so many is held out of data that comes without a validation split

@@ -46,7 +46,8 @@ from inputs import names
 from labelled import Labelled, Seeded
 from torch import Tensor, nn
 
-from mvmae.data import StepSampler, explain_loader_error
+from mvmae.data import StepSampler
+from mvmae.loading import explain_loader_error
 from mvmae.pretrained import check_weights
 
 

@@ -42,9 +42,10 @@ from torch import Tensor
 
 import mvmae
 from mvmae.card import license_warning
-from mvmae.data import Loader, MultiViewDataset, StepSampler, explain_loader_error, make_loader, sample_seed
+from mvmae.data import MultiViewDataset, StepSampler, sample_seed
 from mvmae.hub import describe, export
 from mvmae.images import MAX_PIXELS
+from mvmae.loading import Loader, explain_loader_error, make_loader
 from mvmae.metrics import collapse_warning
 from mvmae.pretrained import check_weights
 from mvmae.sources import open_images

@@ -13,18 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mvmae import data
-from mvmae.data import (
-    DataError,
-    MultiViewDataset,
-    StepSampler,
-    check_shared_memory,
-    explain_loader_error,
-    make_loader,
-    sample_seed,
-)
+from mvmae import data, loading
+from mvmae.data import DataError, MultiViewDataset, StepSampler, sample_seed
 from mvmae.folders import FileSource, ImageSource, Names
 from mvmae.images import ImageError
+from mvmae.loading import check_shared_memory, explain_loader_error, make_loader
 from mvmae.sources import open_images
 from mvmae.views import MultiViewTransform
 
@@ -308,7 +301,8 @@ def test_workers_ignore_signals_have_their_own_group_and_end_with_the_main_proce
         textwrap.dedent("""
         import multiprocessing, os, signal, sys, time
         import numpy as np
-        from mvmae.data import MultiViewDataset, StepSampler, make_loader
+        from mvmae.data import MultiViewDataset, StepSampler
+        from mvmae.loading import make_loader
         from mvmae.folders import ImageSource
         from mvmae.views import MultiViewTransform
 
@@ -345,7 +339,7 @@ def test_too_little_shared_memory_is_refused_at_the_start_with_what_is_needed(mo
     check_shared_memory(1, free=2)
     check_shared_memory(1 << 60, folder="/nowhere")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: usage)
     if os.path.isdir("/dev/shm"):
         with pytest.raises(DataError, match="/dev/shm has 0 MB free"):
             loader(Arrays(), num_workers=2)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mvmae.data import Batch, MultiViewDataset, StepSampler, make_loader
+from mvmae.data import Batch, MultiViewDataset, StepSampler
 from mvmae.folders import ImageSource
+from mvmae.loading import make_loader
 from mvmae.slots import Slots
 from mvmae.views import MultiViewTransform
 

@@ -17,9 +17,10 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from mvmae import MultiViewMAE
 from mvmae.archives import expand_braces, find_archives
-from mvmae.data import MultiViewDataset, StepSampler, make_loader
+from mvmae.data import MultiViewDataset, StepSampler
 from mvmae.folders import Names
 from mvmae.images import ImageError, open_image
+from mvmae.loading import make_loader
 from mvmae.sources import SplitError, open_images
 from mvmae.views import MultiViewTransform
 
