@@ -76,8 +76,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Read the newest checkpoint that is whole; None where the folder holds none at all.
+def load_checkpoint(folder: Path, parts: frozenset[str] = frozenset()) -> dict[str, Any] | None:
+    """Read the newest checkpoint that is whole and holds these parts; None where the folder holds none at all.
 
     Raises:
         Stop: if there are checkpoints, and none of them is whole.
@@ -86,7 +86,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     reasons = []
     for path in found:
         try:
-            return read_checkpoint(path)
+            return read_checkpoint(path, parts)
         except ValueError as error:
             reasons.append(str(error))
             print(f"warning: {error}", file=sys.stderr, flush=True)
@@ -95,11 +95,11 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, parts: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Read one checkpoint: every byte of it is checked against its checksum, and no code in it is run.
 
     Raises:
-        ValueError: naming the file, if it is damaged or holds more than tensors and plain values.
+        ValueError: naming the file, if it is damaged, holds more than tensors and plain values, or lacks a part.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -114,7 +114,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: wrong checksum of {damaged!r}")
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: a dictionary is expected, it holds {type(state).__name__}")
-    if missing := PARTS - {key for key in state if isinstance(key, str)}:
+    if missing := parts - {key for key in state if isinstance(key, str)}:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
     return state
 
@@ -143,7 +143,7 @@ def open_run(
             lock(folder)
         except OSError as error:
             raise Stop(f"cannot write to the output folder {folder}: {error.strerror}") from error
-    state = load_checkpoint(folder)
+    state = load_checkpoint(folder, PARTS)
     if state is not None and not resume:
         raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --output-dir")
     changed = check_same(state["settings"], settings, may_change) if state else []

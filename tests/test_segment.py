@@ -294,7 +294,8 @@ def test_two_processes_with_bf16_train_and_evaluate_together(tmp_path):
 
 def test_segmentation_learns_drawn_shapes(tmp_path):
     arguments = ["--model-args", TINY, "--image-size", 32, "--steps", 60, "--toy-images", 60, "--pictures", 0, "--stride", 32]
-    result = run_script("segment.py", "--preset", "toy", *arguments, "--workers", 0, "--output-dir", "run", folder=tmp_path)
+    arguments += ["--lr", 3e-3, "--warmup-steps", 20, "--workers", 0]
+    result = run_script("segment.py", "--preset", "toy", *arguments, "--output-dir", "run", folder=tmp_path)
     assert result.code == 0, result.err
     classes = json.loads((tmp_path / "run/results.json").read_text())["classes"]
     assert classes["background"]["IoU"] > 75  # about 70 where all is called background
