@@ -1,7 +1,7 @@
 """Measure what each part of the method is worth: Tables 5 and 6, and the choices that the paper leaves open.
 
   python examples/ablate.py --preset fashion --data path/to/fashion-mnist
-      Table 6 on Fashion-MNIST with three seeds: pretrain, fine-tune, probe; about an hour on one CPU core
+      Table 6 on Fashion-MNIST with three seeds: pretrain, fine-tune, probe; 0.9 hours of runs (see RESULTS.md)
   python examples/ablate.py --preset paper --data path/to/imagenet --tables table6 mask_ratio loss_weight decoder_depth
       the paper's: 200 epochs of pretraining and 100 of fine-tuning for each of 16 arms, months of one GPU (not measured)
 
