@@ -180,21 +180,23 @@ def summarise(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]],
     return found
 
 
+def done_runs(config: Config, arm: Arm) -> list[dict[str, Any]]:
+    """Give the results of an arm's runs that are done."""
+    chosen = settings(config, arm)
+    paths = [folder_of(config, chosen, seed) / "ablation.json" for seed in config.seeds]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
 def tables(config: Config) -> dict[str, Any]:
     """Collect the runs that are done, by table and arm."""
+    ours = done_runs(config, OURS)
     found: dict[str, Any] = {}
     for table in config.tables:
-        rows = []
+        found[table] = []
         for arm in TABLES[table]:
-            done = [folder_of(config, settings(config, arm), seed) / "ablation.json" for seed in config.seeds]
-            rows.append((arm, [json.loads(path.read_text()) for path in done if path.exists()]))
-        done = [folder_of(config, settings(config, OURS), seed) / "ablation.json" for seed in config.seeds]
-        ours = [json.loads(path.read_text()) for path in done if path.exists()]
-        found[table] = [
-            {"arm": arm.name, "options": arm.options, "paper": arm.paper, "runs": runs}
-            | {measure: summarise(runs, ours, measure) for measure in MEASURES}
-            for arm, runs in rows
-        ]
+            runs = done_runs(config, arm)
+            row = {"arm": arm.name, "options": arm.options, "paper": arm.paper, "runs": runs}
+            found[table].append(row | {measure: summarise(runs, ours, measure) for measure in MEASURES})
     return found
 
 

@@ -12,14 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from running import Started
-from tiny_run import ARGUMENTS, assert_identical, end_of, losses, write_images
+from tiny_run import assert_identical, end_of, losses, start, write_images
 
 STEPS = ["--max-steps", 60, "--epochs", 20, "--save-every", 2, "--monitor", 0]
-
-
-def start(folder, images, *arguments):
-    return Started("pretrain.py", ["--data", images, "--output-dir", "run", *ARGUMENTS, *STEPS, *arguments], folder)
 
 
 def main():
@@ -32,17 +27,17 @@ def main():
         images, folder, whole = (Path(place) / name for name in ("images", "cut", "whole"))
         images.mkdir()
         write_images(images)
-        undisturbed = start(whole, images, "--workers", 0).finish()
+        undisturbed = start(whole, images, *STEPS, "--workers", 0).finish()
         assert undisturbed.code == 0, undisturbed.err
-        start(folder, images, "--workers", 0).finish()  # once more, now that all is in memory, for the time it takes
+        start(folder, images, *STEPS, "--workers", 0).finish()  # once more, now that all is in memory, for the time it takes
         begin = time.monotonic()
         shutil.rmtree(folder)
-        start(folder, images, "--workers", 0).finish()
+        start(folder, images, *STEPS, "--workers", 0).finish()
         duration = time.monotonic() - begin
         shutil.rmtree(folder)
         kills = starts = ends = at_start = 0
         while kills < options.kills:
-            process, starts = start(folder, images, "--resume", "--workers", rng.choice([0, 1, 2])), starts + 1
+            process, starts = start(folder, images, *STEPS, "--resume", "--workers", rng.choice([0, 1, 2])), starts + 1
             process.process.join(rng.uniform(0, duration))
             if process.process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
@@ -57,7 +52,7 @@ def main():
             ends += 1
             shutil.rmtree(folder)
             print(f"{kills} kills, {starts} starts, {ends} ends, each bit-identical", flush=True)
-        final = start(folder, images, "--resume", "--workers", 0).finish()
+        final = start(folder, images, *STEPS, "--resume", "--workers", 0).finish()
         assert final.code == 0, final
         assert_identical(end_of(folder), end_of(whole))
         assert losses(folder) == losses(whole)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import EXAMPLES, Started, run_processes
-from tiny_run import ARGUMENTS, assert_identical, end_of, losses, pretrain, write_images
+from running import EXAMPLES, run_processes
+from tiny_run import ARGUMENTS, assert_identical, end_of, losses, pretrain, start, wait_for_steps, write_images
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -41,18 +41,6 @@ def whole(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("whole")
     assert pretrain(folder, images, *STEPS).code == 0
     return folder
-
-
-def started(folder, images, *arguments, **options):
-    given = ["--data", images, "--output-dir", "run", *ARGUMENTS, *STEPS, *arguments]
-    return Started("pretrain.py", given, folder, **options)
-
-
-def wait_for_steps(process, folder, count):
-    log = folder / "run" / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= count):
-        assert process.process.is_alive(), process.texts()
-        time.sleep(0.01)
 
 
 def processes_under(folder):
@@ -283,7 +271,7 @@ def test_f13_a_checkpoint_without_its_parts_is_none(whole, images, tmp_path):
 
 
 def test_f7_a_second_signal_ends_the_run_at_once(images, tmp_path):
-    process = started(tmp_path, images, "--workers", 1, env={"MVMAE_FAULT": "slow"})
+    process = start(tmp_path, images, *STEPS, "--workers", 1, env={"MVMAE_FAULT": "slow"})
     wait_for_steps(process, tmp_path, 1)
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.05)
@@ -507,7 +495,7 @@ def test_f25_images_that_do_not_divide_among_processes(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 def test_f26_a_loading_process_that_is_killed(images, tmp_path):
-    process = started(tmp_path, images, "--workers", 2, "--save-every", 1, env={"MVMAE_FAULT": "slow"})
+    process = start(tmp_path, images, *STEPS, "--workers", 2, "--save-every", 1, env={"MVMAE_FAULT": "slow"})
     wait_for_steps(process, tmp_path, 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(pid) for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -522,7 +510,7 @@ def test_f26_a_loading_process_that_is_killed(images, tmp_path):
 
 
 def test_f35_two_runs_in_one_folder(whole, images, tmp_path):
-    first = started(tmp_path, images, env={"MVMAE_FAULT": "slow"})
+    first = start(tmp_path, images, *STEPS, env={"MVMAE_FAULT": "slow"})
     wait_for_steps(first, tmp_path, 6)
     second = pretrain(tmp_path, images, *STEPS, "--resume")
     assert second.code == 2 and f"run is in use by process {first.pid} on {socket.gethostname()}" in second.err

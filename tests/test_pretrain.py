@@ -15,8 +15,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from running import Started, run_processes
-from tiny_run import ARGUMENTS, SMALL, assert_identical, end_of, losses, pretrain, write_images
+from running import run_processes
+from tiny_run import ARGUMENTS, SMALL, assert_identical, end_of, losses, pretrain, start, wait_for_steps, write_images
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,8 @@ def test_a_run_killed_and_resumed_ends_bit_identical(whole, images, tmp_path, wo
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_first(whole, images, tmp_path, number):
-    arguments = ["--data", images, "--output-dir", "run", *ARGUMENTS, "--max-steps", 12, "--workers", 0]
-    started = Started("pretrain.py", arguments, tmp_path, {"MVMAE_FAULT": "slow"})
-    log = tmp_path / "run" / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 2):
-        assert started.process.is_alive(), started.texts()
-        time.sleep(0.01)
+    started = start(tmp_path, images, "--max-steps", 12, "--workers", 0, env={"MVMAE_FAULT": "slow"})
+    wait_for_steps(started, tmp_path, 2)
     os.kill(started.pid, number)
     result = started.finish()
     assert result.code == 128 + number
@@ -115,8 +111,8 @@ def test_on_a_terminal_a_bar_shows(images, tmp_path):
             pass
 
     threading.Thread(target=read, daemon=True).start()
-    arguments = ["--data", images, "--output-dir", "run", *ARGUMENTS, "--max-steps", 3, "--workers", 0]
-    started = Started("pretrain.py", arguments, tmp_path, {"MVMAE_FAULT": "slow"}, terminal=os.ttyname(follower))
+    slow = {"env": {"MVMAE_FAULT": "slow"}, "terminal": os.ttyname(follower)}
+    started = start(tmp_path, images, "--max-steps", 3, "--workers", 0, **slow)
     assert started.finish().code == 0
     time.sleep(0.2)
     assert b"3/3" in seen and b"step/s" in seen and b"\r" in seen

@@ -1,11 +1,12 @@
 """A pretraining run of seconds, and what it leaves."""
 
 import json
+import time
 
 import numpy as np
 import torch
 from PIL import Image
-from running import run_script
+from running import Started
 
 SMALL = "patch_size=8 embed_dim=32 depth=1 num_heads=2"
 ARGUMENTS = ["--preset", "quick", "--encoder-args", SMALL, "--image-size", 32, "--decoder-dim", 16, "--decoder-depth", 1]
@@ -33,8 +34,23 @@ def write_images(folder, count=32):
     return folder
 
 
-def pretrain(folder, images, *arguments, **kwargs):
-    return run_script("pretrain.py", "--data", images, "--output-dir", "run", *ARGUMENTS, *arguments, folder=folder, **kwargs)
+def start(folder, images, *arguments, **options):
+    """Start a run in ``folder``; ``options`` are those of `Started`."""
+    given = ["--data", images, "--output-dir", "run", *ARGUMENTS, *arguments]
+    return Started("pretrain.py", given, folder, **options)
+
+
+def pretrain(folder, images, *arguments, **options):
+    """Run to the end."""
+    return start(folder, images, *arguments, **options).finish()
+
+
+def wait_for_steps(process, folder, count):
+    """Wait until the log of a started run tells of so many steps."""
+    log = folder / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= count):
+        assert process.process.is_alive(), process.texts()
+        time.sleep(0.01)
 
 
 def end_of(folder):
