@@ -4,6 +4,11 @@
       Table 6 on Fashion-MNIST with three seeds: pretrain, fine-tune, probe; 0.9 hours of runs (see RESULTS.md)
   python examples/ablate.py --preset paper --data path/to/imagenet --tables table6 mask_ratio loss_weight decoder_depth
       the paper's: 200 epochs of pretraining and 100 of fine-tuning for each of 16 arms, months of one GPU (not measured)
+  torchrun --nproc-per-node 2 examples/ablate.py --preset fashion --data path/to/fashion-mnist --tables negatives
+      negatives of the whole batch against those of each process's own images
+  python examples/ablate.py --preset fashion --data path/to/fashion-mnist --tables contrast --output-dir runs/ablate-longer \
+    --pretrain "--preset quick --epochs 2 --warmup-epochs 0.2 --workers 1 --monitor-images 0"
+      what the contrastive loss is worth when all arms train four times as long
 
 Every run is pretrain.py, finetune.py and linear_probe.py, in a folder of its own. Call again to go on with what was cut, or
 with other seeds; calls for different seeds may run side by side. By default all arms cost the same FLOPs: an arm that costs
@@ -27,7 +32,7 @@ import linear_probe
 import pretrain
 import torch
 from checkpoint import write_text
-from common import Stop, option, parse, run, start_processes
+from common import Processes, Stop, option, parse, run, start_processes
 from course import SIGNALS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,6 +74,8 @@ TABLES: dict[str, list[Arm]] = {
         Arm("temperature 0.2", "--temperature 0.2"),
         Arm("temperature 0.5", "--temperature 0.5"),
     ],
+    "negatives": [Arm("of all processes", ""), Arm("of each process alone", "--no-gather")],
+    "contrast": [OURS, Arm("without contrastive loss", "--loss-weight 0")],
 }
 MEASURES = {"finetune": "fine-tuning", "knn": "k-NN", "linear": "linear probe"}
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -122,44 +129,43 @@ def folder_of(config: Config, chosen: pretrain.Config, seed: int) -> Path:
     return Path(config.output_dir) / f"{re.sub(r'[^a-zA-Z0-9_.=-]', '', name)}-seed{seed}"
 
 
-def run_arm(config: Config, arm: Arm, seed: int) -> dict[str, Any]:
-    """Pretrain and measure, or take what an earlier call has found."""
+def run_arm(config: Config, arm: Arm, seed: int, processes: Processes) -> None:
+    """Pretrain and measure, unless an earlier call has."""
     folder = folder_of(config, settings(config, arm), seed)
     done = folder / "ablation.json"
-    if done.exists():
-        found: dict[str, Any] = json.loads(done.read_text())
-        return found
+    if processes.any(done.exists()):
+        return
     start, base = time.monotonic(), settings(config, OURS)
     ratio = flops_per_image(base) / flops_per_image(settings(config, arm)) if config.budget == "flops" else 1.0
     length = {"--epochs": base.epochs * ratio, "--warmup-epochs": base.warmup_epochs * ratio}
     common = ["--resume", "--seed", str(seed)]
     more = [word for key, value in length.items() for word in (key, f"{value:.6g}")]
     chosen = settings(config, arm, *more, *common, "--output-dir", str(folder))
-    _call(pretrain, chosen)
+    _call(pretrain, chosen, processes)
     result: dict[str, Any] = {"arm": arm.name, "options": arm.options, "seed": seed, "epochs": chosen.epochs}
     result["pretrain"] = shlex.join(["--data", config.data, *shlex.split(config.pretrain), *shlex.split(arm.options), *more])
     if config.finetune:
         arguments = ["--data", config.data, "--model", str(folder), *shlex.split(config.finetune), *common]
-        _call(finetune, parse(finetune.Config, finetune.PRESETS, None, [*arguments, "--output-dir", str(folder / "finetune")]))
+        arguments += ["--output-dir", str(folder / "finetune")]
+        _call(finetune, parse(finetune.Config, finetune.PRESETS, None, arguments), processes)
         result["finetune"] = json.loads((folder / "finetune/results.json").read_text())["top1"]
     if config.probe:
         arguments = ["--data", config.data, "--models", str(folder), *shlex.split(config.probe), *common]
-        chosen_probe = parse(
-            linear_probe.Config, linear_probe.PRESETS, None, [*arguments, "--output-dir", str(folder / "probe")]
-        )
-        _call(linear_probe, chosen_probe)
+        arguments += ["--output-dir", str(folder / "probe")]
+        _call(linear_probe, parse(linear_probe.Config, linear_probe.PRESETS, None, arguments), processes)
         probed = json.loads((folder / "probe/results.json").read_text())[0]
         result |= {"knn": probed["knn_avg"], "linear": probed["linear"], "rank": probed["rank_avg"]}
     result["seconds"] = round(time.monotonic() - start)
-    write_text(done, json.dumps(result, indent=2) + "\n")
-    return result
+    if processes.rank == 0:
+        write_text(done, json.dumps(result, indent=2) + "\n")
 
 
-def _call(script: Any, chosen: Any) -> None:
-    """Run a script's main; signals do what they do by default until it takes them."""
+def _call(script: Any, chosen: Any, processes: Processes) -> None:
+    """Run a script's main; signals do what they do by default until it takes them. All processes wait for what it writes."""
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     script.main(chosen)
+    processes.gather(None)
 
 
 def summarise(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], measure: str) -> dict[str, Any] | None:
@@ -257,6 +263,8 @@ def main(config: Config) -> None:
     if not config.finetune and not config.probe:
         raise Stop("nothing would be measured: give --finetune, --probe, or a --preset")
     processes, folder = start_processes(settings(config, OURS).device), Path(config.output_dir)
+    if "negatives" in config.tables and processes.world_size == 1 and not config.collect:
+        raise Stop("--tables negatives compares processes with each other: start several, with torchrun --nproc-per-node 2")
     wanted = {
         folder_of(config, settings(config, arm), seed): (arm, seed)
         for table in config.tables
@@ -267,7 +275,7 @@ def main(config: Config) -> None:
         if not config.collect:
             if processes.rank == 0:
                 print(f"run {number} of {len(wanted)}: {arm.name}, seed {seed}, in {place}", flush=True)
-            run_arm(config, arm, seed)
+            run_arm(config, arm, seed, processes)
     if processes.rank == 0:
         found = tables(config)
         if not any(row["runs"] for rows in found.values() for row in rows):

@@ -79,6 +79,7 @@ class Config:
     mask_ratio: float = option(0.8, "share of the patches that is masked (paper, Table 5)")
     loss_weight: float = option(2.0, "weight of the contrastive loss (paper, Table 5); 0 leaves it out")
     temperature: float = option(0.07, "of the contrastive loss (paper, 3.2.2)")
+    gather: bool = option(True, "negatives of all processes; --no-gather takes each process's own images alone")
     pool: str = option("avg", "vector that is contrasted: mean patch token or class token", ["avg", "token"])
     projector: int = option(0, "width of a projection MLP's output before the contrastive loss; 0 for none (paper)")
     norm_pix: bool = option(True, "rebuild patches normalised by their own mean and deviation (MAE)")
@@ -161,7 +162,7 @@ def build_model(config: Config) -> mvmae.MultiViewMAE:
         in_chans=config.in_chans,
     )
     encoder.set_grad_checkpointing(config.grad_checkpointing)
-    return mvmae.MultiViewMAE(
+    model = mvmae.MultiViewMAE(
         encoder,
         decoder_dim=config.decoder_dim,
         decoder_depth=config.decoder_depth,
@@ -174,6 +175,8 @@ def build_model(config: Config) -> mvmae.MultiViewMAE:
         norm_pix=config.norm_pix,
         loss_on=config.loss_on,  # type: ignore[arg-type]
     )
+    model.contrastive_loss.gather = config.gather
+    return model
 
 
 class Pretraining:
@@ -186,8 +189,11 @@ class Pretraining:
         images = open_images(config.data)
         self.listing = time.monotonic() - start
         self.source = repeated(images, config.crops_per_image)
-        if config.batch_size < 2 and config.loss_weight:
-            raise Stop("--batch-size 1 has no negatives for the contrastive loss: use 2 or more, or --loss-weight 0")
+        if config.loss_weight and config.batch_size // (1 if config.gather else self.processes.world_size) < 2:
+            each = "" if config.gather else f" with --no-gather on {self.processes.world_size} processes"
+            raise Stop(
+                f"--batch-size {config.batch_size}{each} leaves the contrastive loss no negatives: use more, or --loss-weight 0"
+            )
         if config.freeze_epochs >= config.epochs:
             raise Stop(
                 f"--freeze-epochs {config.freeze_epochs:g} leaves nothing of --epochs {config.epochs:g} to train the encoder in"

@@ -1,4 +1,5 @@
 import json
+import shlex
 import signal
 import sys
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from PIL import Image
-from running import EXAMPLES, run_script
+from running import EXAMPLES, run_processes, run_script
 from tiny_run import SMALL
 
 sys.path.insert(0, str(EXAMPLES))
@@ -74,6 +75,29 @@ FOLDERS = {
     "without contrastive loss": "loss_weight=0.0",
     "baseline, MAE": "num_views=1-loss_weight=0.0",
 }
+
+
+def test_two_processes_ablate_together_and_compare_gathered_with_local_negatives(photographs, tmp_path):
+    given = arguments(photographs, "--finetune", FINETUNE, "--tables", "negatives")
+    alone = run_script("ablate.py", *given, folder=tmp_path)
+    assert alone.code == 2 and "start several, with torchrun --nproc-per-node 2" in alone.err
+    ended = run_processes("ablate.py", *given, folder=tmp_path, timeout=300)
+    assert [process.code for process in ended] == [0, 0], ended[0].err + ended[1].err
+    found = json.loads((tmp_path / "ablation/ablation.json").read_text())["negatives"]
+    assert [row["arm"] for row in found] == ["of all processes", "of each process alone"]
+    assert all(0 <= row["runs"][0][measure] <= 100 for row in found for measure in ablate.MEASURES)
+    first = [json.loads((tmp_path / f"ablation/{name}-seed0/log.jsonl").read_text().splitlines()[0]) for name in NEGATIVES]
+    assert [line["step"] for line in first] == [1, 1] and first[0]["loss_rec"] == first[1]["loss_rec"]
+    # of the same latents: the denominator of Eq. 4 has 14 negatives in one, 6 in the other
+    assert first[0]["loss_con"] - first[1]["loss_con"] == pytest.approx(np.log(15 / 7), abs=0.25)
+    again = run_processes("ablate.py", *given, folder=tmp_path)
+    assert [process.code for process in again] == [0, 0] and "resuming" not in again[0].out
+    few = run_processes("pretrain.py", *shlex.split(f"--data {photographs} {TINY} --batch-size 2 --no-gather"), folder=tmp_path)
+    assert [process.code for process in few] == [2, 2]
+    assert "--batch-size 2 with --no-gather on 2 processes leaves the contrastive loss no negatives" in few[0].err
+
+
+NEGATIVES = ("ours", "gather=False")
 
 
 def test_what_cannot_be_ablated_is_one_line(photographs, tmp_path):

@@ -185,3 +185,15 @@ def test_two_processes_equal_one(two_processes):
     assert trained.keys() == grads0.keys()
     for name, gradient in trained.items():
         torch.testing.assert_close((grads0[name] + grads1[name]) / 2, gradient, rtol=1e-6, atol=1e-12, msg=name)
+
+
+def loss_of_own_images(z):
+    rank = torch.distributed.get_rank()
+    return NTXentLoss(gather=False)(z[3 * rank : 3 * rank + 3])
+
+
+def test_without_gathering_each_process_has_the_negatives_of_its_own_images_alone(two_processes):
+    z = torch.randn(6, 2, 8, dtype=torch.float64)
+    found = two_processes(loss_of_own_images, z)
+    torch.testing.assert_close(found, [NTXentLoss()(z[:3]), NTXentLoss()(z[3:])])
+    assert torch.stack(found).mean() < NTXentLoss()(z)  # 4 negatives instead of 10
