@@ -141,7 +141,7 @@ def flags_of(script: str) -> frozenset[str]:
 @pytest.mark.parametrize("command", commands(), ids=lambda command: f"{command.where} {' '.join(command.words)}")
 def test_a_command_names_a_script_and_flags_that_exist(command):
     assert (ROOT / command.script).is_file()
-    used = {word.split("=")[0] for word in command.arguments if re.match(r"--?[A-Za-z]", word)}
+    used = {word.split("=")[0] for word in command.arguments if re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", word)}
     assert used - flags_of(command.script) == set()
 
 
