@@ -1,7 +1,8 @@
-"""Draw what a model looks at (Fig. 2), what it rebuilds (Fig. 8), and what its features tell apart.
+"""Draw what a model looks at (Fig. 2), what it rebuilds (Fig. 8), and what its features tell apart or stand for.
 
   python examples/visualize.py --data sample --models runs/quick random:runs/quick
-      attention, PCA of the patches' features, nearest neighbours and, for runs of pretrain.py, reconstructions
+      attention, PCA of the patches' features, nearest neighbours, which share of the features' variance goes with brightness,
+      contrast, lit area and class of an image (short cuts of a contrastive loss show here), and reconstructions of pretrain.py
   python examples/visualize.py --data path/to/images --models vit_small_patch14_dinov2.lvd142m --image-size 224 448
       any plain ViT of timm, at any size
   python examples/visualize.py --data sample --models runs/depth4 runs/depth8 --draw reconstructions
@@ -13,12 +14,14 @@ Leaves a PNG for each kind of picture, and its tiles one by one in a folder besi
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from checkpoint import write_text
 from common import Stop, normalize, option, run, start_processes
 from models import load_backbone
 from torch import Tensor
@@ -27,10 +30,13 @@ import mvmae
 from mvmae.attention import attention_maps, patch_heat, rollout
 from mvmae.encoding import check_encoder
 from mvmae.images import ImageError
+from mvmae.metrics import variance_explained
 from mvmae.sources import ImageSource, open_images
 from mvmae.visualize import GREY, contact_sheet, nearest, overlay, pca_colours, reconstruct, to_pillow, to_unit_range
 
-DRAWINGS = ("attention", "pca", "neighbours", "reconstructions", "method")
+DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions", "method")
+GROUPS = 10
+"""Groups of images by brightness, contrast and lit area, equally large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +44,11 @@ class Config:
     data: str = option(dataclasses.MISSING, "images: what pretrain.py takes")
     models: tuple[str, ...] = option(dataclasses.MISSING, "timm names, hf-hub:ID, runs, exports, files; random: before it")
     output_dir: str = option("runs/pictures", "folder for the pictures")
-    draw: tuple[str, ...] = option(DRAWINGS[:4], f"of {', '.join(DRAWINGS)}")
+    draw: tuple[str, ...] = option(DRAWINGS[:5], f"of {', '.join(DRAWINGS)}")
     arch: str = option("", "timm name of the model of a lone file of weights")
     image_size: tuple[int, ...] = option((), "side of an image in pixels, or height and width; the first model's own")
     count: int = option(6, "images to draw")
-    bank: int = option(500, "most images among which neighbours are looked for")
+    bank: int = option(500, "most images for neighbours and shares")
     neighbours: int = option(5, "neighbours to draw")
     seed: int = option(0, "of the choice of images, of untrained weights and of masks")
     device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
@@ -76,19 +82,22 @@ def _size(config: Config) -> tuple[int, int] | None:
     return (config.image_size[0], config.image_size[-1]) if config.image_size else None
 
 
-def take(source: ImageSource, count: int, transform: Any, seed: int) -> Tensor:
-    """Give up to ``count`` images that can be read, drawn once for each seed, (B, C, H, W) uint8."""
+def take(source: ImageSource, count: int, transform: Any, seed: int) -> tuple[Tensor, Tensor]:
+    """Give up to ``count`` images that can be read, drawn once for each seed, (B, C, H, W) uint8, and labels, -1 for none."""
     found: list[Tensor] = []
+    labels: list[int] = []
     for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
         if len(found) == count:
             break
         try:
-            found.append(transform(source[index][0]))
+            image, label = source[index]
+            found.append(transform(image))
+            labels.append(-1 if label is None else label)
         except ImageError as error:
             print(f"left out: {error}")
     if not found:
         raise Stop(f"none of {len(source)} images can be read", 1)
-    return torch.stack(found)
+    return torch.stack(found), torch.tensor(labels)
 
 
 def shown(images: Tensor) -> Tensor:
@@ -135,6 +144,47 @@ def draw_neighbours(models: Sequence[Model], images: Tensor, bank: Tensor, k: in
     return columns, titles
 
 
+def properties(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Group images (B, C, H, W) uint8 by what can be seen without a model, and by class where all have one; each (B,)."""
+    grey = shown(images).mean(dim=1).flatten(1)
+    lit = grey > 0.1  # leaves a black background out
+    seen = {
+        "brightness": (grey * lit).sum(1) / lit.sum(1).clamp_min(1),
+        "contrast": grey.std(1),
+        "lit area": lit.float().mean(1),
+    }
+    groups = {name: values.argsort().argsort() * GROUPS // len(values) for name, values in seen.items()}
+    return groups if (labels < 0).any() else groups | {"class": labels}
+
+
+@torch.no_grad()
+def write_shares(folder: Path, models: Sequence[Model], bank: Tensor, labels: Tensor) -> None:
+    """Write and draw which share of the variance of each model's features goes with properties of the images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = properties(bank, labels)
+    found: dict[str, dict[str, float]] = {}
+    for model in models:
+        features = torch.cat([model.vit(model.prepare(part)) for part in bank.split(64)])
+        found[model.name] = {name: variance_explained(features, group) for name, group in groups.items()}
+    figure, axis = plt.subplots(figsize=(2 + 1.5 * len(groups), 3.5))
+    width = 0.8 / len(models)
+    for place, (name, shares) in enumerate(found.items()):
+        bars = axis.bar([x + place * width for x in range(len(shares))], shares.values(), width, label=_short(name))
+        axis.bar_label(bars, fmt="{:.0%}", fontsize=7)
+    axis.set_xticks([x + (0.8 - width) / 2 for x in range(len(groups))], list(groups))
+    axis.set(ylabel="share of the features' variance", ylim=(0, 1), title=f"{len(bank)} images")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "shares.png", dpi=110)
+    plt.close(figure)
+    write_text(folder / "shares.json", json.dumps({"images": len(bank), "shares": found}, indent=2) + "\n")
+    print(f"{folder / 'shares'}.png and .json")
+
+
 def draw_reconstructions(
     runs: Sequence[tuple[Model, mvmae.MultiViewMAE]], images: Tensor, seed: int
 ) -> tuple[list[Tensor], list[str]]:
@@ -156,8 +206,8 @@ def draw_method(
     """Draw, for each image, its two views, what the encoder sees of them, and what the decoder makes of that."""
     size, chans = mae.encoder.patch_embed.img_size, len(model.mean)
     generator = torch.Generator().manual_seed(seed)
-    views = take(source, count, partial(mvmae.MultiViewTransform(size, in_chans=chans), generator=generator), seed)
-    whole = take(source, count, mvmae.CentreCropTransform(size, crop=1.0, in_chans=chans), seed)
+    views, _ = take(source, count, partial(mvmae.MultiViewTransform(size, in_chans=chans), generator=generator), seed)
+    whole, _ = take(source, count, mvmae.CentreCropTransform(size, crop=1.0, in_chans=chans), seed)
     rebuilt, masked = (x.cpu() for x in reconstruct(mae, model.prepare(views), generator=generator))
     rebuilt = to_unit_range(rebuilt, model.mean, model.std)
     first, second = (slice(view, None, 2) for view in range(2))
@@ -196,7 +246,8 @@ def main(config: Config) -> None:
     size, chans = models[0].vit.patch_embed.img_size, models[0].vit.patch_embed.proj.in_channels
     if any((model.vit.patch_embed.img_size, model.vit.patch_embed.proj.in_channels) != (size, chans) for model in models):
         raise Stop("the models take images of other sizes or channels: give --image-size, or draw them one by one")
-    bank = take(source, config.bank, mvmae.CentreCropTransform(size, in_chans=chans), config.seed).to(device)
+    bank, labels = take(source, config.bank, mvmae.CentreCropTransform(size, in_chans=chans), config.seed)
+    bank = bank.to(device)
     images = bank[: config.count]
     ways: dict[str, Any] = {"attention": partial(draw_attention, models), "pca": partial(draw_pca, models)}
     ways["neighbours"] = partial(draw_neighbours, models, bank=bank, k=config.neighbours)
@@ -204,6 +255,8 @@ def main(config: Config) -> None:
         if kind in config.draw:
             columns, titles = way(images)
             write(folder, kind, columns, titles)
+    if "shares" in config.draw:
+        write_shares(folder, models, bank, labels)
     rebuilding = [kind for kind in ("reconstructions", "method") if kind in config.draw]
     runs = [(model, pretrained(model.name).to(device)) for model in models if is_run(model.name)] if rebuilding else []
     if rebuilding and not runs:

@@ -1,4 +1,4 @@
-"""What features are worth: k-NN accuracy with labels; effective rank, alignment, uniformity and collapse without.
+"""What features are worth: k-NN accuracy and explained variance with labels; rank, alignment, uniformity, collapse without.
 
 Shapes: N features in the bank or the set, Q queries, D width of a feature, k neighbours. Everything runs in chunks, so that
 memory grows with N * D and never with N * Q or N * N.
@@ -173,6 +173,34 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
         parts.append((-t * distance).masked_fill(~pair, -torch.inf).flatten().double().logsumexp(dim=0))
     pairs = len(features) * (len(features) - 1) / 2
     return float(torch.stack(parts).logsumexp(dim=0)) - math.log(pairs)
+
+
+def variance_explained(features: Tensor, groups: Tensor) -> float:
+    """Give the share of the features' variance that lies between groups of images, in 0 to 1 (the correlation ratio).
+
+    For groups by class it is high where classes are told apart; for groups by brightness, where the features are mostly that.
+    G groups drawn at random give about (G - 1) / (N - 1).
+
+    Args:
+        features: (N, D) with N >= 2, of any length: they are normalised here.
+        groups: number of each image's group, (N,) integers.
+
+    Raises:
+        ValueError: if there are fewer than two features, they are all the same, or groups and features differ in number.
+    """
+    _check_features(features, at_least=2)
+    if groups.shape != features.shape[:1]:
+        raise ValueError(f"{tuple(groups.shape)} groups do not fit {tuple(features.shape)} features: (N,) is expected")
+    centred = _unit(features).double()
+    centred = centred - centred.mean(dim=0)
+    _, numbers, counts = groups.to(centred.device).unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), centred.shape[1], dtype=centred.dtype, device=centred.device).index_add_(
+        0, numbers, centred
+    )
+    total = centred.square().sum()
+    if not total > 0:
+        raise ValueError("all features are the same, or one is not finite: no share of their variance can be given")
+    return float((sums.square().sum(dim=1) / counts).sum() / total)
 
 
 def collapse_warning(features: Tensor | float) -> str | None:

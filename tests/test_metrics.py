@@ -4,11 +4,20 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-from mvmae.metrics import alignment, collapse_warning, effective_rank, knn_accuracy, knn_predict, uniformity
+from mvmae.metrics import (
+    alignment,
+    collapse_warning,
+    effective_rank,
+    knn_accuracy,
+    knn_predict,
+    uniformity,
+    variance_explained,
+)
 
 
 @pytest.fixture
@@ -168,3 +177,33 @@ def test_an_untrained_encoder_has_not_collapsed(tiny_vit):
 def test_label_free_metrics_refuse(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_explained_variance_is_that_of_an_analysis_of_variance():
+    labels = torch.randint(5, (300,)) * 7 - 3
+    angles = 0.1 * labels + torch.randn(300, dtype=torch.float64)
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    between = within = 0.0  # over both dimensions, from the F values of each
+    for values in features.T.numpy():
+        groups = [values[labels == label] for label in labels.unique()]
+        ratio = scipy.stats.f_oneway(*groups).statistic * 4 / 295
+        total = ((values - values.mean()) ** 2).sum()
+        between, within = between + total * ratio / (1 + ratio), within + total / (1 + ratio)
+    assert 0.1 < between / (between + within) < 0.9
+    assert variance_explained(5 * features, labels) == pytest.approx(between / (between + within))
+    assert variance_explained(features, torch.arange(300)) == pytest.approx(1)
+    assert variance_explained(torch.randn(1000, 64), torch.randint(11, (1000,))) == pytest.approx(10 / 999, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("features", "groups", "words"),
+    [
+        (torch.randn(4, 3), torch.zeros(3).long(), r"\(3,\) groups do not fit \(4, 3\)"),
+        (torch.ones(4, 3), torch.zeros(4).long(), "all features are the same"),
+        (torch.full((4, 3), math.nan), torch.zeros(4).long(), "is not finite"),
+        (torch.randn(1, 3), torch.zeros(1).long(), "N >= 2"),
+    ],
+)
+def test_variance_that_cannot_be_explained_is_an_error(features, groups, words):
+    with pytest.raises(ValueError, match=words):
+        variance_explained(features, groups)

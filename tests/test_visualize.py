@@ -1,14 +1,21 @@
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import run_script
+from running import EXAMPLES, run_script
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from tiny_run import SMALL
 
 from mvmae import MultiViewMAE
 from mvmae.visualize import contact_sheet, nearest, overlay, pca_colours, reconstruction_picture, to_unit_range
+
+sys.path.insert(0, str(EXAMPLES))
+
+import visualize
 
 QUICK = ["--preset", "quick", "--encoder-args", SMALL, "--decoder-dim", 16, "--device", "cpu", "--monitor-images", 0]
 QUICK += ["--batch-size", 8, "--workers", 0, "--warmup-epochs", 1]
@@ -127,7 +134,42 @@ def test_any_model_of_timm_at_any_size(place, tmp_path):
     given = ["--data", images, "--models", "random:vit_tiny_patch16_224", "--image-size", 32, 64, "--neighbours", 1]
     result = run_script("visualize.py", *given, "--count", 2, "--output-dir", tmp_path / "out", folder=tmp_path)
     assert result.code == 0 and "no reconstructions: none of the models is a run" in result.out, result.err
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"attention.png", "pca.png", "neighbours.png"}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "attention.png",
+        "pca.png",
+        "neighbours.png",
+        "shares.png",
+    }
+
+
+def test_shares_of_the_variance_by_what_can_be_seen_and_by_class(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, light in (("dark", 60), ("light", 200)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(15):
+            pixels = rng.normal(light, 10, (32, 32, 3)).clip(0, 255)
+            pixels[: rng.integers(4, 28)] = 0  # the lit area has nothing to do with the class
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"images/{name}/{i}.png")
+    given = ["--data", "images", "--models", "random:vit_tiny_patch16_224", "--image-size", 32, "--draw", "shares"]
+    result = run_script("visualize.py", *given, "--output-dir", "out", folder=tmp_path)
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "out/shares.json").read_text())
+    shares = found["shares"]["random:vit_tiny_patch16_224"]
+    assert found["images"] == 30 and list(shares) == ["brightness", "contrast", "lit area", "class"]
+    assert 0.1 < shares["class"] < shares["brightness"] <= 1  # the tenths of brightness tell the classes apart
+    with Image.open(tmp_path / "out/shares.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_images_are_grouped_by_brightness_contrast_and_lit_area():
+    areas, lights = torch.randperm(20), torch.randperm(20)
+    images = torch.zeros(20, 1, 20, 20)
+    for image, area, light in zip(images, areas, lights, strict=True):
+        image[0, : area + 1] = 60 + 5 * light
+    groups = visualize.properties(images.byte(), torch.full((20,), -1))
+    assert torch.equal(groups["lit area"], areas // 2) and torch.equal(groups["brightness"], lights // 2)
+    assert groups.keys() == {"brightness", "contrast", "lit area"}
+    assert groups["contrast"].bincount().tolist() == [2] * 10
 
 
 @pytest.mark.parametrize(
