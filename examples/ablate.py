@@ -22,6 +22,7 @@ import re
 import shlex
 import signal
 import statistics
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,11 +212,12 @@ def markdown(found: dict[str, Any]) -> str:
     lines = []
     for table, rows in found.items():
         measures = [measure for measure in MEASURES if any(row[measure] for row in rows)]
-        lines += ["", " | ".join([table, "the paper's", *(MEASURES[measure] for measure in measures)])]
-        lines += [" | ".join("---" for _ in range(len(measures) + 2))]
+        known = any(row["paper"] is not None for row in rows)
+        head = [table, *(["the paper's"] if known else []), *(MEASURES[measure] for measure in measures)]
+        lines += ["", " | ".join(head), " | ".join("---" for _ in head)]
         for row in rows:
-            cells = [row["arm"], "" if row["paper"] is None else f"{row['paper']:.2f}"]
-            lines.append(" | ".join(cells + [_cell(row[measure]) for measure in measures]))
+            paper = "" if row["paper"] is None else f"{row['paper']:.2f}"
+            lines.append(" | ".join([row["arm"], *([paper] if known else []), *(_cell(row[measure]) for measure in measures)]))
     return "\n".join(f"| {line} |" if line else "" for line in lines).strip()
 
 
@@ -229,17 +231,18 @@ def _cell(summary: dict[str, Any] | None) -> str:
 
 
 def draw(path: Path, found: dict[str, Any]) -> None:
-    """Draw every arm's mean, deviation and single runs, a row of panels for each table."""
+    """Draw every arm's mean, deviation and single runs, a row of panels for each table; a column has one scale."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     heights = [1.2 + 0.35 * len(rows) for rows in found.values()]
+    size = (13, sum(heights))
     figure, axes = plt.subplots(
-        len(found), len(MEASURES), figsize=(13, sum(heights)), squeeze=False, sharey="row", height_ratios=heights
+        len(found), len(MEASURES), figsize=size, squeeze=False, sharex="col", sharey="row", height_ratios=heights
     )
-    for panels, rows in zip(axes, found.values(), strict=True):
+    for panels, (table, rows) in zip(axes, found.items(), strict=True):
         for axis, (measure, title) in zip(panels, MEASURES.items(), strict=True):
             for place, row in enumerate(rows):
                 if row[measure]:
@@ -248,8 +251,11 @@ def draw(path: Path, found: dict[str, Any]) -> None:
                     axis.scatter(values, [place] * len(values), marker="|", color="C1", zorder=3)
             axis.set_yticks(range(len(rows)), [row["arm"] for row in rows])
             axis.set_title(f"{title}, %", fontsize=10)
+            axis.tick_params(labelbottom=True)
             axis.grid(alpha=0.3)
         panels[0].invert_yaxis()
+        panels[0].set_ylabel(textwrap.fill(table, 24))
+    figure.align_ylabels(axes[:, 0])
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
