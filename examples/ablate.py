@@ -131,9 +131,9 @@ def folder_of(config: Config, chosen: pretrain.Config, seed: int) -> Path:
 
 
 def run_arm(config: Config, arm: Arm, seed: int, processes: Processes) -> None:
-    """Pretrain and measure, unless an earlier call has."""
+    """Pretrain and measure, unless an earlier call has; a run that an earlier call began goes on, and has no seconds then."""
     folder = folder_of(config, settings(config, arm), seed)
-    done = folder / "ablation.json"
+    done, begun = folder / "ablation.json", folder.exists()
     if processes.any(done.exists()):
         return
     start, base = time.monotonic(), settings(config, OURS)
@@ -156,7 +156,7 @@ def run_arm(config: Config, arm: Arm, seed: int, processes: Processes) -> None:
         _call(linear_probe, parse(linear_probe.Config, linear_probe.PRESETS, None, arguments), processes)
         probed = json.loads((folder / "probe/results.json").read_text())[0]
         result |= {"knn": probed["knn_avg"], "linear": probed["linear"], "rank": probed["rank_avg"]}
-    result["seconds"] = round(time.monotonic() - start)
+    result["seconds"] = None if begun else round(time.monotonic() - start)
     if processes.rank == 0:
         write_text(done, json.dumps(result, indent=2) + "\n")
 

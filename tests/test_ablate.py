@@ -55,6 +55,7 @@ def test_an_ablation_that_was_killed_goes_on_where_it_was(photographs, tmp_path)
         assert all(0 <= run[measure] <= 100 and row[measure]["mean"] == run[measure] for measure in ablate.MEASURES)
     runs = {row["arm"]: row["runs"][0] for row in found}
     assert runs["ours"]["epochs"] == 2
+    assert [row["runs"][0]["seconds"] is None for row in found] == [True, False, False, False]  # ours was cut
     logs = {name: tmp_path / f"ablation/{folder}-seed0/config.json" for name, folder in FOLDERS.items()}
     configs = {name: json.loads(path.read_text()) for name, path in logs.items()}
     assert configs["without two different targets"]["same_crop"] and not configs["ours"]["same_crop"]
