@@ -35,6 +35,7 @@ import torch
 from checkpoint import write_text
 from common import Processes, Stop, option, parse, run, start_processes
 from course import SIGNALS
+from plots import plot
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -211,13 +212,11 @@ def markdown(found: dict[str, Any]) -> str:
     """Set the tables: for each measure mean, deviation over seeds, difference to ours with its 95 % interval."""
     lines = []
     for table, rows in found.items():
-        measures = [measure for measure in MEASURES if any(row[measure] for row in rows)]
-        known = any(row["paper"] is not None for row in rows)
-        head = [table, *(["the paper's"] if known else []), *(MEASURES[measure] for measure in measures)]
-        lines += ["", " | ".join(head), " | ".join("---" for _ in head)]
-        for row in rows:
-            paper = "" if row["paper"] is None else f"{row['paper']:.2f}"
-            lines.append(" | ".join([row["arm"], *([paper] if known else []), *(_cell(row[measure]) for measure in measures)]))
+        columns = {table: [row["arm"] for row in rows]}
+        columns["the paper's"] = ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in rows]
+        columns |= {title: [_cell(row[measure]) for row in rows] for measure, title in MEASURES.items()}
+        shown = [(title, "---", *cells) for title, cells in columns.items() if any(cells)]
+        lines += ["", *(" | ".join(line) for line in zip(*shown, strict=True))]
     return "\n".join(f"| {line} |" if line else "" for line in lines).strip()
 
 
@@ -232,33 +231,27 @@ def _cell(summary: dict[str, Any] | None) -> str:
 
 def draw(path: Path, found: dict[str, Any]) -> None:
     """Draw every arm's mean, deviation and single runs, a row of panels for each table; a column has one scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     heights = [1.2 + 0.35 * len(rows) for rows in found.values()]
-    size = (13, sum(heights))
-    figure, axes = plt.subplots(
-        len(found), len(MEASURES), figsize=size, squeeze=False, sharex="col", sharey="row", height_ratios=heights
-    )
-    for panels, (table, rows) in zip(axes, found.items(), strict=True):
-        for axis, (measure, title) in zip(panels, MEASURES.items(), strict=True):
-            for place, row in enumerate(rows):
-                if row[measure]:
-                    values = [run[measure] for run in row["runs"] if measure in run]
-                    axis.errorbar(row[measure]["mean"], place, xerr=row[measure]["std"] or 0, fmt="o", color="C0", capsize=3)
-                    axis.scatter(values, [place] * len(values), marker="|", color="C1", zorder=3)
-            axis.set_yticks(range(len(rows)), [row["arm"] for row in rows])
-            axis.set_title(f"{title}, %", fontsize=10)
-            axis.tick_params(labelbottom=True)
-            axis.grid(alpha=0.3)
-        panels[0].invert_yaxis()
-        panels[0].set_ylabel(textwrap.fill(table, 24))
-    figure.align_ylabels(axes[:, 0])
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    layout = {"figsize": (13, sum(heights)), "sharex": "col", "sharey": "row", "height_ratios": heights}
+    with plot(path, len(found), len(MEASURES), **layout) as (figure, axes):
+        for panels, (table, rows) in zip(axes, found.items(), strict=True):
+            for axis, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+                _draw_panel(axis, rows, measure)
+                axis.set_title(f"{title}, %", fontsize=10)
+            panels[0].invert_yaxis()
+            panels[0].set_ylabel(textwrap.fill(table, 24))
+        figure.align_ylabels(axes[:, 0])
+
+
+def _draw_panel(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
+    for place, row in enumerate(rows):
+        if row[measure]:
+            values = [run[measure] for run in row["runs"] if measure in run]
+            axis.errorbar(row[measure]["mean"], place, xerr=row[measure]["std"] or 0, fmt="o", color="C0", capsize=3)
+            axis.scatter(values, [place] * len(values), marker="|", color="C1", zorder=3)
+    axis.set_yticks(range(len(rows)), [row["arm"] for row in rows])
+    axis.tick_params(labelbottom=True)
+    axis.grid(alpha=0.3)
 
 
 def main(config: Config) -> None:

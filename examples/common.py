@@ -1,11 +1,10 @@
-"""What every script needs and no method knows: arguments, processes, schedule, log, curves, how a script ends."""
+"""What every script needs and no method knows: arguments, processes, schedule, log, how a script ends."""
 
 import argparse
 import ast
 import dataclasses
 import difflib
 import json
-import math
 import os
 import signal
 import sys
@@ -284,30 +283,6 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError:
             return
-
-
-def draw_curves(path: Path, records: Iterable[Mapping[str, Any]], names: Iterable[str]) -> None:
-    """Draw numbers of ``log.jsonl`` over the step, a panel for each name that occurs, into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = list(records)
-    names = [name for name in names if any(name in record for record in records)]
-    columns = min(3, max(len(names), 1))
-    figure, axes = plt.subplots(math.ceil(max(len(names), 1) / columns), columns, figsize=(4.2 * columns, 3.2), squeeze=False)
-    figure.set_figheight(3.0 * len(axes))
-    for axis, name in zip(axes.flat, names, strict=False):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else "", markersize=3)
-        axis.set(title=name, xlabel="step")
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(names) :]:
-        axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:

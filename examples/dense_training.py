@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from checkpoint import load_checkpoint, open_run
-from common import Log, Processes, Stop, autocast, draw_curves, option, parallel
+from common import Log, Processes, Stop, autocast, option, parallel
 from course import Course
 from models import load_backbone
+from plots import draw_curves
 from shapes import write_toy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn

@@ -27,7 +27,6 @@ from common import (
     Stop,
     autocast,
     cosine_schedule,
-    draw_curves,
     option,
     parallel,
     run,
@@ -37,6 +36,7 @@ from course import Course
 from inputs import names
 from labelled import Seeded, open_labelled
 from models import add_head, load_backbone, save_classifier
+from plots import draw_curves
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.eva import Eva

@@ -34,7 +34,6 @@ from common import (
     Stop,
     autocast,
     cosine_schedule,
-    draw_curves,
     option,
     parallel,
     run,
@@ -44,6 +43,7 @@ from course import Course, StopSignal
 from frozen import Features, Probe
 from inputs import names
 from labelled import Labelled, Seeded
+from plots import draw_curves
 from torch import Tensor, nn
 
 from mvmae.data import StepSampler

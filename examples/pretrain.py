@@ -26,7 +26,6 @@ from common import (
     Stop,
     autocast,
     cosine_schedule,
-    draw_curves,
     normalize,
     option,
     parallel,
@@ -36,6 +35,7 @@ from common import (
 from course import Course
 from features import MONITORED, Monitor, report
 from inputs import augmented, channel_statistics, names, repeated
+from plots import draw_curves
 from starting import Freeze, parameter_groups, start_encoder, starting_weights
 from timm.optim import create_optimizer_v2
 from torch import Tensor

@@ -24,6 +24,7 @@ import torch
 from checkpoint import write_text
 from common import Stop, normalize, option, run, start_processes
 from models import load_backbone
+from plots import plot
 from torch import Tensor
 
 import mvmae
@@ -160,27 +161,19 @@ def properties(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def write_shares(folder: Path, models: Sequence[Model], bank: Tensor, labels: Tensor) -> None:
     """Write and draw which share of the variance of each model's features goes with properties of the images."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     groups = properties(bank, labels)
     found: dict[str, dict[str, float]] = {}
     for model in models:
         features = torch.cat([model.vit(model.prepare(part)) for part in bank.split(64)])
         found[model.name] = {name: variance_explained(features, group) for name, group in groups.items()}
-    figure, axis = plt.subplots(figsize=(2 + 1.5 * len(groups), 3.5))
-    width = 0.8 / len(models)
-    for place, (name, shares) in enumerate(found.items()):
-        bars = axis.bar([x + place * width for x in range(len(shares))], shares.values(), width, label=_short(name))
-        axis.bar_label(bars, fmt="{:.0%}", fontsize=7)
-    axis.set_xticks([x + (0.8 - width) / 2 for x in range(len(groups))], list(groups))
-    axis.set(ylabel="share of the features' variance", ylim=(0, 1), title=f"{len(bank)} images")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(folder / "shares.png", dpi=110)
-    plt.close(figure)
+    with plot(folder / "shares.png", figsize=(2 + 1.5 * len(groups), 3.5)) as (_, axes):
+        axis, width = axes[0, 0], 0.8 / len(models)
+        for place, (name, shares) in enumerate(found.items()):
+            bars = axis.bar([x + place * width for x in range(len(shares))], shares.values(), width, label=_short(name))
+            axis.bar_label(bars, fmt="{:.0%}", fontsize=7)
+        axis.set_xticks([x + (0.8 - width) / 2 for x in range(len(groups))], list(groups))
+        axis.set(ylabel="share of the features' variance", ylim=(0, 1), title=f"{len(bank)} images")
+        axis.legend()
     write_text(folder / "shares.json", json.dumps({"images": len(bank), "shares": found}, indent=2) + "\n")
     print(f"{folder / 'shares'}.png and .json")
 
