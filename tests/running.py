@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 import traceback
@@ -79,6 +80,7 @@ def _run(arguments, folder, env, files, patch):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal: a shell's background job ignores Ctrl-C
     multiprocessing.set_start_method(None, force=True)  # the script's loader starts its workers as it would alone
     sys.argv = arguments
     sys.path.insert(0, str(EXAMPLES))
