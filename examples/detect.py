@@ -13,6 +13,7 @@ Add --resume to go on with a run that was cut. Leaves results.json (12 + 12 numb
 
 import dataclasses
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -113,8 +114,38 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+class Pyramid(ViTPyramid):
+    """A pyramid whose maps are float32 under autocast too: torchvision makes anchors of the maps' type."""
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Return the maps, finest first."""
+        return OrderedDict((name, level.float()) for name, level in super().forward(images).items())
+
+
+class RegionHead(RPNHead):  # type: ignore[misc]
+    """The first stage's head, whose last layers compute in float32: torchvision rounds boxes to the deltas' type."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the scores and the deltas of the anchors of each map."""
+        hidden = [self.conv(level) for level in x]
+        with torch.autocast(hidden[0].device.type, enabled=False):
+            return [self.cls_logits(level.float()) for level in hidden], [self.bbox_pred(level.float()) for level in hidden]
+
+
+class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
+    """The second stage's last layers, in float32 under autocast too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores and the deltas of the regions."""
+        with torch.autocast(x.device.type, enabled=False):
+            scores, deltas = super().forward(x.float())
+        return scores, deltas
+
+
 def build_model(config: Config, num_classes: int) -> tuple[MaskRCNN, WindowedViT]:
     """Create torchvision's Mask R-CNN on a plain ViT, with the heads of Li et al. (2021).
+
+    Under autocast, trunk, pyramid and hidden layers compute in bf16, scores and boxes in float32 (as in detectron2).
 
     Args:
         config: settings.
@@ -131,7 +162,7 @@ def build_model(config: Config, num_classes: int) -> tuple[MaskRCNN, WindowedViT
     anchors = tuple((float(2 * patch * 2**level),) for level in range(5))  # 8 x stride: 32 to 512 pixels for patches of 16
     convs = [width] * config.head_convs
     model = MaskRCNN(
-        ViTPyramid(trunk, config.style, out_channels=width),  # type: ignore[arg-type]
+        Pyramid(trunk, config.style, out_channels=width),  # type: ignore[arg-type]
         min_size=config.image_size,
         max_size=config.image_size,
         size_divisible=config.image_size,
@@ -139,14 +170,14 @@ def build_model(config: Config, num_classes: int) -> tuple[MaskRCNN, WindowedViT
         image_mean=list(vit.pretrained_cfg["mean"]),
         image_std=list(vit.pretrained_cfg["std"]),
         rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
-        rpn_head=RPNHead(width, 3, conv_depth=2),
+        rpn_head=RegionHead(width, 3, conv_depth=2),
         rpn_pre_nms_top_n_train=2 * config.proposals,
         rpn_pre_nms_top_n_test=config.proposals,
         rpn_post_nms_top_n_train=config.proposals,
         rpn_post_nms_top_n_test=config.proposals,
         box_batch_size_per_image=config.regions,
         box_head=FastRCNNConvFCHead((width, 7, 7), convs, [config.fc_width], norm),
-        box_predictor=FastRCNNPredictor(config.fc_width, num_classes + 1),
+        box_predictor=BoxPredictor(config.fc_width, num_classes + 1),
         mask_head=MaskRCNNHeads(width, convs, 1, norm),
         mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1),
     )

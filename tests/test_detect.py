@@ -20,6 +20,7 @@ from dense_training import lr_factor, param_groups
 from models import load_backbone
 from pycocotools import mask as run_lengths
 from safetensors.torch import save_file
+from torchvision.ops import box_iou
 
 from mvmae.hub import export
 
@@ -245,6 +246,43 @@ def test_patches_that_no_stride_of_torchvision_fits_are_refused():
     config = config_of("toy", "--model-args", "img_size=56 patch_size=14 embed_dim=32 depth=4 num_heads=2", "--image-size", 56)
     with pytest.raises(ValueError, match="patches are 14x14"):
         detect.build_model(config, 3)
+
+
+@torch.no_grad()
+def test_boxes_are_exact_under_autocast():
+    """Above 512 pixels bf16 has a grid of 4: with the heads' outputs fixed, nothing of a box may depend on it."""
+    model, _ = detect.build_model(config_of("toy", *SMALL, "--image-size", 640, "--proposals", 200), 2)
+    for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred, *model.roi_heads.box_predictor.children()):
+        layer.weight.zero_()
+    model.rpn.head.bbox_pred.bias.copy_(torch.tensor([0.1, -0.2, 0.3, -0.4] * 3))
+    model.roi_heads.box_predictor.bbox_pred.bias.copy_(torch.tensor([0.3, 0.7, -0.2, 0.6] * 3))
+    image, box = torch.rand(3, 640, 640), torch.tensor([[541.8, 424.8, 562.7, 445.0]])
+    mask = torch.from_numpy(rectangle(640, 640, 425, 542, 445, 563))[None]
+    target = {"boxes": box, "labels": torch.tensor([1]), "masks": mask}
+    boxes, named = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            boxes.append(model.eval()([image])[0]["boxes"])
+            torch.manual_seed(0)  # for the sampling of regions
+            named.append(model.train()([image], [target]))
+    assert boxes[1].dtype == torch.float32 and len(boxes[0]) == 100
+    torch.testing.assert_close(boxes[1], boxes[0])
+    for name in ("loss_rpn_box_reg", "loss_box_reg"):
+        torch.testing.assert_close(named[1][name], named[0][name])
+
+
+def test_a_perfect_second_stage_gives_boxes_that_meet_every_threshold():
+    """The deltas that lead from a region to an object of 20 pixels, through the layer that gives them under autocast."""
+    model, _ = detect.build_model(config_of("toy", *SMALL), 1)
+    heads, truth = model.roi_heads, torch.tensor([[141.8, 424.8, 162.7, 445.0]])
+    region = torch.tensor([[140.3, 421.1, 165.9, 449.2]])
+    (deltas,) = heads.box_coder.encode([truth], [region])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        heads.box_predictor.bbox_pred.weight.zero_()
+        heads.box_predictor.bbox_pred.bias.copy_(torch.cat([deltas[0], deltas[0]]))
+        _, predicted = heads.box_predictor(torch.randn(1, 16))
+        decoded = heads.box_coder.decode(predicted, [region])[:, 1]
+    assert box_iou(decoded, truth).item() > 0.995
 
 
 def test_detection_learns_one_batch_and_objects_may_be_absent(folder):
