@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from checkpoint import load_checkpoint, open_run
@@ -20,10 +20,11 @@ from shapes import write_toy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 
 from mvmae.data import Key, StepSampler, sample_seed
 from mvmae.dense import WindowedViT
+from mvmae.loading import NamedImages, make_loader
 from mvmae.pretrained import check_weights
 
 REQUIRED = dataclasses.MISSING
@@ -138,14 +139,6 @@ def lr_factor(step: int, config: DenseConfig) -> float:
     return factor
 
 
-class NamedImages(Protocol):
-    """(epoch, index) -> sample, and the name of each image."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, key: tuple[int, int]) -> Any: ...
-    def name(self, index: int) -> str: ...
-
-
 def names(dataset: NamedImages, keys: Iterable[Key]) -> list[str]:
     """Give the paths of a batch's images."""
     return [dataset.name(index) for _, index in keys]
@@ -160,7 +153,7 @@ def fit(
     processes: Processes,
     *,
     images: str,
-    collate: Callable[[Sequence[Any]], Any] | None = None,
+    collate: Callable[[list[Any]], Any] = default_collate,
 ) -> None:
     """Train, save, and go on where a run was cut: bit for bit the same on a CPU.
 
@@ -196,14 +189,8 @@ def fit(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         sampler.start_step = state["step"]
-    loader: DataLoader[Any] = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=sampler,
-        num_workers=config.workers,
-        collate_fn=collate,
-        pin_memory=processes.device.type == "cuda",
-        generator=torch.Generator(),
-    )
+    pinned = processes.device.type == "cuda"
+    loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, collate=collate)
     log = Log(folder, processes.rank, last, sampler.start_step)
     log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")
 

@@ -70,6 +70,10 @@ class MultiViewDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def name(self, index: int) -> str:
+        """The name of an image."""
+        return self.source.name(index)
+
     def __getitem__(self, key: Key) -> Sample:
         """The views of one image, or of the one that stands for it.
 

@@ -1,6 +1,7 @@
 """The loader of a run's batches: its processes, and their troubles in one line each."""
 
 import atexit
+import contextlib
 import logging
 import math
 import multiprocessing
@@ -8,68 +9,110 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
-from .data import Bad, Batch, DataError, Key, MultiViewDataset, Sample, StepSampler
+from .data import Bad, Batch, DataError, Key, Sample, StepSampler
 from .slots import Filled, Slots
 
 _DIED = "a loading worker died (out of memory?): "
+_SMALLER = "use fewer workers, a smaller prefetch_factor or batch"
+_CURES = {  # words of an error -> what it means and what to do
+    "Too many open files": "too many files are open: raise `ulimit -n`, or use fewer workers",
+    "File too large": f"a batch is larger than a file may be: raise `ulimit -f`, or {_SMALLER}",
+    "shared memory": f"shared memory is full: {_SMALLER}, or `docker run --shm-size`",
+    "MemoryError": f"no memory is left to load images: {_SMALLER}",
+    "DefaultCPUAllocator": f"no memory is left to load images: {_SMALLER}",
+}
+_TURN = 1.0  # seconds between two looks at the workers and at the clock
 _workers: WeakSet[BaseProcess] = WeakSet()
 _logger = logging.getLogger(__name__)
 
 
-class Loader:
-    """A DataLoader whose troubles come as one line: bad images, dead workers, stuck files, small shared memory.
+class NamedImages(Protocol):
+    """Samples by (epoch, index), and the name of each image."""
 
-    Made by `make_loader`. Iterating gives a `Batch` a step.
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Key) -> Any: ...
+    def name(self, index: int) -> str:
+        """The path of an image, or another name."""
+        ...
+
+
+class Loader:
+    """A DataLoader whose troubles come as one line: bad images, dead workers, stuck files, small memory.
+
+    Made by `make_loader`. Iterating gives a `Batch` a step, or what `collate` makes. All troubles come while a batch is waited
+    for, never within a step: what is trained is whole then and can be saved.
 
     Attributes:
         bad: Name -> reason of the bad images met so far.
     """
 
-    def __init__(self, loader: "DataLoader[Sample]", tracked: "_Tracked", *, max_bad: int, bad_file: Path | None) -> None:
+    def __init__(
+        self, loader: "DataLoader[Any]", tracked: "_Tracked", *, timeout: float, max_bad: int, bad_file: Path | None
+    ) -> None:
         self._loader, self._tracked, self._max_bad, self._bad_file = loader, tracked, max_bad, bad_file
+        self._timeout = timeout or math.inf
         self.bad: dict[str, str] = _read_bad(bad_file)
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         """Give the batches.
 
         Raises:
-            DataError: Too many bad images, a worker died, or none came in time.
+            DataError: Too many bad images, a worker died, memory is full, or no batch came in time.
         """
-        others = set(multiprocessing.active_children())
-        self._tracked.make_slots()
-        batches = iter(self._loader)
-        workers = set(multiprocessing.active_children()) - others
-        _workers.update(workers)
+        others, workers = set(multiprocessing.active_children()), set[BaseProcess]()
+        try:
+            try:
+                batches = self._start()
+            finally:
+                workers = set(multiprocessing.active_children()) - others
+                _workers.update(workers)
+            while (batch := self._next(batches)) is not None:
+                yield self._receive(batch)
+        except Exception as error:
+            reason = _explain(error)
+            if reason is None:
+                raise
+            at = "" if isinstance(error, DataError) else self._tracked.in_flight()
+            _kill(workers)
+            raise DataError(reason + at) from error
+
+    def _start(self) -> Iterator[Any]:
+        self._tracked.share_memory()
+        with _quiet_sigchld():
+            return iter(self._loader)
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """Wait for the next batch; None after the last."""
+        begin = time.monotonic()
         while True:
             try:
-                batch: Batch = next(batches)
-            except StopIteration:
-                return
-            except Exception as error:
-                reason = explain_loader_error(error)
-                if reason is None and isinstance(error, (ConnectionError, EOFError)):
-                    reason = _DIED + type(error).__name__
-                if reason is None:
+                return next(batches, None)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
                     raise
-                at = "" if isinstance(error, DataError) else self._tracked.in_flight()
-                _kill(workers)
-                raise DataError(reason + at) from error
-            self._report(batch.bad)
-            views: Tensor | Filled = batch.views
-            yield batch._replace(views=views.tensor()) if isinstance(views, Filled) else batch
+            if time.monotonic() > begin + self._timeout:
+                raise DataError(f"no batch came in time ({self._timeout:g} s){self._tracked.in_flight()}")
+
+    def _receive(self, batch: Any) -> Any:
+        if not isinstance(batch, Batch):
+            return batch
+        self._report(batch.bad)
+        views: Tensor | Filled = batch.views
+        return batch._replace(views=views.tensor()) if isinstance(views, Filled) else batch
 
     def _report(self, bad: Sequence[Bad]) -> None:
         for name, reason in bad:
@@ -86,7 +129,7 @@ class Loader:
 
 
 def make_loader(
-    dataset: MultiViewDataset,
+    dataset: NamedImages,
     sampler: StepSampler,
     *,
     num_workers: int = 0,
@@ -94,26 +137,28 @@ def make_loader(
     prefetch_factor: int = 2,
     timeout: float = 300,
     bad_file: str | os.PathLike[str] | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> Loader:
     """Load a run's batches.
 
     Args:
-        dataset: The views.
+        dataset: The views (`MultiViewDataset`), or other samples with ``collate``.
         sampler: The steps.
         num_workers: Loading processes; 0 loads in this one.
         pin_memory: Pin batches for a CUDA device.
         prefetch_factor: Batches each worker prepares ahead.
         timeout: Seconds to wait for a batch before it is an error; 0 waits for ever.
         bad_file: Where bad images are added, a line "path<tab>reason" each.
+        collate: Samples -> batch; by default a `Batch` of the views.
 
     Raises:
         DataError: /dev/shm is too small for the workers.
     """
     ahead = prefetch_factor * num_workers
-    tracked = _Tracked(dataset, sampler, num_workers)
+    tracked = _Tracked(dataset, sampler, num_workers, collate)
     if num_workers:
-        shape = getattr(dataset.transform, "shape", ())  # (V, C, H, W)
-        size = math.prod(shape) * (sampler.batch_size // sampler.world_size)
+        shape = getattr(getattr(dataset, "transform", None), "shape", None)  # (V, C, H, W)
+        size = math.prod(shape) * (sampler.batch_size // sampler.world_size) if shape else 0
         tracked.slots = ahead + 2, size  # one that is given and one that is trained on
         check_shared_memory(size * (ahead + 2))
         atexit.unregister(_end_workers)
@@ -127,9 +172,10 @@ def make_loader(
         generator=torch.Generator(),
         worker_init_fn=_start_worker if num_workers else None,
         prefetch_factor=prefetch_factor if num_workers else None,
-        timeout=timeout if num_workers else 0,
+        timeout=_TURN if num_workers else 0,
     )
-    return Loader(loader, tracked, max_bad=dataset.max_bad, bad_file=Path(bad_file) if bad_file else None)
+    max_bad = getattr(dataset, "max_bad", 0)
+    return Loader(loader, tracked, timeout=timeout, max_bad=max_bad, bad_file=Path(bad_file) if bad_file else None)
 
 
 def check_shared_memory(needed: int, *, folder: str = "/dev/shm", free: int | None = None) -> None:  # noqa: S108
@@ -148,19 +194,28 @@ def check_shared_memory(needed: int, *, folder: str = "/dev/shm", free: int | No
             return
         free = shutil.disk_usage(folder).free
     if needed > free:
-        cure = "use fewer workers, a smaller prefetch_factor or batch, or `docker run --shm-size`"
-        raise DataError(f"{folder} has {free >> 20} MB free, batches under way need {(needed >> 20) + 1} MB: {cure}")
+        numbers = f"{folder} has {free >> 20} MB free, batches under way need {(needed >> 20) + 1} MB"
+        raise DataError(f"{numbers}: {_SMALLER}, or `docker run --shm-size`")
 
 
 def explain_loader_error(error: BaseException) -> str | None:
-    """One line for an exception that torch's loader raises, anywhere in the main process; None if it is another."""
-    text = str(error)
+    """One line for an exception that torch's loader raises; None for another."""
+    return _explain(error) if isinstance(error, DataError) or "DataLoader" in str(error) else None
+
+
+def _explain(error: BaseException) -> str | None:
+    """One line for what can go wrong where a batch is waited for; None for a mistake in the code."""
+    text = f"{type(error).__name__}: {error}".strip()
+    last = text.splitlines()[-1].strip()  # behind a worker's traceback
     if isinstance(error, DataError):
-        return text.rsplit("DataError: ", 1)[-1].strip()
+        return text.rsplit("DataError: ", 1)[-1]
+    for words, meaning in _CURES.items():
+        if words in last:
+            return f"{meaning} ({last})"
     if "DataLoader timed out" in text:
-        return f"no batch came in time ({text.rstrip('.')})"
-    died = "DataLoader worker" in text and ("killed" in text or "exited" in text)
-    return _DIED + " ".join(text.split()) if died else None
+        return f"no batch came in time ({last})"
+    died = isinstance(error, (ConnectionError, EOFError)) or str(error).startswith("DataLoader worker (pid")
+    return _DIED + last.partition(": ")[2] if died else None
 
 
 class _WithSlots(Sampler[list[Any]]):
@@ -180,9 +235,15 @@ class _WithSlots(Sampler[list[Any]]):
 class _Tracked(Dataset[Any]):
     """The data set, with a note in shared memory of what each worker is at, and slots there for the batches."""
 
-    def __init__(self, dataset: MultiViewDataset, sampler: StepSampler, num_workers: int) -> None:
-        self._dataset = dataset
-        self._at = _shared(num_workers) if num_workers else None
+    def __init__(
+        self,
+        dataset: NamedImages,
+        sampler: StepSampler,
+        num_workers: int,
+        collate: Callable[[list[Any]], Any] | None,
+    ) -> None:
+        self._dataset, self._num_workers, self._collate = dataset, num_workers, collate
+        self._at: Tensor | None = None
         self._slots: Slots | None = None
         self.slots = 0, 0  # number, bytes
         self.sampler = _WithSlots(sampler, self._take) if num_workers else sampler
@@ -190,30 +251,43 @@ class _Tracked(Dataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "sampler": None}  # for workers
 
-    def __getitem__(self, key: Key | int) -> Sample | int:
-        worker = get_worker_info()
+    def __getitem__(self, key: Key | int) -> Any:
         if isinstance(key, int):
             return key  # a slot's number
-        if worker is None or self._at is None:
-            return self._dataset[key]
-        self._at[worker.id] = key[1]
+        worker = get_worker_info()
+        self._note(worker, key[1])
         try:
             return self._dataset[key]
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self._dataset.name(key[1])!r} cannot be loaded: {type(error).__name__}: {reason}") from error
         finally:
-            self._at[worker.id] = -1
+            self._note(worker, -1)
 
-    def make_slots(self) -> None:
+    def _note(self, worker: Any, index: int) -> None:
+        if worker is not None and self._at is not None:
+            self._at[worker.id] = index
+
+    def share_memory(self) -> None:
         """Take shared memory for a pass over the data; batches of an earlier one keep theirs."""
         number, size = self.slots
+        self._at = torch.full((self._num_workers,), -1).share_memory_() if self._num_workers else None
         self._slots = Slots(number, size) if size else None
 
     def _take(self) -> int:
         return -1 if self._slots is None else self._slots.take()
 
-    def collate(self, samples: Sequence[Any]) -> Batch:
-        """Stack samples (B, V, C, H, W), in the slot whose number stands behind them where there is one."""
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """Make a batch, all of it in shared memory: where there is none, the worker's queue would lose it without a word."""
         slot = samples[-1] if isinstance(samples[-1], int) else -1
         samples = [sample for sample in samples if not isinstance(sample, int)]
+        batch = self._collate(samples) if self._collate else self._stack(samples, slot)
+        if get_worker_info() is not None:
+            _share(batch)
+        return batch
+
+    def _stack(self, samples: Sequence[Sample], slot: int) -> Batch:
+        """Stack views (B, V, C, H, W), in a slot where that can be."""
         views: Any = None if self._slots is None else self._slots.fill(slot, [sample.views for sample in samples])
         if views is None:
             views = default_collate([sample.views for sample in samples])
@@ -222,21 +296,24 @@ class _Tracked(Dataset[Any]):
 
     def in_flight(self) -> str:
         at = [] if self._at is None else [int(index) for index in self._at if index >= 0]
-        return f"; being loaded: {', '.join(repr(self._dataset.source.name(index)) for index in at)}" if at else ""
+        return f"; being loaded: {', '.join(repr(self._dataset.name(index)) for index in at)}" if at else ""
 
 
-def _shared(length: int) -> Tensor:
-    numbers = torch.full((length,), -1)
-    numbers.untyped_storage().share_memory_()
-    return numbers
+def _share(batch: Any) -> None:
+    if isinstance(batch, Tensor):
+        batch.share_memory_()
+    elif isinstance(batch, Mapping | list | tuple):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            _share(part)
 
 
 def _start_worker(_: int) -> None:
-    """Keep a terminal's or torchrun's signals from the workers: the main process ends them, after it has saved."""
+    """Keep signals to a terminal, torchrun or all processes from the workers: the main process ends them once it has saved."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -246,15 +323,24 @@ def _end_workers() -> None:
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
-    """End workers at once, stuck ones too, without torch's handler of SIGCHLD raising an error for it."""
+    """End workers at once, stuck ones too."""
+    with _quiet_sigchld():
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join(5)
+
+
+@contextlib.contextmanager
+def _quiet_sigchld() -> Iterator[None]:
+    """Leave SIGCHLD as it was: torch's handler raises the death of a worker wherever the main thread is, within a step too."""
     main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
     previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-        worker.join(5)
-    if main:
-        signal.signal(signal.SIGCHLD, previous)
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
 
 def _escape(text: str) -> str:

@@ -1,6 +1,8 @@
 """Loading: the same samples whatever the workers, the start and the processes; every trouble in one line."""
 
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -275,18 +277,109 @@ class Kills:
 
 
 def test_a_stuck_file_is_named_when_the_time_is_over():
-    begin = time.monotonic()
-    with pytest.raises(DataError, match=r"no batch came in time .*; being loaded: 'image 7'"):
+    with pytest.raises(DataError, match=r"no batch came in time \(1 s\); being loaded: 'image 7'"):
         list(loader(Arrays(hook=Sleeps(7)), num_workers=1, timeout=1))
-    assert time.monotonic() - begin < 12
 
 
-def test_a_dead_worker_is_one_clear_error_within_seconds():
-    begin = time.monotonic()
+def test_a_dead_worker_is_one_clear_error():
     with pytest.raises(DataError, match=r"a loading worker died \(out of memory\?\)") as caught:
         list(loader(Arrays(hook=Kills(7)), num_workers=2))
     assert "\n" not in str(caught.value) and "'image 7'" in str(caught.value)
-    assert time.monotonic() - begin < 10
+
+
+def test_a_workers_death_is_told_where_a_batch_is_waited_for_and_never_within_a_step():
+    batches = iter(loader(Arrays(), num_workers=1, num_steps=60))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # stands for a step; torch's own handler would raise here
+    with pytest.raises(DataError, match="a loading worker died"):
+        list(batches)
+
+
+def test_what_a_signals_handler_raises_ends_the_wait_for_a_stuck_file():
+    batches = iter(loader(Arrays(hook=Sleeps(7)), num_workers=1))
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    with pytest.raises(KeyboardInterrupt):
+        list(batches)
+    signal.signal(signal.SIGALRM, previous)
+    loading._end_workers()  # as at the end of the process
+    assert multiprocessing.active_children() == []
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+
+def fill_shared_memory():
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+
+    torch.Tensor.share_memory_ = full
+
+
+def run_out_of_memory():
+    raise MemoryError
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["views", "other samples"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (limit_files, "a batch is larger than a file may be: raise `ulimit -f`, or use fewer workers, .*File too large"),
+        (fill_shared_memory, "shared memory is full: use fewer workers, .*--shm-size.*No space left on device"),
+        (run_out_of_memory, "no memory is left to load images: use fewer workers, a smaller prefetch_factor or batch"),
+    ],
+)
+def test_f44_memory_that_is_full_in_the_middle_of_a_run_is_one_line_with_the_cure(fault, message, plain):
+    """Within a worker; a queue that cannot send a batch would lose it, and the run wait until the time is over."""
+    source = Arrays(hook=lambda index: fault() if index == 7 else None)
+    batches = loader(source, num_workers=2, collate=list if plain else None)
+    with pytest.raises(DataError, match=message) as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+
+
+def test_f44_a_file_size_limit_at_the_start_is_one_line():
+    script = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        for _ in loader: pass
+    """
+    ended = run_with_noise(script)
+    assert ended.returncode == 1
+    assert "DataError: a batch is larger than a file may be: raise `ulimit -f`" in ended.stderr.splitlines()[-1]
+
+
+def test_memory_that_is_full_without_workers_is_one_line_too():
+    source = Arrays(hook=lambda index: run_out_of_memory() if index == 7 else None)
+    with pytest.raises(DataError, match="no memory is left to load images"):
+        list(loader(source))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_of_any_data_set_are_loaded_and_an_error_names_the_image(workers):
+    class Pairs:
+        def __len__(self):
+            return 13
+
+        def name(self, index):
+            return f"{index}.png"
+
+        def __getitem__(self, key):
+            if key[1] == 7:
+                raise OSError("disk\ngone")
+            return torch.tensor(key), {"name": self.name(key[1])}
+
+    sampler = StepSampler(13, 4, num_steps=6)
+    expected = list(sampler)
+    failing = next(step for step, keys in enumerate(expected) if 7 in [index for _, index in keys])
+    seen = []
+    with pytest.raises(DataError, match=r"^'7\.png' cannot be loaded: OSError: disk gone$"):
+        for batch in make_loader(Pairs(), sampler, num_workers=workers, collate=list):
+            seen.append([tuple(numbers.tolist()) for numbers, _ in batch])
+    assert seen == expected[:failing]
 
 
 def test_errors_of_others_are_not_explained_away():
@@ -295,38 +388,41 @@ def test_errors_of_others_are_not_explained_away():
     assert explain_loader_error(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")) is not None
 
 
-def test_workers_ignore_signals_have_their_own_group_and_end_with_the_main_process(tmp_path):
-    script = tmp_path / "main.py"
-    script.write_text(
-        textwrap.dedent("""
-        import multiprocessing, os, signal, sys, time
+def run_with_noise(body):
+    """Run lines that use ``loader``, with two workers, in a process of its own."""
+    script = """
+        import multiprocessing, os, signal
         import numpy as np
         from mvmae.data import MultiViewDataset, StepSampler
-        from mvmae.loading import make_loader
         from mvmae.folders import ImageSource
+        from mvmae.loading import make_loader
         from mvmae.views import MultiViewTransform
 
         class Noise(ImageSource):
             def image(self, index):
                 return np.full((20, 20, 3), index, np.uint8)
 
-        source = Noise([b"x"] * 50)
-        loading = iter(make_loader(MultiViewDataset(source, MultiViewTransform(16)), StepSampler(50, 2), num_workers=2))
+        dataset = MultiViewDataset(Noise([b"x"] * 50), MultiViewTransform(16))
+        loader = make_loader(dataset, StepSampler(50, 2), num_workers=2)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(script) + textwrap.dedent(body)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def test_workers_ignore_signals_have_their_own_group_and_end_with_the_main_process():
+    ended = run_with_noise("""
+        loading = iter(loader)
         next(loading), next(loading)  # one of each worker: both have started
         for child in multiprocessing.active_children():
             assert os.getpgid(child.pid) != os.getpgid(0)
-            os.kill(child.pid, signal.SIGTERM)
-            os.kill(child.pid, signal.SIGINT)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                os.kill(child.pid, number)
             print(child.pid)
         for _ in range(30):
             next(loading)
         print("done", flush=True)
-        """)
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=40, env=environment, check=False
-    )
+    """)
     assert ended.returncode == 0, ended.stderr
     *pids, last = ended.stdout.split()
     assert last == "done" and len(pids) == 2, ended.stderr
