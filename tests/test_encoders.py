@@ -309,7 +309,7 @@ def test_f49_what_timm_saves_comes_back(safe, tmp_path):
         assert "state_dict" not in model.pretrained_cfg and model.pretrained_cfg["source"] == "local-dir"
     named = {"pretrained_cfg_overlay": {"source": "local-dir", "file": str(tmp_path), "num_classes": 5}}
     assert torch.equal(tiny(pretrained=True, in_chans=4, num_classes=5, **named)(x), source(x))
-    maps = tiny(pretrained=True, in_chans=4, features_only=True, **named)
+    maps = tiny(pretrained=True, in_chans=4, features_only=True, out_indices=2, **named)
     assert torch.equal(maps.model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
 
 
