@@ -139,9 +139,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _shards(index: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
     if not (isinstance(names, dict) and all(isinstance(name, str) and Path(name).name == name for name in names.values())):
-        raise WeightsError(
-            f"{index} is no index of weights: its 'weight_map' must map each weight to a file beside it"
-        )
+        raise WeightsError(f"{index} is no index of weights: its 'weight_map' must map each weight to a file beside it")
     return [index.with_name(name) for name in sorted(set(names.values()))]
 
 
