@@ -1,7 +1,7 @@
 """Multi-View Masked Autoencoder: timm-compatible encoders and their pretraining.
 
-``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its modules, such as ``mvmae.hub``, are imported when they are
-first asked for.
+``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its modules, such as ``mvmae.hub``, are imported when
+they are first asked for.
 """
 
 from importlib import import_module
