@@ -11,8 +11,10 @@ The model card says what the run recorded and no more.
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from common import Stop, option, run
 from torch import nn
 
 from mvmae import MultiViewMAE, hub
-from mvmae.pretrained import first_line
+from mvmae.pretrained import replace_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +42,15 @@ class Config:
 
 
 def build_model(state: Mapping[str, Any]) -> nn.Module:
-    """Build the model of a checkpoint, untrained: from its description, or from the settings of pretrain.py."""
-    if "description" in state:
-        return hub.build(state["description"])
-    try:
-        import pretrain
+    """Build the model of a checkpoint, untrained, from its description."""
+    if not isinstance(state.get("description"), dict):
+        raise Stop("the checkpoint does not say which model it is of: a run of pretrain.py or finetune.py is expected")
+    return hub.build(state["description"])
 
-        names = {field.name for field in dataclasses.fields(pretrain.Config)}
-        settings = {name: value for name, value in state["settings"].items() if name in names}
-        return pretrain.build_model(pretrain.Config(**{**settings, "pretrained": False}))
-    except (KeyError, TypeError) as error:
-        raise Stop(
-            f"the checkpoint does not say which model it is of ({first_line(error)}): a run of this version is expected"
-        ) from error
+
+def without_folders(command: str) -> str:
+    """Leave the last name of each path of this machine that a command holds."""
+    return re.sub(r"(?<![^\s='\":])[~/.][^\s'\"]*/(?=[^\s/])", "", command)
 
 
 def measured(folder: Path, step: int) -> dict[str, float]:
@@ -60,7 +58,7 @@ def measured(folder: Path, step: int) -> dict[str, float]:
     metrics, log, results = {}, folder / "log.jsonl", folder / "results.json"
     for line in log.read_text().splitlines() if log.exists() else ():
         record = json.loads(line)
-        if record.get("step") == step and "knn" in record:
+        if record.get("step") == step and isinstance(record.get("knn"), float):
             metrics["k-NN accuracy on held-out images, %"] = record["knn"]
     found = json.loads(results.read_text()) if results.exists() else {}
     return metrics | {key: value for key, value in found.items() if isinstance(value, float)}
@@ -83,8 +81,8 @@ def main(config: Config) -> None:
     state = load_checkpoint(source)
     if state is None:
         raise Stop(f"{source} holds no checkpoint.pt: the folder of a run is expected")
-    model, started_from = build_model(state), state.get("start") or {}
-    license = config.license or started_from.get("license", "apache-2.0")
+    model, started_from = build_model(state), {str(key): str(value) for key, value in (state.get("start") or {}).items()}
+    license = config.license or started_from.get("license") or "apache-2.0"
     hub.load_weights(model, state["model"], source=source / "checkpoint.pt")
     hub.export(
         model,
@@ -94,24 +92,28 @@ def main(config: Config) -> None:
         label_names=state.get("label_names"),
         license=license,
         started_from=started_from,
+        training=str(state["training"]) if "training" in state else None,
     )
     check(model, folder)
     for name in ("curves.png", "reconstructions.png"):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if (source / name).is_file() and not (source / name).is_symlink():
+            replace_file(folder / name, partial(shutil.copyfile, source / name))
     hub.write_card(
         folder,
         repo=config.push or f"owner/{source.name}",
         datasets=config.datasets,
         license=license,
         metrics=measured(source, state.get("step", 0)),
-        command=config.command or state.get("command", ""),
+        command=config.command or without_folders(str(state.get("command", ""))),
         commit=config.commit or state.get("commit", ""),
         hardware=config.hardware,
         settings=state.get("settings"),
     )
     print(f'{folder} is written: timm.create_model("local-dir:{folder}", pretrained=True)', flush=True)
     if config.push:
+        print(f"uploading to {config.push}, {'private' if config.private else 'for everyone to see'}:", flush=True)
+        for path in hub.published(folder):
+            print(f"  {path.relative_to(folder)}, {path.stat().st_size} bytes", flush=True)
         commit = hub.push(folder, config.push, private=config.private)
         print(f'{config.push} is uploaded: timm.create_model("hf-hub:{config.push}@{commit}", pretrained=True)', flush=True)
 

@@ -35,7 +35,7 @@ from common import (
 from course import Course
 from inputs import names
 from labelled import Seeded, open_labelled
-from models import add_head, load_backbone, save_classifier
+from models import add_head, classified, load_backbone, save_classifier, starting_weights, told
 from plots import draw_curves
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -172,6 +172,7 @@ class FineTuning:
         torch.manual_seed(config.seed)
         options = {"drop_path_rate": config.drop_path}
         self.model = load_backbone(config.model, arch=config.arch, image_size=config.image_size, **options)
+        self.start = starting_weights(self.model, config.model, config.arch)
         add_head(self.model, len(self.data.class_names), std=config.head_std)
         self.model.to(self.device).train()
         self.ema = ModelEmaV3(self.model, decay=config.ema) if config.ema else None
@@ -196,6 +197,7 @@ class FineTuning:
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"])
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
+        self.log.say(told(self.start))
         self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}")
         last = self.sampler.num_steps or 0
         self.course = Course(self.config, self.folder, self.log, self.processes, self.model, self.state, state, last=last)
@@ -205,6 +207,7 @@ class FineTuning:
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
         parts |= {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
         parts |= {"label_names": list(self.data.class_names), "settings": self.settings}
+        parts |= {"start": self.start, "training": classified(self.start)}
         if isinstance(self.model, VisionTransformer | Eva):
             parts["description"] = describe(self.model)
         return parts
@@ -232,7 +235,7 @@ class FineTuning:
         self.log.write(step=step, **result)
         for name, wanted in (("best", result["top1"] > self.best), ("last", step == self.sampler.num_steps)):
             if self.first and wanted:
-                save_classifier(model, self.folder / name, self.data.class_names)
+                save_classifier(model, self.folder / name, self.data.class_names, self.start)
         self.best = max(self.best, result["top1"])
         return result
 
@@ -278,7 +281,7 @@ def finish(run: FineTuning, start: float) -> None:
             "epochs": config.epochs,
             "seed": config.seed,
         }
-        about |= {**result, "best_top1": run.best, "seconds": round(time.monotonic() - start, 1)}
+        about |= {"started_from": run.start, **result, "best_top1": run.best, "seconds": round(time.monotonic() - start, 1)}
         write_text(run.folder / "results.json", json.dumps(about, indent=2) + "\n")
         draw_curves(run.folder / "curves.png", run.log.records(), ("loss", "lr", "top1", "top5", "val_loss"))
         print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, best top-1 {run.best:.2f} %; see {run.folder}")

@@ -228,6 +228,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     results |= {"linear": scores["avg_0"]["top1"], "linear_top5": scores["avg_0"]["top5"], "best": scores[best]["top1"]}
     chosen = {"best_feature": kind, "best_multiple": probe.multiples[int(number)]}
     about = {"model": name, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
+    about |= {"started_from": models.starting_weights(model, name, config.arch)}
     about |= {"paper": paper_number(config, name, data), **results, **chosen, "seconds": round(time.monotonic() - start, 1)}
     if processes.rank == 0:
         write_text(folder / "results.json", json.dumps(about, indent=2) + "\n")

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from mvmae.card import license_warning
 from mvmae.encoders import checkpoint_filter
 from mvmae.hub import export
-from mvmae.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, read_weights
+from mvmae.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
 
 
 def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: Any) -> nn.Module:
@@ -71,6 +73,51 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
     return name, None
 
 
+def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
+    """Say which weights a run starts from, how they were trained and what licence they are under, for exports and cards.
+
+    Args:
+        model: as `load_backbone` built it.
+        name: as `load_backbone` took it.
+        arch: likewise.
+
+    Returns:
+        Nothing for ``random:``. Else ``weights``, the name of what is at the root of their history; ``license``, "unknown"
+        where none is recorded; ``repo`` on the Hub, where timm knows one; ``training``, what this package's exports say of
+        it. Weights of this package that come from nothing have no ``weights``.
+    """
+    if name.startswith("random:"):
+        return {}
+    _, file = find_weights(name, arch)
+    if name.startswith("hf-hub:"):
+        config = read_json(locate(name, CONFIG_FILE))
+    else:
+        config = read_json(file.parent / CONFIG_FILE) if file and (file.parent / CONFIG_FILE).is_file() else {}
+    kept, cfg = _texts(config.get("started_from")), _texts(config.get("pretrained_cfg") if config else model.pretrained_cfg)
+    license, training = "" if file and not config else cfg.get("license", ""), _texts(config).get("training", "")
+    if not kept and not training:
+        tagged = file is None and ":" not in name
+        place = "/".join(Path(name.removeprefix("local-dir:")).absolute().parts[-2:]) if file else name
+        kept = {"weights": f"{cfg['architecture']}.{cfg['tag']}" if tagged and cfg.get("tag") else place, "license": "unknown"}
+        repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id", "") if tagged else ""
+        kept |= {"repo": repo} if "/" in repo.strip("/") else {}
+    if license and not (license_warning(kept) and kept.get("license") != "unknown"):
+        kept["license"] = license
+    return kept | ({"training": training} if training else {})
+
+
+def _texts(content: Any) -> dict[str, str]:
+    return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
+
+
+def told(start: Mapping[str, str]) -> str:
+    """Say where a run's weights come from and what their licence asks, in one line."""
+    if not start:
+        return "from random weights"
+    about = start.get("weights") or f"weights {start.get('training', '')}"
+    return f"from {about}: {license_warning(start) or 'licence ' + (start.get('license') or 'of their owner')}"
+
+
 def _is_export(folder: Path) -> bool:
     file = folder / CONFIG_FILE
     return file.is_file() and "architecture" in json.loads(file.read_text())
@@ -112,9 +159,24 @@ def add_head(model: Any, num_classes: int, *, std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
-def save_classifier(model: nn.Module, folder: Path, class_names: tuple[str, ...]) -> None:
-    """Write a model with its head and the names of its classes, for ``timm.create_model("local-dir:FOLDER")``."""
+def classified(start: Mapping[str, str]) -> str:
+    """Say how weights with a classifier were trained from what `starting_weights` told, for the export."""
+    return "fine-tuned for classification" if start else "trained for classification from random weights"
+
+
+def save_classifier(model: nn.Module, folder: Path, class_names: tuple[str, ...], start: Mapping[str, str]) -> None:
+    """Write a model with its head and the names of its classes, for ``timm.create_model("local-dir:FOLDER")``.
+
+    Args:
+        model: with a head.
+        folder: where to write.
+        class_names: in the order of the head.
+        start: what `starting_weights` said of the weights it was trained from.
+    """
+    license, training = start.get("license", ""), classified(start)
     if isinstance(model, VisionTransformer | Eva):
-        export(model, folder, label_names=class_names)
-    else:
-        timm.models.save_for_hf(model, str(folder), model_config={"label_names": list(class_names)}, safe_serialization=True)
+        export(model, folder, label_names=class_names, started_from=start, training=training, license=license)
+        return
+    history = {"started_from": dict(start), "training": training, "pretrained_cfg": {"license": license}}
+    labels = {"label_names": list(class_names)}
+    timm.models.save_for_hf(model, str(folder), model_config=labels | history, safe_serialization=True)

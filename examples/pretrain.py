@@ -35,13 +35,13 @@ from common import (
 from course import Course
 from features import MONITORED, Monitor, report
 from inputs import augmented, channel_statistics, names, repeated
+from models import starting_weights, told
 from plots import draw_curves
-from starting import Freeze, parameter_groups, start_encoder, starting_weights
+from starting import Freeze, parameter_groups, start_encoder
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 import mvmae
-from mvmae.card import license_warning
 from mvmae.data import MultiViewDataset, StepSampler, sample_seed
 from mvmae.hub import describe, export
 from mvmae.images import MAX_PIXELS
@@ -247,7 +247,7 @@ class Pretraining:
         about = f"{listed}, {self.steps} steps of {self.config.batch_size}, learning rate {self.lr:.3g}"
         self.log.say(f"{about}, on {self.device}")
         if self.start:
-            self.log.say(f"from {self.start['weights']}: {license_warning(self.start) or 'licence ' + self.start['license']}")
+            self.log.say(told(self.start))
         self.monitor.start = state["start_features"] if state else None
         self.before = state["before"] if state else self.look(0)
         last = self.sampler.num_steps or 0
@@ -340,7 +340,8 @@ def train(run: Pretraining) -> Tensor:
 def finish(run: Pretraining, views: Tensor) -> None:
     """Write the encoder and the pictures, and say how to load it and how good it is."""
     folder, after = run.folder, run.look(run.sampler.num_steps or 0)
-    export(run.model, folder / "encoder", mean=run.mean, std=run.std, started_from=run.start)
+    license = run.start.get("license", "")
+    export(run.model, folder / "encoder", mean=run.mean, std=run.std, started_from=run.start, license=license)
     draw_curves(folder / "curves.png", run.log.records(), CURVES)
     if len(views):
         generator = torch.Generator().manual_seed(run.config.seed)

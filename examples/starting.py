@@ -12,7 +12,7 @@ from torch import nn
 import mvmae
 from mvmae.encoding import check_encoder
 from mvmae.hub import load_encoder
-from mvmae.pretrained import CONFIG_FILE, first_line
+from mvmae.pretrained import first_line
 
 
 def start_encoder(
@@ -51,26 +51,6 @@ def start_encoder(
     if pretrained and file is not None:
         load_encoder(encoder, file)
     return encoder
-
-
-def starting_weights(encoder: Any, name: str, arch: str = "") -> dict[str, str]:
-    """Say which weights a run starts from and what licence they are under, for the export and its card.
-
-    Args:
-        encoder: as `start_encoder` built it with weights.
-        name: as `start_encoder` took it.
-        arch: likewise.
-
-    Returns:
-        ``weights``, their name; ``license``, "unknown" where none is recorded; ``repo`` on the Hub, where timm knows one.
-    """
-    cfg, (_, file) = encoder.pretrained_cfg, find_weights(name, arch)
-    named = file is None and ":" not in name
-    known = file is None or (file.parent / CONFIG_FILE).is_file()
-    found = {"weights": f"{cfg['architecture']}.{cfg['tag']}" if named and cfg.get("tag") else name}
-    found["license"] = (cfg.get("license") or "unknown") if known else "unknown"
-    repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id") if named else ""
-    return found | ({"repo": str(repo)} if repo and "/" in str(repo).strip("/") else {})
 
 
 def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

@@ -1,7 +1,12 @@
 """Multi-View Masked Autoencoder: timm-compatible encoders and their pretraining.
 
-``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm.
+``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its modules, such as ``mvmae.hub``, are imported when
+they are first asked for.
 """
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
 
 from .accumulation import Losses as Losses
 from .accumulation import backward_in_parts as backward_in_parts
@@ -23,3 +28,17 @@ from .views import CentreCropTransform as CentreCropTransform
 from .views import MultiViewTransform as MultiViewTransform
 
 __version__ = "0.1.0.dev0"
+
+
+def __getattr__(name: str) -> Any:
+    module = f"{__name__}.{name}"
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(module.name for module in iter_modules(__path__))})

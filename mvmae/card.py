@@ -10,6 +10,35 @@ from .pretrained import CONFIG_FILE, PRETRAINING_FILE, PRETRAINING_FOLDER, WEIGH
 
 CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
+PUBLISHED_SETTINGS = frozenset(
+    {"accumulate", "augment", "background", "base_lr", "batch_size", "beta2", "clip_grad", "color_jitter", "crop_scale"}
+    | {
+        "crops_per_image",
+        "cutmix",
+        "decoder_depth",
+        "decoder_dim",
+        "decoder_heads",
+        "drop_path",
+        "ema",
+        "encoder_args",
+        "epochs",
+    }
+    | {
+        "erasing",
+        "freeze_epochs",
+        "gather",
+        "head_std",
+        "image_size",
+        "in_chans",
+        "layer_decay",
+        "loss_on",
+        "loss_weight",
+        "lr",
+    }
+    | {"mask_ratio", "max_steps", "mean", "min_lr", "mix_prob", "mixup", "norm_pix", "num_views", "pool", "precision"}
+    | {"pretrained", "projector", "same_crop", "seed", "smoothing", "std", "switch_prob", "temperature", "value_range"}
+    | {"warmup_epochs", "weight_decay"}
+)  # of a run's settings; the others name places on the machine it ran on
 NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|amlr|seer-license")
 
 
@@ -18,8 +47,13 @@ def license_warning(started_from: Mapping[str, str]) -> str | None:
 
     Args:
         started_from: ``weights``, a name, and ``license``, as the Hub spells it.
+
+    Returns:
+        None where the weights are free, and where there are none: a run from nothing is its owner's.
     """
-    weights, license = started_from.get("weights", "the starting weights"), started_from.get("license", "unknown").lower()
+    weights, license = started_from.get("weights"), started_from.get("license", "unknown").lower()
+    if not weights:
+        return None
     if NON_COMMERCIAL.search(license):
         return f"{weights} is under {license}, which forbids commercial use: that holds for the weights trained from it too"
     if license in ("", "unknown", "none", "other"):
@@ -29,12 +63,19 @@ def license_warning(started_from: Mapping[str, str]) -> str | None:
     return None
 
 
+def code(value: object) -> str:
+    """Quote a text of others for Markdown: in one line, as code, where neither HTML nor Markdown is read."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(value)).strip()
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
 def write_card(
     folder: str | Path,
     *,
     repo: str,
     datasets: Sequence[str] = (),
-    license: str = "apache-2.0",
+    license: str | None = None,
     metrics: Mapping[str, float] | None = None,
     command: str = "",
     commit: str = "",
@@ -47,12 +88,12 @@ def write_card(
         folder: as `export` wrote it; a ``curves.png`` there is shown.
         repo: ``owner/name`` of the repository that it is for.
         datasets: names of the images it was trained on, as the Hub has them.
-        license: of the weights, as the Hub spells it.
+        license: of the weights, as the Hub spells it; what the export says where None, ``apache-2.0`` where that says nothing.
         metrics: what was measured on these weights; nothing else belongs here.
         command: that trained them.
         commit: of this package.
         hardware: that it ran on.
-        settings: of the run, all of them.
+        settings: of the run, of which `PUBLISHED_SETTINGS` are shown.
 
     Returns:
         The card's path.
@@ -63,18 +104,20 @@ def write_card(
     folder = Path(folder)
     config = read_json(locate(folder, CONFIG_FILE))
     whole, classes = (folder / PRETRAINING_FOLDER / PRETRAINING_FILE).exists(), config["num_classes"]
+    started, cfg = config.get("started_from") or {}, config.get("pretrained_cfg") or {}
     metadata = {
-        "license": license,
+        "license": license or cfg.get("license") or "apache-2.0",
         "library_name": "timm",
         "pipeline_tag": "image-classification" if classes else "image-feature-extraction",
         "tags": ["timm", "transformers", "mvmae", "masked-autoencoder", "self-supervised-learning"],
         "datasets": list(datasets),
     }
-    started = config.get("started_from") or {}
     if started.get("repo"):
         metadata["base_model"] = started["repo"]
-    warning = license_warning(started) if started else None
-    made = {"Images": ", ".join(datasets), "Command": command and f"`{command}`", "Commit": commit, "Hardware": hardware}
+    warning = license_warning(started)
+    made = {"Images": ", ".join(datasets), "Command": command, "Commit": commit, "Hardware": hardware}
+    made = {"Weights": config.get("training", ""), **made}
+    shown = {key: value for key, value in (settings or {}).items() if key in PUBLISHED_SETTINGS}
     files = {
         name: sha256(folder / name)
         for name in (WEIGHTS_FILE, f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}")
@@ -83,18 +126,22 @@ def write_card(
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()) + "---",
         f"# {repo.partition('/')[2]}",
-        f"A {config['architecture']} pretrained by the Multi-View Masked Autoencoder (https://doi.org/10.3390/app132212413)"
+        f"A ViT of {code(cfg.get('description') or 'a size that is not recorded')}, a variant of timm's "
+        + code(config["architecture"])
         + (f", with a head of {classes} classes." if classes else "."),
         f"```python\nimport timm\n\nmodel = timm.create_model({f'hf-hub:{repo}'!r}, pretrained=True)\n```",
         f"```python\nimport mvmae\n\nmodel = mvmae.MultiViewMAE.from_pretrained({repo!r})  # to go on pretraining\n```"
         if whole
         else "",
-        "## Training\n\n" + "\n".join(f"- {key}: {value or 'not recorded'}" for key, value in made.items()),
-        f"Started from {started['weights']}, licence {started['license']}." if started else "",
-        f"**Licence:** {warning}." if warning else "",
-        f"```json\n{json.dumps(settings, indent=2)}\n```" if settings else "",
+        "## Training\n\n" + "\n".join(f"- {key}: {code(value) if value else 'not recorded'}" for key, value in made.items()),
+        f"Started from {code(started['weights'])}, licence {code(started.get('license', 'unknown'))}."
+        if "weights" in started
+        else "",
+        f"**Licence:** {code(warning)}." if warning else "",
+        f"```json\n{json.dumps(shown, indent=2)}\n```" if shown else "",
         "![Losses of the run](curves.png)" if (folder / "curves.png").exists() else "",
-        "## Measured\n\n" + ("\n".join(f"- {key}: {value:g}" for key, value in (metrics or {}).items()) or "Nothing yet."),
+        "## Measured\n\n"
+        + ("\n".join(f"- {code(key)}: {value:g}" for key, value in (metrics or {}).items()) or "Nothing yet."),
         "## Files\n\n" + "\n".join(f"- {name}: sha256 {value}" for name, value in files.items()),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"

@@ -151,39 +151,50 @@ default_cfgs = generate_default_cfgs(
 
 def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> nn.Module:
     args = {"global_pool": "avg", "fc_norm": False, **defaults, **kwargs}
-    weights = ""
+    place, weights = "", None
     if pretrained:
-        weights, args["pretrained_cfg_overlay"] = _find_weights(
+        place, args["pretrained_cfg_overlay"], weights = _find_weights(
             name, args.get("pretrained_cfg"), args.get("pretrained_cfg_overlay"), args.get("cache_dir"), args.get("in_chans")
         )
     if args.pop("use_naflex", False):
         return _create_naflex(name, pretrained, args)
     try:
-        model: nn.Module = build_model_with_cfg(
-            SinCosVisionTransformer,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter,
-            feature_cfg={"out_indices": args.pop("out_indices", 3), "feature_cls": "getter"},
-            **args,
-        )
+        return _build(name, pretrained, args) if weights is None else _build_with(weights, name, args)
     except WeightsError as error:
-        raise WeightsError(f"{weights}: {error}") from error
-    return model
+        raise WeightsError(f"{place}: {error}") from error
+
+
+def _build(name: str, pretrained: bool, args: dict[str, Any], filter_fn: Any = checkpoint_filter) -> Any:
+    features = {"out_indices": args.pop("out_indices", 3), "feature_cls": "getter"}
+    return build_model_with_cfg(
+        SinCosVisionTransformer, name, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=features, **args
+    )
+
+
+def _build_with(weights: dict[str, Tensor], name: str, args: dict[str, Any]) -> nn.Module:
+    """Build an encoder with weights that are read already: timm's loader adapts them as if it had read them itself."""
+    overlay = args.pop("pretrained_cfg_overlay")
+    source = resolve_pretrained_cfg(name, args.get("pretrained_cfg"), overlay).source
+    unread = {**overlay, "source": "", "state_dict": {"": torch.empty(0)}}
+    model = _build(name, True, args | {"pretrained_cfg_overlay": unread}, lambda _, vit: checkpoint_filter(weights, vit))
+    for part in model.modules():
+        if (cfg := getattr(part, "pretrained_cfg", {})).pop("state_dict", None):
+            cfg |= {"source": source} if source else {}
+    return model  # type: ignore[no-any-return]
 
 
 def _find_weights(
     name: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any, in_chans: int | None
-) -> tuple[str, dict[str, Any]]:
-    """Say where the weights of a pretrained cfg are, having read them once: timm's loader says less of what is wrong.
+) -> tuple[str, dict[str, Any], dict[str, Tensor] | None]:
+    """Read the weights of a pretrained cfg: timm's own reader says less of what is wrong.
 
     Returns:
-        The place, for messages, and the overlay for the cfg that makes timm take them from there.
+        The place, for messages, the overlay for the cfg that fits them, and the weights; None where timm is to read them.
     """
     overlay = dict(overlay or {})
     cfg = resolve_pretrained_cfg(name, cfg, overlay)
-    if cfg.state_dict or (cfg.url and not (cfg.file or cfg.hf_hub_id)):
-        return "the checkpoint", overlay
+    if cfg.state_dict or (cfg.custom_load and not cfg.source) or (cfg.url and not (cfg.file or cfg.hf_hub_id)):
+        return "the checkpoint", overlay, None
     if not cfg.has_weights:
         if not hub_owner():
             raise WeightsError(
@@ -207,7 +218,7 @@ def _find_weights(
         overlay.setdefault("input_size", (proj.shape[1], *cfg.input_size[1:]))
         if in_chans in (None, proj.shape[1]):
             overlay["first_conv"] = None
-    return str(path), overlay
+    return str(path), overlay, weights
 
 
 def _create_naflex(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
@@ -254,8 +265,8 @@ def mvmae_vit_huge_patch14(pretrained: bool = False, **kwargs: Any) -> nn.Module
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a model of timm, with ``mvmae_vit_*`` among its names, like ``timm.create_model``.
 
-    The result is timm's; what is wrong with a folder or a repository is said in one line, and of those safetensors are read
-    alone.
+    The result is timm's; what is wrong with a folder or a repository is said in one line. Of a repository only safetensors
+    are read; of a folder what timm would read, and of PyTorch's files only tensors.
 
     Args:
         model_name: a name that timm knows, ``local-dir:FOLDER`` or ``hf-hub:owner/name``.

@@ -1,6 +1,7 @@
 """From a model to a folder that timm, transformers and `mvmae` load, to the Hub, and back from other people's files."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from .pretrained import (
     WeightsError,
     check_weights,
     hub_causes,
-    locate,
     write_json,
     write_pretraining,
     write_weights,
 )
 
 _logger = logging.getLogger(__name__)
+PRETRAINED = "pretrained by the Multi-View Masked Autoencoder (https://doi.org/10.3390/app132212413)"
 PUBLISHED = [
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -83,6 +84,7 @@ def export(
     label_names: Sequence[str] | None = None,
     license: str | None = None,
     started_from: Mapping[str, str] | None = None,
+    training: str | None = None,
 ) -> Path:
     """Write a model for everyone: ``config.json`` and ``model.safetensors`` hold its encoder as a plain ViT of timm.
 
@@ -97,9 +99,13 @@ def export(
         interpolation: how images are to be resized.
         crop_pct: share of the resized image's side that is kept at test time.
         label_names: names of the classes, in the order of the head.
-        license: of the weights, as the Hub spells it, such as ``apache-2.0``; that of the weights it started from where None.
-        started_from: ``weights`` (a name) and ``license`` of what the training started from, if not from nothing, and ``repo``
-            on the Hub if known; the card says so, and a warning where the licence does not let everybody use them.
+        license: of the weights, as the Hub spells it, such as ``apache-2.0``; that of the weights it started from where None,
+            else that of the encoder's cfg.
+        started_from: ``weights`` (a name) and ``license`` of what the training started from, if not from nothing, ``repo`` on
+            the Hub if known, and ``training``, how they were trained since; the card says so, and a warning where the licence
+            does not let everybody use them.
+        training: how the weights were trained, for the card, such as "fine-tuned for classification"; that of a
+            `MultiViewMAE` where None.
 
     Returns:
         The folder.
@@ -111,13 +117,20 @@ def export(
     """
     if started_from and (warning := license_warning(started_from)):
         _logger.warning("%s", warning)
-    license = license or (started_from or {}).get("license")
+    started = dict(started_from or {})
     folder, vit = Path(folder), check_encoder(model.encoder if isinstance(model, MultiViewMAE) else model)
+    if license is None:
+        license = started.get("license") or (getattr(vit, "pretrained_cfg", None) or {}).get("license")
+    if training is None:
+        training = PRETRAINED if isinstance(model, MultiViewMAE) else ""
+    history = [step for step in (started.pop("training", ""), training) if step]
     config = _timm_config(
         vit, mean, std, {"interpolation": interpolation, "crop_pct": crop_pct, "license": license}, label_names
     )
-    if started_from:
-        config["started_from"] = dict(started_from)
+    if history:
+        config["training"] = ", then ".join(history)
+    if started:
+        config["started_from"] = started
     if isinstance(model, MultiViewMAE):
         description = describe_pretraining(model)
         description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
@@ -157,7 +170,8 @@ def _timm_config(
             "fixed_input_size": not vit.dynamic_img_size,
             "crop_mode": "center",
             **statistics,
-            **{key: value for key, value in preprocessing.items() if value is not None},
+            **{key: value for key, value in preprocessing.items() if value},
+            "description": _size(vit),
             "num_classes": vit.num_classes,
             "pool_size": None,
             "first_conv": "patch_embed.proj" if chans in (1, 3) else None,  # timm before 1.0.31 takes any file for 3 channels
@@ -166,11 +180,36 @@ def _timm_config(
     }
 
 
+def _size(vit: PlainViT) -> str:
+    embed, parameters = vit.patch_embed, sum(parameter.numel() for parameter in vit.parameters())
+    size, patch = (" x ".join(map(str, pair)) for pair in (embed.img_size, embed.patch_size))
+    blocks = f"{len(vit.blocks)} blocks of width {vit.embed_dim} with {vit.blocks[0].attn.num_heads} heads"
+    images = f"images of {size} pixels and {embed.proj.in_channels} channels in patches of {patch}"
+    return f"{blocks}, {parameters / 1e6:.1f} M parameters, for {images}"
+
+
+def published(folder: str | Path) -> list[Path]:
+    """List the files of an exported folder that `push` uploads.
+
+    Raises:
+        WeightsError: if there is no export, or one of the files is a link, which could point to anything of its owner's.
+    """
+    folder = Path(folder)
+    found = [folder / name for name in PUBLISHED if os.path.lexists(folder / name)]
+    if folder / WEIGHTS_FILE not in found:
+        raise WeightsError(f"{folder} holds no {WEIGHTS_FILE}: a folder written by mvmae's export is expected")
+    for path in found:
+        above = {path.parent} - {folder}
+        if any(part.is_symlink() for part in {path} | above) or not path.is_file():
+            raise WeightsError(f"{path} is not a plain file inside {folder}, and is not uploaded: replace it by a copy")
+    return found
+
+
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str = "Add the model") -> str:
     """Upload an exported folder to a repository of the Hub, in one commit.
 
     Args:
-        folder: as `export` and `write_card` wrote it; other files in it stay where they are.
+        folder: as `export` and `write_card` wrote it; what is not among its `published` files stays where it is.
         repo: ``owner/name``; created unless it is there.
         private: create it as a private one.
         message: of the commit.
@@ -179,10 +218,10 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str =
         The commit, for ``hf-hub:owner/name@commit``.
 
     Raises:
-        WeightsError: if the folder holds no export, the repository is public where a private one was asked for, or the Hub
-            refuses.
+        WeightsError: if the folder holds no export, or links in place of files, the repository is public where a private one
+            was asked for, or the Hub refuses.
     """
-    locate(folder, WEIGHTS_FILE)
+    names = [path.relative_to(folder).as_posix() for path in published(folder)]
     with hub_causes(repo, str(folder), None):
         api = HfApi(library_name="mvmae")
         api.create_repo(repo, private=private, exist_ok=True)
@@ -190,4 +229,4 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str =
     if public:
         raise WeightsError(f"{repo} exists and is public: make it private on the Hub first, or push without private")
     with hub_causes(repo, str(folder), None):
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=PUBLISHED).oid)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=names).oid)

@@ -23,6 +23,22 @@ PRETRAINING_FOLDER = "pretraining"  # in an exported folder; timm before 1.0.29 
 PRETRAINING_FILE = "pretraining.safetensors"
 PRETRAINING_CONFIG = "pretraining.json"
 PRETRAINING_FORMAT = 1
+WEIGHTS_FILES = (
+    WEIGHTS_FILE,
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "*.safetensors.index.json",  # shards, which timm itself does not read
+    "*.bin.index.json",
+    "*.safetensors",
+    "*.pth",
+    "*.pth.tar",
+    "*.bin",
+)  # of which timm takes the first that a folder holds
 HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -36,7 +52,7 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
     Args:
         source: a folder (``local-dir:`` may stand before it), or ``owner/name`` of a repository (``hf-hub:`` may stand before
             it, ``@revision`` behind it).
-        filename: the file's name there.
+        filename: the file's name there; of `WEIGHTS_FILE`, a folder may hold what timm loads in its place.
         revision: branch, tag or commit of the repository.
         cache_dir: where downloads are kept; the Hub client's cache where None.
 
@@ -50,15 +66,22 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
             raise WeightsError(
                 f"revision {revision!r} was given with the folder {folder}: only a repository of the Hub has them"
             )
-        if not (folder / filename).is_file():
-            raise WeightsError(f"{folder} holds no {filename}: a folder written by mvmae's export is expected")
-        return folder / filename
+        names = WEIGHTS_FILES if filename == WEIGHTS_FILE else (filename,)
+        found = next((path for name in names for path in sorted(folder.glob(name)) if path.is_file()), None)
+        if found is None:
+            raise WeightsError(f"{folder} holds no {filename}: a folder written by mvmae's export, or by timm, is expected")
+        return found
     match = HUB_ID.fullmatch(str(source))
     if match is None:
         raise WeightsError(
             f"{str(source)!r} is neither a folder nor a repository: an existing folder or owner/name is expected"
         )
     repo, revision = match[1], revision or match[2]
+    if not filename.endswith((".json", ".safetensors")):
+        raise WeightsError(
+            f"{repo} names {filename!r} as its weights: of a repository only .safetensors are read; download the file and "
+            "load it with mvmae.hub.load_encoder if you trust it"
+        )
     with hub_causes(repo, filename, revision):
         return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir))
 
@@ -101,14 +124,32 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a checkpoint: safetensors, or a PyTorch file, of which only tensors are unpickled.
 
     A PyTorch file may hold the weights under ``model`` or ``state_dict`` (timm's rules: averaged weights first) beside other
-    plain data.
+    plain data. An index of shards (``*.index.json``) stands for all of them.
 
     Raises:
         WeightsError: if the file is missing, damaged, would run code, or holds something else than finite weights.
     """
     path = Path(path)
+    weights: dict[str, Tensor] = {}
+    for file in _shards(path) if path.name.endswith(".index.json") else [path]:
+        weights |= _read_file(file)
+    return weights
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not (isinstance(names, dict) and all(isinstance(name, str) and Path(name).name == name for name in names.values())):
+        raise WeightsError(f"{index} is no index of weights: its 'weight_map' must map each weight to a file beside it")
+    return [index.with_name(name) for name in sorted(set(names.values()))]
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"{path} is not a file: a .safetensors or .pth file with weights is expected")
+    if path.suffix == ".npz":
+        raise WeightsError(
+            f"{path} is a NumPy archive, which timm reads on request: add custom_load=True to the pretrained_cfg_overlay"
+        )
     try:
         if path.suffix == ".safetensors":
             weights = safetensors.torch.load_file(path)

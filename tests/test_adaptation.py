@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from mvmae.channels import measure_channels
 from mvmae.data import MultiViewDataset
 from mvmae.drift import linear_cka, mean_cosine
 from mvmae.sources import RepeatedSource, open_images
+
+sys.path.append(str(EXAMPLES))
+from models import save_classifier, starting_weights, told
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
 ARGUMENTS = ["--preset", "adapt", "--data", "sample", "--output-dir", "run", "--epochs", 2, "--batch-size", 32, "--workers", 0]
@@ -125,17 +129,79 @@ def test_the_run_reports_how_far_the_features_moved(whole, start):
 
 def test_the_export_names_the_starting_weights_and_warns_of_their_licence(whole, start):
     folder, result = whole
-    words = f"local-dir:{start} is under cc-by-nc-4.0, which forbids commercial use"
+    name = "/".join(start.parts[-2:])  # no more of a path of this machine is published
+    words = f"{name} is under cc-by-nc-4.0, which forbids commercial use"
     assert words in result.out and words in result.err
     config = json.loads((folder / "run" / "encoder" / "config.json").read_text())
     assert config["pretrained_cfg"]["license"] == config["started_from"]["license"] == "cc-by-nc-4.0"
     exported = run_script("export.py", "--run", "run", folder=folder)
     assert exported.code == 0 and words in exported.err
     card = (folder / "run" / "encoder" / "README.md").read_text()
-    assert 'license: "cc-by-nc-4.0"' in card and f"Started from local-dir:{start}, licence cc-by-nc-4.0." in card
-    assert f"**Licence:** {words}" in card
+    assert 'license: "cc-by-nc-4.0"' in card and f"Started from `{name}`, licence `cc-by-nc-4.0`." in card
+    assert f"**Licence:** `{words}" in card and str(start) not in card
     config = json.loads((folder / "run" / "encoder" / "config.json").read_text())
     assert config["pretrained_cfg"]["license"] == config["started_from"]["license"] == "cc-by-nc-4.0"
+
+
+def test_f45_the_licence_goes_through_adapting_and_fine_tuning_to_the_card(whole, start, tmp_path):
+    folder, _ = whole
+    arguments = ["--model", folder / "run", "--data", "sample", "--preset", "quick", "--output-dir", "tuned", "--device", "cpu"]
+    arguments += [
+        "--max-steps",
+        1,
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--workers",
+        0,
+        "--train-images",
+        64,
+        "--val-images",
+        8,
+    ]
+    done = run_script("finetune.py", *map(str, arguments), folder=tmp_path)
+    assert done.code == 0, done.err
+    words = f"{'/'.join(start.parts[-2:])} is under cc-by-nc-4.0, which forbids commercial use"
+    assert words in done.out
+    assert json.loads((tmp_path / "tuned" / "results.json").read_text())["started_from"]["license"] == "cc-by-nc-4.0"
+    exported = run_script("export.py", "--run", "tuned", folder=tmp_path)
+    assert exported.code == 0 and words in exported.err
+    for name in ("best", "encoder"):
+        config = json.loads((tmp_path / "tuned" / name / "config.json").read_text())
+        assert config["pretrained_cfg"]["license"] == config["started_from"]["license"] == "cc-by-nc-4.0"
+        assert config["training"].endswith("then fine-tuned for classification")
+    card = (tmp_path / "tuned" / "encoder" / "README.md").read_text()
+    assert 'license: "cc-by-nc-4.0"' in card and words in card and "fine-tuned for classification" in card
+    assert "2 blocks of width 48 with 2 heads" in card and "images of 32 x 32 pixels" in card
+
+
+@pytest.mark.parametrize(("name", "trained"), [("random:vit", "trained for classification from random weights"), ("vit", "")])
+def test_f45_a_run_from_nothing_claims_no_pretraining_and_warns_of_nothing(
+    name, trained, tmp_path, tiny_vit, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    model = MultiViewMAE(tiny_vit(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    hub.export(model, "vit", license="")  # as pretrain.py writes a run from nothing
+    start_of = starting_weights(tiny_vit(), name)
+    assert told(start_of).endswith("from random weights" if trained else "licence of their owner")
+    vit = tiny_vit(num_classes=2)
+    save_classifier(vit, tmp_path / "out", ("cat", "dog"), start_of)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = trained or f"{hub.PRETRAINED}, then fine-tuned for classification"
+    assert config["training"] == expected and "started_from" not in config and caplog.records == []
+    card = hub.write_card("out", repo="me/mine").read_text()
+    assert f"- Weights: `{expected}`" in card and "**Licence:**" not in card
+    assert ("Multi-View" in card) == (not trained)
+
+
+def test_f45_the_licence_of_other_models_is_kept_too(tmp_path):
+    model, start_of = timm.create_model("test_convnext", num_classes=2), {"weights": "x", "license": "cc-by-nc-4.0"}
+    save_classifier(model, tmp_path, ("cat", "dog"), start_of)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pretrained_cfg"]["license"] == "cc-by-nc-4.0" and config["started_from"] == start_of
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).pretrained_cfg["license"] == "cc-by-nc-4.0"
+    assert starting_weights(model, f"local-dir:{tmp_path}")["license"] == "cc-by-nc-4.0"
 
 
 def test_a_card_names_free_starting_weights_without_a_warning(tmp_path, caplog):
@@ -143,7 +209,7 @@ def test_a_card_names_free_starting_weights_without_a_warning(tmp_path, caplog):
     started = {"weights": "some_vit.tag", "license": "mit", "repo": "timm/some_vit.tag"}
     hub.export(vit, tmp_path, started_from=started)
     card = hub.write_card(tmp_path, repo="me/mine").read_text()
-    assert 'base_model: "timm/some_vit.tag"' in card and "Started from some_vit.tag, licence mit." in card
+    assert 'base_model: "timm/some_vit.tag"' in card and "Started from `some_vit.tag`, licence `mit`." in card
     assert "**Licence:**" not in card and caplog.records == []
     hub.export(vit, tmp_path)
     assert "Started from" not in hub.write_card(tmp_path, repo="me/mine").read_text()

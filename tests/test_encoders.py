@@ -6,17 +6,20 @@ import logging
 import pickle
 from typing import Any
 
+import huggingface_hub
+import numpy
 import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models._hub import load_state_dict_from_path
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import mvmae
 from mvmae.encoders import TIMM_NAMES, checkpoint_filter
-from mvmae.pretrained import WeightsError
+from mvmae.pretrained import WEIGHTS_FILE, WeightsError, locate, read_weights
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -293,6 +296,60 @@ def test_a_filtered_checkpoint_is_not_changed_itself():
     checkpoint_filter(weights, tiny(img_size=48))
     assert list(weights["model"]) == list(before)
     assert all(torch.equal(weights["model"][key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("safe", [False, True, "both"])
+def test_f49_what_timm_saves_comes_back(safe, tmp_path):
+    source = tiny(num_classes=5, in_chans=4)
+    timm.models.save_for_hf(source, str(tmp_path), safe_serialization=safe)
+    for create in (timm.create_model, mvmae.create_model):
+        model = create(f"local-dir:{tmp_path}", pretrained=True).eval()
+        x = images(source)
+        assert torch.equal(model(x), source(x))
+        assert "state_dict" not in model.pretrained_cfg and model.pretrained_cfg["source"] == "local-dir"
+    named = {"pretrained_cfg_overlay": {"source": "local-dir", "file": str(tmp_path), "num_classes": 5}}
+    assert torch.equal(tiny(pretrained=True, in_chans=4, num_classes=5, **named)(x), source(x))
+    maps = tiny(pretrained=True, in_chans=4, features_only=True, out_indices=2, **named)
+    assert torch.equal(maps.model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+
+
+def test_f49_a_folder_with_several_files_gives_the_one_that_timm_takes(tmp_path):
+    names = ["z.bin", "z.pth", "a.pth", "z.safetensors", "model.pth", "pytorch_model.pth", "pytorch_model.bin", WEIGHTS_FILE]
+    for number, name in enumerate(names):  # each is preferred to those before it
+        content = {"x": torch.full((1,), float(number))}
+        (safetensors.torch.save_file if name.endswith(".safetensors") else torch.save)(content, tmp_path / name)
+        assert read_weights(locate(tmp_path, WEIGHTS_FILE)) == load_state_dict_from_path(tmp_path) == content, name
+
+
+def test_f49_shards_are_read_whole_or_refused(tmp_path):
+    vit = tiny()
+    huggingface_hub.save_torch_state_dict(vit.state_dict(), tmp_path, max_shard_size="100KB")
+    index = tmp_path / "model.safetensors.index.json"
+    overlay = {"pretrained_cfg_overlay": {"source": "local-dir", "file": str(tmp_path)}}
+    x = images(vit)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(tiny(pretrained=True, **overlay)(x), vit(x))
+    content = index.read_text()
+    for text, cause in (
+        (content.replace("model-00001", "../model-00001"), "must map each weight to a file beside it"),
+        ("{}", "must map each weight to a file beside it"),
+        (content.replace("model-00002", "model-00001"), "missing"),
+        (content.replace("model-00001", "model-00009"), "model-00009.* is not a file"),
+    ):
+        index.write_text(text)
+        with pytest.raises(WeightsError, match=cause):
+            tiny(pretrained=True, **overlay)
+
+
+def test_an_original_npz_file_is_read_on_request(tmp_path, monkeypatch):
+    numpy.savez(tmp_path / "file.npz", x=numpy.zeros(1))
+    overlay = {"file": str(tmp_path / "file.npz")}
+    with pytest.raises(WeightsError, match="add custom_load=True"):
+        tiny(pretrained=True, pretrained_cfg_overlay=overlay)
+    loaded: list[str] = []
+    monkeypatch.setattr(VisionTransformer, "load_pretrained", lambda self, path: loaded.append(path))
+    tiny(pretrained=True, pretrained_cfg_overlay={**overlay, "custom_load": True})
+    assert loaded == [overlay["file"]]
 
 
 def test_positions_are_non_zero_after_build_load_and_resize(tmp_path):

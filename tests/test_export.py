@@ -40,7 +40,15 @@ def test_a_fine_tuned_run_keeps_its_head_and_the_names_of_its_classes(tmp_path):
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()(images), vit(images))
     card = (tmp_path / "out" / "README.md").read_text()
-    for part in ("held-out images, %: 44", "top1: 61.5", "`python train.py`", "abc123", '"lr": 0.1', "cifar10", "3 classes"):
+    for part in (
+        "held-out images, %`: 44",
+        "`top1`: 61.5",
+        "`python train.py`",
+        "`abc123`",
+        '"lr": 0.1',
+        "cifar10",
+        "3 classes",
+    ):
         assert part in card
     assert "11" not in card.partition("## Measured")[2].partition("## Files")[0]  # measured on other weights
     assert not (tmp_path / "out" / "pretraining").exists()
@@ -62,6 +70,9 @@ def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
     assert len(repo.commits) == 2
     commit, files = repo.commits[-1]
     assert f"hf-hub:me/quick@{commit}" in ended.stdout
+    for name, data in files.items():  # what is uploaded is shown before
+        assert name.startswith(".") or f"  {name}, {len(data)} bytes" in ended.stdout.partition("is uploaded")[0]
+    assert str(tmp_path).encode() not in b"".join(files.values()) and b"pretrain.py" in files["README.md"]
     assert {"config.json", "model.safetensors", "pretraining/pretraining.safetensors", "README.md", "curves.png"} <= set(files)
     cfg = json.loads(files["config.json"])["pretrained_cfg"]
     assert (cfg["mean"], cfg["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
@@ -70,6 +81,24 @@ def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
     loaded = MultiViewMAE.from_pretrained(tmp_path / "run" / "encoder").state_dict()
     assert list(loaded) == list(weights)
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+def test_f59_a_picture_that_is_a_link_is_not_copied_into_the_export(tmp_path):
+    fine_tuned(tmp_path / "run")
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "run" / "curves.png").symlink_to(tmp_path / "key")
+    assert run_script("export.py", "--run", "run", folder=tmp_path).code == 0
+    assert not (tmp_path / "run" / "encoder" / "curves.png").exists()
+
+
+def test_f62_an_export_asks_the_hub_for_nothing_that_a_checkpoint_names(tmp_path):
+    (tmp_path / "run").mkdir()
+    torch.save({"model": {}, "settings": {"encoder": "hf-hub:me/evil"}}, tmp_path / "run" / "checkpoint.pt")
+    with Hub() as server:
+        online = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        done = run_script("export.py", "--run", "run", folder=tmp_path, env=online)
+        assert server.requests == []
+    assert done.code == 2 and "does not say which model it is of" in done.err
 
 
 @pytest.mark.parametrize("state", [None, {"model": {}, "settings": {}}, {"model": {}, "description": {"architecture": "x"}}])

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -104,9 +105,61 @@ def test_the_card_says_what_is_known_and_no_more(published):
     assert json.loads(entries["license"]) == "apache-2.0"
     assert json.loads(entries["library_name"]) == "timm"
     assert json.loads(entries["datasets"]) == ["imagenet-1k"]
-    assert "- k-NN: 12.5" in text
+    assert "- `k-NN`: 12.5" in text
     assert "- Command: not recorded" in text
     assert sha256(published[1] / "model.safetensors") in text
+
+
+EVIL = "<img src=x>\n\n## Measured\n\n- top-1: 99.9 ``` `` [a](http://b) \x1b[31m"
+
+
+def test_f60_what_others_wrote_is_quoted_in_the_card_and_paths_stay_at_home(tmp_path):
+    started = {"weights": EVIL, "license": EVIL, "training": EVIL}
+    hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, started_from=started, training=EVIL)
+    settings = {"data": "/home/me/secret", "model": "/home/me", "epochs": 3, "encoder_args": EVIL}
+    path = hub.write_card(
+        tmp_path, repo="me/x", command=EVIL, commit=EVIL, hardware=EVIL, datasets=[EVIL], metrics={EVIL: 1.0}, settings=settings
+    )
+    _, _, text = path.read_text().split("---\n", 2)
+    outside = re.sub(r"(?ms)^```json\n.*?^```$", "", text)  # a fence that no line of JSON can close
+    outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", outside)
+    assert "<" not in outside and "99.9" not in outside and "http" not in outside and "\x1b" not in text
+    assert text.count("\n## Measured") == 1
+    assert '"epochs": 3' in text and "/home/me" not in text
+
+
+def test_f62_of_a_repository_only_safetensors_are_read(tmp_path):
+    """A config that names another file, which the loader of timm would unpickle."""
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    hub.export(vit, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"]["hf_hub_filename"] = "evil.bin"
+    torch.save(vit.state_dict(), tmp_path / "run" / "evil.bin")
+    calls = []
+    with Hub() as server:
+        for name in ("vit_tiny_patch16_224", "mvmae_vit_tiny_patch16"):
+            path.write_text(json.dumps(config | {"architecture": name}))
+            server.repos[f"me/{name}"] = hub_repo(tmp_path / "run")
+            calls.append(f"create('hf-hub:me/{name}')")
+        calls.append("timm.create_model('hf-hub:me/mvmae_vit_tiny_patch16', pretrained=True)")
+        for message in said(tmp_path, server.endpoint, *calls):
+            assert "names 'evil.bin' as its weights: of a repository only .safetensors are read" in message
+        assert not any("evil.bin" in request for request in server.requests)
+
+
+def test_f59_links_are_not_uploaded(tmp_path):
+    (tmp_path / "key").write_text("secret")
+    for name in ("curves.png", "pretraining"):
+        folder = tmp_path / f"run-{name}"
+        hub.export(tiny_mae(), folder)
+        assert len(hub.published(folder)) == 4
+        if name == "pretraining":
+            (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / ("key" if name == "curves.png" else name))
+        for call in (hub.published, lambda folder: hub.push(folder, "me/x")):
+            with pytest.raises(WeightsError, match="is not a plain file inside .* and is not uploaded"):
+                call(folder)
 
 
 NAME = "me/mvmae_vit_tiny_patch16.untrained"
@@ -235,7 +288,7 @@ FAILURES = [
     ("push('.', 'me/gated')", ["holds no model.safetensors"]),
 ]
 CALLS = """
-import json, sys, time, urllib.request, huggingface_hub, mvmae
+import json, sys, time, urllib.request, huggingface_hub, timm, mvmae
 from huggingface_hub import constants
 from mvmae.hub import push
 from mvmae.pretrained import WeightsError

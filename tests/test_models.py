@@ -130,7 +130,7 @@ def test_another_model_keeps_its_way_of_pooling(name):
 def test_a_classifier_is_written_with_head_and_class_names(tmp_path, tiny_vit, name):
     model = tiny_vit() if name == "vit" else timm.create_model(name, num_classes=0)
     add_head(model, 3, std=0.1)
-    save_classifier(model, tmp_path / "out", ("cat", "dog", "eel"))
+    save_classifier(model, tmp_path / "out", ("cat", "dog", "eel"), {})
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), model.eval()(images)) and loaded(images).shape == (2, 3)
