@@ -34,7 +34,7 @@ import pretrain
 import torch
 from checkpoint import write_text
 from common import Processes, Stop, option, parse, run, start_processes
-from course import SIGNALS
+from course import BEFORE
 from plots import plot
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -163,9 +163,9 @@ def run_arm(config: Config, arm: Arm, seed: int, processes: Processes) -> None:
 
 
 def _call(script: Any, chosen: Any, processes: Processes) -> None:
-    """Run a script's main; signals do what they do by default until it takes them. All processes wait for what it writes."""
-    for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    """Run a script's main; signals do what they did at the start until it takes them. All processes wait for what it writes."""
+    for number, action in BEFORE.items():
+        signal.signal(number, action)
     script.main(chosen)
     processes.gather(None)
 

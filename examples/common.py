@@ -5,13 +5,14 @@ import ast
 import dataclasses
 import difflib
 import json
+import multiprocessing
 import os
 import signal
 import sys
-import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+
+from mvmae.loading import explain_loader_error
 
 Config = TypeVar("Config")
 Item = TypeVar("Item")
@@ -44,13 +47,18 @@ def run(
     main: Callable[[Config], None], config: type[Config], presets: Mapping[str, Mapping[str, Any]], about: str | None
 ) -> None:
     """Parse the command line into ``config``, run ``main``, and turn what goes wrong into one line and an exit code."""
+    open_outputs()
     try:
         main(parse(config, presets, about))
-    except KeyboardInterrupt:
-        _end("stopped before the first step", 128 + signal.SIGINT)
+    except KeyboardInterrupt as error:
+        _end("stopped before the first step", 128 + (error.args[0] if error.args else signal.SIGINT))
+    except MemoryError as error:
+        _end(f"the memory is used up ({error}): use a smaller --batch-size, or fewer --workers", 1)
     except (Stop, ValueError, TypeError, OSError, ImportError) as error:
         _end(str(error), error.code if isinstance(error, Stop) else 2)
     except RuntimeError as error:
+        if reason := explain_loader_error(error):
+            _end(reason, 1)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not any(word in str(error).lower() for word in LOST):
             raise
         _end(f"another process of this run has ended, see its message; --resume goes on ({str(error).splitlines()[0]})", 1)
@@ -60,12 +68,62 @@ def run(
 
 
 def _end(message: str, code: int) -> None:
-    """Print one line and exit, with no clean-up of threads and process groups, which could wait for others for ever."""
+    """Print one line and exit."""
     if os.environ.get("MVMAE_TRACEBACK"):  # a mistake of ours rather than of the user's is found more easily so
         raise
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    end_process(code)
+
+
+def end_process(code: int) -> None:
+    """Exit at once, with no clean-up of threads and process groups, which could wait for others for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for the next line
+    for worker in multiprocessing.active_children():
+        worker.kill()
     os._exit(code)
+
+
+class Output:
+    """A stream that ends no run: where it cannot be written to, or is closed, what is printed is lost and no more.
+
+    Args:
+        stream: standard output or error; None where it is closed.
+        raw: let control characters through, for a progress bar. Else they and what the encoding lacks are shown as escapes.
+    """
+
+    def __init__(self, stream: Any, *, raw: bool = False) -> None:
+        self.stream, self.raw = stream, raw
+
+    def write(self, text: str) -> int:
+        """Print a text."""
+        with suppress(OSError, ValueError, AttributeError):
+            encoding = self.stream.encoding
+            shown = text if self.raw else printable(text, keep="\n\t")
+            self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Print what is printed so far."""
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def open_outputs() -> None:
+    """Print through `Output` from now on; no file that is opened later takes the place of a closed standard stream."""
+    with suppress(OSError):
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(number, True)
+        os.close(number)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Show control characters as escapes, which could otherwise change a terminal or forge a line, but for those to keep."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def parse(
@@ -228,20 +286,27 @@ class Log:
     """Writes ``log.jsonl``, a progress bar on a terminal, and plain lines elsewhere; nothing but on rank 0."""
 
     def __init__(self, folder: Path, rank: int, total: int, start: int = 0) -> None:
-        self.path, self.silent, self.bar = folder / "log.jsonl", rank != 0, None
+        self.folder, self.silent, self.bar, self.cut = folder, rank != 0, None, set[str]()
         if self.silent:
             return
-        kept = [line for line in self.records() if line.get("step", 0) <= start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        if sys.stderr.isatty():
+        from checkpoint import write_text  # which imports this file
+
+        kept = [record for record in self.records() if record.get("step", 0) <= start]
+        write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        stream = getattr(sys.stderr, "stream", sys.stderr)
+        if stream is not None and stream.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=False)
-        self.total, self.step, self.time = total, start, time.monotonic()
+            bar: Any = Output(stream, raw=True)
+            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=False, file=bar)
 
     def records(self) -> list[dict[str, Any]]:
-        """Read the lines back, without one that was cut in the middle."""
-        return list(_json_lines(self.path)) if self.path.exists() else []
+        """Read the lines back, without those that were cut in the middle."""
+        path, found = self.folder / "log.jsonl", []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return [record for record in found if isinstance(record, dict) and isinstance(record.get("step", 0), int)]
 
     def advance(self, step: int) -> None:
         """Move the bar to ``step``."""
@@ -250,39 +315,36 @@ class Log:
 
     def write(self, **record: Any) -> None:
         """Add one line; numbers only, except for names."""
+        self.append("log.jsonl", json.dumps(record))
+        shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items())
+        self.say("  ".join(shown))
+
+    def append(self, name: str, text: str) -> None:
+        """Add lines to a file of the folder; where that fails, say so and go on, and end what was cut at the next time."""
         if self.silent:
             return
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write("\n" * (name in self.cut) + text + "\n")
+            self.cut.discard(name)
         except OSError as error:
-            self.say(f"warning: cannot write {self.path}: {error.strerror}")
-        line = "  ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items()
-        )
-        self.say(line)
+            self.cut.add(name)
+            self.say(f"warning: cannot write {self.folder / name}: {error.strerror}")
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
         if self.silent:
             return
         if self.bar is not None:
-            self.bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
+            self.bar.clear()
+        print(printable(line), flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
 
     def close(self) -> None:
         """Take the bar away."""
-        if not self.silent and self.bar is not None:
+        if self.bar is not None:
             self.bar.close()
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
 
 
 def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:

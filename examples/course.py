@@ -1,21 +1,25 @@
 """The steps of a run, whatever it trains: what is logged and saved, what ends it, and that only finite numbers count."""
 
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import torch
 from checkpoint import SaveError, save_checkpoint
-from common import Log, Processes, Stop
+from common import Log, Processes, Stop, end_process
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Batch = TypeVar("Batch")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+BEFORE = {number: signal.getsignal(number) for number in SIGNALS}
+"""What the signals do until a run catches them."""
+PATIENCE = 5.0
+"""Seconds in which a repeated signal is the same one, and which a batch may still take after a signal."""
 
 
 class Settings(Protocol):
@@ -30,7 +34,7 @@ class Settings(Protocol):
 
 
 class Course:
-    """Goes through the steps of a run.
+    """Goes through the steps of a run; as a context, saves the last whole step whatever error ends the run.
 
     Args:
         config: options of the script.
@@ -59,11 +63,23 @@ class Course:
     ) -> None:
         self.folder, self.log, self.processes, self.model, self.state = folder, log, processes, model, state
         self.config, self.last = config, last
-        self.start = self.saved = found["step"] if found else 0
+        self.start = self.saved = self.tried = found["step"] if found else 0
+        self.whole: int | None = self.start  # the step that model and optimizer are at; None while they change
         self.skipped: int = found.get("skipped", 0) if found else 0
         self.failure, self.meter, self.stop = "", Meter(processes), stop or StopSignal()
         self.norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self.statistics = self.copy_statistics()
+
+    def __enter__(self) -> "Course":
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        """Save the last whole step where an error ends the run and that step was not saved or tried yet."""
+        self.log.close()
+        if error is not None and self.whole not in (None, self.tried):
+            self.restore_statistics()
+            self.save(self.whole)
+            self.log.say(self.kept(self.whole))
 
     def follow(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """Give each batch and its step, counted from 1; save after a step where that is due.
@@ -71,19 +87,50 @@ class Course:
         Raises:
             Stop: if a signal has come, when the step is saved; if the last checkpoint could not be written.
         """
-        for step, batch in enumerate(batches, start=self.start + 1):
+        batches, step = iter(batches), self.start
+        while (batch := self.wait(batches, step)) is not None:
+            step += 1
             yield step, batch
             self.log.advance(step)
-            stopped = self.processes.any(self.stop.received is not None) and step < self.last
-            if step % self.config.save_every == 0 or step == self.last or stopped:
+            if step % self.config.save_every == 0 or step == self.last:
                 self.save(step)
             inject_fault(step)
-            if stopped:
-                self.log.close()
-                kept = "which is saved" if self.saved == step else f"only step {self.saved} is saved ({self.failure})"
-                raise Stop(f"stopped after step {step} of {self.last}, {kept}: add --resume to go on", self.stop.exit_code)
         if self.failure:
             raise Stop(f"the end is not saved, only step {self.saved} is ({self.failure}): make room, add --resume", 1)
+
+    def wait(self, batches: Iterator[Batch], step: int) -> Batch | None:
+        """Give the batch after ``step``, None after the last.
+
+        Raises:
+            Stop: in all processes, if a signal has come to one or one cannot load, when the step is saved.
+        """
+        batch, error = None, None
+        self.stop.interruptible = True
+        try:
+            batch = next(batches, None)
+            self.stop.interruptible = False
+        except (Exception, KeyboardInterrupt) as caught:
+            error, self.stop.interruptible = caught, False
+        if step == self.last or not self.processes.any(error is not None or self.stop.received is not None):
+            return batch
+        if step != self.tried:
+            self.save(step)
+        reason = None if error is None else f"{type(error).__name__}: {error}"
+        ends = self.processes.gather((self.stop.received, reason))  # the others wait here for the save
+        self.log.close()
+        for number in (number for number, _ in ends if number is not None):
+            where = f"after step {step} of {self.last}; {self.kept(step)}" if step else "before the first step"
+            raise Stop(f"stopped {where}", 128 + number) from error
+        if step:
+            self.log.say(self.kept(step))
+        if error is not None:
+            raise error
+        raise Stop(f"another process of this run has ended: {next(reason for _, reason in ends if reason)}", 1)
+
+    def kept(self, step: int) -> str:
+        """Tell what is saved of the run that ends after ``step``."""
+        saved = f"step {step} is saved" if self.saved == step else f"only step {self.saved} is saved ({self.failure})"
+        return f"{saved}: add --resume to go on"
 
     def accepts(self, step: int, losses: Mapping[str, Tensor], images: Callable[[], Sequence[str]]) -> bool:
         """Tell whether the optimizer may take this step: losses and gradients are finite in all processes.
@@ -103,7 +150,7 @@ class Course:
         finite = numbers.isfinite().tolist()  # the one wait for the device in a step
         if not self.processes.any(not all(finite)):
             self.meter.add(losses)
-            self.statistics = self.copy_statistics()
+            self.statistics, self.whole = self.copy_statistics(), None
             return True
         self.restore_statistics()
         wrong = [name for name, good in zip(losses, finite, strict=False) if not good]
@@ -111,9 +158,7 @@ class Course:
         parts = [f"{names[0]} in process {rank}" for rank, (names, _) in enumerate(found) if names] or ["the gradient"]
         problem = f"step {step}: {', '.join(parts)} is not finite"
         listed = [name for names, batch in found for name in (batch if names or parts == ["the gradient"] else [])]
-        if self.processes.rank == 0:
-            with (self.folder / "nonfinite.txt").open("a") as file:
-                file.write("".join(f"{line}\n" for line in (problem, *(f"  {name!r}" for name in listed))))
+        self.log.append("nonfinite.txt", "\n".join((problem, *(f"  {name!r}" for name in listed))))
         self.skipped += 1
         if self.skipped <= self.config.skip_nonfinite:
             self.log.say(f"warning: {problem}; left out, {self.skipped} of at most {self.config.skip_nonfinite}")
@@ -125,21 +170,24 @@ class Course:
         raise Stop(f"{problem}: {where}, step {self.saved} is saved; --skip-nonfinite N leaves out such batches", 1)
 
     def report(self, step: int, **numbers: float) -> None:
-        """Write these numbers, and the losses' means since the last time, to the log, where that is due."""
+        """Write these numbers, and the losses' means since the last time, to the log, where that is due: the step is done."""
+        self.whole = step
         if step % self.config.log_every == 0 or step == self.last:
             skipped = {"skipped": self.skipped} if self.skipped else {}
             self.log.write(step=step, **numbers, **self.meter.means(), **skipped)
 
     def save(self, step: int) -> None:
         """Write a checkpoint; where that fails, say so and go on."""
-        if self.processes.rank == 0:
-            try:
+        self.tried, self.stop.saving = step, True
+        try:
+            if self.processes.rank == 0:
                 save_checkpoint(self.folder, {**self.state(), "step": step, "skipped": self.skipped})
-            except SaveError as error:
-                self.failure = str(error)
-                self.log.say(f"warning: step {step} is not saved: {error}; the newest checkpoint is of step {self.saved}")
-                return
-        self.saved, self.failure = step, ""
+            self.saved, self.failure = step, ""
+        except SaveError as error:
+            self.failure = str(error)
+            self.log.say(f"warning: step {step} is not saved: {error}; the newest checkpoint is of step {self.saved}")
+        finally:
+            self.stop.saving = False
 
     def copy_statistics(self) -> list[list[Tensor]]:
         """Copy what a forward pass changes: the running statistics of batch normalisation."""
@@ -153,24 +201,35 @@ class Course:
 
 
 class StopSignal:
-    """Catches SIGINT, SIGTERM and SIGUSR1, so that a run can finish its step and save; a second signal ends it at once."""
+    """Catches SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that a run can finish its step and save.
+
+    A repeat within `PATIENCE` seconds, or during a save, is the same signal: torchrun passes on what its processes have
+    received already. A later one ends the run at once.
+
+    Attributes:
+        received: the first signal.
+        interruptible: whether a signal may cut short what goes on, such as a wait for images, after `PATIENCE` seconds.
+        saving: whether a checkpoint is being written.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.since, self.interruptible, self.saving = 0.0, True, False
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            if number != signal.SIGHUP or BEFORE[number] != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._receive)
+        signal.signal(signal.SIGALRM, self._interrupt)
 
     def _receive(self, number: int, _: object) -> None:
-        if self.received is not None:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            os._exit(128 + number)
-        self.received = number
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        elif time.monotonic() > self.since + PATIENCE and not self.saving:
+            end_process(128 + number)
 
-    @property
-    def exit_code(self) -> int:
-        """The exit code of a program that this signal ended; that of SIGTERM where another process received it."""
-        return 128 + (self.received or signal.SIGTERM)
+    def _interrupt(self, *_: object) -> None:
+        if self.received is not None and self.interruptible:
+            raise KeyboardInterrupt(self.received)
 
 
 class Meter:
@@ -199,13 +258,15 @@ class Meter:
 def inject_fault(step: int) -> None:
     """Do what ``MVMAE_FAULT`` says, which is how tests cut a run, in its first start under torchrun.
 
-    ``kill@STEP``, ``raise@STEP``, ``exit@STEP``, or ``slow`` for time to send a signal.
+    ``kill@STEP``, ``raise@STEP``, ``exit@STEP``, ``long@STEP``, or ``slow`` for time to send a signal.
     """
     name, _, when = os.environ.get("MVMAE_FAULT", "").partition("@")
     if name == "slow":
         time.sleep(0.3)
     if when != str(step) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
+    if name == "long":
+        time.sleep(60)
     if name == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "raise":

@@ -200,22 +200,22 @@ def fit(
     course = Course(config, folder, log, processes, model, content, state, last=last)
     model.train()
     trained = parallel(model, processes)
-    for step, (keys, batch) in course.follow(zip(sampler, loader, strict=True)):
-        torch.manual_seed(sample_seed(config.seed, -2, step, processes.rank))  # for drop path and the sampling of regions
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * group["lr_scale"] * lr_factor(step - 1, config)
-        with autocast(config.precision, processes.device):
-            parts = losses(trained, batch)
-            loss = torch.stack(list(parts.values())).sum()
-        loss.backward()
-        if course.accepts(step, {"loss": loss, **parts}, partial(names, dataset, keys)):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        course.report(step, lr=config.lr * lr_factor(step - 1, config))
+    with course:
+        for step, (keys, batch) in course.follow(zip(sampler, loader, strict=True)):
+            torch.manual_seed(sample_seed(config.seed, -2, step, processes.rank))  # for drop path and the sampling of regions
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * group["lr_scale"] * lr_factor(step - 1, config)
+            with autocast(config.precision, processes.device):
+                parts = losses(trained, batch)
+                loss = torch.stack(list(parts.values())).sum()
+            loss.backward()
+            if course.accepts(step, {"loss": loss, **parts}, partial(names, dataset, keys)):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            course.report(step, lr=config.lr * lr_factor(step - 1, config))
     if first:
         drawn = {name: None for record in log.records() for name in record if name not in ("step", "epoch")}
         draw_curves(folder / "curves.png", log.records(), drawn)
-    log.close()
 
 
 def data_folder(config: DenseConfig, processes: Processes) -> Path:

@@ -48,7 +48,7 @@ from torch import nn
 
 from mvmae.data import StepSampler, sample_seed
 from mvmae.hub import describe
-from mvmae.loading import Loader, explain_loader_error
+from mvmae.loading import Loader
 from mvmae.pretrained import check_weights
 
 
@@ -290,13 +290,9 @@ def finish(run: FineTuning, start: float) -> None:
 def main(config: Config) -> None:
     """Set up, train, write the result."""
     start, run = time.monotonic(), FineTuning(config)
-    try:
+    with run.course:
         train(run)
-        finish(run, start)
-    except RuntimeError as error:
-        if reason := explain_loader_error(error):
-            raise Stop(reason, 1) from error
-        raise
+    finish(run, start)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from checkpoint import open_run, write_text
 from common import (
     Log,
     Processes,
-    Stop,
     autocast,
     cosine_schedule,
     option,
@@ -47,7 +46,6 @@ from plots import draw_curves
 from torch import Tensor, nn
 
 from mvmae.data import StepSampler
-from mvmae.loading import explain_loader_error
 from mvmae.pretrained import check_weights
 
 
@@ -191,6 +189,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
     state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, first=processes.rank == 0)
     torch.manual_seed(config.seed)
+    stop.interruptible = True  # a signal may cut the extraction of features
     model = frozen.freeze(models.load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
     transform = Seeded(model, config.image_size)
     loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
@@ -220,8 +219,8 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
 
     course = Course(config, folder, log, processes, probe, content, state, last=sampler.num_steps, stop=stop)
     features = batches(config, model, sampler, data, train_set if config.cached else None, processes)
-    train(config, probe, optimizer, features, sampler, val, processes, course)
-    log.close()
+    with course:
+        train(config, probe, optimizer, features, sampler, val, processes, course)
     scores = evaluate(probe, *val)
     best = max(scores, key=lambda head: scores[head]["top1"])
     kind, _, number = best.rpartition("_")
@@ -249,12 +248,7 @@ def main(config: Config) -> None:
     """Measure every model, then write and print the table."""
     processes, folder, stop = start_processes(config.device), Path(config.output_dir), StopSignal()
     data = labelled.open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
-    try:
-        results = [probe_model(config, name, data, processes, stop) for name in config.models]
-    except RuntimeError as error:
-        if reason := explain_loader_error(error):
-            raise Stop(reason, 1) from error
-        raise
+    results = [probe_model(config, name, data, processes, stop) for name in config.models]
     if processes.rank == 0:
         text = frozen.table(results)
         write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")

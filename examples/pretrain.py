@@ -45,7 +45,7 @@ import mvmae
 from mvmae.data import MultiViewDataset, StepSampler, sample_seed
 from mvmae.hub import describe, export
 from mvmae.images import MAX_PIXELS
-from mvmae.loading import Loader, explain_loader_error, make_loader
+from mvmae.loading import Loader, make_loader
 from mvmae.metrics import collapse_warning
 from mvmae.pretrained import check_weights
 from mvmae.sources import open_images
@@ -357,12 +357,8 @@ def finish(run: Pretraining, views: Tensor) -> None:
 def main(config: Config) -> None:
     """Set up, train, look at the result."""
     run = Pretraining(config)
-    try:
+    with run.course:
         views = train(run)
-    except RuntimeError as error:
-        if reason := explain_loader_error(error):
-            raise Stop(reason, 1) from error
-        raise
     if run.first:
         finish(run, views)
 

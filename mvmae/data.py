@@ -5,6 +5,7 @@ depend on (seed, epoch, index) alone, which images a step holds on (seed, step) 
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from .images import ImageError, ImageLike
 
 Key = tuple[int, int]
 _MAX_TRIES = 10
+_PAUSES = (0.1, 0.4, 1.0, 2.0)
+"""Seconds to wait for a file system that fails, such as a share that is away for a moment, before an image counts as bad."""
 
 
 class DataError(RuntimeError):
@@ -55,7 +58,8 @@ def sample_seed(*numbers: int) -> int:
 class MultiViewDataset(Dataset[Sample]):
     """The views of image `index` in epoch `epoch`, from the key (epoch, index).
 
-    A bad image's place is taken by another one that depends on (seed, epoch, index) too.
+    A bad image's place is taken by another one that depends on (seed, epoch, index) too. Where the file system or the memory
+    fails, an image is tried again for some seconds before it counts as bad.
 
     Args:
         source: The images.
@@ -82,23 +86,39 @@ class MultiViewDataset(Dataset[Sample]):
         """
         epoch, index = key
         bad: list[Bad] = []
+        pauses = iter(_PAUSES)
         for attempt in range(_MAX_TRIES):
             chosen = index if attempt == 0 else sample_seed(self.seed, epoch, index, attempt) % len(self.source)
-            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, chosen))
             try:
-                return Sample(self.transform(self._image(chosen), generator=generator), chosen, bad)
+                return Sample(self._views(epoch, chosen, pauses), chosen, bad)
             except ImageError as error:
                 bad.append(Bad(self.source.name(chosen), error.reason))
         last = f"the last was {bad[-1].name!r}: {bad[-1].reason}"
         raise DataError(f"{_MAX_TRIES} images in a row cannot be used; {last}")
+
+    def _views(self, epoch: int, index: int, pauses: Iterator[float]) -> Tensor:
+        while True:
+            try:
+                return self.transform(self._image(index), generator=_generator(self.seed, epoch, index))
+            except ImageError as error:
+                pause = next(pauses, None) if _may_pass(error) else None
+                if pause is None:
+                    raise
+            time.sleep(pause)
 
     def _image(self, index: int) -> ImageLike:
         try:
             return self.source[index][0]
         except ImageError:
             raise
-        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:  # a data set that opens by itself
+        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, MemoryError) as error:  # it may open by itself
             raise ImageError(self.source.name(index), f"{type(error).__name__}: {error}") from error
+
+
+def _may_pass(error: ImageError) -> bool:
+    """Whether the system has failed, which has numbers for its errors, rather than the image itself, as Pillow tells it."""
+    cause = error.__cause__
+    return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
 
 
 class StepSampler(Sampler[list[Key]]):

@@ -239,6 +239,52 @@ def test_files_that_change_after_the_scan_are_bad_images(tmp_path, fault):
     assert len(list(loading)) == 2 and [*loading.bad] == [str(victim)]
 
 
+def test_f53_a_folder_that_is_away_for_a_moment_makes_no_bad_image(tmp_path, monkeypatch):
+    folder, away = tmp_path / "images", tmp_path / "away"
+    folder.mkdir()
+    for i in range(12):
+        Image.fromarray(Arrays().image(i)).save(folder / f"{i}.png")
+    whole = stacked(loader(open_images(folder)))
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if sum(pauses) > 2:
+            away.rename(folder)
+
+    monkeypatch.setattr(data.time, "sleep", pause)
+    loading = loader(open_images(folder))
+    folder.rename(away)
+    assert all(map(torch.equal, stacked(loading), whole)) and loading.bad == {} and sum(pauses) > 2
+
+
+def test_f53_a_file_that_stays_away_and_a_damaged_one_cost_no_more_than_they_must(tmp_path, monkeypatch):
+    for i in range(6):
+        Image.fromarray(Arrays().image(i)).save(tmp_path / f"{i}.png")
+    source, pauses = open_images(tmp_path), []
+    monkeypatch.setattr(data.time, "sleep", pauses.append)
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:-99])
+    assert len(list(loader(source, batch=6, num_steps=1))) == 1 and pauses == []
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="10 images in a row cannot be used"):
+        list(loader(source, batch=6, num_steps=1))
+    assert 2 < sum(pauses) < 5
+
+
+def test_f53_memory_that_lacks_for_a_moment_makes_no_bad_image(monkeypatch):
+    asked = []
+
+    def hook(index):
+        asked.append(index)
+        if len(asked) == 2:
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    loading = loader(Arrays(hook=hook))
+    assert all(map(torch.equal, stacked(loading), stacked(loader(Arrays())))) and loading.bad == {}
+
+
 def test_errors_of_a_users_data_set_are_bad_images_and_bugs_are_not():
     def hook(index):
         if index == 3:
