@@ -1,16 +1,19 @@
 """The steps of a run, whatever it trains: what is logged and saved, what ends it, and that only finite numbers count."""
 
+import math
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from checkpoint import SaveError, save_checkpoint
+from checkpoint import NotFinite, SaveError, machine, save_checkpoint
 from common import Log, Processes, Stop
+from snapshot import to_host
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,6 +28,8 @@ class Settings(Protocol):
     def log_every(self) -> int: ...
     @property
     def save_every(self) -> int: ...
+    @property
+    def save_minutes(self) -> float: ...
     @property
     def skip_nonfinite(self) -> int: ...
 
@@ -62,6 +67,9 @@ class Course:
         self.start = self.saved = found["step"] if found else 0
         self.skipped: int = found.get("skipped", 0) if found else 0
         self.failure, self.meter, self.stop = "", Meter(processes), stop or StopSignal()
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: tuple[int, Future[None]] | None = None
+        self.save_time = time.monotonic()
         self.norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self.statistics = self.copy_statistics()
 
@@ -75,15 +83,20 @@ class Course:
             yield step, batch
             self.log.advance(step)
             stopped = self.processes.any(self.stop.received is not None) and step < self.last
-            if step % self.config.save_every == 0 or step == self.last or stopped:
+            self.settle()
+            if step == self.last or stopped:
                 self.save(step)
+            elif step % self.config.save_every == 0 or self.minutes() >= (self.config.save_minutes or math.inf):
+                self.save(step, wait=False)
+            if "MVMAE_FAULT" in os.environ:  # tests expect that what is due is saved when they cut the run
+                self.settle(wait=True)
             inject_fault(step)
             if stopped:
                 self.log.close()
                 kept = "which is saved" if self.saved == step else f"only step {self.saved} is saved ({self.failure})"
                 raise Stop(f"stopped after step {step} of {self.last}, {kept}: add --resume to go on", self.stop.exit_code)
         if self.failure:
-            raise Stop(f"the end is not saved, only step {self.saved} is ({self.failure}): make room, add --resume", 1)
+            raise Stop(f"the end is not saved, only step {self.saved} is ({self.failure}): add --resume after that", 1)
 
     def accepts(self, step: int, losses: Mapping[str, Tensor], images: Callable[[], Sequence[str]]) -> bool:
         """Tell whether the optimizer may take this step: losses and gradients are finite in all processes.
@@ -130,16 +143,48 @@ class Course:
             skipped = {"skipped": self.skipped} if self.skipped else {}
             self.log.write(step=step, **numbers, **self.meter.means(), **skipped)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint; where that fails, say so and go on."""
-        if self.processes.rank == 0:
-            try:
-                save_checkpoint(self.folder, {**self.state(), "step": step, "skipped": self.skipped})
-            except SaveError as error:
-                self.failure = str(error)
-                self.log.say(f"warning: step {step} is not saved: {error}; the newest checkpoint is of step {self.saved}")
-                return
-        self.saved, self.failure = step, ""
+    def save(self, step: int, *, wait: bool = True) -> None:
+        """Write a checkpoint of the state as it is now; where that fails, say so and go on.
+
+        Args:
+            step: the last that the state holds.
+            wait: until it is written; else it is written beside the next steps, and `settle` tells how that has ended.
+
+        Raises:
+            Stop: if the state holds NaN or infinity.
+        """
+        self.save_time = time.monotonic()
+        if self.processes.rank != 0:
+            self.saved, self.failure = step, ""
+            return
+        self.settle(wait=True)
+        state = to_host({**self.state(), "step": step, "skipped": self.skipped, "machine": machine(self.processes)})
+        self.writing = step, self.writer.submit(save_checkpoint, self.folder, state)
+        self.settle(wait=wait)
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Take note of how the write under way has ended, if there is one and it has, or once it has.
+
+        Raises:
+            Stop: if the state holds NaN or infinity.
+        """
+        if self.writing is None or not (wait or self.writing[1].done()):
+            return
+        (step, written), self.writing = self.writing, None
+        try:
+            written.result()
+        except NotFinite as error:
+            kept = f"step {self.saved} is saved" if self.saved else "nothing is saved"
+            raise Stop(f"{error}: {kept}; start again with a lower learning rate or --clip-grad", 1) from error
+        except SaveError as error:
+            self.failure = str(error)
+            self.log.say(f"warning: step {step} is not saved: {error}; the newest checkpoint is of step {self.saved}")
+        else:
+            self.saved, self.failure = step, ""
+
+    def minutes(self) -> float:
+        """Give the minutes since the last checkpoint was begun."""
+        return (time.monotonic() - self.save_time) / 60
 
     def copy_statistics(self) -> list[list[Tensor]]:
         """Copy what a forward pass changes: the running statistics of batch normalisation."""
