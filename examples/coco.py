@@ -56,7 +56,8 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         name = next((name for name in NAMES[split] if (root / f"annotations/instances_{name}.json").exists()), None)
         if name is None:
             raise FileNotFoundError(f"{root} holds no annotations/instances_{NAMES[split][0]}.json: COCO's layout is expected")
-        self.truth = read_coco(root / f"annotations/instances_{name}.json")
+        self.file = root / f"annotations/instances_{name}.json"
+        self.truth = read_coco(self.file)
         self.folder, self.side, self.scale, self.seed = root / name, side, scale, seed
         self.category_ids = sorted(self.truth.getCatIds())
         self.names = [category["name"] for category in self.truth.loadCats(self.category_ids)]

@@ -1,16 +1,19 @@
 """The steps of a run, whatever it trains: what is logged and saved, what ends it, and that only finite numbers count."""
 
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import torch
-from checkpoint import SaveError, save_checkpoint
+from checkpoint import NotFinite, SaveError, machine, save_checkpoint
 from common import Log, Processes, Stop, end_process
+from snapshot import to_host
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -29,6 +32,8 @@ class Settings(Protocol):
     def log_every(self) -> int: ...
     @property
     def save_every(self) -> int: ...
+    @property
+    def save_minutes(self) -> float: ...
     @property
     def skip_nonfinite(self) -> int: ...
 
@@ -67,6 +72,9 @@ class Course:
         self.whole: int | None = self.start  # the step that model and optimizer are at; None while they change
         self.skipped: int = found.get("skipped", 0) if found else 0
         self.failure, self.meter, self.stop = "", Meter(processes), stop or StopSignal()
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: tuple[int, Future[None]] | None = None
+        self.save_time = time.monotonic()
         self.norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self.statistics = self.copy_statistics()
 
@@ -80,6 +88,7 @@ class Course:
             self.restore_statistics()
             self.save(self.whole)
             self.log.say(self.kept(self.whole))
+        self.settle(wait=True)
 
     def follow(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """Give each batch and its step, counted from 1; save after a step where that is due.
@@ -92,11 +101,16 @@ class Course:
             step += 1
             yield step, batch
             self.log.advance(step)
-            if step % self.config.save_every == 0 or step == self.last:
+            self.settle()
+            if step == self.last:
                 self.save(step)
+            elif step % self.config.save_every == 0 or self.minutes() >= (self.config.save_minutes or math.inf):
+                self.save(step, wait=False)
+            if "MVMAE_FAULT" in os.environ:  # tests expect that what is due is saved when they cut the run
+                self.settle(wait=True)
             inject_fault(step)
         if self.failure:
-            raise Stop(f"the end is not saved, only step {self.saved} is ({self.failure}): make room, add --resume", 1)
+            raise Stop(f"the end is not saved, only step {self.saved} is ({self.failure}): add --resume after that", 1)
 
     def wait(self, batches: Iterator[Batch], step: int) -> Batch | None:
         """Give the batch after ``step``, None after the last.
@@ -113,8 +127,7 @@ class Course:
             error, self.stop.interruptible = caught, False
         if step == self.last or not self.processes.any(error is not None or self.stop.received is not None):
             return batch
-        if step != self.tried:
-            self.save(step)
+        self.save_once(step)
         reason = None if error is None else f"{type(error).__name__}: {error}"
         ends = self.processes.gather((self.stop.received, reason))  # the others wait here for the save
         self.log.close()
@@ -176,18 +189,56 @@ class Course:
             skipped = {"skipped": self.skipped} if self.skipped else {}
             self.log.write(step=step, **numbers, **self.meter.means(), **skipped)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint; where that fails, say so and go on."""
-        self.tried, self.stop.saving = step, True
-        try:
-            if self.processes.rank == 0:
-                save_checkpoint(self.folder, {**self.state(), "step": step, "skipped": self.skipped})
+    def save(self, step: int, *, wait: bool = True) -> None:
+        """Write a checkpoint of the state as it is now; where that fails, say so and go on.
+
+        Args:
+            step: the last that the state holds.
+            wait: until it is written; else it is written beside the next steps, and `settle` tells how that has ended.
+
+        Raises:
+            Stop: if the state holds NaN or infinity.
+        """
+        self.save_time, self.tried = time.monotonic(), step
+        if self.processes.rank != 0:
             self.saved, self.failure = step, ""
+            return
+        self.settle(wait=True)
+        state = to_host({**self.state(), "step": step, "skipped": self.skipped, "machine": machine(self.processes)})
+        self.writing = step, self.writer.submit(save_checkpoint, self.folder, state)
+        self.settle(wait=wait)
+
+    def save_once(self, step: int) -> None:
+        """Write a checkpoint, unless that was tried after this step already, and wait until it is written."""
+        if step != self.tried:
+            self.save(step)
+        self.settle(wait=True)
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Take note of how the write under way has ended, if there is one and it has, or once it has.
+
+        Raises:
+            Stop: if the state holds NaN or infinity.
+        """
+        if self.writing is None or not (wait or self.writing[1].done()):
+            return
+        step, written = self.writing
+        self.stop.saving = True
+        try:
+            written.result()
+            self.saved, self.failure = step, ""
+        except NotFinite as error:
+            kept = f"step {self.saved} is saved" if self.saved else "nothing is saved"
+            raise Stop(f"{error}: {kept}; start again with a lower learning rate or --clip-grad", 1) from error
         except SaveError as error:
             self.failure = str(error)
             self.log.say(f"warning: step {step} is not saved: {error}; the newest checkpoint is of step {self.saved}")
         finally:
-            self.stop.saving = False
+            self.writing, self.stop.saving = None, False
+
+    def minutes(self) -> float:
+        """Give the minutes since the last checkpoint was begun."""
+        return (time.monotonic() - self.save_time) / 60
 
     def copy_statistics(self) -> list[list[Tensor]]:
         """Copy what a forward pass changes: the running statistics of batch normalisation."""

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import load_checkpoint, open_run
+from checkpoint import load_checkpoint, open_run, same_everywhere
 from common import Log, Processes, Stop, autocast, option, parallel
 from course import Course
 from models import load_backbone
 from plots import draw_curves
 from shapes import write_toy
+from snapshot import restore
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,7 +27,7 @@ from torch.utils.data import default_collate
 from mvmae.data import Key, StepSampler, sample_seed
 from mvmae.dense import WindowedViT
 from mvmae.loading import NamedImages, make_loader
-from mvmae.pretrained import check_weights
+from mvmae.sources import FileSource
 
 REQUIRED = dataclasses.MISSING
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
@@ -41,6 +43,7 @@ class DenseConfig:
     arch: str = option("", "timm name of the model of a lone file of weights")
     model_args: str = option(REQUIRED, "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'")
     resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
+    other_data: bool = option(False, "go on with other images than the run began with, and say so")
     evaluate: bool = option(False, "only evaluate the newest checkpoint in the output folder")
     image_size: int = option(REQUIRED, "side of a training image in pixels")
     window_size: int = option(REQUIRED, "side of an attention window in patches; 0 for none")
@@ -62,7 +65,8 @@ class DenseConfig:
     workers: int = option(REQUIRED, "processes that load images, for each process that trains")
     skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
     max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
-    save_every: int = option(REQUIRED, "steps between checkpoints; the end is saved in any case")
+    save_every: int = option(REQUIRED, "most steps between checkpoints; the end is saved in any case")
+    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every")
     log_every: int = option(20, "steps between lines of the log")
     toy_images: int = option(600, "training images that toy draws; a sixth as many are held out")
     pictures: int = option(8, "images to draw the predictions of")
@@ -173,21 +177,19 @@ def fit(
     folder, first = Path(config.output_dir), processes.rank == 0
     if config.evaluate:
         state = load_checkpoint(folder)
+        same_everywhere(folder, state, processes)
         if state is None:
             raise Stop(f"--evaluate: {folder} holds no checkpoint")
-        check_weights(state["model"], model.state_dict(), source=folder)
-        model.load_state_dict(state["model"])
+        restore(state, folder, {"model": model})
         return
     optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr, fused=processes.device.type == "cuda")
     last = min(config.steps, config.max_steps or config.steps)
     where = {"rank": processes.rank, "world_size": processes.world_size}
     sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **where)
     settings = {**dataclasses.asdict(config), "images": images}
-    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, first=first)
+    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, processes=processes)
     if state:
-        check_weights(state["model"], model.state_dict(), source=folder)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(state, folder, {"model": model}, optimizer)
         sampler.start_step = state["step"]
     pinned = processes.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, collate=collate)
@@ -227,6 +229,12 @@ def data_folder(config: DenseConfig, processes: Processes) -> Path:
         write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
     processes.any(False)  # the others wait for the drawings
     return root
+
+
+def fingerprint(root: Path, *files: Iterable[str | Path]) -> str:
+    """Tell the data of a run from others by its files, wherever it lies."""
+    names = ([os.fsencode(os.path.relpath(file, root)) for file in part] for part in files)
+    return "+".join(FileSource(root, part).fingerprint for part in names)
 
 
 def gather(items: Iterable[Any], processes: Processes) -> list[Any]:

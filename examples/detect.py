@@ -23,7 +23,7 @@ import torch
 from checkpoint import write_text
 from coco import CocoData, evaluate, to_coco
 from common import Processes, Stop, autocast, option, run, start_processes
-from dense_training import REQUIRED, DenseConfig, build_trunk, data_folder, fit, gather
+from dense_training import REQUIRED, DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -246,8 +246,8 @@ def main(config: Config) -> None:
         raise Stop(f"{root}: the categories of the training and of the validation images differ")
     model, trunk = build_model(config, len(data.names))
     model.to(processes.device)
-    compute = partial(losses, device=processes.device)
-    fit(config, model, trunk, data, compute, processes, images=f"{len(data)} of {root}", collate=list)
+    compute, images = partial(losses, device=processes.device), fingerprint(root, map(data.name, range(len(data))), [data.file])
+    fit(config, model, trunk, data, compute, processes, images=images, collate=list)
     model.eval()
     detections = gather(detect(config, model, val, processes), processes)
     if processes.rank == 0:

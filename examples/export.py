@@ -78,6 +78,8 @@ def main(config: Config) -> None:
     """Read, write, check, upload."""
     source = Path(config.run)
     folder = Path(config.output_dir) if config.output_dir else source / "encoder"
+    if not config.output_dir and folder.is_symlink():
+        raise Stop(f"{folder} is a link, and what it points to could be overwritten: remove it, or give --output-dir")
     state = load_checkpoint(source)
     if state is None:
         raise Stop(f"{source} holds no checkpoint.pt: the folder of a run is expected")

@@ -79,7 +79,8 @@ class Monitor:
         if self.start is None:
             self.start = features
             return {}
-        start = self.start[: len(features)]
+        count = min(len(self.start), len(features))
+        start, features = self.start[:count], features[:count]
         return {"similarity": mean_cosine(start, features), "cka": linear_cka(start, features)}
 
     @torch.no_grad()
@@ -110,6 +111,7 @@ def report(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[
     """
     if "cka" in after:
         yield f"features against those of the starting weights: cosine {after['similarity']:.3f}, CKA {after['cka']:.3f}"
+    if "cka" in after and "effective_rank" in before:
         yield f"effective rank of the features: {before['effective_rank']:.1f} before, {after['effective_rank']:.1f} after"
     if "knn" in before and "knn" in after:
         yield f"k-NN accuracy on held-out images: {before['knn']:.1f} % before, {after['knn']:.1f} % after"

@@ -37,6 +37,7 @@ from inputs import names
 from labelled import Seeded, open_labelled
 from models import add_head, classified, load_backbone, save_classifier, starting_weights, told
 from plots import draw_curves
+from snapshot import restore
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.eva import Eva
@@ -49,7 +50,6 @@ from torch import nn
 from mvmae.data import StepSampler, sample_seed
 from mvmae.hub import describe
 from mvmae.loading import Loader
-from mvmae.pretrained import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Config:
     model: str = option(dataclasses.MISSING, "timm name, hf-hub:ID, run or export folder, file of weights; random: before it")
     output_dir: str = option("runs/finetune", "folder of the run")
     resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
+    other_data: bool = option(False, "go on with other images than the run began with, and say so")
     arch: str = option("", "timm name of the model of a lone file of weights")
     image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)")
     train_images: int = option(0, "most images to train on; 0 for all")
@@ -90,7 +91,8 @@ class Config:
     max_bad: int = option(100, "different images that may be unreadable before the run stops")
     skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
     max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
-    save_every: int = option(1000, "steps between checkpoints; the end is saved in any case")
+    save_every: int = option(10_000, "most steps between checkpoints; the end is saved in any case")
+    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every")
     eval_every: int = option(1, "epochs between validations")
     log_every: int = option(20, "steps between lines of the log")
 
@@ -188,14 +190,11 @@ class FineTuning:
 
     def resume_or_start(self) -> None:
         """Take everything back from the newest checkpoint."""
-        state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, first=self.first)
+        state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, processes=self.processes)
         if state:
-            check_weights(state["model"], self.model.state_dict(), source=self.folder)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            modules = {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
+            restore(state, self.folder, modules, self.optimizer, {"best": self.best})
             self.sampler.start_step, self.best = state["step"], state["best"]
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["ema"])
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
         self.log.say(told(self.start))
         self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}")

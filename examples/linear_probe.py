@@ -43,10 +43,10 @@ from frozen import Features, Probe
 from inputs import names
 from labelled import Labelled, Seeded
 from plots import draw_curves
+from snapshot import restore
 from torch import Tensor, nn
 
 from mvmae.data import StepSampler
-from mvmae.pretrained import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Config:
     models: tuple[str, ...] = option(dataclasses.MISSING, "timm names, hf-hub:ID, run or export folders, files of weights")
     output_dir: str = option("runs/linear-probe", "folder for the results, with a folder for each model")
     resume: bool = option(False, "go on from the newest checkpoints in the output folder, if there are any")
+    other_data: bool = option(False, "go on with other images than the run began with, and say so")
     arch: str = option("", "timm name of the model of a lone file of weights")
     image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)")
     train_images: int = option(0, "most images to train on; 0 for all")
@@ -78,7 +79,8 @@ class Config:
     max_bad: int = option(100, "different images that may be unreadable before the run stops")
     skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
     max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
-    save_every: int = option(1000, "steps between checkpoints; the end is saved in any case")
+    save_every: int = option(1000, "most steps between checkpoints; the end is saved in any case")
+    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every")
     log_every: int = option(50, "steps between lines of the log")
 
 
@@ -187,7 +189,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     """Measure one model, in a folder of its own, and give its results."""
     folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
     settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
-    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, first=processes.rank == 0)
+    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, processes=processes)
     torch.manual_seed(config.seed)
     stop.interruptible = True  # a signal may cut the extraction of features
     model = frozen.freeze(models.load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
@@ -207,9 +209,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     steps = config.epochs * sampler.steps_per_epoch
     sampler.num_steps = min(steps, config.max_steps or steps)
     if state:
-        check_weights(state["probe"], probe.state_dict(), source=folder)
-        probe.load_state_dict(state["probe"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(state, folder, {"probe": probe}, optimizer)
         sampler.start_step = state["step"]
     log = Log(folder, processes.rank, sampler.num_steps, sampler.start_step)
     log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}")

@@ -37,6 +37,7 @@ from features import MONITORED, Monitor, report
 from inputs import augmented, channel_statistics, names, repeated
 from models import starting_weights, told
 from plots import draw_curves
+from snapshot import restore
 from starting import Freeze, parameter_groups, start_encoder
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -47,7 +48,6 @@ from mvmae.hub import describe, export
 from mvmae.images import MAX_PIXELS
 from mvmae.loading import Loader, make_loader
 from mvmae.metrics import collapse_warning
-from mvmae.pretrained import check_weights
 from mvmae.sources import open_images
 from mvmae.visualize import reconstruction_picture
 
@@ -57,6 +57,7 @@ class Config:
     data: str = option(dataclasses.MISSING, "images: a folder, a list of paths (.txt), or sample")
     output_dir: str = option("runs/pretrain", "folder of the run")
     resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
+    other_data: bool = option(False, "go on with other images than the run began with, and say so")
     encoder: str = option(
         "mvmae_vit_base_patch16", "plain ViT of timm (paper: ViT-B/16), hf-hub:ID, folder of a run or export, file"
     )
@@ -105,7 +106,8 @@ class Config:
     max_bad: int = option(100, "different images that may be unreadable before the run stops")
     skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
     max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
-    save_every: int = option(1000, "steps between checkpoints; the end is saved in any case")
+    save_every: int = option(100_000, "most steps between checkpoints; the end is saved in any case")
+    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every")
     log_every: int = option(20, "steps between lines of the log")
     monitor: int = option(100, "epochs between looks at the features of held-out images; 0 for none but first and last")
     monitor_images: int = option(5000, "most images of a first and last look, with k-NN where data has labels; 0 for no look")
@@ -236,11 +238,11 @@ class Pretraining:
 
     def resume_or_start(self) -> None:
         """Take everything back from the newest checkpoint, or look at the encoder as it is before."""
-        state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, first=self.first)
+        state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, processes=self.processes)
         if state:
-            check_weights(state["model"], self.model.state_dict(), source=self.folder)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            followed = torch.empty(0, self.model.encoder.embed_dim) if state.get("start_features") is not None else None
+            also: dict[str, Any] = {"before": {}, "start_features": followed}
+            restore(state, self.folder, {"model": self.model}, self.optimizer, also)
             self.sampler.start_step = state["step"]
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
         listed = f"{len(self.source)} images, listed in {self.listing:.1f} s"

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from checkpoint import write_text
 from common import Processes, autocast, normalize, option, run, start_processes
-from dense_training import DenseConfig, build_trunk, data_folder, fit, gather
+from dense_training import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from label_maps import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
 from PIL import Image
 from torch import Tensor, nn
@@ -206,7 +206,7 @@ def main(config: Config) -> None:
         return normalize(images.to(processes.device, non_blocking=True), mean, std)
 
     compute = partial(losses, prepare=prepare, aux_weight=config.aux_weight)
-    fit(config, model, model.backbone.trunk, data, compute, processes, images=f"{len(data)} of {root}")
+    fit(config, model, model.backbone.trunk, data, compute, processes, images=fingerprint(root, data.images, data.labels))
     model.eval()
     counts = evaluate(config, model, val, prepare, processes)
     if processes.rank == 0:

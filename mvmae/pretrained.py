@@ -222,8 +222,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    part.touch(exist_ok=False)  # a new file, so that no link is followed, with the mode that the user's files have
+    mode = part.stat().st_mode
     try:
         write(part)
+        part.chmod(mode)  # safetensors makes one that only its owner may read
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)

@@ -54,11 +54,6 @@ class DatasetSource(ImageSource):
         """The data set's type and the image's number."""
         return f"{type(self._dataset).__name__}[{index}]"
 
-    @property
-    def fingerprint(self) -> str:
-        """Count and type: what can be known without reading every image."""
-        return f"{self._size}-{type(self._dataset).__name__}"
-
 
 class RepeatedSource(ImageSource):
     """Every image several times, for a few huge ones: each time it is cropped anew.

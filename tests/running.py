@@ -57,8 +57,8 @@ def run_script(script, *arguments, folder, env=None, timeout=120, patch=None):
     return Started(script, arguments, folder, env, patch=patch).finish(timeout)
 
 
-def run_processes(script, *arguments, folder, count=2, timeout=180, envs=()):
-    """Run a script as torchrun would, in ``count`` processes that find each other on this machine."""
+def run_processes(script, *arguments, folder, count=2, timeout=180, envs=(), folders=()):
+    """Run a script as torchrun would, in ``count`` processes that find each other on this machine, each in its folder."""
     import socket
 
     with socket.socket() as probe:
@@ -69,7 +69,7 @@ def run_processes(script, *arguments, folder, count=2, timeout=180, envs=()):
     for rank in range(count):
         own = envs[rank] if envs else {}
         env = {key: str(value) for key, value in {**group, **own, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        started.append(Started(script, arguments, folder, env))
+        started.append(Started(script, arguments, folders[rank] if folders else folder, env))
     return [process.finish(timeout) for process in started]
 
 

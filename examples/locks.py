@@ -1,0 +1,93 @@
+"""A run's folder: made, locked against other runs, and kept so where somebody deletes it or its lock."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from common import Stop
+
+_held: dict[Path, tuple[int, int]] = {}  # the open folder and the open lock file of each run of this process
+
+
+def take(folder: Path, replaced: Collection[str] = ()) -> None:
+    """Make a run's folder and lock it.
+
+    Args:
+        folder: the run's.
+        replaced: names in it that may be links: a file of a run is put in their place, and never written through them.
+
+    Raises:
+        Stop: if it cannot be written to, is in use, or holds a link that could be written through.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if path.is_symlink() and path.name not in replaced:
+                raise Stop(f"{path} is a link, and what it points to could be overwritten: remove it")
+        lock(folder)
+    except OSError as error:
+        raise Stop(f"cannot write to the output folder {folder}: {error.strerror}") from error
+
+
+def lock(folder: Path) -> None:
+    """Keep other runs out of a folder while this process lives; the lock ends with the process, however that ends.
+
+    Both the folder is locked, which deleting ``.lock`` does not undo, and ``.lock``, which other machines see.
+
+    Raises:
+        Stop: if another process holds it, with its number and its machine.
+        OSError: if ``.lock`` cannot be written.
+    """
+    _close(_held.pop(folder, ()))
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    _held[folder] = os.open(folder, os.O_RDONLY), file
+    for lock_one, descriptor in zip((fcntl.flock, fcntl.lockf), _held[folder], strict=True):
+        try:
+            lock_one(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            holder = os.pread(file, 500, 0).decode(errors="replace").strip() or "another process"
+            _close(_held.pop(folder))
+            raise Stop(f"{folder} is in use by {holder}: choose another --output-dir") from error
+        except OSError as error:
+            if descriptor == file:
+                unguarded = f"the file system of {folder} refuses locks ({error.strerror}): start no second run in it"
+                print(f"warning: {unguarded}", file=sys.stderr, flush=True)
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+
+def keep(folder: Path) -> None:
+    """Make a folder that this process has locked, and its lock, again where they were deleted.
+
+    Raises:
+        Stop: if another run has taken the folder meanwhile.
+        OSError: if it cannot be made.
+    """
+    if (held := _held.get(folder)) is None:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        if all(map(os.path.samestat, map(os.fstat, held), map(os.stat, (folder, folder / ".lock")))):
+            return
+    if not folder.exists():
+        print(f"warning: {folder} was deleted and is made again", file=sys.stderr, flush=True)
+        folder.mkdir(parents=True)
+    lock(folder)
+
+
+def _close(descriptors: Collection[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _let_go() -> None:
+    """Close in a loading process what it inherits: it may outlive this process, whose lock ends with this process alone."""
+    for descriptors in _held.values():
+        _close(descriptors)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
