@@ -94,6 +94,7 @@ def main(config: Config) -> None:
         label_names=state.get("label_names"),
         license=license,
         started_from=started_from,
+        background=state.get("settings", {}).get("background", "white"),
     )
     check(model, folder)
     for name in ("curves.png", "reconstructions.png"):

@@ -1,6 +1,7 @@
 """Any model by name: with its weights or without, with a head or without, and written so that timm loads it."""
 
 import copy
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -8,14 +9,15 @@ from typing import Any
 
 import timm
 import torch
-from common import Stop, create_encoder
+from common import Config, Stop, create_encoder
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mvmae.encoders import checkpoint_filter
 from mvmae.hub import export
-from mvmae.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, read_weights
+from mvmae.images import colour
+from mvmae.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_weights
 
 
 def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: Any) -> nn.Module:
@@ -71,6 +73,27 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
     return name, None
 
 
+def with_background(config: Config, name: str, arch: str = "") -> Config:
+    """Return the options of a script with the background that its user chose, else the model's own, else white.
+
+    Args:
+        config: with ``background``, empty where the user chose none.
+        name: as `load_backbone` takes it.
+        arch: likewise.
+
+    Raises:
+        Stop: if there is no such file or folder.
+        ValueError: if it is not a colour.
+    """
+    wanted = name.removeprefix("random:")
+    file = locate(wanted, CONFIG_FILE) if wanted.startswith("hf-hub:") else find_weights(wanted, arch)[1]
+    described = file and file.with_name(CONFIG_FILE)
+    own = json.loads(described.read_text()).get("background") if described and described.is_file() else None
+    chosen: str = config.background or own or "white"  # type: ignore[attr-defined]
+    colour(chosen)
+    return dataclasses.replace(config, background=chosen)  # type: ignore[type-var]
+
+
 def _is_export(folder: Path) -> bool:
     file = folder / CONFIG_FILE
     return file.is_file() and "architecture" in json.loads(file.read_text())
@@ -112,9 +135,10 @@ def add_head(model: Any, num_classes: int, *, std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
-def save_classifier(model: nn.Module, folder: Path, class_names: tuple[str, ...]) -> None:
-    """Write a model with its head and the names of its classes, for ``timm.create_model("local-dir:FOLDER")``."""
+def save_classifier(model: nn.Module, folder: Path, class_names: tuple[str, ...], background: str = "white") -> None:
+    """Write a model with head, class names and background, for ``timm.create_model("local-dir:FOLDER")``."""
     if isinstance(model, VisionTransformer | Eva):
-        export(model, folder, label_names=class_names)
+        export(model, folder, label_names=class_names, background=background)
     else:
-        timm.models.save_for_hf(model, str(folder), model_config={"label_names": list(class_names)}, safe_serialization=True)
+        config = {"label_names": list(class_names), "background": background}
+        timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)

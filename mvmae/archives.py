@@ -85,7 +85,10 @@ class TarSource(ImageSource):
         size = 0 if compressed else path.stat().st_size
         try:
             opener: Any = gzip.open if compressed else open  # which unpacks a little at a time, unlike tarfile itself
-            with opener(path, "rb") as file, tarfile.open(fileobj=file, mode="r|" if compressed else "r:", tarinfo=_Header) as tar:
+            with (
+                opener(path, "rb") as file,
+                tarfile.open(fileobj=file, mode="r|" if compressed else "r:", tarinfo=_Header) as tar,
+            ):
                 for member in tar:
                     tar.members.clear()  # type: ignore[attr-defined]  # or tarfile keeps all it has met
                     if compressed:

@@ -83,6 +83,7 @@ def export(
     label_names: Sequence[str] | None = None,
     license: str | None = None,
     started_from: Mapping[str, str] | None = None,
+    background: str = "white",
 ) -> Path:
     """Write a model for everyone: ``config.json`` and ``model.safetensors`` hold its encoder as a plain ViT of timm.
 
@@ -100,6 +101,7 @@ def export(
         license: of the weights, as the Hub spells it, such as ``apache-2.0``; that of the weights it started from where None.
         started_from: ``weights`` (a name) and ``license`` of what the training started from, if not from nothing, and ``repo``
             on the Hub if known; the card says so, and a warning where the licence does not let everybody use them.
+        background: colour that transparent pixels were laid on, for those who use it.
 
     Returns:
         The folder.
@@ -116,6 +118,7 @@ def export(
     config = _timm_config(
         vit, mean, std, {"interpolation": interpolation, "crop_pct": crop_pct, "license": license}, label_names
     )
+    config["background"] = background
     if started_from:
         config["started_from"] = dict(started_from)
     if isinstance(model, MultiViewMAE):

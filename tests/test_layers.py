@@ -27,7 +27,7 @@ LAYERS = {
     "views": ("images pixels", "torch numpy PIL", ""),
     "folders": ("images", "numpy", ""),
     "archives": ("limits images pixels folders", "numpy", "pyarrow"),
-    "sample": ("folders images pixels", "numpy PIL", "skimage"),
+    "sample": ("folders images pixels", "numpy", "skimage"),
     "sources": ("images folders archives sample", "torch numpy timm", ""),
     "data": ("images folders", "torch", ""),
     "slots": ("", "torch", ""),
