@@ -29,6 +29,7 @@ from torchvision import transforms
 
 import mvmae
 from mvmae.data import MultiViewDataset, StepSampler
+from mvmae.images import FORMATS
 from mvmae.loading import make_loader
 from mvmae.sources import open_images
 
@@ -59,7 +60,7 @@ def photographs(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
     names = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
     paths = [folder / f"{size[0]}x{size[1]}-{i}.jpg" for i in range(count)]
     for i, path in enumerate(paths):
-        with Image.open(Path(skimage.__file__).parent / "data" / names[i % len(names)]) as image:
+        with Image.open(Path(skimage.__file__).parent / "data" / names[i % len(names)], formats=FORMATS) as image:
             image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
     return paths
 
@@ -83,7 +84,7 @@ class Naive(Dataset[Tensor]):
         """Give two views of a file."""
         views: list[Tensor] = []
         for _ in range(2):
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 views.append(self.transform(image.convert("RGB")))
         return torch.stack(views)
 
@@ -115,7 +116,7 @@ def measure_loader(config: Config, folder: Path) -> dict[str, Any]:
         }
         timed: dict[str, Callable[[], object]] = {"two decodes, torchvision": partial(load_all, naive.load, paths)}
         timed |= {way: partial(load_all, transform, paths) for way, transform in ways.items()}
-        timed["decode alone, pillow"] = partial(load_all, lambda path: Image.open(path).convert("RGB"), paths)
+        timed["decode alone, pillow"] = partial(load_all, lambda path: Image.open(path, formats=FORMATS).convert("RGB"), paths)
         results[name] = clock(timed, config.rounds, torch.device("cpu"), len(paths))
         show(f"loading {len(paths)} photographs of {name}, images/s in one process", results[name])
     return results

@@ -18,6 +18,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mvmae.data import sample_seed
+from mvmae.images import colour, open_image
 
 NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val")}
 METRICS = (
@@ -45,13 +46,21 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         side: training images are jittered into a square of this side, in pixels; 0 gives whole images.
         scale: range of the jitter.
         seed: of the jitter; it depends on (seed, epoch, index) alone.
+        background: colour behind transparent pixels.
 
     Raises:
         FileNotFoundError: if the annotations are not there.
     """
 
     def __init__(
-        self, root: Path, split: str, *, side: int = 0, scale: tuple[float, float] = (1.0, 1.0), seed: int = 0
+        self,
+        root: Path,
+        split: str,
+        *,
+        side: int = 0,
+        scale: tuple[float, float] = (1.0, 1.0),
+        seed: int = 0,
+        background: str = "white",
     ) -> None:
         name = next((name for name in NAMES[split] if (root / f"annotations/instances_{name}.json").exists()), None)
         if name is None:
@@ -59,6 +68,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.file = root / f"annotations/instances_{name}.json"
         self.truth = read_coco(self.file)
         self.folder, self.side, self.scale, self.seed = root / name, side, scale, seed
+        self.background = colour(background)
         self.category_ids = sorted(self.truth.getCatIds())
         self.names = [category["name"] for category in self.truth.loadCats(self.category_ids)]
         self.image_ids = sorted(self.truth.getImgIds())
@@ -78,8 +88,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """Give image (3, H, W) in [0, 1] and, for torchvision, ``boxes``, ``labels`` (from 1), ``masks`` and ``image_id``."""
         epoch, index = key
         number = self.image_ids[index]
-        with Image.open(self.name(index)) as file:
-            image = file.convert("RGB")
+        image = Image.fromarray(open_image(self.name(index)).decode(decoder="pillow", background=self.background))
         objects = [item | {"segmentation": _outline(item)} for item in self.truth.imgToAnns[number] if _outline(item)]
         masks = [Image.fromarray(self.truth.annToMask(item)) for item in objects]
         if self.side:

@@ -58,6 +58,7 @@ class DenseConfig:
     schedule: str = option(REQUIRED, "of the learning rate", ["cosine", "linear", "steps"])
     warmup_steps: int = option(REQUIRED, "of a linearly rising learning rate")
     warmup_start: float = option(REQUIRED, "factor of the learning rate at step 0")
+    background: str = option("", "colour behind transparent pixels, such as white or #808080; the model's own, or white")
     seed: int = option(0, "of weights, order and augmentation")
     device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
     precision: str = option("auto", "auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])

@@ -24,6 +24,7 @@ from checkpoint import write_text
 from coco import CocoData, evaluate, to_coco
 from common import Processes, Stop, autocast, option, run, start_processes
 from dense_training import REQUIRED, DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
+from models import with_background
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -237,11 +238,11 @@ def draw_predictions(path: Path, config: Config, model: MaskRCNN, data: CocoData
 
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then detect, measure and draw."""
-    processes = start_processes(config.device)
+    processes, config = start_processes(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, processes)
     scale = (config.scale[0], config.scale[-1])
-    data = CocoData(root, "train", side=config.image_size, scale=scale, seed=config.seed)
-    val = CocoData(root, "val")
+    data = CocoData(root, "train", side=config.image_size, scale=scale, seed=config.seed, background=config.background)
+    val = CocoData(root, "val", background=config.background)
     if val.category_ids != data.category_ids:
         raise Stop(f"{root}: the categories of the training and of the validation images differ")
     model, trunk = build_model(config, len(data.names))

@@ -95,6 +95,7 @@ def main(config: Config) -> None:
         license=license,
         started_from=started_from,
         training=str(state["training"]) if "training" in state else None,
+        background=state.get("settings", {}).get("background", "white"),
     )
     check(model, folder)
     for name in ("curves.png", "reconstructions.png"):

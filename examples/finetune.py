@@ -35,7 +35,7 @@ from common import (
 from course import Course
 from inputs import names
 from labelled import Seeded, open_labelled
-from models import add_head, classified, load_backbone, save_classifier, starting_weights, told
+from models import add_head, classified, load_backbone, save_classifier, starting_weights, told, with_background
 from plots import draw_curves
 from snapshot import restore
 from timm.data import Mixup
@@ -63,6 +63,7 @@ class Config:
     image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)")
     train_images: int = option(0, "most images to train on; 0 for all")
     val_images: int = option(0, "most images to validate on; 0 for all")
+    background: str = option("", "colour behind transparent pixels, such as white or #808080; the model's own, or white")
     epochs: int = option(100, "passes over the images (paper)")
     warmup_epochs: float = option(5, "of a linearly rising learning rate (MAE)")
     batch_size: int = option(512, "images of a step over all processes (paper)")
@@ -126,6 +127,7 @@ def training_transform(config: Config, model: nn.Module) -> Seeded:
     return Seeded(
         model,
         config.image_size,
+        background=config.background,
         is_training=True,
         scale=(config.crop_scale[0], config.crop_scale[-1]),
         auto_augment=None if config.augment == "none" else config.augment,
@@ -165,7 +167,8 @@ class FineTuning:
     """All that a run consists of, set up from its options and a checkpoint, if there is one."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.processes = config, start_processes(config.device)
+        self.config = config = with_background(config, config.model, config.arch)
+        self.processes = start_processes(config.device)
         self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
         self.data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
         if config.batch_size // self.processes.world_size % 2:
@@ -225,7 +228,9 @@ class FineTuning:
         counts = torch.zeros(4, dtype=torch.float64, device=self.device)
         loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
         model.eval()
-        for images, rows in labelled.each_once(self.data.val, Seeded(model, config.image_size), self.processes, **loading):
+        for images, rows in labelled.each_once(
+            self.data.val, Seeded(model, config.image_size, background=config.background), self.processes, **loading
+        ):
             with autocast(config.precision, self.device):
                 logits = model(images)
             counts += labelled.count_right(logits, labels[rows])
@@ -234,7 +239,7 @@ class FineTuning:
         self.log.write(step=step, **result)
         for name, wanted in (("best", result["top1"] > self.best), ("last", step == self.sampler.num_steps)):
             if self.first and wanted:
-                save_classifier(model, self.folder / name, self.data.class_names, self.start)
+                save_classifier(model, self.folder / name, self.data.class_names, self.start, config.background)
         self.best = max(self.best, result["top1"])
         return result
 

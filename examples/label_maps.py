@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mvmae.data import sample_seed
+from mvmae.images import FORMATS, colour, open_image
 
 IGNORE = 255
 """Label of a pixel that is left out of loss and evaluation."""
@@ -33,6 +34,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         augment: (image, labels, random) -> (image, labels), for training.
         reduce_zero_label: label 0 is left out, and the others count from 0 (ADE20K).
         seed: of the augmentation; it depends on (seed, epoch, index) alone.
+        background: colour behind transparent pixels.
 
     Raises:
         FileNotFoundError: if the folders are not there, or an image has no label map.
@@ -47,6 +49,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         augment: Callable[[Image.Image, Image.Image, np.random.Generator], tuple[Image.Image, Image.Image]] | None = None,
         reduce_zero_label: bool = True,
         seed: int = 0,
+        background: str = "white",
     ) -> None:
         name = next((name for name in NAMES[split] if (root / "images" / name).is_dir()), None)
         if name is None:
@@ -57,7 +60,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         if missing or not self.images:
             raise FileNotFoundError(f"{missing[0]} is missing" if missing else f"{root}/images/{name} holds no images")
         self.augment, self.reduce_zero_label, self.seed = augment, reduce_zero_label, seed
-        self.num_classes = num_classes
+        self.num_classes, self.background = num_classes, colour(background)
         names = root / "classes.txt"
         self.names = names.read_text().split("\n") if names.exists() else [str(label) for label in range(num_classes)]
 
@@ -71,9 +74,8 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Give image (3, H, W) uint8 and labels (H, W) long."""
         epoch, index = key
-        with Image.open(self.images[index]) as file:
-            image = file.convert("RGB")
-        with Image.open(self.labels[index]) as file:
+        image = Image.fromarray(open_image(self.images[index]).decode(decoder="pillow", background=self.background))
+        with Image.open(self.labels[index], formats=FORMATS) as file:
             labels = reduce_zero(file) if self.reduce_zero_label else file.copy()
         values = np.asarray(labels)
         largest = int(values[values != IGNORE].max(initial=0))

@@ -16,7 +16,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 
 from mvmae.data import MultiViewDataset, StepSampler
-from mvmae.images import ImageLike, open_image
+from mvmae.images import ImageLike, colour, open_image
 from mvmae.loading import Loader, make_loader
 from mvmae.sources import ImageSource, SplitError, open_images
 
@@ -109,9 +109,9 @@ def _fixed() -> torch.Generator:
 class Seeded:
     """A transform of timm for one image, drawn from one generator: (C, H, W) float32, normalised."""
 
-    def __init__(self, model: nn.Module, image_size: int, **options: Any) -> None:
+    def __init__(self, model: nn.Module, image_size: int, *, background: str = "", **options: Any) -> None:
         cfg = timm.data.resolve_model_data_config(model)
-        self.channels = cfg["input_size"][0]
+        self.channels, self.background = cfg["input_size"][0], colour(background or "white")
         self.size = image_size or cfg["input_size"][1]
         self.shape = (4, self.channels, self.size, self.size)  # bytes
         options = {"interpolation": "bicubic", "crop_pct": 224 / 256, "mean": cfg["mean"], "std": cfg["std"], **options}
@@ -126,7 +126,7 @@ class Seeded:
         random.seed(seed)  # timm draws from all three
         np.random.seed(seed)
         torch.manual_seed(seed)
-        transformed: Tensor = self.transform(to_pil(image, self.channels))
+        transformed: Tensor = self.transform(to_pil(image, self.channels, self.background))
         return transformed
 
 
@@ -136,10 +136,10 @@ def posterize_to_a_bit(image: Image.Image, bits: int, **options: Any) -> Image.I
     return result
 
 
-def to_pil(image: ImageLike, channels: int = 3) -> Image.Image:
+def to_pil(image: ImageLike, channels: int = 3, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode an image, upright."""
     opened = open_image(image)
-    pixels = opened.decode(channels=channels)
+    pixels = opened.decode(channels=channels, background=background)
     picture = Image.fromarray(pixels if channels > 1 else pixels[..., 0])
     turn = UPRIGHT.get(opened.orientation)
     return picture if turn is None else picture.transpose(Image.Transpose(turn))

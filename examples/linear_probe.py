@@ -60,6 +60,7 @@ class Config:
     image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)")
     train_images: int = option(0, "most images to train on; 0 for all")
     val_images: int = option(0, "most images to validate on; 0 for all")
+    background: str = option("", "colour behind transparent pixels, such as white or #808080; each model's own, or white")
     cached: bool = option(False, "train on features of centre crops, extracted once")
     epochs: int = option(100, "passes over the images (paper)")
     warmup_epochs: float = option(0, "of a linearly rising learning rate (MoCo v3; MAE: 10)")
@@ -125,7 +126,8 @@ def batches(
             yield {kind: values[rows] for kind, values in cached[0].items()}, cached[1][rows], partial(numbers, rows)
         return
     scale = (config.crop_scale[0], config.crop_scale[-1])
-    transform = Seeded(model, config.image_size, is_training=True, scale=scale, color_jitter=None)
+    options: dict[str, Any] = {"is_training": True, "scale": scale, "color_jitter": None}
+    transform = Seeded(model, config.image_size, background=config.background, **options)
     labels = torch.as_tensor(data.train.labels)
     for batch in labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad):
         with torch.no_grad(), autocast(config.precision, processes.device):
@@ -187,13 +189,14 @@ def average_statistics(probe: Probe, processes: Processes) -> None:
 
 def probe_model(config: Config, name: str, data: Labelled, processes: Processes, stop: StopSignal) -> dict[str, Any]:
     """Measure one model, in a folder of its own, and give its results."""
+    config = models.with_background(config, name, config.arch)
     folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
     settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
     state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, processes=processes)
     torch.manual_seed(config.seed)
     stop.interruptible = True  # a signal may cut the extraction of features
     model = frozen.freeze(models.load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
-    transform = Seeded(model, config.image_size)
+    transform = Seeded(model, config.image_size, background=config.background)
     loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
     train_set, val = (
         frozen.extract(model, part, transform, processes, precision=config.precision, **loading)

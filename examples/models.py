@@ -1,6 +1,7 @@
 """Any model by name: with its weights or without, with a head or without, and written so that timm loads it."""
 
 import copy
+import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from common import Stop, create_encoder
+from common import Config, Stop, create_encoder
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 from mvmae.card import license_warning
 from mvmae.encoders import checkpoint_filter
 from mvmae.hub import export
+from mvmae.images import colour
 from mvmae.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
 
 
@@ -118,6 +120,27 @@ def told(start: Mapping[str, str]) -> str:
     return f"from {about}: {license_warning(start) or 'licence ' + (start.get('license') or 'of their owner')}"
 
 
+def with_background(config: Config, name: str, arch: str = "") -> Config:
+    """Return the options of a script with the background that its user chose, else the model's own, else white.
+
+    Args:
+        config: with ``background``, empty where the user chose none.
+        name: as `load_backbone` takes it.
+        arch: likewise.
+
+    Raises:
+        Stop: if there is no such file or folder.
+        ValueError: if it is not a colour.
+    """
+    wanted = name.removeprefix("random:")
+    file = locate(wanted, CONFIG_FILE) if wanted.startswith("hf-hub:") else find_weights(wanted, arch)[1]
+    described = file and file.with_name(CONFIG_FILE)
+    own = json.loads(described.read_text()).get("background") if described and described.is_file() else None
+    chosen: str = config.background or own or "white"  # type: ignore[attr-defined]
+    colour(chosen)
+    return dataclasses.replace(config, background=chosen)  # type: ignore[type-var]
+
+
 def _is_export(folder: Path) -> bool:
     file = folder / CONFIG_FILE
     return file.is_file() and "architecture" in json.loads(file.read_text())
@@ -164,7 +187,9 @@ def classified(start: Mapping[str, str]) -> str:
     return "fine-tuned for classification" if start else "trained for classification from random weights"
 
 
-def save_classifier(model: nn.Module, folder: Path, class_names: tuple[str, ...], start: Mapping[str, str]) -> None:
+def save_classifier(
+    model: nn.Module, folder: Path, class_names: tuple[str, ...], start: Mapping[str, str], background: str = "white"
+) -> None:
     """Write a model with its head and the names of its classes, for ``timm.create_model("local-dir:FOLDER")``.
 
     Args:
@@ -172,11 +197,13 @@ def save_classifier(model: nn.Module, folder: Path, class_names: tuple[str, ...]
         folder: where to write.
         class_names: in the order of the head.
         start: what `starting_weights` said of the weights it was trained from.
+        background: colour that transparent pixels were laid on.
     """
     license, training = start.get("license", ""), classified(start)
     if isinstance(model, VisionTransformer | Eva):
-        export(model, folder, label_names=class_names, started_from=start, training=training, license=license)
+        options: dict[str, Any] = {"training": training, "license": license, "background": background}
+        export(model, folder, label_names=class_names, started_from=start, **options)
         return
-    history = {"started_from": dict(start), "training": training, "pretrained_cfg": {"license": license}}
-    labels = {"label_names": list(class_names)}
-    timm.models.save_for_hf(model, str(folder), model_config=labels | history, safe_serialization=True)
+    config = {"label_names": list(class_names), "background": background, "started_from": dict(start)}
+    config |= {"training": training, "pretrained_cfg": {"license": license}}
+    timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)

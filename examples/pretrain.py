@@ -35,7 +35,7 @@ from common import (
 from course import Course
 from features import MONITORED, Monitor, report
 from inputs import augmented, channel_statistics, names, repeated
-from models import starting_weights, told
+from models import starting_weights, told, with_background
 from plots import draw_curves
 from snapshot import restore
 from starting import Freeze, parameter_groups, start_encoder
@@ -71,6 +71,7 @@ class Config:
     mean: tuple[float | str, ...] = option((), "mean of each channel, 0 to 1; auto measures it; the encoder's own if not given")
     std: tuple[float | str, ...] = option((), "standard deviation of each channel, likewise")
     value_range: tuple[float, ...] = option((), "values of 16-bit images that become black and white, such as 0 4095")
+    background: str = option("", "colour behind transparent pixels, such as white or #808080; the encoder's own, or white")
     max_pixels: int = option(MAX_PIXELS, "of an image: larger ones are refused")
     crops_per_image: int = option(1, "times that an epoch sees each image, for a few huge ones")
     transform: str = option("", "module:function of yours that changes each view, (C, H, W) uint8, after crop and flip")
@@ -185,7 +186,8 @@ class Pretraining:
     """All that a run consists of, set up from its options and a checkpoint, if there is one."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.processes = config, start_processes(config.device)
+        self.config = config = with_background(config, config.encoder, config.arch)
+        self.processes = start_processes(config.device)
         self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
         start = time.monotonic()
         images = open_images(config.data)
@@ -204,7 +206,7 @@ class Pretraining:
         self.image_size = self.model.encoder.patch_embed.img_size
         self.start = starting_weights(self.model.encoder, config.encoder, config.arch) if config.pretrained else {}
         self.pixels: dict[str, Any] = {"in_chans": config.in_chans, "max_pixels": config.max_pixels}
-        self.pixels["value_range"] = config.value_range or None
+        self.pixels |= {"value_range": config.value_range or None, "background": config.background}
         centre = mvmae.CentreCropTransform(self.image_size, **self.pixels)
         typed = {"mean": config.mean, "std": config.std}
         self.mean, self.std = channel_statistics(typed, self.model.encoder.pretrained_cfg, self.source, centre)
@@ -342,8 +344,9 @@ def train(run: Pretraining) -> Tensor:
 def finish(run: Pretraining, views: Tensor) -> None:
     """Write the encoder and the pictures, and say how to load it and how good it is."""
     folder, after = run.folder, run.look(run.sampler.num_steps or 0)
-    license = run.start.get("license", "")
-    export(run.model, folder / "encoder", mean=run.mean, std=run.std, started_from=run.start, license=license)
+    options: dict[str, Any] = {"background": run.config.background, "started_from": run.start}
+    options["license"] = run.start.get("license", "")
+    export(run.model, folder / "encoder", mean=run.mean, std=run.std, **options)
     draw_curves(folder / "curves.png", run.log.records(), CURVES)
     if len(views):
         generator = torch.Generator().manual_seed(run.config.seed)

@@ -26,6 +26,7 @@ from checkpoint import write_text
 from common import Processes, autocast, normalize, option, run, start_processes
 from dense_training import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from label_maps import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
+from models import with_background
 from PIL import Image
 from torch import Tensor, nn
 
@@ -190,13 +191,19 @@ def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMa
 
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then test, measure and draw."""
-    processes = start_processes(config.device)
+    processes, config = start_processes(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, processes)
     model, vit = build_model(config)
     mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
     fill = tuple(round(255 * value) for value in mean)
     augment = Augment(config.image_size, ratio=(config.ratio[0], config.ratio[-1]), fill=fill)
-    layout = partial(LabelMaps, root, num_classes=config.num_classes, reduce_zero_label=config.reduce_zero_label)
+    layout = partial(
+        LabelMaps,
+        root,
+        num_classes=config.num_classes,
+        reduce_zero_label=config.reduce_zero_label,
+        background=config.background,
+    )
     data, val = layout("train", augment=augment, seed=config.seed), layout("val")
     if processes.world_size > 1 and processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

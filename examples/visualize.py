@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from checkpoint import write_text
 from common import Stop, normalize, option, run, start_processes
-from models import load_backbone
+from models import load_backbone, with_background
 from plots import plot
 from torch import Tensor
 
@@ -48,6 +48,7 @@ class Config:
     draw: tuple[str, ...] = option(DRAWINGS[:5], f"of {', '.join(DRAWINGS)}")
     arch: str = option("", "timm name of the model of a lone file of weights")
     image_size: tuple[int, ...] = option((), "side of an image in pixels, or height and width; the first model's own")
+    background: str = option("", "colour behind transparent pixels, such as white or #808080; the first model's own, or white")
     count: int = option(6, "images to draw")
     bank: int = option(500, "most images for neighbours and shares")
     neighbours: int = option(5, "neighbours to draw")
@@ -194,13 +195,14 @@ def draw_reconstructions(
 
 
 def draw_method(
-    model: Model, mae: mvmae.MultiViewMAE, source: ImageSource, count: int, seed: int
+    model: Model, mae: mvmae.MultiViewMAE, source: ImageSource, count: int, seed: int, background: str
 ) -> tuple[list[Tensor], list[str]]:
     """Draw, for each image, its two views, what the encoder sees of them, and what the decoder makes of that."""
-    size, chans = mae.encoder.patch_embed.img_size, len(model.mean)
+    size = mae.encoder.patch_embed.img_size
+    pixels: dict[str, Any] = {"in_chans": len(model.mean), "background": background}
     generator = torch.Generator().manual_seed(seed)
-    views, _ = take(source, count, partial(mvmae.MultiViewTransform(size, in_chans=chans), generator=generator), seed)
-    whole, _ = take(source, count, mvmae.CentreCropTransform(size, crop=1.0, in_chans=chans), seed)
+    views, _ = take(source, count, partial(mvmae.MultiViewTransform(size, **pixels), generator=generator), seed)
+    whole, _ = take(source, count, mvmae.CentreCropTransform(size, crop=1.0, **pixels), seed)
     rebuilt, masked = (x.cpu() for x in reconstruct(mae, model.prepare(views), generator=generator))
     rebuilt = to_unit_range(rebuilt, model.mean, model.std)
     first, second = (slice(view, None, 2) for view in range(2))
@@ -232,6 +234,7 @@ def main(config: Config) -> None:
     unknown = [kind for kind in config.draw if kind not in DRAWINGS]
     if unknown:
         raise Stop(f"--draw {' '.join(unknown)}: of {', '.join(DRAWINGS)} is expected")
+    config = with_background(config, config.models[0], config.arch)
     device, folder = start_processes(config.device).device, Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     source = open_images(config.data)
@@ -239,7 +242,8 @@ def main(config: Config) -> None:
     size, chans = models[0].vit.patch_embed.img_size, models[0].vit.patch_embed.proj.in_channels
     if any((model.vit.patch_embed.img_size, model.vit.patch_embed.proj.in_channels) != (size, chans) for model in models):
         raise Stop("the models take images of other sizes or channels: give --image-size, or draw them one by one")
-    bank, labels = take(source, config.bank, mvmae.CentreCropTransform(size, in_chans=chans), config.seed)
+    pixels: dict[str, Any] = {"in_chans": chans, "background": config.background}
+    bank, labels = take(source, config.bank, mvmae.CentreCropTransform(size, **pixels), config.seed)
     bank = bank.to(device)
     images = bank[: config.count]
     ways: dict[str, Any] = {"attention": partial(draw_attention, models), "pca": partial(draw_pca, models)}
@@ -260,7 +264,7 @@ def main(config: Config) -> None:
     if "reconstructions" in rebuilding:
         write(folder, "reconstructions", *draw_reconstructions(runs, images, config.seed), note)
     if "method" in rebuilding:
-        columns, titles = draw_method(*runs[0], source, config.count, config.seed)
+        columns, titles = draw_method(*runs[0], source, config.count, config.seed, config.background)
         write(folder, "method", columns, titles, note)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,15 @@ import numpy as np
 
 from .folders import SPLITS, ImageSource, SplitError, has_image_extension, label_by_folder
 from .images import ImageError, ImageLike
+from .limits import LimitError, check_memory, most_bytes
 from .pixels import Pixels
 
 TAR = (".tar", ".tar.gz", ".tgz")
 TABLE = (".parquet", ".arrow")
+_LONGEST_NOTE = 2**20
+_NAME = 100  # bytes that the name of an image takes while names are listed
+_MAPPED = "use `hfds/FOLDER`, which maps images from disk"
+_ROWS = 16  # of a Parquet file at once: one value, stored once, may stand in any number of rows
 _logger = logging.getLogger(__name__)
 
 
@@ -35,12 +40,13 @@ class TarSource(ImageSource):
     member's name is never opened, so where it points does not matter.
 
     Raises:
-        ValueError: No image in any shard.
+        ValueError: No image in any shard, or compressed ones that unpack to more than half of the memory.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._shards = list(shards)
         self._blocks: dict[int, bytes] = {}
+        self._unpacked = 0
         members: list[_Member] = []
         problems = []
         for number in range(len(self._shards)):
@@ -59,9 +65,11 @@ class TarSource(ImageSource):
         """The encoded file.
 
         Raises:
-            ImageError: The shard is gone or shorter than it was.
+            ImageError: The shard is gone or shorter than it was, or the image too large.
         """
         shard, start, size = map(int, self._places[index])
+        if size > most_bytes():
+            raise ImageError(self.name(index), f"{size} bytes, more than the {most_bytes()} that an image in a tar may have")
         if shard in self._blocks:
             return self._blocks[shard][start : start + size]
         try:
@@ -76,24 +84,34 @@ class TarSource(ImageSource):
         block = bytearray()
         size = 0 if compressed else path.stat().st_size
         try:
-            with tarfile.open(path, "r|gz" if compressed else "r:") as tar:
+            opener: Any = gzip.open if compressed else open  # which unpacks a little at a time, unlike tarfile itself
+            with (
+                opener(path, "rb") as file,
+                tarfile.open(fileobj=file, mode="r|" if compressed else "r:", tarinfo=_Header) as tar,
+            ):
                 for member in tar:
+                    tar.members.clear()  # type: ignore[attr-defined]  # or tarfile keeps all it has met
+                    if compressed:
+                        check_memory(self._unpacked + member.offset_data + member.size, str(path), "unpack it to a .tar file")
                     if not member.isreg() or member.issparse():
                         continue
                     start = len(block) if compressed else member.offset_data
-                    if compressed and (file := tar.extractfile(member)):
-                        block += file.read()
+                    if compressed and (content := tar.extractfile(member)):
+                        block += content.read()
                     whole = len(block) - start == member.size if compressed else start + member.size <= size
                     if not whole:
                         raise EOFError("unexpected end of data")
                     members.append(_Member(number, start, member.size, member.name))
             if not compressed and size % 512 == 0 and not _ends_in_zeros(path, size):
                 raise EOFError("no end-of-archive mark")
+        except LimitError:
+            raise
         except Exception as error:  # tarfile lets errors of many kinds out of a damaged header
             problem = f"{path} is damaged ({error}): its {len(members)} whole members are used, the rest is lost"
             _logger.warning(problem)
         if compressed:
             self._blocks[number] = bytes(block)
+            self._unpacked += len(block)
         return members, problem
 
     def _label(self, images: Sequence["_Member"], members: Sequence["_Member"]) -> None:
@@ -123,7 +141,7 @@ class TableSource(ImageSource):
     """Images in Hugging Face tables: Parquet, held in memory, or Arrow files of `save_to_disk`, mapped from disk.
 
     The image column is the first of structures with `bytes`, or of bytes; labels are in a whole-number column `label`,
-    `labels` or `fine_label`, if there is one.
+    `labels` or `fine_label`, if there is one and no row of it is empty.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -131,18 +149,22 @@ class TableSource(ImageSource):
             import pyarrow as pa
         except ImportError as error:
             raise ImportError('Parquet needs pyarrow: pip install "mvmae[train]"') from error
-        _check_memory([file for file in files if file.suffix == ".parquet"])
         tables = [_read_table(file) for file in files]
         table = pa.concat_tables(tables)
         if not table.num_rows:
             raise ValueError(f"no rows in {_first(files)}")
-        image, label = _find_columns(table.schema, files[0])
-        self._image, self._column = table.column(image), image
+        self._column, *label = table.column_names
+        self._image = table.column(self._column)
         names = [f"{f.name}#{row}".encode() for f, t in zip(files, tables, strict=True) for row in range(t.num_rows)]
         super().__init__(names)
-        if label is not None:
-            self.labels = table.column(label).to_numpy().astype(np.int64)
-            self.class_names = _class_names(table.schema, label) or tuple(map(str, np.unique(self.labels)))
+        if label and (missing := table.column(label[0]).null_count):
+            self.problems = (
+                f"{_first(files)}: {missing} of {len(self)} labels in column {label[0]!r} are empty: none is used",
+            )
+            _logger.warning(self.problems[0])
+        elif label:
+            self.labels = table.column(label[0]).to_numpy().astype(np.int64)
+            self.class_names = _class_names(table.schema, label[0]) or tuple(map(str, np.unique(self.labels)))
 
     def image(self, index: int) -> ImageLike:
         """The encoded file.
@@ -223,6 +245,18 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(choice) for choice in product(*parts)]
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header; one that announces a name or notes of megabytes, which tarfile would read whole, is damage."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        """Read a header of 512 bytes."""
+        header = super().frombuf(buf, encoding, errors)
+        if not header.isreg() and header.size > _LONGEST_NOTE:
+            raise ValueError(f"a header of {header.size} bytes")
+        return header
+
+
 class _Member(NamedTuple):
     shard: int
     start: int
@@ -268,32 +302,50 @@ def _ends_in_zeros(path: Path, size: int) -> bool:
     return not any(_read_at(path, max(0, size - 1024), 1024))
 
 
-def _check_memory(files: Sequence[Path]) -> None:
-    if not hasattr(os, "sysconf"):
-        return
-    size, memory = sum(file.stat().st_size for file in files), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory // 2:
-        sizes = f"{size >> 20} MB of Parquet are more than half of the {memory >> 20} MB of memory"
-        raise ValueError(f"{sizes}: use `hfds/FOLDER`, which maps them from disk")
-
-
 def _read_table(path: Path) -> Any:
+    """The columns of images and of labels, with every offset in them checked."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        if path.suffix == ".parquet":
-            return pq.read_table(path, memory_map=False)
-        source = pa.memory_map(str(path))
-        try:
-            return pa.ipc.open_stream(source).read_all()
-        except pa.ArrowInvalid:
-            return pa.ipc.open_file(source).read_all()
+        schema, batches = _open_parquet(path) if path.suffix == ".parquet" else _open_arrow(path)
+        columns, checked, rows = _find_columns(schema, path), [], 0
+        for batch in batches:
+            checked.append(batch.select(columns))
+            checked[-1].validate(full=True)  # or an offset that points elsewhere ends the process
+            rows += batch.num_rows
+            check_memory(pa.total_allocated_bytes() + _NAME * rows, str(path), _MAPPED)
+        return pa.Table.from_batches(checked, pa.schema([schema.field(name) for name in columns], schema.metadata))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _find_columns(schema: Any, path: Path) -> tuple[str, str | None]:
+def _open_parquet(path: Path) -> tuple[Any, Iterator[Any]]:
+    """Schema and batches of the columns that are wanted, which must fit into memory unpacked."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    columns = _find_columns(file.schema_arrow, path)
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    check_memory(sum(chunk.total_uncompressed_size for chunk in wanted), str(path), _MAPPED)
+    return file.schema_arrow, file.iter_batches(batch_size=_ROWS, columns=columns)
+
+
+def _open_arrow(path: Path) -> tuple[Any, Iterator[Any]]:
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    try:
+        stream = pa.ipc.open_stream(source)
+        return stream.schema, iter(stream)
+    except pa.ArrowInvalid:
+        file = pa.ipc.open_file(source)
+        return file.schema, map(file.get_batch, range(file.num_record_batches))
+
+
+def _find_columns(schema: Any, source: object) -> list[str]:
+    """The first column of images, and that of labels if there is one."""
     import pyarrow as pa
 
     def holds_bytes(kind: Any) -> bool:
@@ -303,9 +355,9 @@ def _find_columns(schema: Any, path: Path) -> tuple[str, str | None]:
 
     images = [field.name for field in schema if holds_bytes(field.type)]
     if not images:
-        raise ValueError(f"{path} has no column of images (bytes): its columns are {', '.join(schema.names)}")
+        raise ValueError(f"{source} has no column of images (bytes): its columns are {', '.join(schema.names)}")
     labels = [n for n in ("label", "labels", "fine_label") if n in schema.names]
-    return images[0], next((n for n in labels if pa.types.is_integer(schema.field(n).type)), None)
+    return images[:1] + [n for n in labels if pa.types.is_integer(schema.field(n).type)][:1]
 
 
 def _class_names(schema: Any, label: str) -> tuple[str, ...]:
@@ -319,13 +371,19 @@ def _class_names(schema: Any, label: str) -> tuple[str, ...]:
 
 def _read_idx(path: Path, dims: int) -> Pixels:
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * dims)
+            if header[:4] != bytes([0, 0, 8, dims]) or len(header) < 4 + 4 * dims:
+                raise ValueError(f"{path} is no IDX file of {dims}-dimensional bytes")
+            shape = [int(n) for n in np.frombuffer(header, ">u4", dims, 4)]
+            said = " x ".join(map(str, shape))
+            if min(shape[1:], default=1) < 1:
+                raise ValueError(f"{path} holds no pixels: its header says {said}")
+            check_memory(math.prod(shape) + _NAME * shape[0], f"{path}, whose header says {said} bytes,", "use fewer images")
+            values = np.frombuffer(file.read(math.prod(shape)), np.uint8)
+            more = bool(file.read(1))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if data[:4] != bytes([0, 0, 8, dims]):
-        raise ValueError(f"{path} is no IDX file of {dims}-dimensional bytes")
-    shape = [int(n) for n in np.frombuffer(data, ">i4", dims, 4)]
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * dims)
-    if len(values) != math.prod(shape):
-        raise ValueError(f"{path} holds {len(values)} bytes, its header says {' x '.join(map(str, shape))}")
+    if more or len(values) != math.prod(shape):
+        raise ValueError(f"{path} holds {'more than ' * more}{len(values)} bytes, its header says {said}")
     return values.reshape(shape)

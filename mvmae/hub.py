@@ -85,6 +85,7 @@ def export(
     license: str | None = None,
     started_from: Mapping[str, str] | None = None,
     training: str | None = None,
+    background: str = "white",
 ) -> Path:
     """Write a model for everyone: ``config.json`` and ``model.safetensors`` hold its encoder as a plain ViT of timm.
 
@@ -106,6 +107,7 @@ def export(
             does not let everybody use them.
         training: how the weights were trained, for the card, such as "fine-tuned for classification"; that of a
             `MultiViewMAE` where None.
+        background: colour that transparent pixels were laid on, for those who use it.
 
     Returns:
         The folder.
@@ -127,6 +129,7 @@ def export(
     config = _timm_config(
         vit, mean, std, {"interpolation": interpolation, "crop_pct": crop_pct, "license": license}, label_names
     )
+    config["background"] = background
     if history:
         config["training"] = ", then ".join(history)
     if started:

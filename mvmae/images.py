@@ -15,9 +15,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
 
-from .pixels import Pixels, channels_last, to_uint8, with_channels
+from .limits import MAX_PIXELS as MAX_PIXELS
+from .limits import check_bands, check_file, check_scans, check_tiles
+from .pixels import WHITE, Colour, Pixels, channels_last, to_uint8, with_channels
 
 try:
     import simplejpeg
@@ -30,7 +32,8 @@ EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
     | {".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".npy"}
 )
-MAX_PIXELS = 100_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What Pillow may take a file for, whatever its name: no format (EPS) that another program draws."""
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _DEEP = ("I", "F")  # Pillow's modes of more than 8 bits, `I;16` and its kin included
 _logger = logging.getLogger(__name__)
@@ -61,8 +64,10 @@ class OpenedImage:
         reducible: Whether `decode` can divide both sides by 2, 4 or 8 while it decodes (JPEG).
     """
 
-    def __init__(self, name: str, image: "Image.Image | NDArray[Any]", encoded: bytes | None = None) -> None:
-        self.name, self._image, self._encoded = name, image, encoded
+    def __init__(
+        self, name: str, image: "Image.Image | NDArray[Any]", encoded: bytes | None = None, *, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.name, self._image, self._encoded, self._max_pixels = name, image, encoded, max_pixels
         if isinstance(image, Image.Image):
             self.width, self.height = image.size
         else:
@@ -92,16 +97,19 @@ class OpenedImage:
         reduction: int = 1,
         decoder: str = "fast",
         value_range: tuple[float, float] | None = None,
+        background: Colour = WHITE,
     ) -> Pixels:
         """Decode the first frame to 8 bits.
 
-        Deep images are scaled to 8 bits (`to_uint8`); an alpha channel that was not asked for is dropped, as by Pillow.
+        Deep images are scaled to 8 bits (`to_uint8`). What is transparent is laid on the background where grey or RGB is
+        asked for; of arrays, the last of 2 or 4 channels is alpha then.
 
         Args:
             channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image as it is), or what the array holds.
             reduction: 1, 2, 4 or 8; other than 1 only where `reducible`.
             decoder: "fast" takes simplejpeg for JPEG where it is installed, "pillow" never.
             value_range: Of deep images and arrays: what becomes 0 and 255.
+            background: Red, green and blue behind transparent pixels.
 
         Returns:
             (ceil(H / s), ceil(W / s), C); may be read-only.
@@ -111,7 +119,7 @@ class OpenedImage:
         """
         size = (-(-self.height // reduction), -(-self.width // reduction))
         try:
-            pixels = self._decode(channels, size, reduction, decoder, value_range)
+            pixels = self._decode(channels, size, reduction, decoder, value_range, background)
         except ImageError:
             raise
         except Exception as error:
@@ -121,22 +129,29 @@ class OpenedImage:
         return pixels
 
     def _decode(
-        self, channels: int, size: tuple[int, int], reduction: int, decoder: str, value_range: tuple[float, float] | None
+        self,
+        channels: int,
+        size: tuple[int, int],
+        reduction: int,
+        decoder: str,
+        value_range: tuple[float, float] | None,
+        background: Colour,
     ) -> Pixels:
         if not isinstance(self._image, Image.Image):
-            return with_channels(to_uint8(self._image, value_range), channels)
+            return with_channels(to_uint8(self._image, value_range), channels, background)
         other = channels not in (1, 3, len(self._image.getbands()))
         if other and self._encoded is not None and self._image.format == "TIFF":  # Pillow drops nameless bands
-            return with_channels(to_uint8(_read_tiff(self._encoded), value_range), channels)
+            return with_channels(to_uint8(_read_tiff(self._encoded, self._max_pixels), value_range), channels, background)
         if self.reducible and self._encoded is not None:
             _refuse_zero_tail(self._encoded, self.name)
+            check_scans(self._encoded)
             if decoder == "fast" and simplejpeg is not None and channels in (1, 3) and self._image.mode in ("L", "RGB"):
                 try:
                     return _decode_simplejpeg(self._encoded, channels, size, reduction)
                 except ValueError as error:  # strict: also for harmless warnings, so Pillow has the last word
                     _logger.debug("%s: simplejpeg: %s; trying Pillow", self.name, error)
             self._image.draft("L" if channels == 1 else None, (self.width // reduction, self.height // reduction))
-        return _pillow_pixels(self._image, channels, value_range)
+        return _pillow_pixels(self._image, channels, value_range, background)
 
 
 def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
@@ -146,7 +161,8 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
         source: A path, an encoded file's bytes, a Pillow image (lazily opened or loaded, left as it is), a tensor
             (C, H, W), or an array (H, W), (H, W, C) or (C, H, W).
         name: For messages; a path is its own name.
-        max_pixels: Most pixels an image may have: larger ones are refused before they are decoded.
+        max_pixels: Most pixels an image may have, at 4 bytes each: larger images and files are refused before they are read or
+            decoded.
 
     Returns:
         The opened image; its `decode` gives the pixels.
@@ -157,7 +173,7 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
     if name is None:
         name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
     try:
-        opened = _open(source, name)
+        opened = _open(source, name, max_pixels)
     except ImageError:
         raise
     except Exception as error:
@@ -170,14 +186,27 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
     return opened
 
 
-def _open(source: ImageLike, name: str) -> OpenedImage:
+def colour(name: str) -> Colour:
+    """Red, green and blue, 0 to 255, of a colour as CSS writes it: `white`, `#808080`, `rgb(10, 20, 30)`.
+
+    Raises:
+        ValueError: No such colour.
+    """
+    try:
+        red, green, blue = ImageColor.getcolor(name, "RGB")  # type: ignore[misc]
+    except ValueError as error:
+        raise ValueError(f"background must be a colour such as white or #808080, got {name!r}") from error
+    return red, green, blue
+
+
+def _open(source: ImageLike, name: str, max_pixels: int) -> OpenedImage:
     if isinstance(source, (str, os.PathLike)):
-        return _open_bytes(_read(Path(source)), name)
+        return _open_bytes(_read(Path(source), max_pixels), name, max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open_bytes(bytes(source), name)
+        return _open_bytes(bytes(source), name, max_pixels)
     if isinstance(source, Image.Image):
         encoded = _reread(source)
-        return OpenedImage(name, source) if encoded is None else _open_bytes(encoded, name)
+        return OpenedImage(name, source) if encoded is None else _open_bytes(encoded, name, max_pixels)
     if isinstance(source, torch.Tensor):
         if source.ndim not in (2, 3):
             raise ImageError(name, f"a tensor of shape {tuple(source.shape)}, expected (C, H, W)")
@@ -187,46 +216,53 @@ def _open(source: ImageLike, name: str) -> OpenedImage:
     raise TypeError(f"a {type(source).__name__} is no image: expected a path, bytes, Pillow image, tensor or array")
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, max_pixels: int) -> bytes:
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:  # a FIFO must not block us
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")
+        check_file(status.st_size, max_pixels)
         return file.read()
 
 
-def _open_bytes(encoded: bytes, name: str) -> OpenedImage:
+def _open_bytes(encoded: bytes, name: str, max_pixels: int) -> OpenedImage:
     if not encoded:
         raise ImageError(name, "empty file")
+    check_file(len(encoded), max_pixels)
     if encoded.startswith(b"\x93NUMPY"):
         return OpenedImage(name, channels_last(np.load(io.BytesIO(encoded), allow_pickle=False)))
     try:
-        return OpenedImage(name, _pillow_open(encoded), encoded)
+        image = _pillow_open(encoded)
+        check_tiles(image, encoded, max_pixels)
+        return OpenedImage(name, image, encoded, max_pixels=max_pixels)
     except UnidentifiedImageError:
         if encoded[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             raise ImageError(name, f"not an image: begins with {encoded[:16]!r}") from None
-    return OpenedImage(name, _read_tiff(encoded))
+    return OpenedImage(name, _read_tiff(encoded, max_pixels))
 
 
 def _pillow_open(encoded: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(encoded))
+        return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pass
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit, in open_image, decides
     try:
-        return Image.open(io.BytesIO(encoded))
+        return Image.open(io.BytesIO(encoded), formats=FORMATS)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read_tiff(encoded: bytes) -> "NDArray[Any]":
+def _read_tiff(encoded: bytes, max_pixels: int) -> "NDArray[Any]":
     """All bands of a TIFF, of which Pillow reads some kinds only."""
     try:
         import tifffile
     except ImportError as error:
         raise ImportError('a multi-band TIFF needs tifffile: pip install "mvmae[train]"') from error
     with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-        return channels_last(file.pages[0].asarray())
+        page: Any = file.pages[0]
+        check_bands(page, encoded, max_pixels)
+        return channels_last(page.asarray())
 
 
 def _reread(image: Image.Image) -> bytes | None:
@@ -271,9 +307,13 @@ def _decode_simplejpeg(encoded: bytes, channels: int, size: tuple[int, int], red
     return pixels
 
 
-def _pillow_pixels(image: Image.Image, channels: int, value_range: tuple[float, float] | None) -> Pixels:
+def _pillow_pixels(image: Image.Image, channels: int, value_range: tuple[float, float] | None, background: Colour) -> Pixels:
     if image.mode.startswith(_DEEP):
         return with_channels(to_uint8(np.asarray(image)[..., None], value_range), channels)
+    if channels in (1, 3) and image.has_transparency_data:
+        laid = np.asarray(image.convert("RGBA"))
+        if laid[..., 3].min() < 255:
+            return with_channels(laid, channels, background)
     if channels not in _MODES:
         raise ValueError(f"an image of mode {image.mode} has {len(image.getbands())} channels, expected {channels}")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Pixels: TypeAlias = NDArray[np.uint8]
+Colour: TypeAlias = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's convert("L")
 
 
@@ -25,15 +27,16 @@ def to_uint8(array: "NDArray[Any]", value_range: tuple[float, float] | None = No
     """
     if value_range is not None:
         low, high = value_range
-        cut = np.nan_to_num(array.astype(np.float32), nan=low, posinf=high, neginf=low).clip(low, high)
-        within: Pixels = np.rint((cut - np.float32(low)) * np.float32(255.0 / (high - low))).astype(np.uint8)
-        return within
+        values = np.nan_to_num(array.astype(np.float32), copy=False, nan=low, posinf=high, neginf=low)
+        np.clip(values, low, high, out=values)
+        values -= np.float32(low)
+        return _rounded(values, 255.0 / (high - low))
     if array.dtype == np.uint8:
         return np.asarray(array, dtype=np.uint8)
     if array.dtype == np.bool_:
         white: Pixels = np.where(array, np.uint8(255), np.uint8(0))
         return white
-    values = np.nan_to_num(array.astype(np.float32), posinf=0.0, neginf=0.0)
+    values = np.nan_to_num(array.astype(np.float32), copy=False, posinf=0.0, neginf=0.0)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if low < 0:
         raise ValueError(f"a pixel is {low:g}, expected 0 or more: give the image before it is normalised")
@@ -42,7 +45,13 @@ def to_uint8(array: "NDArray[Any]", value_range: tuple[float, float] | None = No
     else:
         tops = ([1.0] if array.dtype.kind == "f" else []) + [255.0, 65535.0]
         top = next((t for t in tops if high <= t), high)
-    scaled: Pixels = np.rint(values * np.float32(255.0 / top)).astype(np.uint8)
+    return _rounded(values, 255.0 / top)
+
+
+def _rounded(values: "NDArray[np.float32]", factor: float) -> Pixels:
+    """Values times a factor, as bytes; in place, since images can be large."""
+    values *= np.float32(factor)
+    scaled: Pixels = np.rint(values, out=values).astype(np.uint8)
     return scaled
 
 
@@ -55,16 +64,26 @@ def channels_last(array: "NDArray[Any]") -> "NDArray[Any]":
     return array.transpose(1, 2, 0) if array.shape[0] < array.shape[2] else array
 
 
-def with_channels(pixels: Pixels, channels: int) -> Pixels:
-    """Grey to any number, alpha dropped, colour to grey; else the array must hold what was asked for."""
+def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE) -> Pixels:
+    """Grey to any number, alpha laid on a background, colour to grey; else the array must hold what was asked for."""
     held = pixels.shape[2]
     if held == channels:
         return pixels
     if held in (2, 4) and channels in (1, 3):
-        return with_channels(pixels[..., : held - 1], channels)
+        return with_channels(_laid_on(pixels, background), channels)
     if held == 1:
         return np.repeat(pixels, channels, axis=2)
     if held == 3 and channels == 1:
         grey: Pixels = np.rint(pixels @ _LUMA).astype(np.uint8)[..., None]
         return grey
     raise ValueError(f"the array has {held} channels, expected {channels} (in_chans)")
+
+
+def _laid_on(pixels: Pixels, background: Colour) -> Pixels:
+    """(H, W, C + 1) whose last channel is alpha -> (H, W, C); an opaque pixel stays as it is."""
+    alpha = pixels[..., -1].astype(np.uint16)
+    under = background if pixels.shape[2] == 4 else [int(np.rint(np.array(background) @ _LUMA))]
+    laid = np.empty_like(pixels[..., :-1])
+    for channel, value in enumerate(under):
+        laid[..., channel] = (pixels[..., channel] * alpha + value * (255 - alpha) + 127) // 255
+    return laid

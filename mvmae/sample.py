@@ -4,10 +4,9 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image
 
 from .folders import ImageSource
-from .images import ImageLike
+from .images import ImageLike, open_image
 from .pixels import Pixels
 
 PHOTOGRAPHS = (
@@ -58,5 +57,4 @@ def _read_photograph(name: str) -> Pixels:
         import skimage
     except ImportError as error:
         raise ImportError('the sample photographs come with scikit-image: pip install "mvmae[train]"') from error
-    with Image.open(Path(skimage.__file__).parent / "data" / name) as image:
-        return np.asarray(image.convert("RGB"))
+    return open_image(Path(skimage.__file__).parent / "data" / name).decode(decoder="pillow")

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .images import MAX_PIXELS, ImageLike, OpenedImage, open_image
-from .pixels import Pixels
+from .images import MAX_PIXELS, ImageLike, OpenedImage, colour, open_image
+from .pixels import WHITE, Colour, Pixels
 
 DECODERS = ("fast", "pillow", "pil")
 # EXIF orientation -> how the stored image becomes the one looked at: transpose, then flip left-right, flip up-down
@@ -86,6 +86,7 @@ class MultiViewTransform:
             in full and crops with Pillow's `resize(box=...)`.
         max_pixels: Larger images are refused before they are decoded.
         value_range: Of images and arrays deeper than 8 bits: what becomes 0 and 255, such as (0, 4095).
+        background: Colour behind transparent pixels where views are grey or RGB, as CSS writes it.
 
     Raises:
         ValueError: An argument out of its range.
@@ -106,6 +107,7 @@ class MultiViewTransform:
         decoder: str = "fast",
         max_pixels: int = MAX_PIXELS,
         value_range: tuple[float, float] | None = None,
+        background: str = "white",
     ) -> None:
         if num_views < 1 or in_chans < 1:
             raise ValueError(f"num_views={num_views} and in_chans={in_chans} must be at least 1")
@@ -122,7 +124,7 @@ class MultiViewTransform:
         self.num_views, self.scale, self.ratio, self.flip = num_views, scale, ratio, flip
         self.same_crop, self.in_chans, self.max_pixels = same_crop, in_chans, max_pixels
         self.scaled_decode, self.decoder = scaled_decode or None, decoder
-        self.value_range = _check_range(value_range)
+        self.value_range, self.background = _check_range(value_range), colour(background)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -150,6 +152,7 @@ class MultiViewTransform:
             scaled_decode=self.scaled_decode,
             decoder=self.decoder,
             value_range=self.value_range,
+            background=self.background,
         )
 
     def draw(self, height: int, width: int, *, generator: torch.Generator | None = None) -> tuple[list[Box], list[bool]]:
@@ -174,6 +177,7 @@ class CentreCropTransform:
         decoder: As in `MultiViewTransform`.
         max_pixels: As in `MultiViewTransform`.
         value_range: As in `MultiViewTransform`.
+        background: As in `MultiViewTransform`.
     """
 
     def __init__(
@@ -186,13 +190,14 @@ class CentreCropTransform:
         decoder: str = "fast",
         max_pixels: int = MAX_PIXELS,
         value_range: tuple[float, float] | None = None,
+        background: str = "white",
     ) -> None:
         if not 0 < crop <= 1:
             raise ValueError(f"crop is {crop}, expected a share above 0 and at most 1")
         _check_decoder(decoder, in_chans)
         self.image_size, self.crop, self.in_chans = _pair(image_size), crop, in_chans
         self.scaled_decode, self.decoder, self.max_pixels = scaled_decode, decoder, max_pixels
-        self.value_range = _check_range(value_range)
+        self.value_range, self.background = _check_range(value_range), colour(background)
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Take the view of one image, (C, H, W) uint8; `generator` is not used."""
@@ -210,6 +215,7 @@ class CentreCropTransform:
             scaled_decode=self.scaled_decode,
             decoder=self.decoder,
             value_range=self.value_range,
+            background=self.background,
         )[0]
 
 
@@ -223,6 +229,7 @@ def take_views(
     scaled_decode: float | None = 1.5,
     decoder: str = "fast",
     value_range: tuple[float, float] | None = None,
+    background: Colour = WHITE,
 ) -> Tensor:
     """Decode once and resize the crops, bicubic with antialiasing.
 
@@ -234,7 +241,9 @@ def take_views(
     size = (image_size[1], image_size[0]) if transpose else image_size
     reduction = choose_reduction(stored, size, scaled_decode) if image.reducible and decoder != "pil" else 1
     library = "fast" if decoder == "fast" else "pillow"
-    pixels = image.decode(channels=channels, reduction=reduction, decoder=library, value_range=value_range)
+    pixels = image.decode(
+        channels=channels, reduction=reduction, decoder=library, value_range=value_range, background=background
+    )
     resize = _resize_pil if decoder == "pil" else _resize
     views = torch.empty(len(boxes), channels, *image_size, dtype=torch.uint8)
     for view, box, flip in zip(views, stored, flips, strict=True):

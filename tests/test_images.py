@@ -1,5 +1,6 @@
 """Opening one image: every kind comes out as 8-bit pixels, every fault as one error with a reason."""
 
+import ast
 import io
 import os
 import struct
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from mvmae import images
 from mvmae.images import ImageError, open_image
@@ -60,14 +61,12 @@ MODES = {
     "gif": lambda: encode(photograph(), "GIF"),
     "animated": lambda: encode(photograph(), "GIF", save_all=True, append_images=[Image.new("RGB", (96, 64))] * 3),
     "palette": lambda: encode(photograph().quantize(128), "PNG"),
-    "palette-alpha": with_transparency,
-    "palette-key": lambda: encode(photograph().quantize(64), "PNG", transparency=3),
-    "rgba": lambda: encode(fading(), "PNG"),
+    "rgba": lambda: encode(photograph().convert("RGBA"), "PNG"),
 }
 GREY_MODES = {
     "grey": lambda: encode(photograph().convert("L"), "PNG"),
     "grey-jpeg": lambda: encode(photograph().convert("L"), quality=95),
-    "grey-alpha": lambda: encode(fading().convert("LA"), "PNG"),
+    "grey-alpha": lambda: encode(photograph().convert("LA"), "PNG"),
     "1-bit": lambda: encode(photograph().convert("1"), "PNG"),
     "I;16": lambda: encode(deep(257, "I;16"), "PNG"),
     "I;16-tiff": lambda: encode(deep(257, "I;16"), "TIFF"),
@@ -97,6 +96,86 @@ def test_every_kind_of_grey_image_comes_out_near_the_original_in_three_channels_
     assert np.abs(colour.mean() - grey.mean()) < 2 and np.abs(single.mean() - grey.mean()) < 2
     if kind != "1-bit":
         assert np.abs(colour[..., 0] - grey).mean() < 2
+
+
+TRANSPARENT = {
+    "palette-alpha": with_transparency,
+    "palette-key": lambda: encode(photograph().quantize(8), "PNG", transparency=3),
+    "gif": lambda: encode(photograph().quantize(8), "GIF", transparency=3),
+    "grey-key": lambda: encode(photograph().convert("L"), "PNG", transparency=95),
+    "colour-key": lambda: encode(photograph().quantize(8).convert("RGB"), "PNG", transparency=most_common()),
+    "grey-alpha": lambda: encode(fading().convert("LA"), "PNG"),
+    "rgba": lambda: encode(fading(), "PNG"),
+    "webp": lambda: encode(fading(), "WEBP", lossless=True),
+    "tiff": lambda: encode(fading(), "TIFF"),
+}
+
+
+def most_common() -> tuple[int, ...]:
+    return max(photograph().quantize(8).convert("RGB").getcolors())[1]
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), (200, 30, 90)])
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_f46_what_is_transparent_is_laid_on_the_background(kind, background):
+    with Image.open(io.BytesIO(TRANSPARENT[kind]())) as image:
+        rgba = image.convert("RGBA")
+    laid = Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
+    assert np.asarray(laid).tolist() != np.asarray(rgba.convert("RGB")).tolist()
+    opened = open_image(TRANSPARENT[kind]())
+    assert np.abs(opened.decode(background=background) - np.asarray(laid).astype(int)).max() <= 1
+    grey = open_image(TRANSPARENT[kind]()).decode(channels=1, background=background)
+    assert np.abs(grey[..., 0] - np.asarray(laid.convert("L")).astype(int)).max() <= 2
+    if background == (255, 255, 255):
+        np.testing.assert_array_equal(open_image(TRANSPARENT[kind]()).decode(), opened.decode(background=background))
+
+
+def test_an_opaque_image_is_the_same_on_every_background_and_alpha_that_is_asked_for_is_kept():
+    opaque = [MODES[kind]() for kind in ("palette", "rgba", "bmp", "tiff")]
+    for encoded in (*opaque, GREY_MODES["grey-alpha"](), np.asarray(photograph().convert("RGBA"))):
+        pictures = [open_image(encoded).decode(background=colour) for colour in ((0, 0, 0), (255, 255, 255))]
+        np.testing.assert_array_equal(*pictures)
+        if not isinstance(encoded, np.ndarray):
+            with Image.open(io.BytesIO(encoded)) as image:
+                np.testing.assert_array_equal(pictures[0], np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(open_image(TRANSPARENT["rgba"]()).decode(channels=4), np.asarray(fading()))
+
+
+def test_arrays_and_tensors_with_alpha_are_laid_on_the_background_too():
+    rgba = np.asarray(fading())
+    expected = open_image(encode(fading(), "PNG")).decode(background=(9, 8, 7))
+    for array in (rgba, torch.from_numpy(rgba.copy()).permute(2, 0, 1)):
+        np.testing.assert_array_equal(open_image(array).decode(background=(9, 8, 7)), expected)
+    grey = np.dstack([np.full((2, 2), 100, np.uint8), np.array([[0, 255], [128, 51]], np.uint8)])
+    assert open_image(grey).decode(channels=1, background=(50, 50, 50))[..., 0].tolist() == [[50, 100], [75, 60]]
+
+
+def test_a_colour_is_read_as_css_writes_it():
+    assert images.colour("white") == (255, 255, 255) and images.colour("#102030") == (16, 32, 48)
+    with pytest.raises(ValueError, match="background must be a colour such as white or #808080, got 'whit'"):
+        images.colour("whit")
+
+
+def test_f58_no_file_is_taken_for_what_another_program_would_draw(tmp_path, monkeypatch):
+    program, ran = tmp_path / "gs", tmp_path / "ran"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(program))
+    (tmp_path / "x.jpg").write_bytes(encode(photograph(), "EPS"))
+    with pytest.raises(ImageError, match="not an image: begins with b'%!PS-Adobe"):
+        open_image(tmp_path / "x.jpg").decode()
+    assert not ran.exists()
+
+
+def test_f58_every_call_of_image_open_names_the_formats():
+    root, found = Path(images.__file__).parents[1], 0
+    for path in [*root.glob("mvmae/*.py"), *root.glob("examples/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+                assert "formats" in [keyword.arg for keyword in node.keywords], f"{path.name}:{node.lineno}"
+                found += 1
+    assert found
+    assert all(Image.OPEN.get(name) or Image.init() for name in images.FORMATS)
 
 
 def test_decoding_leaves_the_callers_lazy_image_as_it_was(tmp_path):

@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -315,6 +316,42 @@ def test_parquet_and_arrow_of_hugging_face_with_and_without_labels(tmp_path, lab
         if labelled:
             assert source.labels.tolist() == [0, 1] * (count // 2)
             assert source.class_names == ("cat", "dog")
+
+
+def arrow(path: Path, images: list[bytes | None], labels: list[int | None]) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels, pa.int64())})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("wrong", [2**31 - 1, -1, 1])
+def test_f64_an_arrow_file_with_wrong_offsets_is_refused(tmp_path, wrong):
+    path = arrow(tmp_path / "x.arrow", [encode(10), encode(20), encode(30)], [0, 1, 2])
+    content = path.read_bytes()
+    offsets = np.cumsum([0, len(encode(10)), len(encode(20)), len(encode(30))]).astype("<i4")
+    at = content.index(offsets.tobytes())
+    assert len(open_images(path)) == 3
+    offsets[2] = wrong
+    path.write_bytes(content[:at] + offsets.tobytes() + content[at + 16 :])
+    code = "import sys; from mvmae.sources import open_images; source = open_images(sys.argv[1])\n"
+    code += "for i in range(len(source)): source[i]"  # in a process of its own, which it would take along
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and f"ValueError: {path} cannot be read: " in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_f64_empty_labels_are_no_class(tmp_path, kind, caplog):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = arrow(tmp_path / "x.arrow", [encode(10), encode(20)], [None, 1])
+    if kind == "parquet":
+        table = pa.ipc.open_stream(path.read_bytes()).read_all()
+        path = tmp_path / "x.parquet"
+        pq.write_table(table, path)
+    source = open_images(path)
+    assert source.labels is None and source.class_names == () and len(source) == 2
+    assert "1 of 2 labels in column 'label' are empty: none is used" in caplog.text and source.problems[0] in caplog.text
 
 
 def test_parquet_that_is_none_or_without_images_is_refused(tmp_path):
