@@ -11,9 +11,9 @@
       what the contrastive loss is worth when all arms train four times as long
 
 Every run is pretrain.py, finetune.py and linear_probe.py, in a folder of its own. Call again to go on with what was cut, or
-with other seeds; calls for different seeds may run side by side. Other options need another --output-dir: numbers that these would
-have changed are refused. By default all arms cost the same FLOPs: an arm that costs half of ours for an image sees twice the
-images. Leaves ablation.json with every run, ablation.md and ablation.png.
+with other seeds; calls for different seeds may run side by side. Numbers that other options have given are refused: use another
+--output-dir then. By default all arms cost the same FLOPs: an arm that costs half of ours for an image sees twice the images.
+Leaves ablation.json with every run, ablation.md and ablation.png.
 """
 
 import dataclasses
