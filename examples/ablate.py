@@ -11,11 +11,13 @@
       what the contrastive loss is worth when all arms train four times as long
 
 Every run is pretrain.py, finetune.py and linear_probe.py, in a folder of its own. Call again to go on with what was cut, or
-with other seeds; calls for different seeds may run side by side. By default all arms cost the same FLOPs: an arm that costs
-half of ours for an image sees twice the images. Leaves ablation.json with every run, ablation.md and ablation.png.
+with other seeds; calls for different seeds may run side by side. Numbers that other options have given are refused: use another
+--output-dir then. By default all arms cost the same FLOPs: an arm that costs half of ours for an image sees twice the images.
+Leaves ablation.json with every run, ablation.md and ablation.png.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -32,11 +34,11 @@ import finetune
 import linear_probe
 import pretrain
 import torch
-from checkpoint import write_text
+from checkpoint import check_same, write_text
 from common import Processes, Stop, option, parse, run, start_processes
 from course import BEFORE
 from plots import plot
-from torch.utils.flop_counter import FlopCounterMode
+from timing import count_flops
 
 
 class Arm(NamedTuple):
@@ -114,52 +116,100 @@ def settings(config: Config, arm: Arm, *more: str) -> pretrain.Config:
     return parse(pretrain.Config, pretrain.PRESETS, None, arguments)
 
 
+@functools.cache
 def flops_per_image(chosen: pretrain.Config) -> float:
     """Count the operations of a pretraining step, forward and backward, for one image with all its views."""
     model = pretrain.build_model(chosen)
-    size = model.encoder.patch_embed.img_size
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(2, chosen.num_views, chosen.in_chans, *size)).loss.backward()
-    return float(counter.get_total_flops()) / 2
+    model.contrastive_loss.gather = False  # the same for any number of processes
+    views = torch.zeros(2, chosen.num_views, chosen.in_chans, *model.encoder.patch_embed.img_size)
+    return count_flops(lambda: model(views).loss.backward()) / 2
 
 
-def folder_of(config: Config, chosen: pretrain.Config, seed: int) -> Path:
-    """Name a run by what it has otherwise than ours, so that tables share the runs that they have in common."""
-    ours = dataclasses.asdict(settings(config, OURS))
-    changed = {key: value for key, value in dataclasses.asdict(chosen).items() if value != ours[key]}
+SCRIPTS: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "probe": linear_probe}
+FREE = {name: script.MAY_CHANGE - {"epochs", "max_steps"} for name, script in SCRIPTS.items()}
+"""Options that change no number of a run."""
+
+
+class Planned(NamedTuple):
+    """A run: an arm with one seed, in a folder of its own."""
+
+    arm: Arm
+    seed: int
+    folder: Path
+    command: str
+    scripts: dict[str, Any]
+
+    @property
+    def numbers(self) -> Path:
+        """The file that holds its numbers when it is done."""
+        return self.folder / "ablation.json"
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The options that its numbers depend on, as JSON has them."""
+        found = {name: dataclasses.asdict(chosen) for name, chosen in self.scripts.items()}
+        kept = {name: {k: v for k, v in options.items() if k not in FREE[name]} for name, options in found.items()}
+        return dict(json.loads(json.dumps(kept)))
+
+
+def plan(config: Config, arm: Arm, seed: int) -> Planned:
+    """Give the options of an arm's scripts, and refuse a folder that holds this run with other ones.
+
+    A run is named by what it has otherwise than ours, so that tables share the runs that they have in common.
+    """
+    base, chosen = settings(config, OURS), settings(config, arm)
+    changed = {key: value for key, value in dataclasses.asdict(chosen).items() if value != getattr(base, key)}
     name = "-".join(f"{key}={value}" for key, value in changed.items()) or "ours"
-    return Path(config.output_dir) / f"{re.sub(r'[^a-zA-Z0-9_.=-]', '', name)}-seed{seed}"
+    folder = Path(config.output_dir) / f"{re.sub(r'[^a-zA-Z0-9_.=-]', '', name)}-seed{seed}"
+    ratio = flops_per_image(base) / flops_per_image(chosen) if config.budget == "flops" else 1.0
+    length = ["--epochs", f"{base.epochs * ratio:.6g}", "--warmup-epochs", f"{base.warmup_epochs * ratio:.6g}"]
+    words = {"pretrain": [*shlex.split(config.pretrain), *shlex.split(arm.options), *length]}
+    words |= {"finetune": ["--model", str(folder), *shlex.split(config.finetune)]} if config.finetune else {}
+    words |= {"probe": ["--models", str(folder), *shlex.split(config.probe)]} if config.probe else {}
+    scripts = {}
+    for key, given in words.items():
+        place = folder if key == "pretrain" else folder / key
+        arguments = ["--data", config.data, *given, "--resume", "--seed", str(seed), "--output-dir", str(place)]
+        scripts[key] = parse(SCRIPTS[key].Config, SCRIPTS[key].PRESETS, None, arguments)
+    planned = Planned(arm, seed, folder, shlex.join(["--data", config.data, *words["pretrain"]]), scripts)
+    refuse_other_settings(planned)
+    return planned
 
 
-def run_arm(config: Config, arm: Arm, seed: int, processes: Processes) -> None:
+def refuse_other_settings(planned: Planned) -> None:
+    """Stop where a run's folder holds what other options have given, by their names."""
+    path, given = planned.folder / "settings.json", planned.settings
+    stored = json.loads(path.read_text()) if path.exists() else {} if planned.numbers.exists() else given
+    for name in SCRIPTS:
+        was, now = stored.get(name), given.get(name)
+        if (was is None) != (now is None):
+            raise Stop(f"{planned.folder} was run with{'out' if was is None else ''} --{name}: choose another --output-dir")
+        try:
+            check_same(was or {}, now or {}, frozenset())
+        except Stop as stop:
+            raise Stop(f"{planned.folder}, --{name}: {stop}") from stop
+
+
+def run_arm(planned: Planned, processes: Processes) -> None:
     """Pretrain and measure, unless an earlier call has; a run that an earlier call began goes on, and has no seconds then."""
-    folder = folder_of(config, settings(config, arm), seed)
-    done, begun = folder / "ablation.json", folder.exists()
-    if processes.any(done.exists()):
+    folder, begun, start = planned.folder, planned.folder.exists(), time.monotonic()
+    if processes.any(planned.numbers.exists()):
         return
-    start, base = time.monotonic(), settings(config, OURS)
-    ratio = flops_per_image(base) / flops_per_image(settings(config, arm)) if config.budget == "flops" else 1.0
-    length = {"--epochs": base.epochs * ratio, "--warmup-epochs": base.warmup_epochs * ratio}
-    common = ["--resume", "--seed", str(seed)]
-    more = [word for key, value in length.items() for word in (key, f"{value:.6g}")]
-    chosen = settings(config, arm, *more, *common, "--output-dir", str(folder))
-    _call(pretrain, chosen, processes)
-    result: dict[str, Any] = {"arm": arm.name, "options": arm.options, "seed": seed, "epochs": chosen.epochs}
-    result["pretrain"] = shlex.join(["--data", config.data, *shlex.split(config.pretrain), *shlex.split(arm.options), *more])
-    if config.finetune:
-        arguments = ["--data", config.data, "--model", str(folder), *shlex.split(config.finetune), *common]
-        arguments += ["--output-dir", str(folder / "finetune")]
-        _call(finetune, parse(finetune.Config, finetune.PRESETS, None, arguments), processes)
+    if processes.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "settings.json", json.dumps(planned.settings, indent=2) + "\n")
+    for name, chosen in planned.scripts.items():
+        _call(SCRIPTS[name], chosen, processes)
+    result: dict[str, Any] = {"arm": planned.arm.name, "options": planned.arm.options, "seed": planned.seed}
+    result |= {"epochs": planned.scripts["pretrain"].epochs, "pretrain": planned.command}
+    if "finetune" in planned.scripts:
         result["finetune"] = json.loads((folder / "finetune/results.json").read_text())["top1"]
-    if config.probe:
-        arguments = ["--data", config.data, "--models", str(folder), *shlex.split(config.probe), *common]
-        arguments += ["--output-dir", str(folder / "probe")]
-        _call(linear_probe, parse(linear_probe.Config, linear_probe.PRESETS, None, arguments), processes)
+    if "probe" in planned.scripts:
         probed = json.loads((folder / "probe/results.json").read_text())[0]
         result |= {"knn": probed["knn_avg"], "linear": probed["linear"], "rank": probed["rank_avg"]}
     result["seconds"] = None if begun else round(time.monotonic() - start)
     if processes.rank == 0:
-        write_text(done, json.dumps(result, indent=2) + "\n")
+        write_text(planned.numbers, json.dumps(result, indent=2) + "\n")
 
 
 def _call(script: Any, chosen: Any, processes: Processes) -> None:
@@ -190,9 +240,8 @@ def summarise(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]],
 
 def done_runs(config: Config, arm: Arm) -> list[dict[str, Any]]:
     """Give the results of an arm's runs that are done."""
-    chosen = settings(config, arm)
-    paths = [folder_of(config, chosen, seed) / "ablation.json" for seed in config.seeds]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    runs = [plan(config, arm, seed) for seed in config.seeds]
+    return [json.loads(planned.numbers.read_text()) for planned in runs if planned.numbers.exists()]
 
 
 def tables(config: Config) -> dict[str, Any]:
@@ -264,17 +313,15 @@ def main(config: Config) -> None:
     processes, folder = start_processes(settings(config, OURS).device), Path(config.output_dir)
     if "negatives" in config.tables and processes.world_size == 1 and not config.collect:
         raise Stop("--tables negatives compares processes with each other: start several, with torchrun --nproc-per-node 2")
-    wanted = {
-        folder_of(config, settings(config, arm), seed): (arm, seed)
-        for table in config.tables
-        for arm in TABLES[table]
-        for seed in config.seeds
-    }
-    for number, (place, (arm, seed)) in enumerate(wanted.items(), 1):
+    arms = [arm for table in config.tables for arm in TABLES[table]]
+    done_runs(config, OURS)  # refuses, as plan does, what other options have given, before anything is run
+    wanted = {planned.folder: planned for planned in (plan(config, arm, seed) for arm in arms for seed in config.seeds)}
+    for number, planned in enumerate(wanted.values(), 1):
         if not config.collect:
             if processes.rank == 0:
-                print(f"run {number} of {len(wanted)}: {arm.name}, seed {seed}, in {place}", flush=True)
-            run_arm(config, arm, seed, processes)
+                about = f"{planned.arm.name}, seed {planned.seed}, in {planned.folder}"
+                print(f"run {number} of {len(wanted)}: {about}", flush=True)
+            run_arm(planned, processes)
     if processes.rank == 0:
         found = tables(config)
         if not any(row["runs"] for rows in found.values() for row in rows):

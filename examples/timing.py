@@ -1,4 +1,4 @@
-"""Clocks for `benchmark.py`: things timed in turn, and the matrix products of a step alone."""
+"""What a step costs: its operations counted, things timed in turn, and its matrix products alone."""
 
 import resource
 import statistics
@@ -7,7 +7,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Count the operations of the products and convolutions that a step calls, by their shapes: the same on every machine.
+
+    Attention counts as the six products of its formula, two forward and four backward: fused kernels, which a machine has or
+    has not, compute one of them twice, and torch's counter does not know them all.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
 
 
 def clock(

@@ -6,13 +6,16 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from PIL import Image
 from running import EXAMPLES, run_processes, run_script
 from tiny_run import SMALL
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(EXAMPLES))
 
 import ablate
+import timing
 from common import parse
 
 TINY = f"--preset quick --encoder-args '{SMALL}' --image-size 32 --decoder-dim 16 --decoder-depth 1 --batch-size 8 --device cpu"
@@ -124,16 +127,65 @@ def test_differences_are_paired_by_seed_with_students_interval(count):
 
 
 def test_every_arm_changes_what_it_says_and_the_operations_follow(photographs):
-    config = parse(ablate.Config, ablate.PRESETS, None, ["--data", str(photographs), "--pretrain", TINY])
-    ours = ablate.settings(config, ablate.OURS)
+    config = parse(ablate.Config, ablate.PRESETS, None, ["--data", str(photographs), "--pretrain", TINY, "--probe", PROBE])
     for table, arms in ablate.TABLES.items():
-        places = {ablate.folder_of(config, ablate.settings(config, arm), 0).name for arm in arms}
+        places = {ablate.plan(config, arm, 0).folder.name for arm in arms}
         assert len(places) == len(arms), table
-    changes = ("--num-views 1 --loss-weight 0", "--decoder-depth 2")
-    one_view, deep = (ablate.settings(config, ablate.Arm("", text)) for text in changes)
-    base = ablate.flops_per_image(ours)
-    assert ablate.flops_per_image(one_view) == pytest.approx(base / 2, rel=0.01)
-    tokens, width = 16, 16
+    changes = ("", "--num-views 1 --loss-weight 0", "--loss-weight 0", "--loss-weight 0 --decoder-depth 2")
+    chosen = [ablate.settings(config, ablate.Arm("", text)) for text in changes]
+    ours, one_view, plain, deep = map(ablate.flops_per_image, chosen)
+    assert one_view == plain / 2 and ours == pytest.approx(plain, rel=0.01)
+    tokens, width = 17, 16  # with the class token
     block = 2 * tokens * (4 * width**2 + 2 * 4 * width**2) + 4 * tokens**2 * width  # products with weights, and attention
-    more = ablate.flops_per_image(deep) - base  # forward, and twice that backward, where attention computes itself anew
-    assert 3 * 2 * block <= more <= 1.15 * 3 * 2 * block
+    assert deep - plain == 2 * 3 * block  # two views; forward, and twice that backward
+    parts = ablate.plan(config, ablate.Arm("", "--decoder-depth 2"), 0).scripts
+    assert parts["pretrain"].epochs == pytest.approx(2 * ours / (ours + 2 * 3 * block), rel=1e-5)
+
+
+def test_the_operations_are_the_same_whatever_kernels_a_machine_has(photographs):
+    config = parse(ablate.Config, ablate.PRESETS, None, ["--data", str(photographs), "--pretrain", TINY])
+    chosen, counted = ablate.settings(config, ablate.OURS), []
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        ablate.flops_per_image.cache_clear()
+        with sdpa_kernel(kernel):
+            counted.append(ablate.flops_per_image(chosen))
+    assert counted[0] == counted[1]
+    q = torch.randn(2, 5, 7, 8, requires_grad=True)
+    attention = timing.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward())
+    assert attention == 6 * 2 * (2 * 5) * (7 * 7 * 8)  # the products of the formula, two forward and four backward
+
+
+@pytest.fixture(scope="module")
+def done(photographs, tmp_path_factory):
+    """Two runs, measured by a probe alone."""
+    folder = tmp_path_factory.mktemp("done")
+    result = run_script("ablate.py", *arguments(photographs, *PROBED), folder=folder)
+    assert result.code == 0, result.err
+    return folder
+
+
+PROBED = ("--tables", "contrast", "--finetune", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--pretrain", TINY.replace("--epochs 2", "--epochs 3"), ["--pretrain", "epochs was 2.0 and is 3.0 now"]),
+        ("--pretrain", TINY + " --loss-on all", ["--pretrain", "loss_on was 'masked' and is 'all' now"]),
+        ("--probe", PROBE + " --base-lr 0.5", ["--probe", "base_lr was 3.0 and is 0.5 now"]),
+        ("--finetune", FINETUNE, ["without --finetune"]),
+    ],
+)
+def test_numbers_of_other_options_are_refused_by_name(done, photographs, option, value, words):
+    before = {path: path.read_bytes() for path in done.rglob("*.json*")}
+    for more in ([], ["--collect"]):
+        result = run_script("ablate.py", *arguments(photographs, *PROBED, option, value, *more), folder=done)
+        assert (result.code, result.err.count("\n")) == (2, 1), result
+        assert [word for word in ["ablation/ours-seed0", *words, "another --output-dir"] if word not in result.err] == []
+    assert {path: path.read_bytes() for path in done.rglob("*.json*")} == before
+
+
+def test_options_that_change_no_number_may_change(done, photographs):
+    same = ["--pretrain", TINY + " --workers 1 --log-every 7", "--probe", PROBE + " --save-every 3"]
+    result = run_script("ablate.py", *arguments(photographs, *PROBED, *same), folder=done)
+    assert result.code == 0 and "resuming" not in result.out, result.err

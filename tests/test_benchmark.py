@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from running import EXAMPLES, run_script
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def test_it_measures_every_part_and_writes_the_figures(tmp_path):
@@ -15,7 +16,11 @@ def test_it_measures_every_part_and_writes_the_figures(tmp_path):
     model = figures["model"]
     ratio = model["timed"]["matrix products alone"]["seconds"] / model["timed"]["step"]["seconds"]
     assert model["share_of_floor"] == pytest.approx(ratio)
-    assert 5e8 < model["flops_per_image"] < 2e9
+    vit, decoder = (depth * (24 * n * w**2 + 4 * n**2 * w) for depth, n, w in ((12, 2, 192), (4, 5, 512)))
+    layers = 2 * 2 * 192 * 512 + 2 * 4 * 512 * 768  # into the decoder, and out of it
+    embedding = 2 * 2 * 768 * 192  # of the one visible patch, forward and the weights' gradient
+    counted = 2 * (3 * (vit + decoder + layers) + embedding)
+    assert model["flops_per_image"] == pytest.approx(counted, rel=1e-4)  # the contrastive loss has some more
     assert "share of the floor" in result.out and "written to" in result.out
 
 
@@ -26,7 +31,14 @@ def test_wrong_parts_and_folders_are_named(tmp_path):
     assert result.code == 2 and "no such folder: nowhere" in result.err
 
 
-def test_the_products_of_a_step_are_all_counted(monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "backward"),
+    [
+        (SDPBackend.MATH, [(7, 8, 7), (7, 7, 8), (7, 7, 8), (8, 7, 7)]),
+        (SDPBackend.FLASH_ATTENTION, [(7, 8, 7), (7, 8, 7), (7, 7, 8), (7, 7, 8), (7, 7, 8)]),  # the first product again
+    ],
+)
+def test_the_products_of_a_step_are_all_counted(monkeypatch, kernel, backward):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from timing import Products
 
@@ -34,9 +46,10 @@ def test_the_products_of_a_step_are_all_counted(monkeypatch):
     q, k, v = (torch.randn(2, 5, 7, 8, requires_grad=True) for _ in range(3))
     with Products() as products:
         linear(x).sum().backward()
-        torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+        with sdpa_kernel(kernel):
+            torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
     counted = [a[-2:] + b[-1:] for a, b, _ in products.shapes]
     forward, gradients = [(3, 6, 4)], [(4, 3, 6), (3, 4, 6)]
-    attention = [(7, 8, 7), (7, 7, 8)] + 2 * [(7, 8, 7)] + 3 * [(7, 7, 8)]
-    assert sorted(counted) == sorted(forward + gradients + attention)
+    attention = [(7, 8, 7), (7, 7, 8)]
+    assert sorted(counted) == sorted(forward + gradients + attention + backward)
     products.alone(torch.device("cpu"))()
