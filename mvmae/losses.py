@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .patches import normalize_patches
 
@@ -148,19 +149,45 @@ def unit_length(z: Tensor, shortest: float) -> Tensor:
 class _UnitLength(torch.autograd.Function):
     """The backward pass of `F.normalize` holds five tensors of the size of its input, this one its result alone."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, z: Tensor, shortest: float) -> Tensor:
+    def forward(z: Tensor, shortest: float) -> Tensor:
         unit: Tensor = z / z.norm(dim=-1, keepdim=True).clamp_min(shortest)
-        ctx.save_for_backward(z, unit)
-        ctx.shortest = shortest
         return unit
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, ctx.shortest = inputs
+        ctx.save_for_backward(z, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         z, unit = ctx.saved_tensors
-        length = z.norm(dim=-1, keepdim=True)
-        along = torch.einsum("...d,...d->...", grads[0], unit)[..., None].masked_fill(length < ctx.shortest, 0)
-        return torch.addcmul(grads[0], unit, along, value=-1).div_(length.clamp_min(ctx.shortest)), None
+        with torch.autocast(z.device.type, enabled=False):
+            length = z.norm(dim=-1, keepdim=True)
+            along = torch.einsum("...d,...d->...", grads[0], unit)[..., None].masked_fill(length < ctx.shortest, 0)
+            return torch.addcmul(grads[0], unit, along, value=-1).div_(length.clamp_min(ctx.shortest)), None
+
+
+class _Products(torch.autograd.Function):
+    """``a @ b.mT``, whose gradients have the type of its factors, also where the backward pass runs under autocast."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        with torch.autocast(a.device.type, enabled=False):
+            return _Products.apply(grads[0], b.mT), _Products.apply(grads[0].mT, a.mT)
 
 
 def mean_positive_similarity(z: Tensor) -> Tensor:
@@ -172,7 +199,7 @@ def mean_positive_similarity(z: Tensor) -> Tensor:
     Returns:
         (B, V).
     """
-    similarity = z @ z.transpose(1, 2)  # (B, V, V)
+    similarity: Tensor = _Products.apply(z, z)  # (B, V, V)
     own = similarity.diagonal(dim1=1, dim2=2)
     return (similarity.sum(dim=2) - own) / (z.shape[1] - 1)
 
@@ -192,9 +219,9 @@ def log_denominator(latents: Tensor, anchors: slice, temperature: float) -> Tens
 
 
 def _logits_without_self(latents: Tensor, anchors: slice, temperature: float) -> Tensor:
-    logits = latents[anchors] @ latents.T / temperature
+    logits: Tensor = _Products.apply(latents[anchors], latents) / temperature
     rows = torch.arange(len(logits), device=logits.device)
-    return logits.index_put_((rows, rows + anchors.start), logits.new_tensor(float("-inf")))
+    return logits.index_put_((rows, rows + anchors.start), logits.new_full((), -torch.inf))
 
 
 def _chunks(anchors: slice, size: int) -> list[slice]:
@@ -202,26 +229,32 @@ def _chunks(anchors: slice, size: int) -> list[slice]:
 
 
 class _ChunkedLogDenominator(torch.autograd.Function):
-    """`log_denominator` with the logits of one chunk of anchors in memory at a time, forward and backward."""
+    """`log_denominator` with the logits of one chunk of anchors in memory at a time, forward and backward.
+
+    A gradient that is itself to be differentiated keeps the logits of all chunks.
+    """
 
     @staticmethod
-    def forward(ctx: Any, latents: Tensor, anchors: slice, temperature: float, chunk_size: int) -> Tensor:
-        result = torch.cat([log_denominator(latents, chunk, temperature) for chunk in _chunks(anchors, chunk_size)])
-        ctx.save_for_backward(latents, result)
-        ctx.options = anchors, temperature, chunk_size
-        return result
+    def forward(latents: Tensor, anchors: slice, temperature: float, chunk_size: int) -> Tensor:
+        return torch.cat([log_denominator(latents, chunk, temperature) for chunk in _chunks(anchors, chunk_size)])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        latents, *ctx.options = inputs
+        ctx.save_for_backward(latents, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         latents, result = ctx.saved_tensors
         anchors, temperature, chunk_size = ctx.options
         total = torch.zeros_like(latents)
-        for chunk in _chunks(anchors, chunk_size):
-            own = slice(chunk.start - anchors.start, chunk.stop - anchors.start)
-            weights = _logits_without_self(latents, chunk, temperature)
-            weights.sub_(result[own, None]).exp_().mul_(grads[0][own, None] / temperature)  # softmax, times the chain
-            total[chunk].addmm_(weights, latents)
-            total.addmm_(weights.T, latents[chunk])
+        with torch.autocast(latents.device.type, enabled=False):
+            for chunk in _chunks(anchors, chunk_size):
+                own = slice(chunk.start - anchors.start, chunk.stop - anchors.start)
+                softmax = _logits_without_self(latents, chunk, temperature).sub_(result[own, None]).exp_()
+                weights = softmax * (grads[0][own, None] / temperature)
+                total[chunk].addmm_(weights, latents)
+                total.addmm_(weights.T, latents[chunk])
         return total, None, None, None
 
 
@@ -236,6 +269,7 @@ class _AllGather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)

@@ -121,6 +121,34 @@ def test_logits_stay_float32_under_autocast():
         assert torch.equal(NTXentLoss(0.01)(z), expected)
 
 
+@pytest.mark.parametrize("images", [64, 4112])  # all logits at once; in chunks
+def test_gradients_stay_float32_where_the_backward_pass_runs_under_autocast(images):
+    z = torch.randn(images, 2, 16)
+    expected = value_and_gradient(NTXentLoss(), z.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = value_and_gradient(NTXentLoss(), z)
+    largest = expected[1].abs().max()  # bfloat16 would be off by 0.3 %
+    torch.testing.assert_close([x.double() for x in found], list(expected), rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_the_gradient_has_a_gradient_and_torch_func_takes_the_loss(chunk_size):
+    z = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    loss = NTXentLoss(0.3, chunk_size=chunk_size)
+    assert torch.autograd.gradgradcheck(loss, z)
+    (first,) = torch.autograd.grad(loss(z), z, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), z)
+    torch.testing.assert_close(torch.func.grad(loss)(z.detach()), first.detach())
+    squared = lambda x: torch.func.grad(loss)(x).square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(squared)(z.detach()), second)
+
+
+def test_torch_func_maps_the_loss_over_batches():
+    z = torch.randn(3, 4, 2, 5, dtype=torch.float64)
+    gradients = torch.func.vmap(torch.func.grad(NTXentLoss()))(z)
+    torch.testing.assert_close(gradients, torch.stack([value_and_gradient(NTXentLoss(), x)[1] for x in z]))
+
+
 def test_bad_arguments_are_refused_with_the_cure():
     with pytest.raises(ValueError, match=r"1 image has no negatives .* batch of 2 or more, or loss_weight=0"):
         NTXentLoss()(torch.randn(1, 2, 4))
