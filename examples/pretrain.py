@@ -304,11 +304,12 @@ class Pretraining:
 
 
 def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int) -> mvmae.Losses:
-    """Compute losses and gradients of a batch, whole or in parts."""
+    """Compute losses and gradients of a batch, whole or in parts; the backward pass runs outside autocast."""
     if parts > 1:
         return mvmae.backward_in_parts(model, views, parts, mask=mask)
     output = model(views, mask=mask)
-    output.loss.backward()
+    with torch.autocast(views.device.type, enabled=False):
+        output.loss.backward()
     return mvmae.Losses(*(loss.detach() for loss in (output.loss, output.loss_rec, output.loss_con)))
 
 

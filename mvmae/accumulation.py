@@ -28,7 +28,8 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
     Adding up gradients of small batches does not enlarge the batch of a contrastive loss: each part would have negatives
     from itself alone. Here the latents of all parts are computed first, without activations; Eq. 6 gives its gradient with
     respect to them; then each part is computed again and both gradients flow back through it. The price is one more forward
-    pass of the encoder. Exact for several processes too, and with dropout, whose random numbers are drawn again.
+    pass of the encoder. Exact for several processes too, and with dropout, whose random numbers are drawn again. May be called
+    under autocast: the backward passes run outside.
 
     Args:
         model: a `MultiViewMAE`, or one in DistributedDataParallel; compiled or not. Only modules that mix the images of a
@@ -38,7 +39,7 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
         mask: over the B * V views.
 
     Raises:
-        ValueError: if the batch cannot be cut into that many equal parts.
+        ValueError: if the batch cannot be cut into that many equal parts, or a compiled model draws random numbers.
     """
     batch, num_views = views.shape[:2]
     if parts < 1 or batch % parts:
@@ -52,6 +53,11 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
         for piece, piece_mask in pieces:
             states.append(_random_state(views.device))
             latents.append(core.encode(piece, piece_mask).projected)
+    if _is_compiled(model) and not _equal(states[0], _random_state(views.device)):
+        raise ValueError(
+            "the encoder draws random numbers (dropout, drop path), and a compiled model draws others in the second pass than "
+            "in the first: build the encoder with rates of 0, do not compile it, or take the batch whole"
+        )
     loss_con, gradient = _contrast(core, torch.cat(latents))
     loss_rec = views.new_zeros(())
     for i, (piece, piece_mask) in enumerate(pieces):
@@ -62,7 +68,8 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
             loss = output.loss_rec / parts
             if gradient is not None:
                 loss = loss + core.loss_weight * (output.projected * gradient[i * size : (i + 1) * size]).sum()
-            loss.backward()
+            with torch.autocast(views.device.type, enabled=False):
+                loss.backward()
         loss_rec += output.loss_rec.detach() / parts
     return Losses(loss_rec + core.loss_weight * loss_con, loss_rec, loss_con)
 
@@ -74,15 +81,24 @@ def _contrast(model: MultiViewMAE, projected: Tensor) -> tuple[Tensor, Tensor | 
     projected.requires_grad_()
     with torch.enable_grad():
         loss = model.contrastive_loss(projected)
-    (gradient,) = torch.autograd.grad(loss, projected)
+    with torch.autocast(projected.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(loss, projected)
     return loss.detach(), gradient
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def _is_compiled(model: nn.Module) -> bool:
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
 
 
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+def _equal(state: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return all(map(torch.equal, state, other))
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    return torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
     torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+    for of_device in state[1:]:
+        torch.cuda.set_rng_state(of_device, device)

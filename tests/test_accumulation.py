@@ -1,10 +1,16 @@
+import sys
+
 import pytest
 import timm
 import torch
 import torch.distributed as dist
+from running import EXAMPLES
 from torch.nn.parallel import DistributedDataParallel
 
 from mvmae import MultiViewMAE, backward_in_parts, projection_mlp, random_mask
+
+sys.path.append(str(EXAMPLES))
+import pretrain
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
 
@@ -59,6 +65,42 @@ def test_dropout_draws_the_same_numbers_in_both_passes():
     torch.testing.assert_close(losses.loss, loss.detach())
     for name, gradient in gradients(plain).items():
         torch.testing.assert_close(gradients(parts)[name], gradient, msg=name)
+
+
+def test_every_backward_pass_runs_outside_autocast():
+    views, mask, seen = torch.randn(8, 2, 3, 16, 16), random_mask(16, 16, 0.75), []
+    model = build(torch.float32, projector=True)
+    contrast = model.contrastive_loss.forward
+
+    def watched(projected):
+        projected.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+        return contrast(projected)
+
+    model.contrastive_loss.forward = watched
+    for part in (model.encoder.cls_token, model.decoder.mask_token, model.projector[0].weight):
+        part.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        backward_in_parts(model, views, 2, mask=mask)
+        pretrain.backward(model, views, mask, 1)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False] * 11  # once for the contrast and twice for each part, then once for all four
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_that_draws_random_numbers_is_refused_in_parts(in_place):
+    """It would draw others in its second pass, the compiled one, than in the first."""
+
+    def compiled(**options):
+        model = build(**options)
+        if in_place:
+            model.compile(backend="eager")
+        return model if in_place else torch.compile(model, backend="eager")
+
+    views, mask = torch.randn(4, 2, 3, 16, 16, dtype=torch.float64), random_mask(8, 16, 0.75)
+    with pytest.raises(ValueError, match=r"draws random numbers \(dropout, drop path\), and a compiled .* rates of 0"):
+        backward_in_parts(compiled(drop_path_rate=0.5), views, 2, mask=mask)
+    expected = backward_in_parts(build(), views, 2, mask=mask)
+    torch.testing.assert_close(backward_in_parts(compiled(), views, 2, mask=mask), expected)
 
 
 def half_in_parts(views, mask):
