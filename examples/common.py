@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import json
 import multiprocessing
 import os
@@ -349,5 +350,11 @@ class Log:
 
 def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
     """Turn uint8 images (..., C, H, W) into float32 ones with the given mean and standard deviation, in units of 255."""
-    mean, std = (torch.tensor(tuple(x), device=images.device)[:, None, None] for x in (mean, std))
+    mean, std = (_per_channel(tuple(x), images.device) for x in (mean, std))
     return images.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copy values to the device, (C, 1, 1): once, since the copy waits for all that the device has still to do."""
+    return torch.tensor(values, device=device)[:, None, None]

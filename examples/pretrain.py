@@ -280,14 +280,14 @@ class Pretraining:
         return parallel(model, self.processes)  # type: ignore[arg-type]
 
     def masks(self, step: int) -> mvmae.Mask:
-        """Draw the masks of a step for the whole batch, the same for any number of processes, and give this one's part."""
+        """Draw this process's part of the masks of a step, which are the same for any number of processes."""
         views = self.config.batch_size * self.config.num_views
         generator = torch.Generator().manual_seed(sample_seed(self.config.seed, -1, step))
         length = self.model.encoder.patch_embed.num_patches
-        mask = mvmae.random_mask(views, length, self.config.mask_ratio, generator=generator)
         share = views // self.processes.world_size
-        mask = mask.select(slice(self.processes.rank * share, (self.processes.rank + 1) * share))
-        return mvmae.Mask(*(part.to(self.device, non_blocking=True) for part in mask))
+        own = slice(self.processes.rank * share, (self.processes.rank + 1) * share)
+        ratio = self.config.mask_ratio
+        return mvmae.random_mask(views, length, ratio, generator=generator, device=self.device, rows=own)
 
     def look(self, step: int, limit: int = 0) -> dict[str, float]:
         """Log what the encoder's features are worth now, and warn where they have collapsed."""

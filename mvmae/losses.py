@@ -199,7 +199,7 @@ def mean_positive_similarity(z: Tensor) -> Tensor:
     Returns:
         (B, V).
     """
-    similarity: Tensor = _Products.apply(z, z)  # (B, V, V)
+    similarity: Tensor = _Products.apply(z, z.view_as(z))  # (B, V, V); torch.compile refuses the same tensor twice
     own = similarity.diagonal(dim1=1, dim2=2)
     return (similarity.sum(dim=2) - own) / (z.shape[1] - 1)
 

@@ -4,7 +4,7 @@ Shapes: B images, L patches of an image, K of them visible.
 """
 
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,10 @@ def num_visible(length: int, mask_ratio: float) -> int:
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask ratio {mask_ratio} is out of range: a number in [0, 1) is expected, the paper's is 0.8")
-    visible = round(length * (1 - Fraction(repr(float(mask_ratio)))))
+    share = 1 - Fraction(repr(float(mask_ratio)))
+    visible, rest = length * share.numerator // share.denominator, 2 * (length * share.numerator % share.denominator)
+    if rest > share.denominator or (rest == share.denominator and visible % 2):  # `round`, which no symbolic length takes
+        visible += 1
     if visible < 1:
         raise ValueError(
             f"mask ratio {mask_ratio} leaves none of {length} patches visible: at most {1 - 1 / length:.4g} leaves one"
@@ -74,6 +77,7 @@ def random_mask(
     *,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
+    rows: slice = slice(None),
 ) -> Mask:
     """Draw a mask for every image, uniformly over all sets of K patches (Section 3.1.2).
 
@@ -84,14 +88,17 @@ def random_mask(
         generator: source of the random numbers; torch's global one where it is None. The numbers are drawn on the
             generator's own device, so that a CPU generator gives the same masks for every device.
         device: where the mask is wanted; the generator's device, or the CPU, where it is None.
+        rows: which of the B masks to return: numbers are drawn for all of them, so that each process of several gets its part
+            of the masks that one process would draw.
 
     Raises:
         ValueError: if the ratio is out of range or leaves no patch visible.
     """
     visible = num_visible(length, mask_ratio)
     drawn_on = device if generator is None else generator.device
-    noise = torch.rand(batch_size, length, generator=generator, device=drawn_on)
-    masked = torch.ones(batch_size, length, dtype=torch.bool, device=drawn_on)
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}  # torch.compile refuses None
+    noise = torch.rand(batch_size, length, device=drawn_on, **source)[rows]
+    masked = torch.ones_like(noise, dtype=torch.bool)
     order = noise.argsort(dim=1, stable=True)
     shown = order[:, :visible].sort(dim=1).values
     masked.scatter_(1, shown, False)

@@ -6,11 +6,13 @@ import torch
 import torch.distributed as dist
 from running import EXAMPLES
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvmae import MultiViewMAE, backward_in_parts, projection_mlp, random_mask
 
 sys.path.append(str(EXAMPLES))
 import pretrain
+from common import normalize
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
 
@@ -84,6 +86,33 @@ def test_every_backward_pass_runs_outside_autocast():
         pretrain.backward(model, views, mask, 1)
         assert torch.is_autocast_enabled("cpu")
     assert seen == [False] * 11  # once for the contrast and twice for each part, then once for all four
+
+
+class Copied(TorchDispatchMode):
+    """Counts the tensors made of Python's numbers: on a GPU each of them waits for all that the GPU has still to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_step_copies_no_numbers_to_the_device(parts, chunk_size):
+    model, mask = build(torch.float32), random_mask(8, 16, 0.75)
+    model.contrastive_loss.chunk_size = chunk_size
+    images = torch.randint(256, (4, 2, 3, 16, 16), dtype=torch.uint8)
+    mean, std = (0.5, 0.25, 0.5), (0.25, 0.25, 0.5)
+    views = normalize(images, mean, std)
+    torch.testing.assert_close(views[:, :, 1], (images[:, :, 1] / 255 - 0.25) / 0.25)
+    with Copied() as copied:
+        pretrain.backward(model, normalize(images, mean, std), mask, parts)
+    assert copied.count == 0
+    with Copied() as copied:
+        torch.tensor(mean)
+    assert copied.count == 1
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -2,6 +2,7 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvmae import Mask, num_visible, random_mask
 
@@ -45,6 +46,30 @@ def test_a_generator_decides_alone():
     other = random_mask(3, 16, 0.5, generator=torch.Generator().manual_seed(8))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.masked, second.masked) and not torch.equal(first.masked, other.masked)
+
+
+class Sorted(TorchDispatchMode):
+    """Remembers how many rows each sort sorts."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "sort" in func.__name__:
+            self.rows.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_some_of_the_masks_are_those_of_all_bit_for_bit_and_are_sorted_alone():
+    def draw(**rows):
+        return random_mask(12, 25, 0.75, generator=torch.Generator().manual_seed(3), **rows)
+
+    expected = draw().select(slice(4, 8))
+    with Sorted() as seen:
+        found = draw(rows=slice(4, 8))
+    assert all(map(torch.equal, found, expected)) and [x.dtype for x in found] == [x.dtype for x in expected]
+    assert seen.rows and set(seen.rows) == {4}
 
 
 def test_a_mask_of_ones_own():

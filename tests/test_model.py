@@ -205,6 +205,23 @@ def test_losses_stay_float32_under_autocast(build):
     output.loss.backward()
 
 
+@pytest.mark.parametrize(
+    ("vit", "sizes"), [({}, [(4, 32, 32), (3, 32, 32)]), ({"dynamic_img_size": True}, [(4, 32, 32), (3, 40, 24)])]
+)
+def test_compiled_it_takes_a_smaller_last_batch_and_other_sizes_and_draws_the_same_masks(build, tiny_vit, vit, sizes):
+    model = build(tiny_vit(**vit))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for batch, height, width in sizes:
+        views = torch.randn(batch, 2, 3, height, width)
+        torch.manual_seed(batch)
+        found = compiled(views)
+        torch.manual_seed(batch)
+        expected = model(views)
+        assert torch.equal(found.mask.visible, expected.mask.visible)
+        torch.testing.assert_close(found.loss, expected.loss)
+        found.loss.backward()
+
+
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_constant_images_and_identical_views_have_finite_gradients(build, fill):
     model = build(temperature=0.01)
