@@ -368,6 +368,17 @@ def test_evaluation_alone_gives_the_numbers_of_the_end(whole):
     assert (nothing.code, nothing.err) == (2, "error: --evaluate: other holds no checkpoint\n")
 
 
+def test_processes_share_the_images_that_they_detect_in(whole, tmp_path):
+    """The detections of one process, each once."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes((whole / "run" / "checkpoint.pt").read_bytes())
+    results = run_processes("detect.py", "--preset", "toy", *SMALL, "--output-dir", "run", "--evaluate", folder=tmp_path)
+    assert [result.code for result in results] == [0, 0], results
+    one, two = (json.loads((place / "run/detections.json").read_text()) for place in (whole, tmp_path))
+    assert len({found["image_id"] for found in one}) > 1
+    assert sorted(two, key=json.dumps) == sorted(one, key=json.dumps)
+
+
 def test_two_processes_with_bf16_train_and_evaluate_together(tmp_path):
     arguments = ["--preset", "toy", *SMALL, "--steps", 2, "--precision", "bf16", "--output-dir", "run"]
     results = run_processes("detect.py", *arguments, folder=tmp_path)

@@ -56,12 +56,17 @@ def processes_under(folder):
     return found
 
 
-def wait_until(true, seconds=10):
+def wait_until(true, seconds=60):
     """Tell whether something comes true in time."""
     deadline = time.monotonic() + seconds
     while not true() and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.05)
     return true()
+
+
+def wait_for_the_end_of_all(folder):
+    """Wait until no process runs in a folder; a loading process looks every five seconds whether its run lives."""
+    assert wait_until(lambda: not processes_under(folder)), processes_under(folder)
 
 
 def flip_bit(path, position, bit=0):
@@ -494,21 +499,54 @@ def test_f24_the_others_end_with_the_cause_when_one_process_does(images, tmp_pat
 
 def torchrun(folder, images, *arguments, options=(), env=None):
     """Two processes under the real torchrun, each with a loading process."""
-    given = [*ARGUMENTS, *STEPS, "--workers", 1, "--resume", *arguments]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    command += [str(EXAMPLES / "pretrain.py"), "--data", str(images), "--output-dir", "run", *map(str, given)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    given = ["--data", images, "--output-dir", "run", *ARGUMENTS, *STEPS, "--workers", 1, "--resume", *arguments]
+    return in_a_group(folder, *launcher(*options), EXAMPLES / "pretrain.py", *given, env=env)
+
+
+def launcher(*options):
+    return "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *options
+
+
+def in_a_group(folder, *arguments, env=None):
+    """Python in a process group of its own, as a shell starts it; what it prints is in torchrun.txt."""
+    command, environment = [sys.executable, *map(str, arguments)], {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     with (folder / "torchrun.txt").open("w") as log:
-        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+DENSE = ["--preset", "toy", "--model-args", "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2", "--image-size", 32]
+DENSE += ["--toy-images", 12, "--workers", 2, "--batch-size", 4, "--steps", 40, "--log-every", 1, "--device", "cpu"]
+DENSE += ["--channels", 16, "--pictures", 0, "--output-dir", "run"]
+
+
+@pytest.mark.parametrize("launch", [(), launcher()], ids=["group", "torchrun"])
+@pytest.mark.parametrize(("script", "more"), [("detect.py", ["--fc-width", 16]), ("segment.py", ["--stride", 32])])
+def test_f40_sigterm_in_detection_and_segmentation_saves(tmp_path, script, more, launch):
+    if script == "detect.py":
+        pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+    process = in_a_group(tmp_path, *launch, EXAMPLES / script, *DENSE, *more, env={"MVMAE_FAULT": "slow"})
+    wait_for_lines(process, tmp_path, 2)
+    if launch:
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)  # to the loading processes too
+    code, printed = process.wait(300), (tmp_path / "torchrun.txt").read_text()
+    assert code == (1 if launch else 128 + signal.SIGTERM), printed
+    assert 2 <= end_of(tmp_path)["step"] < 40 and "is saved" in printed and "killed by signal" not in printed
+    wait_for_the_end_of_all(tmp_path)
+
+
+def wait_for_lines(process, folder, count):
+    """Wait until the log of a run tells of so many steps."""
+    log = folder / "run" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= count):
+        assert process.poll() is None, (folder / "torchrun.txt").read_text()
+        time.sleep(0.02)
 
 
 def test_f6_sigterm_to_torchrun_saves_and_leaves_no_process(whole, images, tmp_path):
     process = torchrun(tmp_path, images, env={"MVMAE_FAULT": "slow"})
-    log = tmp_path / "run" / "log.jsonl"
-    deadline = time.monotonic() + 100
-    while not (log.exists() and log.read_text().count("\n") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "torchrun.txt").read_text()
-        time.sleep(0.02)
+    wait_for_lines(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     step = end_of(tmp_path)["step"]

@@ -1,5 +1,6 @@
 import fcntl
 import json
+import math
 import os
 import pty
 import shutil
@@ -57,6 +58,82 @@ def test_training_changes_every_trained_weight_and_not_the_positions(whole, imag
     pretrain(tmp_path, images, "--max-steps", 1, "--workers", 0)
     first, last = end_of(tmp_path)["model"], end_of(whole[0])["model"]
     assert [name for name in first if torch.equal(first[name], last[name])] == ["encoder.pos_embed"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the recipe
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_rate_rises_for_an_epoch_and_falls_as_a_cosine_from_that_of_the_batch(whole):
+    peak, warmup, steps = 4e-3 * 8 / 256, 4, 20  # 32 images in batches of 8: 4 steps an epoch, 5 epochs
+    expected = [
+        peak * step / warmup if step < warmup else peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        for step in range(12)
+    ]
+    assert [record["lr"] for record in records(whole[0]) if "loss" in record] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_optimizer_is_adamw_with_the_papers_betas_and_decays_what_has_two_dimensions(images, tmp_path):
+    """With so much decay that it shows in one step, the second: the first has a rate of 0."""
+    ends = []
+    for decay in (0, 1000):
+        result = pretrain(tmp_path / str(decay), images, "--max-steps", 2, "--save-every", 1, "--weight-decay", decay)
+        assert result.code == 0, result.err
+        ends.append(end_of(tmp_path / str(decay)))
+    first = torch.load(tmp_path / "1000" / "run" / "checkpoint-previous.pt", weights_only=True)
+    start, rate = first["model"], 4e-3 * 8 / 256 / 4
+    for name, weight in start.items():
+        lost = ends[0]["model"][name] - ends[1]["model"][name]
+        decayed = weight.ndim > 1 and name != "encoder.pos_embed"
+        torch.testing.assert_close(lost, weight * rate * 1000 if decayed else torch.zeros_like(weight), rtol=1e-3, atol=1e-6)
+    saved = first["optimizer"]
+    for group in saved["param_groups"]:  # biases are 0 at the start, so that their decay does not show in weights
+        assert {(saved["state"][i]["exp_avg"].ndim > 1) for i in group["params"]} == {group["weight_decay"] > 0}
+    mean, square = (torch.cat([entry[key].flatten() for entry in saved["state"].values()]) for key in ("exp_avg", "exp_avg_sq"))
+    assert mean.count_nonzero() > 1000
+    torch.testing.assert_close(square, (1 - 0.95) / (1 - 0.9) ** 2 * mean**2, rtol=1e-3, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def white(tmp_path_factory):
+    """Images whose crops, flipped or not, are all the same."""
+    folder = tmp_path_factory.mktemp("white")
+    for i in range(16):
+        Image.new("RGB", (48, 40), (255, 255, 255)).save(folder / f"{i}.png")
+    return folder
+
+
+def fixed(folder, images, *arguments):
+    """The lines of steps that leave the weights as they are."""
+    given = ["--base-lr", 1e-30, "--max-steps", 4, "--epochs", 2, "--workers", 0, *arguments]
+    result = pretrain(folder, images, *given)
+    assert result.code == 0, result.err
+    return [record for record in records(folder) if "loss" in record]
+
+
+def test_every_step_has_masks_of_its_own(white, tmp_path):
+    lines = fixed(tmp_path, white, "--loss-weight", 0)
+    assert len(lines) == 4 and len({line["loss_rec"] for line in lines}) == 4  # nothing else differs between the steps
+
+
+def test_normalised_pixels_can_be_turned_off(white, tmp_path):
+    """White is 0 where patches are normalised, and about 2.4 deviations from the mean of ImageNet where they are not."""
+    for name, option, low, high in (("on", "--norm-pix", 0, 2), ("off", "--no-norm-pix", 4, 9)):
+        assert all(low < line["loss_rec"] < high for line in fixed(tmp_path / name, white, option))
+
+
+def test_the_temperature_reaches_the_contrastive_loss(images, tmp_path):
+    """So high that all are alike: 15 of the 16 views of a step are candidates, each as likely as the others."""
+    lines = fixed(tmp_path, images, "--temperature", 1e6)
+    assert [line["loss_con"] for line in lines] == pytest.approx([math.log(15)] * 4, rel=1e-5)
+    usual = fixed(tmp_path / "usual", images)
+    assert all(abs(line["loss_con"] - math.log(15)) > 0.01 for line in usual)
+
+
+# -------------------------------------------------------------------------------------------------- runs that are cut, etc.
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -218,6 +218,18 @@ def test_flip_turns_a_view_left_to_right():
     assert 0.44 < np.mean(shares) < 0.56
 
 
+def test_each_view_is_flipped_or_not_by_itself_in_half_of_the_cases():
+    image = np.zeros((40, 40, 3), np.uint8)
+    image[:, 20:] = 255
+    transform = MultiViewTransform(16, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    pairs = []
+    for seed in range(400):
+        views = transform(image, generator=torch.Generator().manual_seed(seed))
+        pairs.append(tuple((views[:, 0, 8, 0] > 127).tolist()))
+    shares = [pairs.count(pair) / len(pairs) for pair in ((False, False), (False, True), (True, False), (True, True))]
+    assert sum(shares) == 1 and all(0.15 < share < 0.35 for share in shares)
+
+
 def test_the_centre_crop_is_the_usual_evaluation_view():
     image = photograph(500, 375)
     resized = TF.resize(image, 256, InterpolationMode.BICUBIC)
