@@ -370,17 +370,12 @@ def fill_shared_memory():
     torch.Tensor.share_memory_ = full
 
 
-def run_out_of_memory():
-    raise MemoryError
-
-
 @pytest.mark.parametrize("plain", [False, True], ids=["views", "other samples"])
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         (limit_files, "a batch is larger than a file may be: raise `ulimit -f`, or use fewer workers, .*File too large"),
         (fill_shared_memory, "shared memory is full: use fewer workers, .*--shm-size.*No space left on device"),
-        (run_out_of_memory, "no memory is left to load images: use fewer workers, a smaller prefetch_factor or batch"),
     ],
 )
 def test_f44_memory_that_is_full_in_the_middle_of_a_run_is_one_line_with_the_cure(fault, message, plain):
@@ -403,14 +398,16 @@ def test_f44_a_file_size_limit_at_the_start_is_one_line():
     assert "DataError: a batch is larger than a file may be: raise `ulimit -f`" in ended.stderr.splitlines()[-1]
 
 
-def test_memory_that_is_full_without_workers_is_one_line_too():
-    source = Arrays(hook=lambda index: run_out_of_memory() if index == 7 else None)
-    with pytest.raises(DataError, match="no memory is left to load images"):
-        list(loader(source))
-
-
 @pytest.mark.parametrize("workers", [0, 1])
-def test_samples_of_any_data_set_are_loaded_and_an_error_names_the_image(workers):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("disk\ngone"), r"^'7\.png' cannot be loaded: OSError: disk gone$"),
+        (MemoryError(), "^no memory is left to load images: use fewer workers, a smaller prefetch_factor or batch "),
+    ],
+    ids=["disk", "memory"],
+)
+def test_samples_of_any_data_set_are_loaded_and_an_error_is_one_line(workers, error, message):
     class Pairs:
         def __len__(self):
             return 13
@@ -420,14 +417,14 @@ def test_samples_of_any_data_set_are_loaded_and_an_error_names_the_image(workers
 
         def __getitem__(self, key):
             if key[1] == 7:
-                raise OSError("disk\ngone")
+                raise error
             return torch.tensor(key), {"name": self.name(key[1])}
 
     sampler = StepSampler(13, 4, num_steps=6)
     expected = list(sampler)
     failing = next(step for step, keys in enumerate(expected) if 7 in [index for _, index in keys])
     seen = []
-    with pytest.raises(DataError, match=r"^'7\.png' cannot be loaded: OSError: disk gone$"):
+    with pytest.raises(DataError, match=message):
         for batch in make_loader(Pairs(), sampler, num_workers=workers, collate=list):
             seen.append([tuple(numbers.tolist()) for numbers, _ in batch])
     assert seen == expected[:failing]
