@@ -95,7 +95,7 @@ def image_sets(config: Config, folder: Path) -> dict[str, list[Path]]:
     if not Path(config.data).is_dir():
         raise Stop(f"no such folder: {config.data}; a folder of photographs, or sample, is expected")
     source = open_images(config.data)
-    return {config.data: [Path(config.data) / source.name(i) for i in range(min(len(source), 200))]}
+    return {config.data: [Path(source.name(i)).absolute() for i in range(min(len(source), 200))]}
 
 
 def load_all(load: Callable[[Path], object], paths: Sequence[Path]) -> None:

@@ -56,7 +56,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., lis
     results are pickled. The traceback of the process that failed first is raised here; after `timeout` seconds both end.
     """
 
-    def run(fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(fn: Callable[..., Any], *args: Any, timeout: float = 900) -> list[Any]:
         folder = tmp_path_factory.mktemp("two_processes")
         context = torch.multiprocessing.get_context("spawn")
         processes = [context.Process(target=_process, args=(rank, folder, fn, args), daemon=True) for rank in range(2)]

@@ -40,7 +40,7 @@ class Started:
         self.process.start()
         self.pid = self.process.pid
 
-    def finish(self, timeout=120):
+    def finish(self, timeout=900):
         self.process.join(timeout)
         if self.process.is_alive():
             self.process.kill()
@@ -52,12 +52,12 @@ class Started:
         return [file.read_text() if file.is_file() else "" for file in self.files]
 
 
-def run_script(script, *arguments, folder, env=None, timeout=120, patch=None):
+def run_script(script, *arguments, folder, env=None, timeout=900, patch=None):
     """Run ``examples/<script>`` in ``folder`` to its end."""
     return Started(script, arguments, folder, env, patch=patch).finish(timeout)
 
 
-def run_processes(script, *arguments, folder, count=2, timeout=180, envs=(), folders=()):
+def run_processes(script, *arguments, folder, count=2, timeout=900, envs=(), folders=()):
     """Run a script as torchrun would, in ``count`` processes that find each other on this machine, each in its folder."""
     import socket
 

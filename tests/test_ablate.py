@@ -47,7 +47,7 @@ def test_an_ablation_that_was_killed_goes_on_where_it_was(photographs, tmp_path)
     killed = run_script("ablate.py", *given, folder=tmp_path, env={"MVMAE_FAULT": "kill@7"})  # ours has 9 steps
     assert killed.code == -signal.SIGKILL
     assert not list(tmp_path.rglob("ablation.json")) and (tmp_path / "ablation/ours-seed0/checkpoint.pt").exists()
-    result = run_script("ablate.py", *given, folder=tmp_path, timeout=300)
+    result = run_script("ablate.py", *given, folder=tmp_path, timeout=900)
     assert result.code == 0, result.err
     assert "resuming ablation/ours-seed0 after step 6" in result.out
     found = json.loads((tmp_path / "ablation/ablation.json").read_text())["table6"]
@@ -85,7 +85,7 @@ def test_two_processes_ablate_together_and_compare_gathered_with_local_negatives
     given = arguments(photographs, "--finetune", FINETUNE, "--tables", "negatives")
     alone = run_script("ablate.py", *given, folder=tmp_path)
     assert alone.code == 2 and "start several, with torchrun --nproc-per-node 2" in alone.err
-    ended = run_processes("ablate.py", *given, folder=tmp_path, timeout=300)
+    ended = run_processes("ablate.py", *given, folder=tmp_path, timeout=900)
     assert [process.code for process in ended] == [0, 0], ended[0].err + ended[1].err
     found = json.loads((tmp_path / "ablation/ablation.json").read_text())["negatives"]
     assert [row["arm"] for row in found] == ["of all processes", "of each process alone"]

@@ -3,16 +3,16 @@ import json
 import pytest
 import torch
 from running import EXAMPLES, run_script
+from tiny_run import write_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def test_it_measures_every_part_and_writes_the_figures(tmp_path):
     arguments = ["--encoder", "vit_tiny_patch16_224", "--image-size", 32, "--batch-size", 2, "--rounds", 1, "--device", "cpu"]
-    result = run_script("benchmark.py", *arguments, "--parts", "loader", "model", "workers", folder=tmp_path)
+    result = run_script("benchmark.py", *arguments, "--parts", "loader", "model", folder=tmp_path)
     assert result.code == 0, result.err
     figures = json.loads((tmp_path / "runs" / "benchmark" / "benchmark.json").read_text())
     assert figures["loader"].keys() == {"500x375", "3000x2000"}
-    assert figures["workers"]["ours"]["times_the_first"] > 0
     model = figures["model"]
     ratio = model["timed"]["matrix products alone"]["seconds"] / model["timed"]["step"]["seconds"]
     assert model["share_of_floor"] == pytest.approx(ratio)
@@ -22,6 +22,16 @@ def test_it_measures_every_part_and_writes_the_figures(tmp_path):
     counted = 2 * (3 * (vit + decoder + layers) + embedding)
     assert model["flops_per_image"] == pytest.approx(counted, rel=1e-4)  # the contrastive loss has some more
     assert "share of the floor" in result.out and "written to" in result.out
+
+
+def test_it_measures_loading_processes(tmp_path):
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images")  # small: 3000 are loaded in each round
+    arguments = ["--parts", "workers", "--data", "images", "--image-size", 16, "--rounds", 1, "--device", "cpu"]
+    result = run_script("benchmark.py", *arguments, folder=tmp_path)
+    assert result.code == 0, result.err
+    figures = json.loads((tmp_path / "runs" / "benchmark" / "benchmark.json").read_text())["workers"]
+    assert figures.keys() == {"ours", "two decodes, torchvision"} and figures["ours"]["times_the_first"] > 0
 
 
 def test_wrong_parts_and_folders_are_named(tmp_path):

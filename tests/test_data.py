@@ -1,5 +1,6 @@
 """Loading: the same samples whatever the workers, the start and the processes; every trouble in one line."""
 
+import itertools
 import multiprocessing
 import os
 import resource
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,9 +76,7 @@ def test_a_sampler_starts_at_any_step_as_if_it_had_run_so_far(start):
 
 
 def test_a_sampler_starts_far_away_at_once_and_can_be_endless():
-    begin = time.perf_counter()
-    steps = iter(StepSampler(1000, 8, start_step=10**12))
-    assert len(next(steps)) == 8 and time.perf_counter() - begin < 0.5
+    assert len(next(iter(StepSampler(1000, 8, start_step=10**12)))) == 8  # no end is seen of walking through so many
     with pytest.raises(TypeError):
         len(StepSampler(10, 2))
 
@@ -170,12 +170,11 @@ def test_too_many_bad_images_stop_with_their_list(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ten_bad_images_in_a_row_stop_within_seconds_in_one_line(workers):
-    begin = time.monotonic()
+def test_ten_bad_images_in_a_row_stop_in_one_line(workers):
     with pytest.raises(DataError) as caught:
         list(loader(Arrays(1000, bad=range(1000)), num_workers=workers))
     assert str(caught.value).startswith("10 images in a row cannot be used; the last was 'image ")
-    assert "\n" not in str(caught.value) and time.monotonic() - begin < 10
+    assert "\n" not in str(caught.value)
 
 
 def test_odd_names_are_one_line_each_in_the_file_and_come_back(tmp_path):
@@ -304,13 +303,16 @@ def test_errors_of_a_users_data_set_are_bad_images_and_bugs_are_not():
 # Workers
 
 
-class Sleeps:
-    def __init__(self, at):
-        self.at = at
+class Hangs:
+    """At one image, once ``told`` is called there."""
+
+    def __init__(self, at, told):
+        self.at, self.told = at, told
 
     def __call__(self, index):
         if index == self.at:
-            time.sleep(60)
+            self.told()
+            time.sleep(3600)
 
 
 class Kills:
@@ -322,9 +324,12 @@ class Kills:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_stuck_file_is_named_when_the_time_is_over():
-    with pytest.raises(DataError, match=r"no batch came in time \(1 s\); being loaded: 'image 7'"):
-        list(loader(Arrays(hook=Sleeps(7)), num_workers=1, timeout=1))
+def test_a_stuck_file_is_named_when_the_time_is_over(tmp_path, monkeypatch):
+    hours = itertools.count(0, 3600)
+    clock = SimpleNamespace(monotonic=lambda: next(hours) if (tmp_path / "hangs").exists() else 0)
+    monkeypatch.setattr(loading, "time", clock)  # so that no slow machine is taken for a stuck file
+    with pytest.raises(DataError, match=r"no batch came in time \(300 s\); being loaded: 'image 7'"):
+        list(loader(Arrays(hook=Hangs(7, (tmp_path / "hangs").touch)), num_workers=1))
 
 
 def test_a_dead_worker_is_one_clear_error():
@@ -344,9 +349,9 @@ def test_a_workers_death_is_told_where_a_batch_is_waited_for_and_never_within_a_
 
 
 def test_what_a_signals_handler_raises_ends_the_wait_for_a_stuck_file():
-    batches = iter(loader(Arrays(hook=Sleeps(7)), num_workers=1))
+    main = os.getpid()
+    batches = iter(loader(Arrays(hook=Hangs(7, lambda: os.kill(main, signal.SIGALRM))), num_workers=1))
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 2)
     with pytest.raises(KeyboardInterrupt):
         list(batches)
     signal.signal(signal.SIGALRM, previous)
@@ -365,17 +370,12 @@ def fill_shared_memory():
     torch.Tensor.share_memory_ = full
 
 
-def run_out_of_memory():
-    raise MemoryError
-
-
 @pytest.mark.parametrize("plain", [False, True], ids=["views", "other samples"])
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         (limit_files, "a batch is larger than a file may be: raise `ulimit -f`, or use fewer workers, .*File too large"),
         (fill_shared_memory, "shared memory is full: use fewer workers, .*--shm-size.*No space left on device"),
-        (run_out_of_memory, "no memory is left to load images: use fewer workers, a smaller prefetch_factor or batch"),
     ],
 )
 def test_f44_memory_that_is_full_in_the_middle_of_a_run_is_one_line_with_the_cure(fault, message, plain):
@@ -398,14 +398,16 @@ def test_f44_a_file_size_limit_at_the_start_is_one_line():
     assert "DataError: a batch is larger than a file may be: raise `ulimit -f`" in ended.stderr.splitlines()[-1]
 
 
-def test_memory_that_is_full_without_workers_is_one_line_too():
-    source = Arrays(hook=lambda index: run_out_of_memory() if index == 7 else None)
-    with pytest.raises(DataError, match="no memory is left to load images"):
-        list(loader(source))
-
-
 @pytest.mark.parametrize("workers", [0, 1])
-def test_samples_of_any_data_set_are_loaded_and_an_error_names_the_image(workers):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("disk\ngone"), r"^'7\.png' cannot be loaded: OSError: disk gone$"),
+        (MemoryError(), "^no memory is left to load images: use fewer workers, a smaller prefetch_factor or batch "),
+    ],
+    ids=["disk", "memory"],
+)
+def test_samples_of_any_data_set_are_loaded_and_an_error_is_one_line(workers, error, message):
     class Pairs:
         def __len__(self):
             return 13
@@ -415,14 +417,14 @@ def test_samples_of_any_data_set_are_loaded_and_an_error_names_the_image(workers
 
         def __getitem__(self, key):
             if key[1] == 7:
-                raise OSError("disk\ngone")
+                raise error
             return torch.tensor(key), {"name": self.name(key[1])}
 
     sampler = StepSampler(13, 4, num_steps=6)
     expected = list(sampler)
     failing = next(step for step, keys in enumerate(expected) if 7 in [index for _, index in keys])
     seen = []
-    with pytest.raises(DataError, match=r"^'7\.png' cannot be loaded: OSError: disk gone$"):
+    with pytest.raises(DataError, match=message):
         for batch in make_loader(Pairs(), sampler, num_workers=workers, collate=list):
             seen.append([tuple(numbers.tolist()) for numbers, _ in batch])
     assert seen == expected[:failing]
@@ -453,7 +455,7 @@ def run_with_noise(body):
     """
     environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(script) + textwrap.dedent(body)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
 
 
 def test_workers_ignore_signals_have_their_own_group_and_end_with_the_main_process():

@@ -63,7 +63,7 @@ def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
         command = [sys.executable, str(EXAMPLES / "export.py"), "--run", "run", "--push", "me/quick", "--private"]
         python_path = {"PYTHONPATH": str(EXAMPLES.parent)}
         kwargs = {"cwd": tmp_path, "env": {**os.environ, **environment, **python_path}, "capture_output": True, "text": True}
-        ended = subprocess.run(command, check=False, timeout=300, **kwargs)
+        ended = subprocess.run(command, check=False, timeout=900, **kwargs)
         assert ended.returncode == 0, ended.stderr
         repo = server.repos["me/quick"]
     assert repo.private

@@ -51,7 +51,7 @@ def client(code: str, home: Path, endpoint: str, *arguments: str, **environment:
     own = {"PYTHONPATH": str(ROOT), "NO_PROXY": "*", "no_proxy": "*", "HF_TOKEN": "hf_test"}
     command = [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + textwrap.dedent(code), *arguments]
     environment = {**kept, **hub, **own, **environment}
-    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=900)
 
 
 def features(code: str, home: Path, endpoint: str, images: Path, **environment: str) -> torch.Tensor:

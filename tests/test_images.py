@@ -4,7 +4,6 @@ import ast
 import io
 import os
 import struct
-import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 
 from mvmae import images
 from mvmae.images import ImageError, open_image
@@ -273,7 +272,6 @@ def test_random_bit_flips_neither_crash_nor_hang():
     rng = np.random.default_rng(0)
     outcomes = {"good": 0, "bad": 0}
     files = [encode(photograph(), f) for f in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")]
-    start = time.monotonic()
     for trial in range(300):
         data = bytearray(files[trial % len(files)])
         for position in rng.integers(0, len(data), 1 + trial % 8):
@@ -285,7 +283,6 @@ def test_random_bit_flips_neither_crash_nor_hang():
         except ImageError:
             outcomes["bad"] += 1
     assert min(outcomes.values()) > 10
-    assert time.monotonic() - start < 20
 
 
 def bomb(side: int) -> bytes:
@@ -297,19 +294,17 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_a_decompression_bomb_is_refused_from_its_header(tmp_path):
+def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
     path = tmp_path / "bomb.png"
     path.write_bytes(bomb(30_000))
-    times = []
+    loaded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", loaded.append)
     tracemalloc.start()
-    for _ in range(5):
-        start = time.perf_counter()
-        with pytest.raises(ImageError, match="30000 x 30000 pixels, more than the limit of 100000000"):
-            open_image(path)
-        times.append(time.perf_counter() - start)
+    with pytest.raises(ImageError, match="30000 x 30000 pixels, more than the limit of 100000000"):
+        open_image(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert min(times) < 0.005 and peak < 5_000_000
+    assert loaded == [] and peak < 5_000_000
 
 
 def test_the_limit_of_pixels_is_an_option_and_leaves_pillows_own_alone():

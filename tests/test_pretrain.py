@@ -8,7 +8,6 @@ import signal
 import struct
 import termios
 import threading
-import time
 import zlib
 
 import numpy as np
@@ -187,11 +186,13 @@ def test_on_a_terminal_a_bar_shows(images, tmp_path):
         except OSError:
             pass
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     slow = {"env": {"MVMAE_FAULT": "slow"}, "terminal": os.ttyname(follower)}
     started = start(tmp_path, images, "--max-steps", 3, "--workers", 0, **slow)
     assert started.finish().code == 0
-    time.sleep(0.2)
+    os.close(follower)  # nobody writes any more: the reader comes to the end
+    reader.join()
     assert b"3/3" in seen and b"step/s" in seen and b"\r" in seen
 
 

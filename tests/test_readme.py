@@ -133,7 +133,7 @@ def commands() -> list[Command]:
 @lru_cache
 def flags_of(script: str) -> frozenset[str]:
     """The flags in the `--help` of a script."""
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return frozenset(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", done.stdout))
 
