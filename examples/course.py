@@ -86,6 +86,7 @@ class Course:
         self.log.close()
         if error is not None and self.whole not in (None, self.tried):
             self.restore_statistics()
+            self.stop.saving = True
             self.save(self.whole)
             self.log.say(self.kept(self.whole))
         self.settle(wait=True)
@@ -127,6 +128,7 @@ class Course:
             error, self.stop.interruptible = caught, False
         if step == self.last or not self.processes.any(error is not None or self.stop.received is not None):
             return batch
+        self.stop.saving = True  # from here to the end
         self.save_once(step)
         reason = None if error is None else f"{type(error).__name__}: {error}"
         ends = self.processes.gather((self.stop.received, reason))  # the others wait here for the save
@@ -223,7 +225,7 @@ class Course:
         if self.writing is None or not (wait or self.writing[1].done()):
             return
         step, written = self.writing
-        self.stop.saving = True
+        saving, self.stop.saving = self.stop.saving, True
         try:
             written.result()
             self.saved, self.failure = step, ""
@@ -234,7 +236,7 @@ class Course:
             self.failure = str(error)
             self.log.say(f"warning: step {step} is not saved: {error}; the newest checkpoint is of step {self.saved}")
         finally:
-            self.writing, self.stop.saving = None, False
+            self.writing, self.stop.saving = None, saving
 
     def minutes(self) -> float:
         """Give the minutes since the last checkpoint was begun."""

@@ -7,7 +7,8 @@ depend on (seed, epoch, index) alone, which images a step holds on (seed, step) 
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .folders import ImageSource
 from .images import ImageError, ImageLike
 
 Key = tuple[int, int]
+Loaded = TypeVar("Loaded")
 _MAX_TRIES = 10
 _PAUSES = (0.1, 0.4, 1.0, 2.0)
 """Seconds to wait for a file system that fails, such as a share that is away for a moment, before an image counts as bad."""
@@ -90,34 +92,41 @@ class MultiViewDataset(Dataset[Sample]):
         for attempt in range(_MAX_TRIES):
             chosen = index if attempt == 0 else sample_seed(self.seed, epoch, index, attempt) % len(self.source)
             try:
-                return Sample(self._views(epoch, chosen, pauses), chosen, bad)
+                views = try_again(partial(self._views, epoch, chosen), pauses)
+                return Sample(views, chosen, bad)
             except ImageError as error:
                 bad.append(Bad(self.source.name(chosen), error.reason))
         last = f"the last was {bad[-1].name!r}: {bad[-1].reason}"
         raise DataError(f"{_MAX_TRIES} images in a row cannot be used; {last}")
 
-    def _views(self, epoch: int, index: int, pauses: Iterator[float]) -> Tensor:
-        while True:
-            try:
-                return self.transform(self._image(index), generator=_generator(self.seed, epoch, index))
-            except ImageError as error:
-                pause = next(pauses, None) if _may_pass(error) else None
-                if pause is None:
-                    raise
-            time.sleep(pause)
+    def _views(self, epoch: int, index: int) -> Tensor:
+        return self.transform(self._image(index), generator=_generator(self.seed, epoch, index))
 
     def _image(self, index: int) -> ImageLike:
         try:
             return self.source[index][0]
         except ImageError:
             raise
-        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, MemoryError) as error:  # it may open by itself
+        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:  # a data set that opens by itself
             raise ImageError(self.source.name(index), f"{type(error).__name__}: {error}") from error
 
 
-def _may_pass(error: ImageError) -> bool:
+def try_again(load: Callable[[], Loaded], pauses: Iterator[float] | None = None) -> Loaded:
+    """What `load()` gives; where the file system or the memory fails, it is called again after each pause, in seconds."""
+    pauses = iter(_PAUSES) if pauses is None else pauses
+    while True:
+        try:
+            return load()
+        except (ImageError, OSError, MemoryError) as error:
+            pause = next(pauses, None) if _may_pass(error) else None
+            if pause is None:
+                raise
+        time.sleep(pause)
+
+
+def _may_pass(error: BaseException) -> bool:
     """Whether the system has failed, which has numbers for its errors, rather than the image itself, as Pillow tells it."""
-    cause = error.__cause__
+    cause = error.__cause__ if isinstance(error, ImageError) else error
     return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
 
 

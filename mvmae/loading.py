@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
-from .data import Bad, Batch, DataError, Key, Sample, StepSampler
+from .data import Bad, Batch, DataError, Key, Sample, StepSampler, try_again
 from .slots import Filled, Slots
 
 _DIED = "a loading worker died (out of memory?): "
@@ -257,7 +257,7 @@ class _Tracked(Dataset[Any]):
         worker = get_worker_info()
         self._note(worker, key[1])
         try:
-            return self._dataset[key]
+            return try_again(lambda: self._dataset[key])
         except (OSError, ValueError, SyntaxError, EOFError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{self._dataset.name(key[1])!r} cannot be loaded: {type(error).__name__}: {reason}") from error

@@ -271,6 +271,32 @@ def test_f53_a_file_that_stays_away_and_a_damaged_one_cost_no_more_than_they_mus
     assert 2 < sum(pauses) < 5
 
 
+class Sometimes:
+    """Other samples than views, from a file system that fails twice."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, key):
+        self.asked.append(key[1])
+        if len(self.asked) in (2, 3):
+            raise FileNotFoundError(2, "No such file or directory")
+        return [key[1]]
+
+    def name(self, index):
+        return f"image {index}"
+
+
+def test_f53_samples_of_other_data_sets_are_tried_again_too(monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    samples = Sometimes()
+    [batch] = make_loader(samples, StepSampler(4, 4, num_steps=1), collate=list)
+    assert sorted(batch) == [[0], [1], [2], [3]] and len(samples.asked) == 6
+
+
 def test_f53_memory_that_lacks_for_a_moment_makes_no_bad_image(monkeypatch):
     asked = []
 

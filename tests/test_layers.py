@@ -171,7 +171,8 @@ def test_what_the_examples_share_knows_nothing_of_the_method():
     for name in ("common.py", "checkpoint.py", "course.py", "locks.py", "snapshot.py"):
         found = [module for _, module, _ in imports(ast.parse((ROOT / "examples" / name).read_text()))]
         assert found
-        assert [module for module in found if not module or module.startswith(".")] == [], name
+        own = {module for module in found if not module or module.startswith(".")}
+        assert own <= ({".loading"} if name == "common.py" else set()), name  # a loader's errors end any run
 
 
 def test_public_names_are_re_exported_by_name():
