@@ -164,7 +164,7 @@ class TableSource(ImageSource):
             _logger.warning(self.problems[0])
         elif label:
             self.labels = table.column(label[0]).to_numpy().astype(np.int64)
-            self.class_names = _class_names(table.schema, label[0]) or tuple(map(str, np.unique(self.labels)))
+            self.class_names = class_names(table.schema, label[0]) or tuple(map(str, np.unique(self.labels)))
 
     def image(self, index: int) -> ImageLike:
         """The encoded file.
@@ -308,7 +308,7 @@ def _read_table(path: Path) -> Any:
 
     try:
         schema, batches = _open_parquet(path) if path.suffix == ".parquet" else _open_arrow(path)
-        columns, checked, rows = _find_columns(schema, path), [], 0
+        columns, checked, rows = _wanted(schema, path), [], 0
         for batch in batches:
             checked.append(batch.select(columns))
             checked[-1].validate(full=True)  # or an offset that points elsewhere ends the process
@@ -324,7 +324,7 @@ def _open_parquet(path: Path) -> tuple[Any, Iterator[Any]]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
-    columns = _find_columns(file.schema_arrow, path)
+    columns = _wanted(file.schema_arrow, path)
     groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
     chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
     wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
@@ -344,8 +344,8 @@ def _open_arrow(path: Path) -> tuple[Any, Iterator[Any]]:
         return file.schema, map(file.get_batch, range(file.num_record_batches))
 
 
-def _find_columns(schema: Any, source: object) -> list[str]:
-    """The first column of images, and that of labels if there is one."""
+def find_columns(schema: Any) -> tuple[list[str], list[str]]:
+    """Names of the first column of images and of the one of labels, where a table has them."""
     import pyarrow as pa
 
     def holds_bytes(kind: Any) -> bool:
@@ -354,13 +354,18 @@ def _find_columns(schema: Any, source: object) -> list[str]:
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
     images = [field.name for field in schema if holds_bytes(field.type)]
-    if not images:
-        raise ValueError(f"{source} has no column of images (bytes): its columns are {', '.join(schema.names)}")
     labels = [n for n in ("label", "labels", "fine_label") if n in schema.names]
-    return images[:1] + [n for n in labels if pa.types.is_integer(schema.field(n).type)][:1]
+    return images[:1], [n for n in labels if pa.types.is_integer(schema.field(n).type)][:1]
 
 
-def _class_names(schema: Any, label: str) -> tuple[str, ...]:
+def _wanted(schema: Any, path: Path) -> list[str]:
+    images, labels = find_columns(schema)
+    if not images:
+        raise ValueError(f"{path} has no column of images (bytes): its columns are {', '.join(schema.names)}")
+    return images + labels
+
+
+def class_names(schema: Any, label: str) -> tuple[str, ...]:
     """From the note that `datasets` leaves in a table."""
     try:
         info = json.loads((schema.metadata or {})[b"huggingface"])["info"]

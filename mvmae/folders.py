@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ from .images import EXTENSIONS, ImageLike
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test", "t10k")}
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"\x93NUMPY")
 _SIZES, _CONTENTS, _START = 10_000, 100, 2**16  # images whose size counts, whose first bytes do, and so many of these
+_JUNK = ("__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # of systems, never data
+_RUN = (b"log.jsonl", b"checkpoint.pt")  # what the folder of a training run holds
 _logger = logging.getLogger(__name__)
 
 
@@ -139,18 +141,26 @@ def split_folder(root: Path, split: str) -> Path:
 def open_folder(root: Path, split: str) -> FileSource:
     """All images below a folder; sub-folders are classes where every image lies in one.
 
+    Files that are passed over are counted by extension, in one warning.
+
     Raises:
         ValueError: No image there.
         SplitError: No such split.
     """
     start = time.perf_counter()
     folder = split_folder(root, split)
-    names = sorted(scan(folder))
+    passed: Counter[str] = Counter()
+    names = sorted(scan(folder, passed))
+    others = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in passed.most_common())
     if not names:
-        raise ValueError(f"no images in {folder}: looked for {' '.join(sorted(EXTENSIONS))} and archives")
+        found = f", found {others}: no reader" if others else ""
+        raise ValueError(f"no images in {folder}: looked for {' '.join(sorted(EXTENSIONS))} and archives{found}")
+    if others:
+        _logger.warning("%s: passed over %s: no reader", folder, others)
     _logger.info("listed %d images in %s in %.1f s", len(names), folder, time.perf_counter() - start)
-    splits = [root] if folder == root else [f for f in (_subfolder(root, key) for key in SPLITS) if f]
-    classes = sorted({entry.name for each in splits for entry in os.scandir(each) if _is_class(entry)})
+    splits = [f for f in (_subfolder(root, key) for key in SPLITS) if f] if folder != root else []
+    empty = {entry.name for each in splits for entry in os.scandir(os.fsencode(each)) if entry.is_dir() and _is_data(entry)}
+    classes = sorted(map(os.fsdecode, empty | {name.split(b"/", 1)[0] for name in names if b"/" in name}))
     labelled = len(classes) > 1 and all(b"/" in name for name in names)
     return FileSource(folder, names, classes if labelled else None)
 
@@ -170,10 +180,15 @@ def open_list(path: Path) -> FileSource:
     return source
 
 
-def scan(root: Path) -> Iterator[bytes]:
+def scan(root: Path, passed: "Counter[str] | None" = None) -> Iterator[bytes]:
     """Names of the images below a folder, relative to it, each folder visited once whatever its links.
 
-    Hidden files and `__MACOSX` do not count. A file without extension is looked into.
+    Hidden files, a system's own folders (`lost+found`) and those of training runs do not count. A file without extension is
+    looked into.
+
+    Args:
+        root: The folder.
+        passed: Counts the other files by extension.
     """
     top = os.fsencode(root)
     seen: set[tuple[int, int]] = set()
@@ -188,12 +203,14 @@ def scan(root: Path) -> Iterator[bytes]:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = os.path.join(folder, entry.name)
-                if entry.name.startswith(b".") or entry.name == b"__MACOSX":
+                if not _is_data(entry):
                     continue
                 if entry.is_dir():
                     (linked if entry.is_symlink() else folders).append(name)
                 elif entry.is_file() and _is_image(entry):
                     yield name
+                elif entry.is_file() and passed is not None:
+                    passed[os.path.splitext(os.fsdecode(entry.name))[1].lower()] += 1
 
 
 def label_by_folder(names: Sequence[bytes], classes: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
@@ -241,8 +258,11 @@ def _is_image(entry: "os.DirEntry[bytes]") -> bool:
         return False
 
 
-def _is_class(entry: "os.DirEntry[str]") -> bool:
-    return entry.is_dir() and not entry.name.startswith(".") and entry.name != "__MACOSX"
+def _is_data(entry: "os.DirEntry[bytes]") -> bool:
+    """Neither hidden, nor a system's, nor a run's folder with pictures of its own."""
+    if entry.name.startswith(b".") or os.fsdecode(entry.name) in _JUNK:
+        return False
+    return not (entry.is_dir() and any(os.path.exists(os.path.join(entry.path, name)) for name in _RUN))
 
 
 def _subfolder(root: Path, split: str) -> Path | None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from .archives import find_archives, open_archives
+from .archives import class_names, find_archives, find_columns, open_archives
 from .folders import SPLITS, FileSource, ImageSource, SplitError, open_folder, open_list, scan, split_folder
 from .images import ImageLike
 from .sample import SampleSource
@@ -19,32 +20,55 @@ _TIMM = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
 class DatasetSource(ImageSource):
-    """A torch data set whose items are images, (image, label, ...) or {"image": ..., "label": ...}.
+    """A data set with length and index whose items are images, (image, label, ...) or {"image": ..., "label": ...}.
 
-    Labels are read from its `targets` or `labels` if it has them; its own transform should leave images as they are.
+    Of named columns, the image is `image` or `img`, else the first that holds images or their bytes. Labels are read from
+    its `targets` or `labels` if it has them, or from a label column of Hugging Face's; its own transform should leave images as
+    they are. Streams that have length and index too (litdata, mosaicml-streaming) are read by index, and should be opened
+    before processes join: their length may be one process's part.
+
+    Raises:
+        TypeError: No length or no index.
+        ValueError: No images.
     """
 
     def __init__(self, dataset: "Dataset[Any]") -> None:
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            raise TypeError(f"{type(dataset).__name__} has no length or no index: only map-style data sets can resume")
-        size = len(dataset)
+        kind = type(dataset)
+        if not hasattr(kind, "__len__") or getattr(kind, "__getitem__", None) in (None, Dataset.__getitem__):
+            cure = "only map-style data sets can resume: give one with __len__ and __getitem__, or save the stream as files"
+            raise TypeError(f"{kind.__name__} has no length or no index, {cure}")
+        whole = getattr(dataset, "size", None) if isinstance(dataset, IterableDataset) else None
+        size = whole if isinstance(whole, int) else len(dataset)  # type: ignore[arg-type]
         if not size:
-            raise ValueError(f"{type(dataset).__name__} holds no images")
+            raise ValueError(f"{kind.__name__} holds no images")
         super().__init__([])
         self._dataset, self._size = dataset, size
-        labels = _labels_of(dataset)
+        schema = getattr(getattr(dataset, "features", None), "arrow_schema", None)  # of Hugging Face
+        images, label = ([], []) if schema is None else find_columns(schema)
+        self._columns = ["image", "img", *images]
+        labels = dataset.with_format("numpy")[label[0]][:] if label else None  # type: ignore[attr-defined]
+        labels = getattr(dataset, "targets", getattr(dataset, "labels", None)) if labels is None else labels
         if labels is not None and np.shape(labels) == (size,) and np.asarray(labels).dtype.kind in "iu":
             self.labels = np.asarray(labels, dtype=np.int64)
-            self.class_names = _classes_of(dataset) or tuple(map(str, np.unique(self.labels)))
+            named = class_names(schema, label[0]) if label else getattr(dataset, "classes", None)
+            self.class_names = tuple(map(str, named or np.unique(self.labels)))
 
     def __len__(self) -> int:
         return self._size
 
     def image(self, index: int) -> ImageLike:
-        """The data set's image."""
+        """The data set's image.
+
+        Raises:
+            ValueError: None of the item's columns is one.
+        """
         item = self._dataset[index]
         if isinstance(item, Mapping):
-            item = item["image"] if "image" in item else item["img"]
+            named = [name for name in self._columns if name in item]
+            named += [name for name, value in item.items() if _is_image(value)]
+            if not named:
+                raise ValueError(f"no image among the columns {', '.join(map(str, item))}")
+            item = item[named[0]]
         elif isinstance(item, (tuple, list)):
             item = item[0]
         image: ImageLike = (item["bytes"] or item["path"]) if isinstance(item, Mapping) else item
@@ -150,13 +174,7 @@ def _open_timm(data: str, split: str) -> DatasetSource:
     raise ValueError(f"{data} cannot be opened as split {split}: {' '.join(str(error).split())}") from error
 
 
-def _classes_of(dataset: Any) -> tuple[str, ...]:
-    features = getattr(dataset, "features", None)
-    label = features.get("label") if isinstance(features, Mapping) else None  # Hugging Face
-    return tuple(map(str, getattr(dataset, "classes", None) or getattr(label, "names", None) or ()))
-
-
-def _labels_of(dataset: Any) -> Any:
-    if "label" in (getattr(dataset, "column_names", None) or ()):  # Hugging Face
-        return dataset.with_format("numpy")["label"][:]
-    return getattr(dataset, "targets", getattr(dataset, "labels", None))
+def _is_image(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value.get("bytes") or value.get("path"))
+    return isinstance(value, (Image.Image, bytes)) or (hasattr(value, "shape") and len(value.shape) in (2, 3))

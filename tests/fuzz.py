@@ -21,6 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import safetensors.torch
+import tifffile
+import timm
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -29,8 +31,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from checkpoint import read_checkpoint, save_checkpoint
+from common import Stop
+from models import load_backbone
 
 from mvmae import MultiViewTransform
+from mvmae.hub import export
 from mvmae.images import ImageError
 from mvmae.pretrained import WeightsError, read_weights
 from mvmae.sources import open_images
@@ -60,6 +65,20 @@ def pictures():
     yield file.getvalue()
 
 
+def tiffs():
+    """Channels and content of TIFFs that Pillow reads, and that tifffile reads: whole or in tiles, deflated or not."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 5), dtype=np.uint8)
+    for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
+        file = io.BytesIO()
+        Image.fromarray(noise[..., :3]).save(file, "TIFF", compression=compression)
+        yield 3, file.getvalue()
+    for options in ({}, {"compression": "zlib"}, {"compression": "zlib", "tile": (16, 16)}, {"bigtiff": True}):
+        for bands in (noise, noise.astype(np.uint16) * 200):
+            file = io.BytesIO()
+            tifffile.imwrite(file, bands, photometric="minisblack", planarconfig="contig", **options)
+            yield 5, file.getvalue()
+
+
 def archives():
     """Name and content of one file of each kind that holds several images."""
     images = list(pictures())[:4]
@@ -76,6 +95,11 @@ def archives():
     file = io.BytesIO()
     pyarrow.parquet.write_table(table, file)
     yield "table.parquet", file.getvalue()
+    for name, kind in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
+        file = io.BytesIO()
+        with kind(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        yield name, file.getvalue()
     header = b"\x00\x00\x08\x03" + np.array([3, 8, 8], ">u4").tobytes()
     yield "train-images-idx3-ubyte", header + bytes(range(192))
     yield "train-images-idx3-ubyte.gz", gzip.compress(header + bytes(range(192)))
@@ -90,6 +114,15 @@ def weights():
     for number, zipped in enumerate((True, False)):
         torch.save({"model": tensors, "epoch": 3}, PLACE / "w.pth", _use_new_zipfile_serialization=zipped)
         yield f"w{number}.pth", (PLACE / "w.pth").read_bytes()
+
+
+def config():
+    """A small export's config.json; its weights stay beside it."""
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0
+    )
+    export(vit, PLACE / "export", mean=[0.5] * 3, std=[0.5] * 3)
+    return (PLACE / "export/config.json").read_bytes()
 
 
 def run_state():
@@ -125,13 +158,19 @@ def damaged(content, done):
     return bytes(data)
 
 
-IMAGES, ARCHIVES, WEIGHTS, STATE = list(pictures()), list(archives()), list(weights()), run_state()
+IMAGES, TIFFS, ARCHIVES, WEIGHTS, STATE = list(pictures()), list(tiffs()), list(archives()), list(weights()), run_state()
+CONFIG = config()
+ARROW = [file for file in ARCHIVES if file[0].endswith(".arrow")]
 counts = collections.Counter()
 
 
 def read_image(content):
     for transform in VIEWS.values():
         transform(content, generator=torch.Generator().manual_seed(0))
+
+
+def read_bands(channels, content):
+    MultiViewTransform(16, in_chans=channels)(content, generator=torch.Generator().manual_seed(0))
 
 
 def read_archive(name, content):
@@ -142,6 +181,11 @@ def read_archive(name, content):
     source = open_images(folder if "idx" in name else folder / name)
     for index in range(min(len(source), 3)):
         read_image(source[index][0])
+
+
+def read_export(content):
+    (PLACE / "export/config.json").write_bytes(content)
+    load_backbone(str(PLACE / "export"))
 
 
 def read_file(reader, name, content):
@@ -177,6 +221,18 @@ def once(number, examples):
 
     @seed(number)
     @tune
+    @given(st.sampled_from(TIFFS), changes)
+    def tiff_files(file, done):
+        attempt("TIFF", ImageError, read_bands, file[0], damaged(file[1], done))
+
+    @seed(number)
+    @tune
+    @given(st.sampled_from(ARROW), changes)
+    def arrow_files(file, done):
+        attempt("Arrow", (ValueError, FileNotFoundError), read_archive, file[0], damaged(file[1], done))
+
+    @seed(number)
+    @tune
     @given(st.sampled_from(ARCHIVES), changes)
     def sources(file, done):
         attempt("sources", (ValueError, FileNotFoundError), read_archive, file[0], damaged(file[1], done))
@@ -193,7 +249,13 @@ def once(number, examples):
     def checkpoints(done):
         attempt("checkpoints", ValueError, read_file, read_checkpoint, "checkpoint.pt", damaged(STATE, done))
 
-    for test in (images, sources, weights_files, checkpoints):
+    @seed(number)
+    @settings(tune, max_examples=examples // 5)
+    @given(changes)
+    def configs(done):
+        attempt("config", (Stop, ValueError, TypeError), read_export, damaged(CONFIG, done))
+
+    for test in (images, tiff_files, arrow_files, sources, weights_files, checkpoints, configs):
         test()
 
 

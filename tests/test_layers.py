@@ -28,7 +28,7 @@ LAYERS = {
     "folders": ("images", "numpy", ""),
     "archives": ("limits images pixels folders", "numpy", "pyarrow"),
     "sample": ("folders images pixels", "numpy", "skimage"),
-    "sources": ("images folders archives sample", "torch numpy timm", ""),
+    "sources": ("images folders archives sample", "torch numpy timm PIL", ""),
     "data": ("images folders", "torch", ""),
     "slots": ("", "torch", ""),
     "loading": ("data slots", "torch", ""),

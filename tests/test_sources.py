@@ -94,6 +94,47 @@ def test_junk_is_left_out_and_odd_names_are_kept(tmp_path):
     assert not Path("pwned").exists()
 
 
+def test_files_that_are_passed_over_are_counted_by_extension(tmp_path, caplog):
+    for i in range(9):
+        write(tmp_path / f"{i}.HEIC", b"x")
+    write(tmp_path / "README", b"x")
+    with pytest.raises(ValueError, match=r"no images in .*, found 9 \.heic, 1 without extension: no reader"):
+        open_images(tmp_path)
+    write(tmp_path / "a.jpg")
+    write(tmp_path / ".hidden.heic", b"x")
+    assert len(open_images(tmp_path)) == 1
+    assert caplog.messages == [f"{tmp_path}: passed over 9 .heic, 1 without extension: no reader"]
+    caplog.clear()
+    (tmp_path / "README").unlink()
+    for path in tmp_path.glob("*.HEIC"):
+        path.unlink()
+    assert len(open_images(tmp_path)) == 1 and not caplog.messages
+
+
+def test_f65_what_is_no_data_within_the_data_is_left_out(tmp_path, monkeypatch):
+    for name in ("cats/1.jpg", "dogs/1.jpg", "runs/x/curves.png", "runs/x/pictures/1.png", "lost+found/1.jpg", "@eaDir/2.jpg"):
+        write(tmp_path / name)
+    (tmp_path / "runs/x/log.jsonl").touch()
+    listed = os.scandir
+
+    def scandir(path):
+        if "lost+found" in os.fsdecode(path):
+            raise PermissionError(path)  # root's alone
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = open_images(tmp_path)
+    assert names(source) == ["1.jpg", "1.jpg"] and source.class_names == ("cats", "dogs")
+    before = source.fingerprint
+    write(tmp_path / "runs/x/reconstructions.png")
+    assert open_images(tmp_path).fingerprint == before
+    for split in ("train", "val"):
+        for name in ("cats", "dogs", "lost+found"):
+            write(tmp_path / "split" / split / name / "1.jpg")
+    assert open_images(tmp_path / "split").class_names == ("cats", "dogs")
+    assert len(open_images(tmp_path / "runs/x")) == 3  # where the pictures of a run are asked for
+
+
 def test_a_symlink_cycle_is_visited_once_and_files_keep_their_own_folder(tmp_path):
     write(tmp_path / "b" / "deep" / "x.jpg")
     write(tmp_path / "c" / "y.jpg")
@@ -467,6 +508,65 @@ def test_streams_are_refused():
 
     with pytest.raises(TypeError, match="only map-style data sets can resume"):
         open_images(Stream())
+
+
+def test_a_stream_with_length_and_index_is_read_by_index():
+    class Part(IterableDataset):
+        size = 4  # of all; its length is one process's part, as mosaicml-streaming counts
+
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            raise AssertionError
+
+        def __getitem__(self, index):
+            return {"jpg": Image.new("RGB", (24, 20), (10 * index, 0, 0)), "class": index}
+
+    class Unfinished(IterableDataset):
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            return iter(())
+
+    source = open_images(Part())
+    assert colours(source) == [0, 10, 20, 30] and trains_two_steps(source)
+    with pytest.raises(TypeError, match="Unfinished has no length or no index"):
+        open_images(Unfinished())
+
+
+@pytest.mark.filterwarnings("ignore")  # their own
+def test_litdatas_and_mosaicmls_data_sets_are_sources(tmp_path):
+    litdata, streaming = pytest.importorskip("litdata"), pytest.importorskip("streaming")
+    (tmp_path / "lit").mkdir()
+    cache = litdata.streaming.Cache(str(tmp_path / "lit"), chunk_bytes="1MB")
+    with streaming.MDSWriter(out=str(tmp_path / "mds"), columns={"picture": "jpeg", "label": "int"}) as writer:
+        for i in range(5):
+            image = Image.open(io.BytesIO(encode(40 * i)))
+            writer.write({"picture": image, "label": i})
+            cache[i] = {"picture": image, "label": i}
+    cache.done()
+    cache.merge()
+    for source in (
+        open_images(litdata.StreamingDataset(str(tmp_path / "lit"))),
+        open_images(streaming.StreamingDataset(local=str(tmp_path / "mds"), batch_size=1)),
+    ):
+        assert colours(source) == pytest.approx([40 * i for i in range(5)], abs=3) and trains_two_steps(source)
+
+
+@pytest.mark.parametrize("column", ["picture", "image", "img"])
+def test_a_hugging_face_data_set_is_read_by_the_type_of_its_columns_as_parquet_is(tmp_path, column):
+    dataset = hugging_face(True).rename_columns({"image": column, "label": "fine_label"})
+    dataset.to_parquet(tmp_path / "x.parquet")
+    for source in (open_images(dataset), open_images(tmp_path / "x.parquet")):
+        assert colours(source) == pytest.approx([40 * i for i in range(6)], abs=3) and trains_two_steps(source)
+        assert source.labels.tolist() == [0, 1] * 3 and source.class_names == ("cat", "dog")
+
+
+def test_items_without_an_image_name_their_columns():
+    with pytest.raises(ValueError, match="no image among the columns text, size"):
+        open_images(Items(lambda i: {"text": "a", "size": 3}))[0]
 
 
 def test_the_sample_holds_labelled_tiles_and_others_that_share_no_pixel():
