@@ -18,7 +18,17 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from .patches import sincos_table
-from .pretrained import CONFIG_FILE, WEIGHTS_FILE, WeightsError, check_weights, first_line, locate, read_json, read_weights
+from .pretrained import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    WeightsError,
+    building,
+    check_weights,
+    first_line,
+    locate,
+    read_config,
+    read_weights,
+)
 
 HUB_OWNER = ""  # who keeps the published weights on the Hub; empty while there are none
 TIMM_NAMES = {
@@ -276,16 +286,33 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     Raises:
         WeightsError: if weights cannot be had, read or used.
     """
-    if pretrained and model_name.startswith(("local-dir:", "hf-hub:")):
-        for filename in (CONFIG_FILE, WEIGHTS_FILE):
-            path = locate(model_name, filename, cache_dir=kwargs.get("cache_dir"))
-            read_json(path) if filename == CONFIG_FILE else read_weights(path)
+    if not model_name.startswith(("local-dir:", "hf-hub:")):
+        return timm.create_model(model_name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
+    check_source(model_name, weights=pretrained, cache_dir=kwargs.get("cache_dir"))
     try:
-        model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **kwargs)
-    except RuntimeError as error:
-        title, *keys = str(error).splitlines()
+        with building(f"{model_name} with {kwargs}" if kwargs else model_name):
+            model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    except WeightsError as error:
+        title, *keys = str(error.__cause__).splitlines() or [""]
         if not title.startswith("Error(s) in loading state_dict"):
             raise
         what = f"{keys[0].strip().rstrip('.')} ({len(keys)} such)"
         raise WeightsError(f"{model_name} does not fit the model: {what}; is it a checkpoint of another model?") from error
     return model
+
+
+def check_source(name: str, *, weights: bool, cache_dir: str | Path | None = None) -> None:
+    """Check what timm would read of an exported model: more than timm does, and with one line for what is wrong.
+
+    Args:
+        name: ``local-dir:FOLDER`` or ``hf-hub:owner/name``.
+        weights: its weights too, not its ``config.json`` alone.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        WeightsError: if a file is missing, damaged, or of another kind; of a repository, if its weights are not safetensors.
+    """
+    config = read_config(locate(name, CONFIG_FILE, cache_dir=cache_dir))
+    if weights:
+        file = config.get("pretrained_cfg", config).get("hf_hub_filename") if name.startswith("hf-hub:") else None
+        read_weights(locate(name, str(file or WEIGHTS_FILE), cache_dir=cache_dir))

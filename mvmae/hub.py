@@ -23,6 +23,7 @@ from .pretrained import (
     PRETRAINING_FOLDER,
     WEIGHTS_FILE,
     WeightsError,
+    building,
     check_weights,
     hub_causes,
     write_json,
@@ -60,7 +61,8 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     Raises:
         WeightsError: if it describes none.
     """
-    return MultiViewMAE(**pretraining_arguments(description)) if "encoder" in description else build_encoder(description)
+    with building("this description"):
+        return MultiViewMAE(**pretraining_arguments(description)) if "encoder" in description else build_encoder(description)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:

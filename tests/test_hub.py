@@ -399,6 +399,55 @@ def test_any_encoder_comes_back_by_its_own_name_with_the_same_features(name, tmp
     assert torch.equal(outputs[0].loss, outputs[1].loss)
 
 
+class Head(torch.nn.Module):
+    """A projector of somebody else's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(48, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) / 2
+
+
+def batch_norm_mlp() -> torch.nn.Module:
+    """A head as SimCLR's and BYOL's code has it."""
+    norms = [torch.nn.BatchNorm1d(16, eps=1e-3), torch.nn.BatchNorm1d(8, affine=False)]
+    linears = [torch.nn.Linear(48, 16, bias=False), torch.nn.Linear(16, 8, bias=False)]
+    return torch.nn.Sequential(linears[0], norms[0], torch.nn.GELU(), linears[1], norms[1])
+
+
+HEADS = {
+    "batch norm": (batch_norm_mlp, True),
+    "layer norm": (lambda: torch.nn.Sequential(torch.nn.Linear(48, 8), torch.nn.LayerNorm(8), torch.nn.Tanh()), True),
+    "dropout": (lambda: torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(48, 8)), True),
+    "one layer": (lambda: torch.nn.Linear(48, 8), False),
+    "nested": (lambda: torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(48, 8)), torch.nn.ReLU()), False),
+    "another's": (Head, False),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_model_with_any_projector_is_exported_and_comes_back(kind, tmp_path, caplog):
+    build, described = HEADS[kind]
+    model = mvmae.MultiViewMAE(tiny_mae().encoder, decoder_dim=32, decoder_depth=1, decoder_heads=4, projector=build()).eval()
+    hub.export(model, tmp_path)
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), model.encoder(images))
+    options = {} if described else {"projector": build()}
+    if described:
+        assert caplog.messages == []
+    else:
+        assert "the projector, a" in caplog.text and "cannot be described in a file" in caplog.text
+        with pytest.raises(WeightsError, match="pass one like it as projector="):
+            mvmae.MultiViewMAE.from_pretrained(tmp_path)
+    loaded = mvmae.MultiViewMAE.from_pretrained(tmp_path, **options).eval()
+    views = torch.stack([images, images.roll(1, 0)], dim=1)
+    assert str(loaded) == str(model)
+    outputs = [mae(views, generator=torch.Generator().manual_seed(0)) for mae in (model, loaded)]
+    assert torch.equal(outputs[0].projected, outputs[1].projected)
+
+
 def test_every_option_of_a_pretraining_model_comes_back(tmp_path):
     options = {"mask_ratio": 0.6, "loss_weight": 0.5, "temperature": 0.2, "pool": "token", "norm_pix": False, "loss_on": "all"}
     decoder = {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 6}
@@ -425,9 +474,6 @@ def test_a_changed_encoder_is_described_as_it_is(tmp_path):
 
 def test_what_a_file_cannot_describe_is_refused_by_name(tmp_path):
     vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
-    odd = mvmae.MultiViewMAE(vit, projector=torch.nn.Sequential(torch.nn.Linear(48, 8), torch.nn.Tanh()))
-    with pytest.raises(WeightsError, match="the projector, a Sequential"):
-        odd.save_pretrained(tmp_path)
     vit.blocks[1].norm1 = torch.nn.LayerNorm(48, eps=0.5)
     with pytest.raises(WeightsError, match=r"blocks.1.norm1 is LayerNorm\(\(48,\), eps=0.5"):
         hub.export(vit, tmp_path)
@@ -573,6 +619,112 @@ def test_a_damaged_or_dangerous_file_is_named_and_the_model_untouched(kind, tmp_
         assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
     assert not (tmp_path / "ran").exists()
+
+
+ODD = {
+    "sparse": (lambda: torch.eye(48).to_sparse(), "sparse, nested, quantized"),
+    "meta": (lambda: torch.empty(48, device="meta"), "no numbers for norm.bias"),
+    "huge stride": (lambda: torch.zeros(1).expand(2**40), "with less data"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.zeros(48), 0.1, 0, torch.qint8), "quantized or complex|cut"),
+    "complex": (lambda: torch.zeros(48, dtype=torch.complex64), "quantized or complex"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")  # torch's, of formats that it will give up
+def test_f66_a_file_of_tensors_that_are_no_weights_is_refused_in_one_line(kind, tmp_path):
+    make, cause = ODD[kind]
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    torch.save({**vit.state_dict(), "norm.bias": make()}, tmp_path / "file.pth")
+    with pytest.raises(WeightsError, match=cause) as error:
+        hub.load_encoder(vit, tmp_path / "file.pth")
+    assert "\n" not in str(error.value)
+
+
+CONFIGS: list[Any] = [
+    *([], "x", 3, None, {}, {"architecture": 3}, {"architecture": []}, {"architecture": "no_such_model"}),
+    *({"architecture": "hf-hub:me/evil"}, {"architecture": "local-dir:/"}),
+    *({"architecture": "vit_tiny_patch16_224", "model_args": value} for value in ([], 3, "x", {"x": 1}, {"depth": "x"})),
+    *(
+        {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": value}}
+        for value in (-1, 0.5, 3_000_000, 1e400, [3_000_000])
+    ),
+    *({"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": value}} for value in (0, -1, 7, [1], {})),
+    *({"architecture": "vit_tiny_patch16_224", "model_args": {"embed_dim": value}} for value in (0, -3, 10**12, {})),
+    *({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": value} for value in ([], 3, "x", {"x": 1})),
+    *(
+        {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": v, "fixed_input_size": True}}
+        for v in (3, [3], "x")
+    ),
+    *({"architecture": "vit_tiny_patch16_224", "num_classes": value} for value in ("x", 10**12, [])),
+    *({"architecture": "vit_tiny_patch16_224", "model_args": {"pretrained_cfg": value}} for value in ("x", {})),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: json.dumps(config)[:80])
+@pytest.mark.filterwarnings("ignore")  # torch's, of tensors without elements
+def test_f66_a_config_that_describes_no_model_is_refused_in_one_line(config, tmp_path):
+    hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for pretrained in (False, True):
+        with pytest.raises(WeightsError) as error:
+            mvmae.create_model(f"local-dir:{tmp_path}", pretrained=pretrained)
+        assert "\n" not in str(error.value)
+
+
+def test_f66_a_description_of_no_model_is_refused_in_one_line(tmp_path):
+    tiny_mae().save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "pretraining.json").read_text())
+    changes: list[tuple[str, Any]] = [("encoder", 3), ("options", 3), ("projector", "x"), ("projector", [48, 10**9, 8])]
+    changes += [("projector", [{"layer": "Module"}]), ("projector", [{"layer": "Linear", "in_features": 10**9}])]
+    changes += [("projector", [48, -1]), ("options", {"decoder_depth": 3_000_000}), ("options", {"decoder_heads": 0})]
+    changes += [("options", {"decoder_dim": "x"}), ("encoder", {"architecture": "vit_tiny_patch16_224", "model_args": 3})]
+    changes += [
+        ("encoder", whole["encoder"] | {"model_args": {"depth": 3_000_000}}),
+        ("encoder", whole["encoder"] | {"mean": 3}),
+    ]
+    for name, value in changes:
+        (tmp_path / "pretraining.json").write_text(json.dumps(whole | {name: value}))
+        with pytest.raises(WeightsError) as error:
+            mvmae.MultiViewMAE.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value)
+        with pytest.raises(WeightsError):
+            hub.build(whole | {name: value})
+
+
+def test_f50_a_model_without_numbers_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        model = tiny_mae()
+    with pytest.raises(WeightsError, match="on the meta device: load weights first"):
+        hub.export(model, tmp_path)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def save_sharded(folder: str) -> str:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(3)
+    model = tiny_mae(projector=False)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(WeightsError) as error:
+        hub.export(model, folder)
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.get_rank() == 0:  # the others get nothing
+        plain = tiny_mae(projector=False)
+        plain.load_state_dict(gathered)
+        hub.export(plain, folder)
+        saved = mvmae.MultiViewMAE.from_pretrained(folder).state_dict()
+        assert all(torch.equal(value, saved[name]) for name, value in expected.items())
+    return str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_f50_a_sharded_model_is_refused_in_one_line_whose_cure_works(two_processes, tmp_path):
+    for message in two_processes(save_sharded, str(tmp_path)):
+        assert "in shards over several processes: gather them" in message and "\n" not in message
 
 
 def test_the_payload_would_run_where_it_is_not_refused(tmp_path):
