@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .encoders import TIMM_NAMES
-from .encoding import PlainViT
+from .encoding import PlainViT, check_encoder, unwrap
 from .pretrained import WeightsError, building, check_sizes, first_line
 
 DEFAULT_NAME = "vit_base_patch16_224"
@@ -115,7 +115,7 @@ def describe_pretraining(model: nn.Module) -> dict[str, Any]:
     reconstruction: Any = model.reconstruction_loss
     contrastive: Any = model.contrastive_loss
     return {
-        "encoder": describe_encoder(encoder, plain=False),
+        "encoder": describe_encoder(check_encoder(unwrap(encoder)), plain=False),
         "projector": _describe_projector(model.get_submodule("projector")),
         "options": {
             "decoder_dim": decoder.embed.out_features,

@@ -24,8 +24,10 @@ from .pretrained import (
     WeightsError,
     building,
     check_weights,
+    encoder_prefix,
     first_line,
     locate,
+    plain_names,
     read_config,
     read_weights,
 )
@@ -82,7 +84,8 @@ def hub_owner() -> str:
 def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer | Eva") -> dict[str, Tensor]:
     """Turn the weights of a checkpoint into those of an encoder, for timm's loader.
 
-    Takes the encoder out of a pretraining checkpoint (``encoder.*``, or an MAE-layout file with its decoder and mask token),
+    Takes the encoder out of a pretraining checkpoint (``encoder.*``, an MAE-layout file with its decoder and mask token, or any
+    prefix that a framework put before one encoder's names),
     resizes positions and patch projection to the model as timm does, and moves the final norm where the model has it.
 
     Raises:
@@ -91,8 +94,9 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer |
     """
     for wrapper in ("model", "state_dict"):
         state_dict = state_dict.get(wrapper, state_dict)
-    if any(key.startswith("encoder.") for key in state_dict):
-        state_dict = {key[8:]: value for key, value in state_dict.items() if key.startswith("encoder.")}
+    state_dict = plain_names(state_dict)
+    prefix = encoder_prefix(state_dict)
+    state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     kept = {key: value for key, value in state_dict.items() if key != "mask_token" and not key.startswith("decoder")}
     try:
         weights: dict[str, Tensor] = (eva_filter if isinstance(model, Eva) else vit_filter)(kept, model)

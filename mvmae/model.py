@@ -17,7 +17,7 @@ from .encoding import check_encoder, encode_visible
 from .losses import LossOn, NTXentLoss, ReconstructionLoss
 from .masking import Mask, num_visible, random_mask
 from .patches import grid_size, patchify
-from .pretrained import building, check_weights, read_pretraining, write_pretraining
+from .pretrained import building, check_weights, plain_names, read_pretraining, write_pretraining
 
 Pool = Literal["avg", "token"]
 
@@ -223,7 +223,7 @@ class MultiViewMAE(nn.Module):
         Raises:
             WeightsError: if JSON cannot describe the encoder, or a weight is NaN or infinite.
         """
-        write_pretraining(folder, describe_pretraining(self), self.state_dict())
+        write_pretraining(folder, describe_pretraining(self), plain_names(self.state_dict()))
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """Give the latent vector of each view that Eq. 4 compares.

@@ -700,6 +700,87 @@ def test_f50_a_model_without_numbers_is_not_saved(tmp_path):
     assert not list(tmp_path.rglob("*.*"))
 
 
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "data parallel": torch.nn.DataParallel,
+    "both": lambda model: torch.nn.DataParallel(torch.compile(model, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_f50_a_wrapped_model_is_exported_as_the_model_in_it(kind, tmp_path):
+    wrap, model = WRAPPERS[kind], tiny_mae()
+    vit, images = tiny_mae().encoder, torch.randn(2, 3, 32, 32)
+    hub.export(wrap(model), tmp_path / "whole")
+    hub.export(wrap(vit), tmp_path / "vit")
+    assert hub.describe(wrap(model)) == hub.describe(model)
+    whole = mvmae.MultiViewMAE.from_pretrained(tmp_path / "whole")
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True).eval()(images), vit(images))
+    other, mae = tiny_mae().encoder, tiny_mae()
+    hub.load_encoder(wrap(other), tmp_path / "vit")
+    hub.load_pretraining(wrap(mae), tmp_path / "whole")
+    assert torch.equal(other(images), vit(images)) and torch.equal(mae.encoder(images), model.encoder(images))
+    model.encoder = torch.compile(model.encoder, backend="eager")
+    model.save_pretrained(tmp_path / "part")
+    assert mvmae.MultiViewMAE.from_pretrained(tmp_path / "part").state_dict().keys() == whole.state_dict().keys()
+
+
+PREFIXES = [
+    "model.encoder.",
+    "model.",
+    "module.model.encoder.",
+    "net._orig_mod.encoder.",
+    "backbone.vit.",
+    "encoder._orig_mod.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_f50_an_encoder_is_found_under_any_prefix(prefix, tmp_path):
+    """As Lightning's and other frameworks' checkpoints have it."""
+    source, target, vit = (tiny_mae(projector=False) for _ in range(3))
+    whole = prefix.rpartition("encoder.")[0] if "encoder." in prefix else None
+    weights = {f"{prefix}{name}": value for name, value in source.encoder.state_dict().items()}
+    if whole is not None:
+        others = {name: value for name, value in source.state_dict().items() if not name.startswith("encoder.")}
+        weights |= {f"{whole}{name}": value for name, value in others.items()}
+    weights["criterion.weight"] = torch.zeros(3)
+    torch.save({"state_dict": weights, "epoch": 3, "pytorch-lightning_version": "2.5.0"}, tmp_path / "last.ckpt")
+    images = torch.randn(2, 3, 32, 32)
+    hub.load_encoder(vit.encoder, tmp_path / "last.ckpt")
+    assert torch.equal(vit.encoder(images), source.encoder(images))
+    if whole:
+        hub.load_pretraining(target, tmp_path / "last.ckpt")
+        assert all(torch.equal(value, target.state_dict()[name]) for name, value in source.state_dict().items())
+    elif whole is None:
+        with pytest.raises(WeightsError, match="use load_encoder"):
+            hub.load_pretraining(target, tmp_path / "last.ckpt")
+
+
+def test_several_encoders_and_adapters_are_named(tmp_path):
+    vit = tiny_mae().encoder
+    weights = {f"{part}.{name}": value.clone() for part in ("student", "teacher") for name, value in vit.state_dict().items()}
+    safetensors.torch.save_file(weights, tmp_path / "two.safetensors")
+    adapted = {f"base_model.model.{name}": value for name, value in vit.state_dict().items()}
+    adapted["base_model.model.blocks.0.attn.qkv.lora_A.default.weight"] = torch.zeros(3)
+    safetensors.torch.save_file(adapted, tmp_path / "lora.safetensors")
+    for load, model in ((hub.load_encoder, vit), (hub.load_pretraining, tiny_mae())):
+        with pytest.raises(WeightsError, match=r"encoders under student\., teacher\.: save the state dict of one"):
+            load(model, tmp_path / "two.safetensors")
+        with pytest.raises(WeightsError, match="merge_and_unload"):
+            load(model, tmp_path / "lora.safetensors")
+
+
+def test_a_model_with_adapters_is_refused_with_the_cure(tmp_path):
+    peft = pytest.importorskip("peft")
+    vit = tiny_mae().encoder
+    model = peft.get_peft_model(vit, peft.LoraConfig(target_modules=["qkv"], r=2))
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        hub.export(model, tmp_path)
+    hub.export(model.merge_and_unload(), tmp_path)
+
+
 def save_sharded(folder: str) -> str:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
