@@ -104,7 +104,7 @@ def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
     if not kept and not training:
         tagged = file is None and ":" not in name
         place = "/".join(Path(name.removeprefix("local-dir:")).absolute().parts[-2:]) if file else name
-        kept = {"weights": f"{cfg['architecture']}.{cfg['tag']}" if tagged and cfg.get("tag") else place, "license": "unknown"}
+        kept = {"weights": f"{name.split('.')[0]}.{cfg['tag']}" if tagged and cfg.get("tag") else place, "license": "unknown"}
         repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id", "") if tagged else ""
         kept |= {"repo": repo} if "/" in repo.strip("/") else {}
     if license and not (license_warning(kept) and kept.get("license") != "unknown"):

@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .encoders import TIMM_NAMES
+from .encoders import TIMM_NAMES, SinCosVisionTransformer
 from .encoding import PlainViT, check_encoder, unwrap
 from .pretrained import WeightsError, building, check_sizes, first_line
 
@@ -60,7 +60,8 @@ def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
         WeightsError: if no arguments that JSON can hold rebuild it.
     """
     name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or DEFAULT_NAME
-    name = TIMM_NAMES.get(name, name) if plain else name
+    own = {theirs: ours for ours, theirs in TIMM_NAMES.items()} if isinstance(vit, SinCosVisionTransformer) else {}
+    name = TIMM_NAMES.get(name, name) if plain else own.get(name, name)
     if not timm.is_model(name):
         name = DEFAULT_NAME
     reference = _on_meta(name, {})

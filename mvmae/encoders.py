@@ -173,9 +173,13 @@ def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defau
     if args.pop("use_naflex", False):
         return _create_naflex(name, pretrained, args)
     try:
-        return _build(name, pretrained, args) if weights is None else _build_with(weights, name, args)
+        model: Any = _build(name, pretrained, args) if weights is None else _build_with(weights, name, args)
     except WeightsError as error:
         raise WeightsError(f"{place}: {error}") from error
+    if hasattr(timm.models, "get_model_args"):  # from 1.0.31 on timm's saver writes all that plain timm needs to rebuild it
+        model.pretrained_cfg["architecture"] = TIMM_NAMES[name]
+        model._model_args = {**getattr(model, "_model_args", {}), "fc_norm": args["fc_norm"]}
+    return model  # type: ignore[no-any-return]
 
 
 def _build(name: str, pretrained: bool, args: dict[str, Any], filter_fn: Any = checkpoint_filter) -> Any:

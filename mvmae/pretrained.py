@@ -231,7 +231,8 @@ def encoder_prefix(weights: Mapping[str, Any]) -> str:
         for name in weights
         if re.search(r"(^|\.)patch_embed\.proj\.weight$", name)
     ]
-    chosen = next((prefix for prefix in ("encoder.", "") if prefix in found or not found), found[0] if found else "")
+    known = [prefix for prefix in ("encoder.", "") if any(name.startswith(prefix) for name in weights)]
+    chosen = next((prefix for prefix in known if prefix in found or not found), found[0] if found else "")
     if chosen not in ("encoder.", "") and len(found) > 1:
         raise WeightsError(f"there are encoders under {', '.join(found)}: save the state dict of one of them")
     return chosen

@@ -202,6 +202,35 @@ def test_a_fresh_process_gets_the_runs_features(way, published, tmp_path):
     assert (found - expected).abs().max() <= 1e-6
 
 
+def test_what_timm_itself_uploads_loads_without_mvmae(tmp_path):
+    vit = timm.create_model("mvmae_vit_tiny_patch16", patch_size=8, **TINY).eval()
+    if not hasattr(vit, "_model_args"):
+        pytest.skip(f"timm {timm.__version__} does not record how it built a model")
+    images = torch.randn(2, 3, 32, 32)
+    safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    arguments = f"patch_size=8, **{TINY}"
+    code = f"""
+        import mvmae, safetensors.torch, timm
+        vit = timm.create_model("mvmae_vit_tiny_patch16", {arguments})
+        vit.load_state_dict(safetensors.torch.load_file("vit.safetensors"))
+        timm.models.push_to_hf_hub(vit, "me/by-timm")
+    """
+    with Hub() as server:
+        done = client(code, tmp_path, server.endpoint)
+        assert done.returncode == 0, done.stderr
+        read = (
+            BLOCKED
+            + """
+import timm
+features = timm.create_model("hf-hub:me/by-timm", pretrained=True).eval()(images)
+"""
+        )
+        found = features(read, tmp_path, server.endpoint, tmp_path / "images.safetensors")
+    assert (found - vit(images)).abs().max() <= 1e-6
+    assert json.loads(server.repos["me/by-timm"].commits[-1][1]["config.json"])["architecture"] == "vit_tiny_patch16_224"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 def test_transformers_loads_a_fine_tuned_head_with_its_names(tmp_path):
     vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY, num_classes=3).eval()
