@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mvmae.card import license_warning
-from mvmae.encoders import checkpoint_filter
+from mvmae.encoders import check_source, checkpoint_filter
 from mvmae.hub import export
 from mvmae.images import colour
 from mvmae.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
@@ -39,11 +38,15 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
     architecture, file = find_weights(wanted, arch)
     options |= {"img_size": image_size} if image_size else {}
     try:
+        if wanted.startswith("hf-hub:"):
+            check_source(wanted, weights=not untrained)
         with torch.device("meta"):
             parameters = inspect.signature(type(create_encoder(architecture)).__init__).parameters
         kept = {key: value for key, value in options.items() if key in parameters}
         model = create_encoder(architecture, pretrained=not untrained and file is None, num_classes=0, **kept)
-    except (RuntimeError, OSError) as error:
+    except Stop:
+        raise
+    except Exception as error:  # what timm makes of a config can be anything
         raise Stop(f"{wanted} cannot be had ({first_line(error)}); random:{wanted} is a model without weights") from error
     if file is not None and not untrained:
         load_weights(model, file)
@@ -65,7 +68,8 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
         folder = next((path / part for part in ("encoder", "best", "") if _is_export(path / part)), None)
         if folder is None:
             raise Stop(f"{path} holds no encoder: a run that has ended, or {CONFIG_FILE} and {WEIGHTS_FILE}, is expected")
-        return f"local-dir:{folder}", folder / WEIGHTS_FILE
+        check_source(f"local-dir:{folder}", weights=False)
+        return f"local-dir:{folder}", locate(folder, WEIGHTS_FILE)
     if path.is_file():
         if not arch and not _is_export(path.parent):
             raise Stop(f"{path} does not tell its architecture: add --arch with its name in timm")
@@ -100,7 +104,7 @@ def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
     if not kept and not training:
         tagged = file is None and ":" not in name
         place = "/".join(Path(name.removeprefix("local-dir:")).absolute().parts[-2:]) if file else name
-        kept = {"weights": f"{cfg['architecture']}.{cfg['tag']}" if tagged and cfg.get("tag") else place, "license": "unknown"}
+        kept = {"weights": f"{name.split('.')[0]}.{cfg['tag']}" if tagged and cfg.get("tag") else place, "license": "unknown"}
         repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id", "") if tagged else ""
         kept |= {"repo": repo} if "/" in repo.strip("/") else {}
     if license and not (license_warning(kept) and kept.get("license") != "unknown"):
@@ -143,7 +147,7 @@ def with_background(config: Config, name: str, arch: str = "") -> Config:
 
 def _is_export(folder: Path) -> bool:
     file = folder / CONFIG_FILE
-    return file.is_file() and "architecture" in json.loads(file.read_text())
+    return file.is_file() and "architecture" in read_json(file)
 
 
 def load_weights(model: Any, file: Path) -> None:

@@ -10,6 +10,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 import mvmae
+from mvmae.encoders import check_source
 from mvmae.encoding import check_encoder
 from mvmae.hub import load_encoder
 from mvmae.pretrained import first_line
@@ -44,8 +45,12 @@ def start_encoder(
         options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
     architecture, file = find_weights(name, arch)
     try:
+        if name.startswith("hf-hub:"):
+            check_source(name, weights=pretrained)
         encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
-    except (RuntimeError, OSError) as error:
+    except Stop:
+        raise
+    except Exception as error:  # what timm makes of a config can be anything
         raise Stop(f"{name} cannot be had ({first_line(error)})") from error
     check_encoder(encoder)
     if pretrained and file is not None:

@@ -1,6 +1,7 @@
 """Models as data: the name under which timm knows a ViT, the arguments in which it differs, and what is built around it."""
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,9 +12,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .encoders import TIMM_NAMES
-from .encoding import PlainViT
-from .pretrained import WeightsError, first_line
+from .encoders import TIMM_NAMES, SinCosVisionTransformer
+from .encoding import PlainViT, check_encoder, unwrap
+from .pretrained import WeightsError, building, check_sizes, first_line
 
 DEFAULT_NAME = "vit_base_patch16_224"
 REGULARISERS = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
@@ -28,7 +29,20 @@ OPTIONS = (
     "norm_pix",
     "loss_on",
 )  # of MultiViewMAE
+LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    nn.Dropout: ("p",),
+    nn.GELU: ("approximate",),
+    nn.Identity: (),
+    nn.ReLU: (),
+    nn.SiLU: (),
+    nn.Tanh: (),
+}  # of which projectors are made, and the arguments that their attributes tell
 RUN_TIME = ("device", "dtype", "num_classes", "weight_init", "fix_init")  # not what the weights are
+
+_logger = logging.getLogger(__name__)
 
 
 def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
@@ -46,7 +60,8 @@ def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
         WeightsError: if no arguments that JSON can hold rebuild it.
     """
     name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or DEFAULT_NAME
-    name = TIMM_NAMES.get(name, name) if plain else name
+    own = {theirs: ours for ours, theirs in TIMM_NAMES.items()} if isinstance(vit, SinCosVisionTransformer) else {}
+    name = TIMM_NAMES.get(name, name) if plain else own.get(name, name)
     if not timm.is_model(name):
         name = DEFAULT_NAME
     reference = _on_meta(name, {})
@@ -74,13 +89,15 @@ def build_encoder(description: Mapping[str, Any]) -> nn.Module:
     name, args = description.get("architecture"), description.get("model_args", {})
     if not (isinstance(name, str) and timm.is_model(name)):
         raise WeightsError(f"architecture {name!r} is unknown to timm {timm.__version__}: the name of a ViT is expected")
-    kind = Eva if isinstance(_on_meta(name, {}), Eva) else VisionTransformer
-    unknown = sorted(set(args) - set(inspect.signature(kind.__init__).parameters))
-    if unknown:
-        raise WeightsError(f"timm {timm.__version__} has no ViT arguments {', '.join(unknown)} (of {name}): upgrade timm")
-    statistics = {key: tuple(description[key]) for key in ("mean", "std") if key in description}
-    classes = description.get("num_classes", 0)
-    model: nn.Module = timm.create_model(name, num_classes=classes, pretrained_cfg_overlay=statistics, **args)
+    with building(f"the arguments {args} of {name}"):
+        kind = Eva if isinstance(_on_meta(name, {}), Eva) else VisionTransformer
+        unknown = sorted(set(args) - set(inspect.signature(kind.__init__).parameters))
+        if unknown:
+            raise WeightsError(f"timm {timm.__version__} has no ViT arguments {', '.join(unknown)} (of {name}): upgrade timm")
+        check_sizes(args, name)
+        statistics = {key: tuple(description[key]) for key in ("mean", "std") if key in description}
+        classes = description.get("num_classes", 0)
+        model: nn.Module = timm.create_model(name, num_classes=classes, pretrained_cfg_overlay=statistics, **args)
     return model
 
 
@@ -88,19 +105,19 @@ def describe_pretraining(model: nn.Module) -> dict[str, Any]:
     """Give what rebuilds a `MultiViewMAE`, as JSON can hold it.
 
     Returns:
-        ``encoder``, as `describe_encoder` gives it; ``projector``, the widths of its layers, or None; ``options``, the
-        other keyword arguments of `MultiViewMAE`.
+        ``encoder``, as `describe_encoder` gives it; ``projector``, the widths of its layers, the layers themselves, its class
+        where JSON cannot hold them, with a warning, or None; ``options``, the other keyword arguments of `MultiViewMAE`.
 
     Raises:
-        WeightsError: if JSON cannot hold the encoder or the projector.
+        WeightsError: if JSON cannot hold the encoder.
     """
     encoder: Any = model.encoder
     decoder: Any = model.decoder
     reconstruction: Any = model.reconstruction_loss
     contrastive: Any = model.contrastive_loss
     return {
-        "encoder": describe_encoder(encoder, plain=False),
-        "projector": _widths(model.get_submodule("projector")),
+        "encoder": describe_encoder(check_encoder(unwrap(encoder)), plain=False),
+        "projector": _describe_projector(model.get_submodule("projector")),
         "options": {
             "decoder_dim": decoder.embed.out_features,
             "decoder_depth": len(decoder.blocks),
@@ -115,20 +132,26 @@ def describe_pretraining(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def pretraining_arguments(description: Mapping[str, Any]) -> dict[str, Any]:
+def pretraining_arguments(description: Mapping[str, Any], projector: nn.Module | None = None) -> dict[str, Any]:
     """Build the arguments of `MultiViewMAE` from what `describe_pretraining` gave.
 
+    Args:
+        description: of the model.
+        projector: takes the place of the described one.
+
     Raises:
-        WeightsError: if it is not such a description.
+        WeightsError: if it is not such a description, or its projector cannot be built and none is given.
     """
     try:
-        encoder, widths, options = description["encoder"], description["projector"], dict(description["options"])
+        encoder, head, options = dict(description["encoder"]), description["projector"], dict(description["options"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"this does not describe a pretraining model: {first_line(error)}") from error
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise WeightsError(f"the pretraining options {', '.join(unknown)} are unknown: upgrade mvmae")
-    return {"encoder": build_encoder(encoder), "projector": mlp(widths) if widths else None, **options}
+    check_sizes(options, "the pretraining model")
+    projector = _build_projector(head) if projector is None else projector
+    return {"encoder": build_encoder(encoder), "projector": projector, **options}
 
 
 def mlp(widths: Sequence[int]) -> nn.Sequential:
@@ -139,17 +162,43 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _widths(projector: nn.Module) -> list[int] | None:
+def _describe_projector(projector: nn.Module) -> list[Any] | str | None:
     if isinstance(projector, nn.Identity):
         return None
     linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
     widths = [linear.in_features for linear in linears[:1]] + [linear.out_features for linear in linears]
-    if repr(projector) != repr(mlp(widths)):
-        raise WeightsError(
-            f"the projector, a {type(projector).__name__}, cannot be described in a file: use projection_mlp, or save "
-            "model.state_dict() yourself"
-        )
-    return widths
+    layers = [
+        {"layer": type(layer).__name__, **{name: getattr(layer, name) for name in LAYERS.get(type(layer), ())}}
+        | ({"bias": layer.bias is not None} if isinstance(layer, nn.Linear | nn.LayerNorm) else {})
+        for layer in projector.children()
+    ]
+    for described in (widths, layers):
+        try:
+            rebuilt = _build_projector(described)
+        except WeightsError:
+            continue
+        if repr(rebuilt) == repr(projector) and rebuilt.state_dict().keys() == projector.state_dict().keys():
+            return described
+    kind = type(projector).__name__
+    _logger.warning("the projector, a %s, cannot be described in a file: give it to from_pretrained as projector=...", kind)
+    return kind
+
+
+def _build_projector(described: Any) -> Any:
+    if described is None:
+        return None
+    if isinstance(described, str):
+        raise WeightsError(f"the projector, a {described[:80]}, cannot be built from a file: pass one like it as projector=...")
+    with building(f"the projector {str(described)[:200]}"):
+        if all(isinstance(width, int) for width in described):
+            check_sizes({"projector": described}, "the pretraining model")
+            return mlp(described)
+        layers = []
+        for arguments in map(dict, described):
+            kind = next(kind for kind in LAYERS if kind.__name__ == arguments["layer"])
+            check_sizes(arguments, "the projector")
+            layers.append(kind(**{name: value for name, value in arguments.items() if name != "layer"}))
+        return nn.Sequential(*layers)
 
 
 def _on_meta(name: str, args: Mapping[str, Any]) -> PlainViT:

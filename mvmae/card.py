@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .pretrained import CONFIG_FILE, PRETRAINING_FILE, PRETRAINING_FOLDER, WEIGHTS_FILE, locate, read_json, replace_file, sha256
+from .pretrained import (
+    CONFIG_FILE,
+    PRETRAINING_FILE,
+    PRETRAINING_FOLDER,
+    WEIGHTS_FILE,
+    locate,
+    read_config,
+    replace_file,
+    sha256,
+)
 
 CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
@@ -102,8 +111,8 @@ def write_card(
         WeightsError: if the folder holds no export.
     """
     folder = Path(folder)
-    config = read_json(locate(folder, CONFIG_FILE))
-    whole, classes = (folder / PRETRAINING_FOLDER / PRETRAINING_FILE).exists(), config["num_classes"]
+    config = read_config(locate(folder, CONFIG_FILE))
+    whole, classes = (folder / PRETRAINING_FOLDER / PRETRAINING_FILE).exists(), config.get("num_classes", 0)
     started, cfg = config.get("started_from") or {}, config.get("pretrained_cfg") or {}
     metadata = {
         "license": license or cfg.get("license") or "apache-2.0",

@@ -3,16 +3,28 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .encoders import checkpoint_filter
-from .encoding import check_encoder
+from .encoding import check_encoder, unwrap
 from .model import MultiViewMAE
 from .patches import sincos_table
-from .pretrained import PRETRAINING_FILE, WEIGHTS_FILE, WeightsError, check_weights, first_line, in_export, locate, read_weights
+from .pretrained import (
+    PRETRAINING_FILE,
+    WEIGHTS_FILE,
+    WeightsError,
+    check_weights,
+    encoder_prefix,
+    first_line,
+    in_export,
+    locate,
+    plain_names,
+    read_weights,
+)
 
 MAE_NAMES = {
     "mask_token": "decoder.mask_token",
@@ -29,14 +41,15 @@ def load_encoder(encoder: nn.Module, source: str | Path, *, revision: str | None
     Args:
         encoder: a plain ViT of timm, untouched where this fails.
         source: a file (safetensors, or PyTorch's with nothing but weights; timm's layout, MAE's, or a pretraining checkpoint
-            of this package), a folder or a repository of the Hub that hold ``model.safetensors``.
+            of this package, with any prefix before the encoder's names), a folder that timm reads, or a repository of the Hub
+            that holds ``model.safetensors``.
         revision: branch, tag or commit of the repository.
 
     Raises:
         TypeError: if the encoder is not a plain ViT.
         WeightsError: if the weights cannot be had, or do not fit, naming what is missing, unexpected or of another shape.
     """
-    path = _find(source, WEIGHTS_FILE, revision)
+    path, encoder = _find(source, WEIGHTS_FILE, revision), unwrap(encoder)
     encoder.load_state_dict(_encoder_weights(read_weights(path), encoder, path))
 
 
@@ -45,15 +58,21 @@ def load_pretraining(model: MultiViewMAE, source: str | Path, *, revision: str |
 
     Args:
         model: untouched where this fails.
-        source: a file (this package's, or MAE's with its decoder), a folder or a repository of the Hub that hold
-            ``pretraining.safetensors``.
+        source: a file (this package's, or MAE's with its decoder, with any prefix before all names), a folder or a repository
+            of the Hub that hold ``pretraining.safetensors``.
         revision: branch, tag or commit of the repository.
 
     Raises:
         WeightsError: if the weights cannot be had, or do not fit, naming what is missing, unexpected or of another shape.
     """
-    path = _find(source, in_export(source, PRETRAINING_FILE), revision)
-    weights = read_weights(path)
+    path, model = _find(source, in_export(source, PRETRAINING_FILE), revision), cast(MultiViewMAE, unwrap(model))
+    weights = plain_names(read_weights(path))
+    try:
+        prefix = encoder_prefix(weights)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    root = prefix.removesuffix("encoder.")
+    weights = {name[len(root) :]: value for name, value in weights.items() if name.startswith(root)}
     if "decoder_embed.weight" in weights:
         weights = _from_mae(weights, path)
     others = {name: value for name, value in weights.items() if not name.startswith("encoder.")}

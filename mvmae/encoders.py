@@ -18,7 +18,19 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from .patches import sincos_table
-from .pretrained import CONFIG_FILE, WEIGHTS_FILE, WeightsError, check_weights, first_line, locate, read_json, read_weights
+from .pretrained import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    WeightsError,
+    building,
+    check_weights,
+    encoder_prefix,
+    first_line,
+    locate,
+    plain_names,
+    read_config,
+    read_weights,
+)
 
 HUB_OWNER = ""  # who keeps the published weights on the Hub; empty while there are none
 TIMM_NAMES = {
@@ -72,7 +84,8 @@ def hub_owner() -> str:
 def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer | Eva") -> dict[str, Tensor]:
     """Turn the weights of a checkpoint into those of an encoder, for timm's loader.
 
-    Takes the encoder out of a pretraining checkpoint (``encoder.*``, or an MAE-layout file with its decoder and mask token),
+    Takes the encoder out of a pretraining checkpoint (``encoder.*``, an MAE-layout file with its decoder and mask token, or any
+    prefix that a framework put before one encoder's names),
     resizes positions and patch projection to the model as timm does, and moves the final norm where the model has it.
 
     Raises:
@@ -81,8 +94,9 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer |
     """
     for wrapper in ("model", "state_dict"):
         state_dict = state_dict.get(wrapper, state_dict)
-    if any(key.startswith("encoder.") for key in state_dict):
-        state_dict = {key[8:]: value for key, value in state_dict.items() if key.startswith("encoder.")}
+    state_dict = plain_names(state_dict)
+    prefix = encoder_prefix(state_dict)
+    state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     kept = {key: value for key, value in state_dict.items() if key != "mask_token" and not key.startswith("decoder")}
     try:
         weights: dict[str, Tensor] = (eva_filter if isinstance(model, Eva) else vit_filter)(kept, model)
@@ -159,9 +173,13 @@ def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defau
     if args.pop("use_naflex", False):
         return _create_naflex(name, pretrained, args)
     try:
-        return _build(name, pretrained, args) if weights is None else _build_with(weights, name, args)
+        model: Any = _build(name, pretrained, args) if weights is None else _build_with(weights, name, args)
     except WeightsError as error:
         raise WeightsError(f"{place}: {error}") from error
+    if hasattr(timm.models, "get_model_args"):  # from 1.0.31 on timm's saver writes all that plain timm needs to rebuild it
+        model.pretrained_cfg["architecture"] = TIMM_NAMES[name]
+        model._model_args = {**getattr(model, "_model_args", {}), "fc_norm": args["fc_norm"]}
+    return model  # type: ignore[no-any-return]
 
 
 def _build(name: str, pretrained: bool, args: dict[str, Any], filter_fn: Any = checkpoint_filter) -> Any:
@@ -276,16 +294,33 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     Raises:
         WeightsError: if weights cannot be had, read or used.
     """
-    if pretrained and model_name.startswith(("local-dir:", "hf-hub:")):
-        for filename in (CONFIG_FILE, WEIGHTS_FILE):
-            path = locate(model_name, filename, cache_dir=kwargs.get("cache_dir"))
-            read_json(path) if filename == CONFIG_FILE else read_weights(path)
+    if not model_name.startswith(("local-dir:", "hf-hub:")):
+        return timm.create_model(model_name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
+    check_source(model_name, weights=pretrained, cache_dir=kwargs.get("cache_dir"))
     try:
-        model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **kwargs)
-    except RuntimeError as error:
-        title, *keys = str(error).splitlines()
+        with building(f"{model_name} with {kwargs}" if kwargs else model_name):
+            model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    except WeightsError as error:
+        title, *keys = str(error.__cause__).splitlines() or [""]
         if not title.startswith("Error(s) in loading state_dict"):
             raise
         what = f"{keys[0].strip().rstrip('.')} ({len(keys)} such)"
         raise WeightsError(f"{model_name} does not fit the model: {what}; is it a checkpoint of another model?") from error
     return model
+
+
+def check_source(name: str, *, weights: bool, cache_dir: str | Path | None = None) -> None:
+    """Check what timm would read of an exported model: more than timm does, and with one line for what is wrong.
+
+    Args:
+        name: ``local-dir:FOLDER`` or ``hf-hub:owner/name``.
+        weights: its weights too, not its ``config.json`` alone.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        WeightsError: if a file is missing, damaged, or of another kind; of a repository, if its weights are not safetensors.
+    """
+    config = read_config(locate(name, CONFIG_FILE, cache_dir=cache_dir))
+    if weights:
+        file = config.get("pretrained_cfg", config).get("hf_hub_filename") if name.startswith("hf-hub:") else None
+        read_weights(locate(name, str(file or WEIGHTS_FILE), cache_dir=cache_dir))

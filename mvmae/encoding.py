@@ -26,8 +26,20 @@ REASONS = {
     "ResNet": "its convolutions see across patches, masked ones too",
     "EfficientNet": "its convolutions see across patches, masked ones too",
     "Beit": "the relative positions in its attention are made for all patches at once",
+    "Peft": "merge its adapters first, by model.merge_and_unload()",
     "NaFlexVit": "it takes patches instead of images: build it with use_naflex=False",
 }  # the start of a class's name -> what is in the way
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put around it."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def check_encoder(vit: nn.Module) -> PlainViT:

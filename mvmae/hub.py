@@ -14,7 +14,7 @@ from .card import CARD_FILE, license_warning
 from .card import write_card as write_card
 from .checkpoints import load_encoder as load_encoder
 from .checkpoints import load_pretraining as load_pretraining
-from .encoding import PlainViT, check_encoder
+from .encoding import PlainViT, check_encoder, unwrap
 from .model import MultiViewMAE
 from .pretrained import (
     CONFIG_FILE,
@@ -23,8 +23,10 @@ from .pretrained import (
     PRETRAINING_FOLDER,
     WEIGHTS_FILE,
     WeightsError,
+    building,
     check_weights,
     hub_causes,
+    plain_names,
     write_json,
     write_pretraining,
     write_weights,
@@ -49,6 +51,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises:
         WeightsError: if JSON cannot hold it.
     """
+    model = unwrap(model)
     return (
         describe_pretraining(model) if isinstance(model, MultiViewMAE) else describe_encoder(check_encoder(model), plain=False)
     )
@@ -60,7 +63,8 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     Raises:
         WeightsError: if it describes none.
     """
-    return MultiViewMAE(**pretraining_arguments(description)) if "encoder" in description else build_encoder(description)
+    with building("this description"):
+        return MultiViewMAE(**pretraining_arguments(description)) if "encoder" in description else build_encoder(description)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
@@ -93,7 +97,7 @@ def export(
     head goes along. Of a `MultiViewMAE` the whole is written too, for `MultiViewMAE.from_pretrained`.
 
     Args:
-        model: a `MultiViewMAE`, or a plain ViT of timm, fine-tuned or not.
+        model: a `MultiViewMAE`, or a plain ViT of timm, fine-tuned or not; compiled or in a data-parallel wrapper, too.
         folder: where to write; files there are replaced.
         mean: of each channel, in 0 to 1, that the images were normalised with; what the encoder's cfg says where None.
         std: likewise.
@@ -119,8 +123,8 @@ def export(
     """
     if started_from and (warning := license_warning(started_from)):
         _logger.warning("%s", warning)
-    started = dict(started_from or {})
-    folder, vit = Path(folder), check_encoder(model.encoder if isinstance(model, MultiViewMAE) else model)
+    started, model = dict(started_from or {}), unwrap(model)
+    folder, vit = Path(folder), check_encoder(unwrap(model.encoder) if isinstance(model, MultiViewMAE) else model)
     if license is None:
         license = started.get("license") or (getattr(vit, "pretrained_cfg", None) or {}).get("license")
     if training is None:
@@ -137,8 +141,8 @@ def export(
     if isinstance(model, MultiViewMAE):
         description = describe_pretraining(model)
         description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
-        write_pretraining(folder / PRETRAINING_FOLDER, description, model.state_dict())
-    write_weights(folder / WEIGHTS_FILE, vit.state_dict())
+        write_pretraining(folder / PRETRAINING_FOLDER, description, plain_names(model.state_dict()))
+    write_weights(folder / WEIGHTS_FILE, plain_names(vit.state_dict()))
     write_json(folder / CONFIG_FILE, config)
     return folder
 

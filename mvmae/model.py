@@ -17,7 +17,7 @@ from .encoding import check_encoder, encode_visible
 from .losses import LossOn, NTXentLoss, ReconstructionLoss
 from .masking import Mask, num_visible, random_mask
 from .patches import grid_size, patchify
-from .pretrained import check_weights, read_pretraining, write_pretraining
+from .pretrained import building, check_weights, plain_names, read_pretraining, write_pretraining
 
 Pool = Literal["avg", "token"]
 
@@ -197,18 +197,22 @@ class MultiViewMAE(nn.Module):
         return Latents(tokens, z.unflatten(0, batch_and_views), self.projector(z).unflatten(0, batch_and_views))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> "MultiViewMAE":
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, projector: nn.Module | None = None
+    ) -> "MultiViewMAE":
         """Load what `save_pretrained` wrote: encoder, decoder, projector and options, ready to go on pretraining.
 
         Args:
             source: a folder, or ``owner/name`` of a repository of the Hub.
             revision: branch, tag or commit of the repository.
+            projector: a module like the saved one, where a file cannot describe that; it takes the saved weights.
 
         Raises:
             WeightsError: if the files are missing or damaged, or do not belong together.
         """
         description, weights = read_pretraining(source, revision=revision)
-        model = cls(**pretraining_arguments(description))
+        with building(f"what describes the pretraining model in {source}"):
+            model = cls(**pretraining_arguments(description, projector))
         check_weights(weights, model.state_dict(), source=source)
         model.load_state_dict(weights)
         return model
@@ -217,9 +221,9 @@ class MultiViewMAE(nn.Module):
         """Write the whole model to ``pretraining.safetensors`` and ``pretraining.json`` in a folder.
 
         Raises:
-            WeightsError: if JSON cannot describe the encoder or the projector, or a weight is NaN or infinite.
+            WeightsError: if JSON cannot describe the encoder, or a weight is NaN or infinite.
         """
-        write_pretraining(folder, describe_pretraining(self), self.state_dict())
+        write_pretraining(folder, describe_pretraining(self), plain_names(self.state_dict()))
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """Give the latent vector of each view that Eq. 4 compares.

@@ -160,8 +160,29 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise WeightsError(_why_unreadable(path, error)) from error
     if not (weights and isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
         raise WeightsError(f"{path} does not hold weights: a dictionary of tensors, or one under 'model', is expected")
+    _refuse_odd_tensors(weights, f"the weights in {path}")
+    for name, value in weights.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise WeightsError(f"{path} holds {name} of shape {tuple(value.shape)} with less data: save it as a plain tensor")
     _refuse_non_finite(weights, f"the weights in {path}")
     return weights
+
+
+def _refuse_odd_tensors(weights: Mapping[str, Tensor], what: str) -> None:
+    """Refuse what cannot be copied as it is, or would grow when it is."""
+    for name, value in weights.items():
+        if hasattr(value, "full_tensor"):  # a DTensor, whose module takes long to import
+            raise WeightsError(
+                f"{what} hold {name} in shards over several processes: gather them in all processes with "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict="
+                "True, cpu_offload=True)), and load them into a model that is not sharded"
+            )
+        if value.is_meta:
+            raise WeightsError(f"{what} hold no numbers for {name}, which is on the meta device: load weights first")
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_complex():
+            raise WeightsError(
+                f"{what} hold {name} as a sparse, nested, quantized or complex tensor: save it as a plain tensor"
+            )
 
 
 def _namespace_allowed() -> AbstractContextManager[object]:
@@ -187,6 +208,34 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             "save its state dict alone, as safetensors, where you trust it"
         )
     return f"{path} ({path.stat().st_size} bytes) is cut or damaged ({first_line(error)}): get it again"
+
+
+def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights by the names that they have without the wrappers of torch around some of the modules."""
+    return {
+        re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name): value
+        for name, value in weights.items()
+    }
+
+
+def encoder_prefix(weights: Mapping[str, Any]) -> str:
+    """Return what stands before the names of an encoder's weights: ``encoder.``, nothing, or what others put there.
+
+    Raises:
+        WeightsError: if there are several encoders, with their prefixes, or adapters that are not merged.
+    """
+    if any(".lora_A." in name or ".base_layer." in name for name in weights):
+        raise WeightsError("adapters of peft are not merged: save the state dict of model.merge_and_unload()")
+    found = [
+        re.sub(r"patch_embed\.proj\.weight$", "", name)
+        for name in weights
+        if re.search(r"(^|\.)patch_embed\.proj\.weight$", name)
+    ]
+    known = [prefix for prefix in ("encoder.", "") if any(name.startswith(prefix) for name in weights)]
+    chosen = next((prefix for prefix in known if prefix in found or not found), found[0] if found else "")
+    if chosen not in ("encoder.", "") and len(found) > 1:
+        raise WeightsError(f"there are encoders under {', '.join(found)}: save the state dict of one of them")
+    return chosen
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str | Path) -> None:
@@ -239,8 +288,9 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write weights as safetensors.
 
     Raises:
-        WeightsError: if a weight is NaN or infinite.
+        WeightsError: if a weight is NaN or infinite, in shards over several processes, or on the meta device.
     """
+    _refuse_odd_tensors(weights, f"the weights for {path}")
     _refuse_non_finite(weights, f"the weights for {path}")
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     replace_file(path, lambda part: safetensors.torch.save_file(tensors, part, metadata={"format": "pt"}))
@@ -264,6 +314,54 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}: one JSON object is expected")
     return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of an exported model, and check what timm builds from it.
+
+    Raises:
+        WeightsError: if it is not one, or names sizes that no model has.
+    """
+    config = read_json(path)
+    cfg = config.get("pretrained_cfg", config)
+    for name, value, kind in (
+        ("architecture", config.get("architecture"), str),
+        ("model_args", config.get("model_args", {}), dict),
+        ("pretrained_cfg", cfg, dict),
+    ):
+        if not isinstance(value, kind):
+            raise WeightsError(f"{path}: {name} must be a {kind.__name__}, got {str(value)[:80]!r}: get the file again")
+    sizes = {name: cfg.get(name) for name in ("num_classes", "input_size", "test_input_size", "min_input_size")}
+    check_sizes({"num_classes": config.get("num_classes"), **sizes, **config.get("model_args", {})}, path)
+    return config
+
+
+def check_sizes(arguments: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse arguments of a model that would take minutes or all memory to build.
+
+    Raises:
+        WeightsError: naming the argument.
+    """
+    for name, value in arguments.items():
+        limit = 1000 if "depth" in name else 10**6 if name == "num_classes" else 20_000
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= limit:
+                raise WeightsError(f"{source}: {name} must be at most {limit}, got {value}: is it the file of a model?")
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Turn what timm raises for arguments that fit no model into one line.
+
+    Raises:
+        WeightsError: if the model cannot be built.
+    """
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:  # what timm makes of arguments of any kind can be anything
+        raise WeightsError(f"no model can be built from {what} ({first_line(error)})") from error
 
 
 def in_export(source: str | Path, filename: str) -> str:

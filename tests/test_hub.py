@@ -202,6 +202,35 @@ def test_a_fresh_process_gets_the_runs_features(way, published, tmp_path):
     assert (found - expected).abs().max() <= 1e-6
 
 
+def test_what_timm_itself_uploads_loads_without_mvmae(tmp_path):
+    vit = timm.create_model("mvmae_vit_tiny_patch16", patch_size=8, **TINY).eval()
+    if not hasattr(vit, "_model_args"):
+        pytest.skip(f"timm {timm.__version__} does not record how it built a model")
+    images = torch.randn(2, 3, 32, 32)
+    safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    arguments = f"patch_size=8, **{TINY}"
+    code = f"""
+        import mvmae, safetensors.torch, timm
+        vit = timm.create_model("mvmae_vit_tiny_patch16", {arguments})
+        vit.load_state_dict(safetensors.torch.load_file("vit.safetensors"))
+        timm.models.push_to_hf_hub(vit, "me/by-timm")
+    """
+    with Hub() as server:
+        done = client(code, tmp_path, server.endpoint)
+        assert done.returncode == 0, done.stderr
+        read = (
+            BLOCKED
+            + """
+import timm
+features = timm.create_model("hf-hub:me/by-timm", pretrained=True).eval()(images)
+"""
+        )
+        found = features(read, tmp_path, server.endpoint, tmp_path / "images.safetensors")
+    assert (found - vit(images)).abs().max() <= 1e-6
+    assert json.loads(server.repos["me/by-timm"].commits[-1][1]["config.json"])["architecture"] == "vit_tiny_patch16_224"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 def test_transformers_loads_a_fine_tuned_head_with_its_names(tmp_path):
     vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY, num_classes=3).eval()
@@ -399,6 +428,55 @@ def test_any_encoder_comes_back_by_its_own_name_with_the_same_features(name, tmp
     assert torch.equal(outputs[0].loss, outputs[1].loss)
 
 
+class Head(torch.nn.Module):
+    """A projector of somebody else's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(48, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) / 2
+
+
+def batch_norm_mlp() -> torch.nn.Module:
+    """A head as SimCLR's and BYOL's code has it."""
+    norms = [torch.nn.BatchNorm1d(16, eps=1e-3), torch.nn.BatchNorm1d(8, affine=False)]
+    linears = [torch.nn.Linear(48, 16, bias=False), torch.nn.Linear(16, 8, bias=False)]
+    return torch.nn.Sequential(linears[0], norms[0], torch.nn.GELU(), linears[1], norms[1])
+
+
+HEADS = {
+    "batch norm": (batch_norm_mlp, True),
+    "layer norm": (lambda: torch.nn.Sequential(torch.nn.Linear(48, 8), torch.nn.LayerNorm(8), torch.nn.Tanh()), True),
+    "dropout": (lambda: torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(48, 8)), True),
+    "one layer": (lambda: torch.nn.Linear(48, 8), False),
+    "nested": (lambda: torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(48, 8)), torch.nn.ReLU()), False),
+    "another's": (Head, False),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_model_with_any_projector_is_exported_and_comes_back(kind, tmp_path, caplog):
+    build, described = HEADS[kind]
+    model = mvmae.MultiViewMAE(tiny_mae().encoder, decoder_dim=32, decoder_depth=1, decoder_heads=4, projector=build()).eval()
+    hub.export(model, tmp_path)
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), model.encoder(images))
+    options = {} if described else {"projector": build()}
+    if described:
+        assert caplog.messages == []
+    else:
+        assert "the projector, a" in caplog.text and "cannot be described in a file" in caplog.text
+        with pytest.raises(WeightsError, match="pass one like it as projector="):
+            mvmae.MultiViewMAE.from_pretrained(tmp_path)
+    loaded = mvmae.MultiViewMAE.from_pretrained(tmp_path, **options).eval()
+    views = torch.stack([images, images.roll(1, 0)], dim=1)
+    assert str(loaded) == str(model)
+    outputs = [mae(views, generator=torch.Generator().manual_seed(0)) for mae in (model, loaded)]
+    assert torch.equal(outputs[0].projected, outputs[1].projected)
+
+
 def test_every_option_of_a_pretraining_model_comes_back(tmp_path):
     options = {"mask_ratio": 0.6, "loss_weight": 0.5, "temperature": 0.2, "pool": "token", "norm_pix": False, "loss_on": "all"}
     decoder = {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 6}
@@ -425,9 +503,6 @@ def test_a_changed_encoder_is_described_as_it_is(tmp_path):
 
 def test_what_a_file_cannot_describe_is_refused_by_name(tmp_path):
     vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
-    odd = mvmae.MultiViewMAE(vit, projector=torch.nn.Sequential(torch.nn.Linear(48, 8), torch.nn.Tanh()))
-    with pytest.raises(WeightsError, match="the projector, a Sequential"):
-        odd.save_pretrained(tmp_path)
     vit.blocks[1].norm1 = torch.nn.LayerNorm(48, eps=0.5)
     with pytest.raises(WeightsError, match=r"blocks.1.norm1 is LayerNorm\(\(48,\), eps=0.5"):
         hub.export(vit, tmp_path)
@@ -573,6 +648,193 @@ def test_a_damaged_or_dangerous_file_is_named_and_the_model_untouched(kind, tmp_
         assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
     assert not (tmp_path / "ran").exists()
+
+
+ODD = {
+    "sparse": (lambda: torch.eye(48).to_sparse(), "sparse, nested, quantized"),
+    "meta": (lambda: torch.empty(48, device="meta"), "no numbers for norm.bias"),
+    "huge stride": (lambda: torch.zeros(1).expand(2**40), "with less data"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.zeros(48), 0.1, 0, torch.qint8), "quantized or complex|cut"),
+    "complex": (lambda: torch.zeros(48, dtype=torch.complex64), "quantized or complex"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")  # torch's, of formats that it will give up
+def test_f66_a_file_of_tensors_that_are_no_weights_is_refused_in_one_line(kind, tmp_path):
+    make, cause = ODD[kind]
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    torch.save({**vit.state_dict(), "norm.bias": make()}, tmp_path / "file.pth")
+    with pytest.raises(WeightsError, match=cause) as error:
+        hub.load_encoder(vit, tmp_path / "file.pth")
+    assert "\n" not in str(error.value)
+
+
+CONFIGS: list[Any] = [
+    *([], "x", 3, None, {}, {"architecture": 3}, {"architecture": []}, {"architecture": "no_such_model"}),
+    *({"architecture": "hf-hub:me/evil"}, {"architecture": "local-dir:/"}),
+    *({"architecture": "vit_tiny_patch16_224", "model_args": value} for value in ([], 3, "x", {"x": 1}, {"depth": "x"})),
+    *(
+        {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": value}}
+        for value in (-1, 0.5, 3_000_000, 1e400, [3_000_000])
+    ),
+    *({"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": value}} for value in (0, -1, 7, [1], {})),
+    *({"architecture": "vit_tiny_patch16_224", "model_args": {"embed_dim": value}} for value in (0, -3, 10**12, {})),
+    *({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": value} for value in ([], 3, "x", {"x": 1})),
+    *(
+        {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": v, "fixed_input_size": True}}
+        for v in (3, [3], "x")
+    ),
+    *({"architecture": "vit_tiny_patch16_224", "num_classes": value} for value in ("x", 10**12, [])),
+    *({"architecture": "vit_tiny_patch16_224", "model_args": {"pretrained_cfg": value}} for value in ("x", {})),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: json.dumps(config)[:80])
+@pytest.mark.filterwarnings("ignore")  # torch's, of tensors without elements
+def test_f66_a_config_that_describes_no_model_is_refused_in_one_line(config, tmp_path):
+    hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for pretrained in (False, True):
+        with pytest.raises(WeightsError) as error:
+            mvmae.create_model(f"local-dir:{tmp_path}", pretrained=pretrained)
+        assert "\n" not in str(error.value)
+
+
+def test_f66_a_description_of_no_model_is_refused_in_one_line(tmp_path):
+    tiny_mae().save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "pretraining.json").read_text())
+    changes: list[tuple[str, Any]] = [("encoder", 3), ("options", 3), ("projector", "x"), ("projector", [48, 10**9, 8])]
+    changes += [("projector", [{"layer": "Module"}]), ("projector", [{"layer": "Linear", "in_features": 10**9}])]
+    changes += [("projector", [48, -1]), ("options", {"decoder_depth": 3_000_000}), ("options", {"decoder_heads": 0})]
+    changes += [("options", {"decoder_dim": "x"}), ("encoder", {"architecture": "vit_tiny_patch16_224", "model_args": 3})]
+    changes += [
+        ("encoder", whole["encoder"] | {"model_args": {"depth": 3_000_000}}),
+        ("encoder", whole["encoder"] | {"mean": 3}),
+    ]
+    for name, value in changes:
+        (tmp_path / "pretraining.json").write_text(json.dumps(whole | {name: value}))
+        with pytest.raises(WeightsError) as error:
+            mvmae.MultiViewMAE.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value)
+        with pytest.raises(WeightsError):
+            hub.build(whole | {name: value})
+
+
+def test_f50_a_model_without_numbers_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        model = tiny_mae()
+    with pytest.raises(WeightsError, match="on the meta device: load weights first"):
+        hub.export(model, tmp_path)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "data parallel": torch.nn.DataParallel,
+    "both": lambda model: torch.nn.DataParallel(torch.compile(model, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_f50_a_wrapped_model_is_exported_as_the_model_in_it(kind, tmp_path):
+    wrap, model = WRAPPERS[kind], tiny_mae()
+    vit, images = tiny_mae().encoder, torch.randn(2, 3, 32, 32)
+    hub.export(wrap(model), tmp_path / "whole")
+    hub.export(wrap(vit), tmp_path / "vit")
+    assert hub.describe(wrap(model)) == hub.describe(model)
+    whole = mvmae.MultiViewMAE.from_pretrained(tmp_path / "whole")
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True).eval()(images), vit(images))
+    other, mae = tiny_mae().encoder, tiny_mae()
+    hub.load_encoder(wrap(other), tmp_path / "vit")
+    hub.load_pretraining(wrap(mae), tmp_path / "whole")
+    assert torch.equal(other(images), vit(images)) and torch.equal(mae.encoder(images), model.encoder(images))
+    model.encoder = torch.compile(model.encoder, backend="eager")
+    model.save_pretrained(tmp_path / "part")
+    assert mvmae.MultiViewMAE.from_pretrained(tmp_path / "part").state_dict().keys() == whole.state_dict().keys()
+
+
+PREFIXES = [
+    "model.encoder.",
+    "model.",
+    "module.model.encoder.",
+    "net._orig_mod.encoder.",
+    "backbone.vit.",
+    "encoder._orig_mod.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_f50_an_encoder_is_found_under_any_prefix(prefix, tmp_path):
+    """As Lightning's and other frameworks' checkpoints have it."""
+    source, target, vit = (tiny_mae(projector=False) for _ in range(3))
+    whole = prefix.rpartition("encoder.")[0] if "encoder." in prefix else None
+    weights = {f"{prefix}{name}": value for name, value in source.encoder.state_dict().items()}
+    if whole is not None:
+        others = {name: value for name, value in source.state_dict().items() if not name.startswith("encoder.")}
+        weights |= {f"{whole}{name}": value for name, value in others.items()}
+    weights["criterion.weight"] = torch.zeros(3)
+    torch.save({"state_dict": weights, "epoch": 3, "pytorch-lightning_version": "2.5.0"}, tmp_path / "last.ckpt")
+    images = torch.randn(2, 3, 32, 32)
+    hub.load_encoder(vit.encoder, tmp_path / "last.ckpt")
+    assert torch.equal(vit.encoder(images), source.encoder(images))
+    if whole:
+        hub.load_pretraining(target, tmp_path / "last.ckpt")
+        assert all(torch.equal(value, target.state_dict()[name]) for name, value in source.state_dict().items())
+    elif whole is None:
+        with pytest.raises(WeightsError, match="use load_encoder"):
+            hub.load_pretraining(target, tmp_path / "last.ckpt")
+
+
+def test_several_encoders_and_adapters_are_named(tmp_path):
+    vit = tiny_mae().encoder
+    weights = {f"{part}.{name}": value.clone() for part in ("student", "teacher") for name, value in vit.state_dict().items()}
+    safetensors.torch.save_file(weights, tmp_path / "two.safetensors")
+    adapted = {f"base_model.model.{name}": value for name, value in vit.state_dict().items()}
+    adapted["base_model.model.blocks.0.attn.qkv.lora_A.default.weight"] = torch.zeros(3)
+    safetensors.torch.save_file(adapted, tmp_path / "lora.safetensors")
+    for load, model in ((hub.load_encoder, vit), (hub.load_pretraining, tiny_mae())):
+        with pytest.raises(WeightsError, match=r"encoders under student\., teacher\.: save the state dict of one"):
+            load(model, tmp_path / "two.safetensors")
+        with pytest.raises(WeightsError, match="merge_and_unload"):
+            load(model, tmp_path / "lora.safetensors")
+
+
+def test_a_model_with_adapters_is_refused_with_the_cure(tmp_path):
+    peft = pytest.importorskip("peft")
+    vit = tiny_mae().encoder
+    model = peft.get_peft_model(vit, peft.LoraConfig(target_modules=["qkv"], r=2))
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        hub.export(model, tmp_path)
+    hub.export(model.merge_and_unload(), tmp_path)
+
+
+def save_sharded(folder: str) -> str:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(3)
+    model = tiny_mae(projector=False)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(WeightsError) as error:
+        hub.export(model, folder)
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.get_rank() == 0:  # the others get nothing
+        plain = tiny_mae(projector=False)
+        plain.load_state_dict(gathered)
+        hub.export(plain, folder)
+        saved = mvmae.MultiViewMAE.from_pretrained(folder).state_dict()
+        assert all(torch.equal(value, saved[name]) for name, value in expected.items())
+    return str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_f50_a_sharded_model_is_refused_in_one_line_whose_cure_works(two_processes, tmp_path):
+    for message in two_processes(save_sharded, str(tmp_path)):
+        assert "in shards over several processes: gather them" in message and "\n" not in message
 
 
 def test_the_payload_would_run_where_it_is_not_refused(tmp_path):
