@@ -230,8 +230,8 @@ class Course:
             written.result()
             self.saved, self.failure = step, ""
         except NotFinite as error:
-            kept = f"step {self.saved} is saved" if self.saved else "nothing is saved"
-            raise Stop(f"{error}: {kept}; start again with a lower learning rate or --clip-grad", 1) from error
+            self.log.close()
+            raise Stop(f"{error}: step {self.saved} is saved; a lower learning rate may help, in a new run", 1) from error
         except SaveError as error:
             self.failure = str(error)
             self.log.say(f"warning: step {step} is not saved: {error}; the newest checkpoint is of step {self.saved}")

@@ -21,6 +21,7 @@ from mvmae.drift import linear_cka, mean_cosine
 from mvmae.sources import RepeatedSource, open_images
 
 sys.path.append(str(EXAMPLES))
+from features import report
 from models import save_classifier, starting_weights, told
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -105,6 +106,15 @@ def test_two_processes_train_alike_on_either_side_of_the_freeze(whole, start, tm
     assert [result.code for result in results] == [0, 0], results
     here, there = ({line["step"]: line["loss"] for line in lines(folder) if "loss" in line} for folder in (tmp_path, whole[0]))
     assert here == pytest.approx(there, rel=1e-5)
+
+
+def test_a_resumed_run_may_look_at_more_images_than_before(start, tmp_path):
+    arguments = ["--encoder", f"local-dir:{start}", "--mean", "auto"]
+    assert adapt(tmp_path, *arguments, "--max-steps", 2, "--monitor-images", 20).code == 0
+    result = adapt(tmp_path, *arguments, "--max-steps", 4, "--monitor-images", 40, "--resume")
+    assert result.code == 0 and "features against those of the starting weights: cosine " in result.out, result.err
+    later = {"similarity": 0.9, "cka": 0.8, "effective_rank": 7.0, "knn": 50.0}  # of a run that looked at none at first
+    assert list(report({}, later)) == ["features against those of the starting weights: cosine 0.900, CKA 0.800"]
 
 
 def test_the_run_reports_how_far_the_features_moved(whole, start):
