@@ -3,6 +3,7 @@
 Shapes: B images, L patches, K visible, T prefix tokens, D encoder width, E decoder width, P patch side, C channels.
 """
 
+import math
 from typing import cast
 
 import torch
@@ -50,7 +51,7 @@ class MAEDecoder(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.register_buffer("pos_embed", sincos_table(dim, self.grid_size).float(), persistent=False)
+        self.register_buffer("pos_embed", torch.empty(math.prod(self.grid_size), dim), persistent=False)
         self.blocks = nn.Sequential(
             *(Block(dim=dim, num_heads=num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
         )
@@ -59,12 +60,20 @@ class MAEDecoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise: Xavier-uniform weights (Section 4.1.1), zero biases, the mask token from N(0, 0.02) (MAE)."""
+        """Initialise: Xavier-uniform weights (Section 4.1.1), zero biases, the mask token from N(0, 0.02) (MAE); positions."""
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the positions, which no checkpoint holds and ``to_empty`` leaves undefined (the method's name is timm's)."""
+        table = self.get_buffer("pos_embed")
+        table.copy_(sincos_table(table.shape[1], self.grid_size).float())
 
     def forward(self, tokens: Tensor, mask: Mask, *, grid_size: tuple[int, int] | None = None) -> Tensor:
         """Predict every patch.
@@ -86,15 +95,15 @@ class MAEDecoder(nn.Module):
                 f"tokens have the shape {tuple(tokens.shape)}: ({batch}, {prefix} prefix + {visible} visible, D) is expected"
             )
         tokens = self.embed(tokens)  # (B, T + K, E)
-        hidden = self.mask_token.to(tokens.dtype).expand(batch, mask.masked.shape[1] - visible, -1)
-        patches = torch.cat([tokens[:, prefix:], hidden], dim=1)
+        hidden = self.mask_token.expand(batch, mask.masked.shape[1] - visible, -1)
+        patches = torch.cat([tokens[:, prefix:], hidden], dim=1)  # float32 from here to the norm, under autocast too
         patches = patches.gather(1, mask.restore[:, :, None].expand_as(patches))  # (B, L, E), in the order of the image
-        tokens = torch.cat([tokens[:, :prefix], patches + self._positions(grid_size, patches)], dim=1)
+        tokens = torch.cat([tokens[:, :prefix], patches + self._positions(grid_size)], dim=1)
         tokens = self.norm(self.blocks(tokens)[:, prefix:])
         return cast(Tensor, self.head(tokens))
 
-    def _positions(self, grid_size: tuple[int, int] | None, like: Tensor) -> Tensor:
+    def _positions(self, grid_size: tuple[int, int] | None) -> Tensor:
         table = self.get_buffer("pos_embed")
-        if grid_size is not None and grid_size != self.grid_size:
-            table = sincos_table(table.shape[1], grid_size)
-        return table.to(like)
+        if grid_size is None or grid_size == self.grid_size:
+            return table
+        return sincos_table(table.shape[1], grid_size).to(table)

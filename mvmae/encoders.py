@@ -71,9 +71,14 @@ class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
         if self.pos_embed is None or self.pos_embed.is_meta:
             return
         table = sincos_table(self.embed_dim, self.patch_embed.grid_size)
-        prefix = self.pos_embed.shape[1] - len(table)
+        table = F.pad(table, (0, 0, self.pos_embed.shape[1] - len(table), 0))[None]
+        if hasattr(self.pos_embed, "device_mesh"):  # a DTensor, the parameter of a sharded model
+            from torch.distributed.tensor import DTensor
+
+            table = DTensor.from_local(table.to(self.pos_embed.device), self.pos_embed.device_mesh, run_check=False)
+            table = table.redistribute(placements=self.pos_embed.placements)
         with torch.no_grad():
-            self.pos_embed.copy_(F.pad(table, (0, 0, prefix, 0))[None])
+            self.pos_embed.copy_(table)
 
 
 def hub_owner() -> str:

@@ -3,8 +3,9 @@
 Shapes: B images, V views, C channels, H x W pixels, P patch side, L patches, K visible, T prefix tokens, D encoder width.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import timm
 import torch
@@ -135,6 +136,15 @@ class MultiViewMAE(nn.Module):
         self.loss_weight = loss_weight
         self.pool = pool
         self._freeze_what_is_not_trained()
+        self.register_load_state_dict_post_hook(_restore_buffers)  # type: ignore[no-untyped-call]
+
+    def init_weights(self) -> None:
+        """Initialise all weights and buffers, after ``to_empty`` too; those of a projector by its layers' own schemes."""
+        self.encoder.init_weights()
+        self.decoder.init_weights()
+        for module in self.projector.modules():
+            if reset := getattr(module, "reset_parameters", None):
+                reset()
 
     def _freeze_what_is_not_trained(self) -> None:
         for name, parameter in self.encoder.named_parameters():
@@ -191,8 +201,12 @@ class MultiViewMAE(nn.Module):
             views: (B, V, C, H, W), normalised.
             mask: over the B * V views.
         """
-        tokens = encode_visible(self.encoder, views.flatten(0, 1), mask)  # (B * V, T + K, D)
-        z = self.pool_tokens(tokens)
+
+        def encode_and_pool(images: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+            tokens = encode_visible(self.encoder, images, mask)  # (B * V, T + K, D)
+            return tokens, self.pool_tokens(tokens)
+
+        tokens, z = _as_forward(self.encoder, encode_and_pool, views.flatten(0, 1), mask)
         batch_and_views = views.shape[:2]
         return Latents(tokens, z.unflatten(0, batch_and_views), self.projector(z).unflatten(0, batch_and_views))
 
@@ -247,7 +261,35 @@ class MultiViewMAE(nn.Module):
         Returns:
             (B, D).
         """
-        return self.pool_tokens(self.encoder.forward_features(images))
+
+        def encode_and_pool(images: Tensor) -> Tensor:
+            return self.pool_tokens(self.encoder.forward_features(images))
+
+        features: Tensor = _as_forward(self, _as_forward, self.encoder, encode_and_pool, images)
+        return features
+
+
+def _as_forward(module: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function as a module's forward: FSDP gathers the weights of a module for nothing else."""
+    if not hasattr(module, "unshard"):  # which FSDP's fully_shard adds
+        return function(*args)
+    if not hasattr(module, "run"):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        module.run = lambda function, *args: function(*args)
+        register_fsdp_forward_method(module, "run")
+    return module.run(function, *args)
+
+
+def _restore_buffers(model: nn.Module, _: Any) -> None:
+    """Compute the buffers that no checkpoint holds: undefined after ``to_empty``, on the meta device after ``assign=True``."""
+    device = next(model.parameters()).device
+    for module in model.modules():
+        if fill := getattr(module, "init_non_persistent_buffers", None):
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_meta:
+                    setattr(module, name, torch.empty_like(buffer, device=device))
+            fill()
 
 
 def projection_mlp(in_dim: int, hidden_dim: int = 2048, out_dim: int = 256) -> nn.Sequential:

@@ -3,8 +3,11 @@ import math
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import mvmae
 from mvmae import MultiViewMAE, projection_mlp, random_mask
@@ -220,6 +223,117 @@ def test_compiled_it_takes_a_smaller_last_batch_and_other_sizes_and_draws_the_sa
         assert torch.equal(found.mask.visible, expected.mask.visible)
         torch.testing.assert_close(found.loss, expected.loss)
         found.loss.backward()
+
+
+def test_the_residual_streams_stay_float32_under_autocast(build):
+    """As MAE's: there the decoder's tokens take the type of its positions."""
+    model, seen = build(decoder_depth=2), []
+    for block in (*model.encoder.blocks, *model.decoder.blocks, model.decoder.norm):
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(4, 2, 3, 32, 32))
+    assert seen == [torch.float32] * 5
+
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
+ENCODERS = {
+    "fixed positions": ("mvmae_vit_tiny_patch16", {}),
+    "learned positions, fc_norm": ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": True}),
+    "rotary positions": ("vit_small_patch16_dinov3", {"num_heads": 4}),
+}
+
+
+def made_on(device, encoder):
+    name, options = ENCODERS[encoder]
+    with torch.device(device):
+        return MultiViewMAE(timm.create_model(name, **(SIZES | options)), **DECODER)
+
+
+def undefined(model):
+    """Give a model from the meta device memory, in the worst state that it can be in."""
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float("nan"))
+    return model
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_model_from_the_meta_device_is_whole_once_its_weights_are_loaded(encoder):
+    model, views, mask = made_on("cpu", encoder), torch.randn(3, 2, 3, 32, 32), random_mask(6, 16, 0.75)
+    loaded, assigned = undefined(made_on("meta", encoder)), made_on("meta", encoder)
+    loaded.load_state_dict(model.state_dict())
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    for other in (loaded, assigned):
+        assert torch.equal(other(views, mask=mask).loss, model(views, mask=mask).loss)
+        trained = [[p.requires_grad for p in x.parameters()] for x in (other, model)]
+        assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_init_weights_defines_all_that_a_model_from_the_meta_device_lacks(encoder):
+    model, new = made_on("cpu", encoder), made_on("meta", encoder)
+    new.projector = projection_mlp(48, 16, 8).to("meta")
+    undefined(new).init_weights()
+    assert [name for name, value in (*new.named_parameters(), *new.named_buffers()) if not value.isfinite().all()] == []
+    buffers = dict(new.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    constant = {name: value for name, value in model.named_parameters() if not value.std() > 0}
+    parameters = dict(new.named_parameters())
+    assert constant and all(torch.equal(value, parameters[name]) for name, value in constant.items())
+    if encoder == "fixed positions":
+        assert torch.equal(new.encoder.pos_embed, model.encoder.pos_embed)
+
+
+def step_of_half(encoder, state, views, mask, sharded):
+    """A step on this process's half of the batch: its loss, features, and the gradients averaged over both processes."""
+    rank = dist.get_rank()
+    model = made_on("cpu", encoder)
+    model.load_state_dict(state)
+    if sharded:
+        for unit in (*model.encoder.blocks, *([model.encoder] if sharded == "encoder" else []), model):
+            fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+    output = model(views[2 * rank : 2 * rank + 2], mask=mask.select(slice(4 * rank, 4 * rank + 4)))
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if sharded:
+        gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    else:
+        for gradient in gradients.values():
+            dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
+            gradient /= 2
+    return output.loss.detach(), model.features(views[:, 0]).detach(), gradients
+
+
+def steps_of_half(states, views, mask):
+    return [[step_of_half(*state, views, mask, sharded) for sharded in (None, "blocks", "encoder")] for state in states]
+
+
+def test_sharded_by_fsdp_a_step_is_the_same_with_the_encoder_a_unit_of_its_own_or_not(two_processes):
+    states = [(encoder, made_on("cpu", encoder).state_dict()) for encoder in ENCODERS]
+    views, mask = torch.randn(4, 2, 3, 32, 32), random_mask(8, 16, 0.75)
+    for steps in two_processes(steps_of_half, states, views, mask):
+        for plain, *sharded in steps:
+            for step in sharded:
+                torch.testing.assert_close(step, plain, rtol=1e-4, atol=1e-6)
+
+
+def initialised_in_shards():
+    model = made_on("meta", "fixed positions")
+    for unit in (*model.encoder.blocks, model.encoder, model):
+        fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+    undefined(model).init_weights()
+    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}, model.decoder.pos_embed
+
+
+def test_a_sharded_model_from_the_meta_device_is_initialised_in_its_shards(two_processes):
+    expected = made_on("cpu", "fixed positions")
+    (first, positions), (second, _) = two_processes(initialised_in_shards)
+    assert all(value.isfinite().all() and torch.equal(value, second[name]) for name, value in first.items())
+    assert torch.equal(first["encoder.pos_embed"], expected.encoder.pos_embed)
+    assert torch.equal(positions, expected.decoder.pos_embed)
+    weight = first["decoder.head.weight"]
+    assert weight.std() == pytest.approx(math.sqrt(2 / sum(weight.shape)), rel=0.1)  # Xavier's, of the whole matrix
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])
