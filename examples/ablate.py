@@ -34,7 +34,7 @@ import finetune
 import linear_probe
 import pretrain
 import torch
-from checkpoint import check_same, write_text
+from checkpoint import ALWAYS, check_same, write_text
 from common import Processes, Stop, option, parse, run, start_processes
 from course import BEFORE
 from plots import plot
@@ -126,7 +126,7 @@ def flops_per_image(chosen: pretrain.Config) -> float:
 
 
 SCRIPTS: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "probe": linear_probe}
-FREE = {name: script.MAY_CHANGE - {"epochs", "max_steps"} for name, script in SCRIPTS.items()}
+FREE = {name: (script.MAY_CHANGE | ALWAYS) - {"data", "epochs", "max_steps"} for name, script in SCRIPTS.items()}
 """Options that change no number of a run."""
 
 

@@ -1,34 +1,77 @@
 """What the features of an encoder are worth while it is pretrained: k-NN accuracy, effective rank, uniformity, drift."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from common import Stop, normalize
+import torch.distributed as dist
+from common import Processes, Stop, normalize
+from labelled import Part, Splits, draw, each_once
 from torch import Tensor
 
 from mvmae.drift import linear_cka, mean_cosine
-from mvmae.images import ImageError
 from mvmae.metrics import effective_rank, knn_accuracy, uniformity
-from mvmae.sources import ImageSource, SplitError, open_images
+from mvmae.sources import ImageSource
 from mvmae.views import CentreCropTransform
 
 Encode = Callable[[Tensor], Tensor]
 MONITORED = 512
 """Most images of a look in the middle of a run, and of those whose features are followed."""
+FEW = 50
+"""Held-out images below which images that are trained on join them: so few use few directions whatever the encoder is."""
+NEIGHBOURS = 20
+
+
+@torch.no_grad()
+def extract(
+    encode: Callable[[Tensor], Mapping[str, Tensor]],
+    source: ImageSource,
+    transform: Callable[..., Tensor],
+    processes: Processes,
+    **loading: Any,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Compute features (N, D) and labels (N,) of all images that can be read, in their order, in all processes.
+
+    Args:
+        encode: images (B, C, H, W) -> features (B, D) of each kind, on the images' device.
+        source: the images; labels are -1 where it has none.
+        transform: (image, generator=) -> (C, H, W).
+        processes: this one and the others, each of which loads and encodes its share.
+        **loading: as in `labelled.each_once`.
+    """
+    found: dict[str, Tensor] = {}
+    read = torch.zeros(len(source), dtype=torch.int64, device=processes.device)
+    for images, rows in each_once(source, transform, processes, **loading):
+        for kind, values in encode(images).items() if len(rows) else ():
+            if kind not in found:
+                found[kind] = values.new_zeros(len(source), values.shape[1])
+            found[kind][rows] = values
+        read[rows] = 1
+    if processes.world_size > 1:  # each row is zero in all processes but one
+        shapes: dict[str, torch.Size] = {}
+        for each in processes.gather({kind: values.shape for kind, values in found.items()}):
+            shapes |= each
+        found |= {kind: torch.zeros(shape, device=read.device) for kind, shape in shapes.items() if kind not in found}
+        for values in [*(found[kind] for kind in shapes), read]:
+            dist.all_reduce(values)
+    if not read.any():
+        raise Stop(f"none of {len(source)} images can be read: {source.name(0)} is one of them", 1)
+    labels = torch.full((len(source),), -1) if source.labels is None else torch.as_tensor(source.labels)
+    return {kind: values[read.bool()] for kind, values in found.items()}, labels.to(processes.device)[read.bool()]
 
 
 class Monitor:
-    """Looks at features of images that are not cropped or masked at random, the same ones every time.
+    """Looks at features of images that are not cropped or masked at random, the same ones every time, shared by all processes.
 
     Args:
-        source: images to train on, opened already: to list a large folder takes a while.
-        data: where they come from; its held-out split is looked at where there is one, else some images of its own.
+        splits: images that are trained on and images that are held out, which are looked at where there are any.
         transform: from an image to what the encoder takes, as uint8.
         mean: of each channel, in [0, 1].
         std: of each channel.
         limit: most images of each split; 0 looks at none.
+        processes: this one and the others.
         drift: also tell how far the features have moved from those of the first look.
+        **loading: as in `labelled.each_once`.
 
     Attributes:
         start: features of the first look, where drift is followed.
@@ -36,41 +79,47 @@ class Monitor:
 
     def __init__(
         self,
-        source: ImageSource,
-        data: str,
+        splits: Splits,
         transform: CentreCropTransform,
         mean: Sequence[float],
         std: Sequence[float],
         limit: int,
+        processes: Processes,
         drift: bool = False,
+        **loading: Any,
     ) -> None:
-        self.transform, self.mean, self.std, self.limit = transform, mean, std, limit
-        self.drift = drift
+        self.train, self.val, _ = splits
+        self.transform, self.mean, self.std, self.limit, self.drift = transform, mean, std, limit, drift
+        self.processes, self.loading = processes, loading
         self.start: Tensor | None = None
-        self.splits: list[ImageSource] = [source] if limit else []
-        if limit:
-            with contextlib.suppress(SplitError):
-                self.splits.append(open_images(data, split="val"))
 
     @property
-    def labelled(self) -> bool:
-        """Whether there are labels on both sides of a k-NN test."""
-        return len(self.splits) == 2 and all(split.labels is not None for split in self.splits)
+    def note(self) -> str:
+        """Which images are looked at."""
+        if not self.limit:
+            return "no look at the features"
+        looked = self.train if self.val is None else self.val
+        about = "that are trained on" if self.val is None else "held out"
+        return f"looks at the features of {min(self.limit, len(looked))} images {about}"
 
     @torch.no_grad()
-    def look(self, encode: Encode, device: torch.device, limit: int = 0) -> dict[str, float]:
+    def look(self, encode: Encode, limit: int = 0) -> dict[str, float]:
         """Give ``effective_rank`` and ``uniformity`` of at most ``limit`` images, always the same ones.
 
         And ``knn`` (percent) where there are labels, ``similarity`` and ``cka`` (see `moved`) where drift is followed.
         """
-        if not self.splits:
+        if not self.limit:
             return {}
-        limit = min(limit or self.limit, self.limit)
-        features, labels = self.extract(encode, self.splits[-1], device, limit)
-        found = {"effective_rank": effective_rank(features), "uniformity": uniformity(features)}
-        if self.labelled:
-            bank, bank_labels = self.extract(encode, self.splits[0], device, limit)
-            found["knn"] = 100 * knn_accuracy(bank, bank_labels, features, labels)
+        limit, knn = min(limit or self.limit, self.limit), {}
+        features, labels = self.extract(encode, self.train if self.val is None else self.val, limit)
+        if self.val is not None:
+            bank, known = self.extract(encode, self.train, limit)
+            if min(labels.min(), known.min()) >= 0:
+                knn["knn"] = 100 * knn_accuracy(bank, known, features, labels, k=min(NEIGHBOURS, len(bank)))
+            features = torch.cat([features, bank]) if len(features) < FEW else features
+        if len(features) < 2:
+            return {}
+        found = {"effective_rank": effective_rank(features), "uniformity": uniformity(features)} | knn
         return found | (self.moved(features) if self.drift else {})
 
     def moved(self, features: Tensor) -> dict[str, float]:
@@ -83,23 +132,15 @@ class Monitor:
         start, features = self.start[:count], features[:count]
         return {"similarity": mean_cosine(start, features), "cka": linear_cka(start, features)}
 
-    @torch.no_grad()
-    def extract(self, encode: Encode, source: ImageSource, device: torch.device, limit: int) -> tuple[Tensor, Tensor]:
+    def extract(self, encode: Encode, source: ImageSource, limit: int) -> tuple[Tensor, Tensor]:
         """Compute features (N, D) and labels (N,), -1 where there are none, of at most ``limit`` images that can be read."""
-        features, labels = [], []
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:limit]
-        for part in order.split(256):
-            images = []
-            for index in part.tolist():
-                with contextlib.suppress(ImageError):  # the loader of the run reports it
-                    image, label = source[index]
-                    images.append(self.transform(image))
-                    labels.append(-1 if label is None else label)
-            if images:
-                features.append(encode(normalize(torch.stack(images).to(device), self.mean, self.std)))
-        if not features:
-            raise Stop(f"none of {len(order)} images can be read: {source.name(int(order[0]))} is one of them", 1)
-        return torch.cat(features), torch.tensor(labels, device=device)
+
+        def features(images: Tensor) -> dict[str, Tensor]:
+            return {"": encode(normalize(images, self.mean, self.std))}
+
+        part = Part(source, draw(len(source), limit))
+        found, labels = extract(features, part, self.transform, self.processes, **self.loading)
+        return found[""], labels
 
 
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[str]:

@@ -167,10 +167,12 @@ class FineTuning:
     """All that a run consists of, set up from its options and a checkpoint, if there is one."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config = with_background(config, config.model, config.arch)
+        config = with_background(config, config.model, config.arch)
         self.processes = start_processes(config.device)
         self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
         self.data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
+        config, self.clamped = labelled.clamp_batch(config, len(self.data.train), 2 * self.processes.world_size)
+        self.config = config
         if config.batch_size // self.processes.world_size % 2:
             each = f"--batch-size {config.batch_size} on {self.processes.world_size} processes"
             raise Stop(f"{each}: mixup needs an even number of images on each")
@@ -200,7 +202,7 @@ class FineTuning:
             self.sampler.start_step, self.best = state["step"], state["best"]
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
         self.log.say(told(self.start))
-        self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}")
+        self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}{self.clamped}")
         last = self.sampler.num_steps or 0
         self.course = Course(self.config, self.folder, self.log, self.processes, self.model, self.state, state, last=last)
 
@@ -217,7 +219,7 @@ class FineTuning:
     def loader(self) -> Loader:
         """Load the training images of each step."""
         transform = training_transform(self.config, self.model)
-        options = {"workers": self.config.workers, "max_bad": self.config.max_bad}
+        options: dict[str, Any] = {"workers": self.config.workers, "max_bad": self.config.max_bad}
         return labelled.training_loader(self.data.train, transform, self.sampler, **options)
 
     @torch.no_grad()

@@ -7,11 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import labelled
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from common import Processes, autocast
 from timm.optim import Lars
 from torch import Tensor, nn
 
@@ -35,26 +32,6 @@ def pooled(model: Any, images: Tensor) -> Features:
     norm = getattr(model, "fc_norm", None) or nn.Identity()
     features = {"avg": norm(tokens[:, prefix:].mean(dim=1)).float()}
     return features | ({"token": norm(tokens[:, 0]).float()} if getattr(model, "cls_token", None) is not None else {})
-
-
-@torch.no_grad()
-def extract(
-    model: nn.Module, source: labelled.Part, transform: labelled.Seeded, processes: Processes, *, precision: str, **loading: Any
-) -> tuple[Features, Tensor]:
-    """Give features (N, D) and labels (N,) of all images that can be read, in their order, in all processes."""
-    found: Features = {}
-    seen = torch.zeros(len(source), dtype=torch.int64, device=processes.device)
-    for images, rows in labelled.each_once(source, transform, processes, **loading):
-        with autocast(precision, processes.device):
-            features = pooled(model, images)
-        for kind, values in features.items():
-            found.setdefault(kind, values.new_zeros(len(source), values.shape[1]))[rows] = values
-        seen[rows] = 1
-    if processes.world_size > 1:  # each row is zero in all processes but one
-        for values in [*found.values(), seen]:
-            dist.all_reduce(values)
-    labels, read = torch.as_tensor(source.labels).to(processes.device), seen.bool()
-    return {kind: values[read] for kind, values in found.items()}, labels[read]
 
 
 def measure(

@@ -1,11 +1,13 @@
-"""Labelled images for fine-tuning and probing: two splits, timm's transforms, and accuracy.
+"""The images of all scripts that learn from an image as a whole: two splits, batches, timm's transforms, accuracy.
 
 Shapes: B images of a batch, N of a set, C channels, H W pixels.
 """
 
+import dataclasses
 import random
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import timm
@@ -20,17 +22,29 @@ from mvmae.images import ImageLike, colour, open_image
 from mvmae.loading import Loader, make_loader
 from mvmae.sources import ImageSource, SplitError, open_images
 
+Config = TypeVar("Config", bound=Any)
 HELD_OUT = 10  # one image of so many is held out of data that comes without a validation split
 UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF orientation: Image.Transpose
 
 
 class Part(ImageSource):
-    """Some images of a source, with labels from 0 on."""
+    """Some images of a source.
 
-    def __init__(self, source: ImageSource, indices: Tensor, classes: Tensor, names: tuple[str, ...]) -> None:
+    Args:
+        source: the images.
+        indices: which of them, in the order that they have here.
+        classes: labels to number from 0 on; the source's own labels stay where it is None.
+        names: of the classes; the source's own where there are none.
+    """
+
+    def __init__(
+        self, source: ImageSource, indices: Tensor, classes: Tensor | None = None, names: tuple[str, ...] = ()
+    ) -> None:
         super().__init__([])
-        self.source, self.indices, self.class_names = source, indices, names
-        self.labels = torch.searchsorted(classes, torch.as_tensor(source.labels)[indices]).numpy()
+        self.source, self.indices, self.class_names = source, indices, names or source.class_names
+        if source.labels is not None:
+            labels = torch.as_tensor(source.labels)[indices]
+            self.labels = (labels if classes is None else torch.searchsorted(classes, labels)).numpy()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -47,6 +61,14 @@ class Part(ImageSource):
         return f"{self.source.fingerprint}:{len(self)}:{int(self.indices.sum())}"
 
 
+class Splits(NamedTuple):
+    """Images to train on, images held out if there are any, and what is to be said about them."""
+
+    train: ImageSource
+    val: ImageSource | None
+    note: str
+
+
 class Labelled(NamedTuple):
     """Training and validation images of the same classes, and what is to be said about them."""
 
@@ -56,10 +78,25 @@ class Labelled(NamedTuple):
     note: str
 
 
-def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> Labelled:
-    """Open labelled images: folders by class, IDX files, ``sample``, a data set of timm.
+def open_splits(data: str) -> Splits:
+    """Open images to train on, and those held out: the validation split of the data.
 
-    Where there is no validation split, one image of ten of each class is held out, the same whatever the seed of the run.
+    Where it has none, one image of ten of each class is held out, the same ones in all scripts; nothing without labels.
+    """
+    train = open_images(data, split="train")
+    try:
+        return Splits(train, open_images(data, split="val"), "validation split of the data")
+    except SplitError:
+        labels = torch.empty(0) if train.labels is None else torch.as_tensor(train.labels)
+    kept, held = (part.sort().values for part in hold_out(labels))
+    if not len(held):
+        return Splits(train, None, "no validation split and no classes: no image is held out")
+    note = "no validation split: one image of ten of each class is held out, the same in all scripts"
+    return Splits(Part(train, kept), Part(train, held), note)
+
+
+def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> Labelled:
+    """Open labelled images: folders by class, IDX files, ``sample``, a data set of timm; held out as in `open_splits`.
 
     Args:
         data: what `open_images` takes.
@@ -69,41 +106,57 @@ def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> L
     Raises:
         Stop: if the images have no labels, or only one.
     """
-    train = open_images(data, split="train")
+    train, val, note = open_splits(data)
     if train.labels is None:
         raise Stop(f"{data} has no labels: a folder for each class, or another labelled data set, is expected")
-    labels = torch.as_tensor(train.labels)
-    try:
-        val = open_images(data, split="val")
-        parts = torch.randperm(len(train), generator=_fixed()), torch.randperm(len(val), generator=_fixed())
-        note = "validation split of the data"
-    except SplitError:
-        val, parts = train, hold_out(labels)
-        note = "no validation split: one image of ten of each class is held out, whatever the seed"
+    if val is None:
+        raise Stop(f"{data} has a single class, or a single image of each: two or more are expected")
     if val.labels is None:
         raise Stop(f"the validation split of {data} has no labels")
-    classes = torch.cat([labels, torch.as_tensor(val.labels)]).unique()
+    classes = torch.cat([torch.as_tensor(part.labels) for part in (train, val)]).unique()
     if len(classes) < 2:
         raise Stop(f"{data} has a single class: two or more are expected")
     known = train.class_names
     names = tuple(known[i] if len(known) > int(classes[-1]) else str(i) for i in classes.tolist())
-    chosen = [part[:limit] if limit else part for part, limit in zip(parts, (train_images, val_images), strict=True)]
-    first, second = (Part(src, part.sort().values, classes, names) for src, part in zip((train, val), chosen, strict=True))
+    first, second = (
+        Part(part, draw(len(part), limit).sort().values, classes, names)
+        for part, limit in ((train, train_images), (val, val_images))
+    )
     return Labelled(first, second, names, f"{len(first)} + {len(second)} images of {len(names)} classes; {note}")
 
 
 def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Split labelled images, each class for itself, at least one image of a class of two or more on either side."""
-    order = torch.randperm(len(labels), generator=_fixed())
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = order[labels[order] == label]
-        held[members[: max(len(members) // HELD_OUT, int(len(members) > 1))]] = True
-    return order[~held[order]], order[held[order]]
+    """Split labelled images: of those of each class, in an order that never changes, every tenth is held out.
+
+    A tenth in all, of a class of ten or more at least one, and always fewer than a class has. None where there is one class.
+    """
+    order = draw(len(labels))
+    classes, places, counts = labels.unique(return_inverse=True, return_counts=True)
+    order = order[places[order].argsort(stable=True)]
+    held = order[counts[places[order]] > 1][::HELD_OUT] if len(classes) > 1 else order[:0]
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[held] = False
+    return order[kept[order]], held
 
 
-def _fixed() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def draw(length: int, limit: int = 0) -> Tensor:
+    """Draw at most ``limit`` of so many images, all where 0: the same always, and some of those of a larger limit."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(0))[: limit or None]
+
+
+def clamp_batch(config: Config, images: int, multiple: int = 1) -> tuple[Config, str]:
+    """Return options whose batch is no larger than the images, and words that say so where it was; the learning rate follows.
+
+    Args:
+        config: options with ``batch_size``, by which the script scales the learning rate.
+        images: how many there are.
+        multiple: what the batch must be a multiple of.
+    """
+    typed, most = config.batch_size, images // multiple * multiple
+    if typed <= most or not most:
+        return config, ""
+    words = f"; --batch-size {typed} is more than all {images}: {most} take its place, and the learning rate goes with it"
+    return dataclasses.replace(config, batch_size=most), words
 
 
 class Seeded:
@@ -160,18 +213,34 @@ class InOrder(StepSampler):
         return -(-len(range(self.rank, self.length, self.world_size)) // self.share)
 
 
-def training_loader(source: ImageSource, transform: Seeded, sampler: StepSampler, *, workers: int, max_bad: int) -> Loader:
+def training_loader(
+    source: ImageSource,
+    transform: Callable[..., Tensor],
+    sampler: StepSampler,
+    *,
+    workers: int,
+    max_bad: int,
+    bad_file: Path | None = None,
+) -> Loader:
     """Load the training images of each step."""
     dataset = MultiViewDataset(source, transform, seed=sampler.seed, max_bad=max_bad)
-    return make_loader(dataset, sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return make_loader(dataset, sampler, num_workers=workers, pin_memory=torch.cuda.is_available(), bad_file=bad_file)
 
 
 def each_once(
-    source: ImageSource, transform: Seeded, processes: Processes, *, batch_size: int, workers: int, max_bad: int
+    source: ImageSource, transform: Callable[..., Tensor], processes: Processes, *, batch_size: int, **loading: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give this process's share of the images, (B, C, H, W), and where they stand, (B,); those that cannot be read lack."""
+    """Give this process's share of the images, (B, C, H, W), and where they stand, (B,); those that cannot be read lack.
+
+    Args:
+        source: the images.
+        transform: (image, generator=) -> (C, H, W).
+        processes: this one and the others.
+        batch_size: images at a time over all processes.
+        **loading: as in `training_loader`.
+    """
     sampler = InOrder(len(source), max(batch_size // processes.world_size, 1), processes)
-    for keys, batch in zip(sampler, training_loader(source, transform, sampler, workers=workers, max_bad=max_bad), strict=True):
+    for keys, batch in zip(sampler, training_loader(source, transform, sampler, **loading), strict=True):
         read = batch.indices == torch.tensor([index for _, index in keys])
         yield batch.views[read].to(processes.device, non_blocking=True), batch.indices[read].to(processes.device)
 

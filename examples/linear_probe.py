@@ -39,6 +39,7 @@ from common import (
     start_processes,
 )
 from course import Course, StopSignal
+from features import extract
 from frozen import Features, Probe
 from inputs import names
 from labelled import Labelled, Seeded
@@ -198,15 +199,18 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     model = frozen.freeze(models.load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
     transform = Seeded(model, config.image_size, background=config.background)
     loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
-    train_set, val = (
-        frozen.extract(model, part, transform, processes, precision=config.precision, **loading)
-        for part in (data.train, data.val)
-    )
+
+    def encode(images: Tensor) -> Features:
+        with autocast(config.precision, processes.device):
+            return frozen.pooled(model, images)
+
+    train_set, val = (extract(encode, part, transform, processes, **loading) for part in (data.train, data.val))
     results = frozen.measure(train_set, val, neighbours=config.neighbours, few_shot=config.few_shot)
     torch.manual_seed(config.seed)  # again: loading images draws from the same generator
+    length = len(train_set[1]) if config.cached else len(data.train)
+    config, clamped = labelled.clamp_batch(config, length, processes.world_size)
     probe = build_probe(config, {kind: x.shape[1] for kind, x in val[0].items()}, len(data.class_names)).to(processes.device)
     optimizer = build_optimizer(config, probe)
-    length = len(train_set[1]) if config.cached else len(data.train)
     group = {"rank": processes.rank, "world_size": processes.world_size}
     sampler = StepSampler(length, config.batch_size, seed=config.seed, **group)
     steps = config.epochs * sampler.steps_per_epoch
@@ -215,7 +219,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
         restore(state, folder, {"probe": probe}, optimizer)
         sampler.start_step = state["step"]
     log = Log(folder, processes.rank, sampler.num_steps, sampler.start_step)
-    log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}")
+    log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}{clamped}")
 
     def content() -> dict[str, Any]:
         return {"probe": probe.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings}

@@ -2,7 +2,7 @@
 
   python examples/pretrain.py --data sample --preset quick
       minutes on two CPU cores; prints k-NN accuracy on held-out tiles before and after
-  torchrun --nproc-per-node 8 examples/pretrain.py --data path/to/imagenet/train --output-dir runs/paper --workers 12
+  torchrun --nproc-per-node 8 examples/pretrain.py --data path/to/imagenet --output-dir runs/paper --workers 12
       the paper's run: 1600 epochs of ViT-B/16, estimated at 120 to 215 hours of one H100 (not measured); the paper's
       fine-tuning accuracy after it is 84.3 %, its linear probe 76.7 %
   python examples/pretrain.py --preset adapt --encoder vit_small_patch16_dinov3 --data path/to/images --output-dir runs/adapted
@@ -15,6 +15,7 @@ import dataclasses
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from common import (
 from course import Course
 from features import MONITORED, Monitor, report
 from inputs import augmented, channel_statistics, names, repeated
+from labelled import clamp_batch, open_splits
 from models import starting_weights, told, with_background
 from plots import draw_curves
 from snapshot import restore
@@ -48,7 +50,6 @@ from mvmae.hub import describe, export
 from mvmae.images import MAX_PIXELS
 from mvmae.loading import Loader, make_loader
 from mvmae.metrics import collapse_warning
-from mvmae.sources import open_images
 from mvmae.visualize import reconstruction_picture
 
 
@@ -186,13 +187,15 @@ class Pretraining:
     """All that a run consists of, set up from its options and a checkpoint, if there is one."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config = with_background(config, config.encoder, config.arch)
+        config = with_background(config, config.encoder, config.arch)
         self.processes = start_processes(config.device)
         self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
         start = time.monotonic()
-        images = open_images(config.data)
-        self.listing = time.monotonic() - start
-        self.source = repeated(images, config.crops_per_image)
+        splits = open_splits(config.data)
+        self.listing, self.note = time.monotonic() - start, splits.note
+        self.source = repeated(splits.train, config.crops_per_image)
+        config, self.clamped = clamp_batch(config, len(self.source), self.processes.world_size * config.accumulate)
+        self.config = config
         if config.loss_weight and config.batch_size // (1 if config.gather else self.processes.world_size) < 2:
             each = "" if config.gather else f" with --no-gather on {self.processes.world_size} processes"
             raise Stop(
@@ -234,8 +237,19 @@ class Pretraining:
         self.schedule = cosine_schedule(self.optimizer, self.steps, round(config.warmup_epochs * steps_per_epoch))
         self.description = describe(self.model)
         self.settings = {**dataclasses.asdict(config), "images": self.source.fingerprint}
-        looked_at = config.monitor_images if self.first else 0
-        self.monitor = Monitor(images, config.data, centre, self.mean, self.std, looked_at, drift=config.pretrained)
+        self.monitor = Monitor(
+            splits,
+            centre,
+            self.mean,
+            self.std,
+            config.monitor_images,
+            self.processes,
+            drift=config.pretrained,
+            batch_size=min(config.batch_size, 256 * self.processes.world_size),
+            workers=config.workers,
+            max_bad=config.max_bad,
+            bad_file=self.folder / "bad_files.txt",
+        )
         self.resume_or_start()
 
     def resume_or_start(self) -> None:
@@ -249,7 +263,8 @@ class Pretraining:
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
         listed = f"{len(self.source)} images, listed in {self.listing:.1f} s"
         about = f"{listed}, {self.steps} steps of {self.config.batch_size}, learning rate {self.lr:.3g}"
-        self.log.say(f"{about}, on {self.device}")
+        self.log.say(f"{about}, on {self.device}{self.clamped}")
+        self.log.say(f"{self.note}; {self.monitor.note}")
         if self.start:
             self.log.say(told(self.start))
         self.monitor.start = state["start_features"] if state else None
@@ -291,7 +306,7 @@ class Pretraining:
 
     def look(self, step: int, limit: int = 0) -> dict[str, float]:
         """Log what the encoder's features are worth now, and warn where they have collapsed."""
-        found = self.monitor.look(self.model.eval().features, self.device, limit)
+        found = self.monitor.look(self.model.eval().features, limit)
         self.model.train()
         if found:
             self.log.write(step=step, **found)
@@ -341,9 +356,9 @@ def train(run: Pretraining) -> Tensor:
     return views
 
 
-def finish(run: Pretraining, views: Tensor) -> None:
+def finish(run: Pretraining, views: Tensor, after: Mapping[str, float]) -> None:
     """Write the encoder and the pictures, and say how to load it and how good it is."""
-    folder, after = run.folder, run.look(run.sampler.num_steps or 0)
+    folder = run.folder
     options: dict[str, Any] = {"background": run.config.background, "started_from": run.start}
     options["license"] = run.start.get("license", "")
     export(run.model, folder / "encoder", mean=run.mean, std=run.std, **options)
@@ -364,8 +379,9 @@ def main(config: Config) -> None:
     run = Pretraining(config)
     with run.course:
         views = train(run)
+    after = run.look(run.sampler.num_steps or 0)
     if run.first:
-        finish(run, views)
+        finish(run, views, after)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,9 @@ def _open_timm(data: str, split: str) -> DatasetSource:
             return DatasetSource(getattr(getattr(dataset, "reader", None), "dataset", dataset))
         except (ValueError, RuntimeError, OSError, AssertionError, ImportError) as caught:
             error = error or caught
-    raise ValueError(f"{data} cannot be opened as split {split}: {' '.join(str(error).split())}") from error
+    missing = split != "train" and "unknown split" in str(error).lower()  # as Hugging Face and TensorFlow call it
+    kind = SplitError if missing else ValueError
+    raise kind(f"{data} cannot be opened as split {split}: {' '.join(str(error).split())}") from error
 
 
 def _is_image(value: Any) -> bool:

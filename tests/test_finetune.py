@@ -301,7 +301,6 @@ def test_the_same_command_takes_any_model(place, name):
         (["--model", "vit_tny_patch16_224"], "did you mean vit_tiny_patch16_224"),
         (["--data", "encoder"], "no images"),
         (["--data", "images/train/c(250, 40, 40)"], "has no labels"),
-        (["--batch-size", 64], "48 images are fewer than one batch of 64"),
         (["--model", "images"], "images holds no encoder"),
     ],
 )
@@ -309,3 +308,12 @@ def test_bad_input_ends_with_one_line_and_code_2(place, arguments, message):
     done = run_script("finetune.py", *RUN, *arguments, folder=place)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert done.err.startswith("error: ") and message in done.err and not (place / "run" / "checkpoint.pt").exists()
+
+
+def test_fewer_images_than_a_batch_make_the_batch_and_its_rate(place):
+    options = ["--batch-size", 512, "--train-images", 47, "--epochs", 2, "--base-lr", 4e-3]
+    done = run_script("finetune.py", *RUN, *options, folder=place)
+    assert done.code == 0, done.err
+    assert "2 steps of 46 on cpu; --batch-size 512 is more than all 47: 46 take its place" in done.out
+    peak = torch.load(place / "run" / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"][0]["initial_lr"]
+    assert peak == pytest.approx(4e-3 * 46 / 256)  # mixup takes pairs

@@ -15,7 +15,7 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 
 sys.path.append(str(EXAMPLES))
 from common import Processes, Stop
-from labelled import InOrder, Seeded, accuracy, count_right, each_once, hold_out, open_labelled, to_pil
+from labelled import InOrder, Seeded, accuracy, count_right, each_once, hold_out, open_labelled, open_splits, to_pil
 
 ONE = Processes(0, 1, torch.device("cpu"), None)
 
@@ -48,12 +48,52 @@ def test_a_folder_without_a_validation_split_is_split_the_same_way_always(tmp_pa
     assert shown(again.val) == val and again.val.fingerprint == data.val.fingerprint != data.train.fingerprint
 
 
-def test_holding_out_leaves_every_class_on_both_sides():
-    labels = torch.randint(7, (200,))
-    train, val = hold_out(labels)
-    assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(200))
-    assert labels[train].unique().tolist() == labels[val].unique().tolist() == list(range(7))
-    assert torch.equal(labels[val].bincount(), (labels.bincount() // 10).clamp(min=1))
+@pytest.mark.parametrize("counts", [[200], [40, 5, 1], [10] * 7, [2] * 30, [1] * 9 + [3], [1, 1], [1, 2, 3, 50], [7, 7]])
+def test_a_tenth_is_held_out_of_every_class_that_has_images_for_it(counts):
+    labels = torch.cat([torch.full((count,), 3 * label - 1) for label, count in enumerate(counts)])
+    labels = labels[torch.randperm(len(labels))]
+    train, held = hold_out(labels)
+    assert torch.equal(torch.cat([train, held]).sort().values, torch.arange(len(labels)))
+    several = sum(count for count in counts if count > 1) if len(counts) > 1 else 0
+    assert len(held) == -(-several // 10)  # a tenth of all, small classes included
+    for label, count in enumerate(counts):
+        taken = int((labels[held] == 3 * label - 1).sum())
+        assert count // 10 * (len(counts) > 1) <= taken <= min(-(-count // 10), count - 1), counts
+    assert all(torch.equal(*pair) for pair in zip(hold_out(labels), (train, held), strict=True))
+
+
+def test_all_scripts_hold_the_same_images_out_and_unlabelled_folders_lose_none(tmp_path):
+    write_classes(tmp_path / "classes", {"ant": 25, "bee": 25})
+    write_classes(tmp_path / "one", {"ant": 12})
+    write_classes(tmp_path / "split" / "train", {"ant": 12, "bee": 12})
+    write_classes(tmp_path / "split" / "val", {"ant": 1, "bee": 2})
+    splits, data = open_splits(str(tmp_path / "classes")), open_labelled(str(tmp_path / "classes"), train_images=20)
+    assert shown(splits.val) == shown(data.val) and len(splits.val) == 5 and len(splits.train) == 45
+    assert set(shown(data.train)) < set(shown(splits.train)) and splits.note in data.note
+    assert splits.train.labels.tolist() == [label for label, _ in shown(splits.train)]
+    flat, deep = tmp_path / "one" / "ant", tmp_path / "one"
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted((tmp_path / "classes").rglob("*.png"))))
+    for place, count in ((flat, 12), (deep, 12), (tmp_path / "list.txt", 50)):
+        train, val, note = open_splits(str(place))
+        assert val is None and len(train) == count and "no image is held out" in note
+    train, val, note = open_splits(str(tmp_path / "split"))
+    assert (len(train), len(val), note) == (24, 3, "validation split of the data")
+    sample = open_splits("sample")
+    assert (len(sample.train), len(sample.val), sample.note) == (896, 504, "validation split of the data")
+
+
+def test_a_data_set_by_name_without_a_validation_split_is_told_from_one_that_cannot_be_read(monkeypatch):
+    def create(name, split, **_):
+        if split != "train" and "labelled" in name:
+            raise ValueError(f"Unknown split {split!r}. Should be one of ['train'].")
+        if split != "train":
+            raise OSError("the disk is gone")
+        return [(Image.new("RGB", (8, 8)), 0)] * 4
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    assert open_splits("hfds/labelled").val is None
+    with pytest.raises(ValueError, match="the disk is gone"):
+        open_splits("hfds/other")
 
 
 def test_the_splits_of_a_folder_are_taken_and_named(tmp_path):

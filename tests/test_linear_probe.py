@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 
@@ -298,7 +299,6 @@ def test_the_papers_number_stands_where_model_images_and_recipe_are_its_own():
     ("arguments", "message"),
     [
         (["convnxt_atto"], "did you mean convnext_atto"),
-        (["encoder", "--batch-size", 64], "48 images are fewer than one batch of 64"),
         (["encoder", "--data", "nowhere"], "nowhere"),
         (["images"], "images holds no encoder"),
     ],
@@ -307,3 +307,20 @@ def test_bad_input_ends_with_one_line_and_code_2(place, arguments, message):
     done = run_script("linear_probe.py", *RUN, *arguments, folder=place)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert done.err.startswith("error: ") and message in done.err
+
+
+@pytest.mark.parametrize(("cached", "images"), [("--cached", 47), ("--no-cached", 48)])
+def test_fewer_images_than_a_batch_make_the_batch_and_its_rate(place, cached, images):
+    some = shutil.copytree(place / "images", place / "some")
+    next((some / "train").glob("*/0.png")).write_bytes(b"no image")
+    options = ["--batch-size", 1024, "--warmup-epochs", 0, "--base-lr", 3, "--epochs", 2, "--save-every", 1, cached]
+    options += ["--data", "some", "--log-every", 1]
+    cut = run_script("linear_probe.py", *RUN, "encoder", *options, folder=place, env={"MVMAE_FAULT": "kill@1"})
+    assert cut.code == -signal.SIGKILL
+    done = run_script("linear_probe.py", *RUN, "encoder", *options, "--resume", folder=place)
+    assert done.code == 0, done.err
+    assert f"2 steps of {images} on cpu; --batch-size 1024 is more than all {images}: {images} take its place" in done.out
+    assert "resuming run/encoder after step 1" in done.out
+    lines = [json.loads(line) for line in (place / "run" / "encoder" / "log.jsonl").read_text().splitlines()]
+    (last,) = [line for line in lines if line["step"] == 2 and "lr" in line]
+    assert last["lr"] == pytest.approx(3 * images / 256 / 2)  # half-way down the cosine

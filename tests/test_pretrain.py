@@ -250,7 +250,6 @@ def test_images_with_four_channels_need_their_statistics(tmp_path):
         (["--mask-ratio", 1.0], ["mask ratio 1.0", "[0, 1)"]),
         (["--mask-ratio", -0.1], ["mask ratio -0.1", "[0, 1)"]),
         (["--batch-size", 1], ["--batch-size 1", "--loss-weight 0"]),
-        (["--batch-size", 33], ["32 images", "33"]),
         (["--device", "cuda"], ["--device cuda", "--device cpu"]),
         (["--encoder", "swin_tiny_patch4_window7_224", "--encoder-args", ""], ["SwinTransformer", "plain ViT"]),
         (["--encoder", "vit_bse_patch16_224"], ["vit_bse_patch16_224", "vit_base_patch16_224"]),
@@ -266,6 +265,16 @@ def test_bad_input_is_one_line_and_exit_code_2(images, tmp_path, arguments, word
     line = result.err.strip().splitlines()[-1]
     assert "error: " in line and [word for word in words if word not in line] == []
     assert "Traceback" not in result.err and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_fewer_images_than_a_batch_make_the_batch_and_its_rate(images, tmp_path):
+    arguments = ["--batch-size", 256, "--accumulate", 3, "--base-lr", 4e-3, "--max-steps", 1, "--workers", 0]
+    result = pretrain(tmp_path, images, *arguments)
+    assert result.code == 0, result.err
+    assert "--batch-size 256 is more than all 32: 30 take its place, and the learning rate goes with it" in result.out
+    assert end_of(tmp_path)["optimizer"]["param_groups"][0]["initial_lr"] == pytest.approx(4e-3 * 30 / 256)
+    again = pretrain(tmp_path, images, *arguments, "--max-steps", 2, "--resume")
+    assert again.code == 0 and end_of(tmp_path)["step"] == 2, again.err
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(images, tmp_path):
