@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import torch
-from checkpoint import NotFinite, SaveError, machine, save_checkpoint
+from checkpoint import NEWEST, NotFinite, SaveError, machine, save_checkpoint
 from common import Log, Processes, Stop, end_process
 from snapshot import to_host
 from torch import Tensor, nn
@@ -211,10 +211,11 @@ class Course:
         self.settle(wait=wait)
 
     def save_once(self, step: int) -> None:
-        """Write a checkpoint, unless that was tried after this step already, and wait until it is written."""
-        if step != self.tried:
-            self.save(step)
+        """Write a checkpoint and wait for it, unless that was tried after this step and what was written is still there."""
         self.settle(wait=True)
+        gone = self.processes.rank == 0 and self.saved == step > 0 and not (self.folder / NEWEST).exists()
+        if step != self.tried or gone:
+            self.save(step)
 
     def settle(self, *, wait: bool = False) -> None:
         """Take note of how the write under way has ended, if there is one and it has, or once it has.

@@ -362,10 +362,27 @@ def test_f56_a_folder_that_is_deleted_in_the_middle_is_made_again(whole, images,
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
     result = process.finish()
-    assert result.code == 128 + signal.SIGTERM and "which is saved" in result.err
+    assert result.code == 128 + signal.SIGTERM and "is saved: add --resume" in result.err
     assert "warning: run was deleted and is made again" in result.err and end_of(tmp_path)["step"] >= 6
     assert pretrain(tmp_path, images, *STEPS, "--resume").code == 0
     assert_identical(end_of(tmp_path), end_of(whole))
+
+
+def test_f56_what_was_saved_and_deleted_is_saved_again_before_the_run_says_so(tmp_path):
+    folder = tmp_path / "run"
+    locks.take(folder)
+    course = course_of(folder)
+
+    def batches():
+        yield 0
+        course.settle(wait=True)
+        shutil.rmtree(folder)
+        course.stop.received = signal.SIGTERM
+        yield 1
+
+    with pytest.raises(Stop, match="stopped after step 1 of 4; step 1 is saved"):
+        list(course.follow(batches()))
+    assert checkpoint.load_checkpoint(folder)["step"] == 1
 
 
 def test_f56_a_lock_that_is_deleted_still_keeps_a_second_run_out(images, tmp_path):
