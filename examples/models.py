@@ -139,7 +139,7 @@ def with_background(config: Config, name: str, arch: str = "") -> Config:
     wanted = name.removeprefix("random:")
     file = locate(wanted, CONFIG_FILE) if wanted.startswith("hf-hub:") else find_weights(wanted, arch)[1]
     described = file and file.with_name(CONFIG_FILE)
-    own = json.loads(described.read_text()).get("background") if described and described.is_file() else None
+    own = read_json(described).get("background") if described and described.is_file() else None
     chosen: str = config.background or own or "white"  # type: ignore[attr-defined]
     colour(chosen)
     return dataclasses.replace(config, background=chosen)  # type: ignore[type-var]
