@@ -187,7 +187,7 @@ def test_f53_memory_that_is_used_up_saves(images, tmp_path):
 
 
 class Options:
-    log_every, save_every, skip_nonfinite = 1, 100, 0
+    log_every, save_every, save_minutes, skip_nonfinite = 1, 100, 0.0, 0
 
 
 class Broken(Exception):
