@@ -31,6 +31,7 @@ from common import (
     parallel,
     run,
     start_processes,
+    summary,
 )
 from course import Course
 from inputs import names
@@ -54,45 +55,55 @@ from mvmae.pretrained import check_weights
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    data: str = option(dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample")
-    model: str = option(dataclasses.MISSING, "timm name, hf-hub:ID, run or export folder, file of weights; random: before it")
-    output_dir: str = option("runs/finetune", "folder of the run")
+    data: str = option(
+        dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample", path=True
+    )
+    model: str = option(
+        dataclasses.MISSING, "timm name, hf-hub:ID, run or export folder, file of weights; random: before it", path=True
+    )
+    output_dir: str = option("runs/finetune", "folder of the run", path=True)
     resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
     arch: str = option("", "timm name of the model of a lone file of weights")
-    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)")
-    train_images: int = option(0, "most images to train on; 0 for all")
-    val_images: int = option(0, "most images to validate on; 0 for all")
-    epochs: int = option(100, "passes over the images (paper)")
-    warmup_epochs: float = option(5, "of a linearly rising learning rate (MAE)")
-    batch_size: int = option(512, "images of a step over all processes (paper)")
-    base_lr: float = option(5e-4, "learning rate for a batch of 256; scaled with the batch (MAE)")
-    min_lr: float = option(1e-6, "learning rate at the end (MAE)")
-    layer_decay: float = option(0.65, "factor of the learning rate from each layer to the one below (MAE)")
-    weight_decay: float = option(0.05, "of AdamW, not on 1-D parameters, positions and class token (MAE)")
-    beta2: float = option(0.999, "of AdamW; beta1 is 0.9 (MAE)")
-    clip_grad: float = option(0.0, "largest norm of the gradient; 0 does not clip (MAE)")
-    drop_path: float = option(0.1, "rate of stochastic depth at the last block, rising from 0 (MAE)")
-    head_std: float = option(2e-5, "of the head's first weights (MAE)")
-    crop_scale: tuple[float, ...] = option((0.08, 1.0), "share of the image's area that a crop covers (MAE)")
+    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)", at_least=0)
+    train_images: int = option(0, "most images to train on; 0 for all", at_least=0)
+    val_images: int = option(0, "most images to validate on; 0 for all", at_least=0)
+    epochs: int = option(100, "passes over the images (paper)", at_least=1)
+    warmup_epochs: float = option(5, "epochs of linear warm-up (MAE)", at_least=0)
+    batch_size: int = option(512, "images of a step over all processes (paper)", at_least=1)
+    base_lr: float = option(5e-4, "learning rate for a batch of 256; scaled with the batch (MAE)", at_least=0)
+    min_lr: float = option(1e-6, "learning rate at the end (MAE)", at_least=0)
+    layer_decay: float = option(0.65, "factor of the learning rate from each layer to the one below (MAE)", above=0, at_most=1)
+    weight_decay: float = option(
+        0.05, "weight decay of AdamW, not on 1-D parameters, positions and class token (MAE)", at_least=0
+    )
+    beta2: float = option(0.999, "beta2 of AdamW; beta1 is 0.9 (MAE)", at_least=0, below=1)
+    clip_grad: float = option(0.0, "largest norm of the gradient; 0 does not clip (MAE)", at_least=0)
+    drop_path: float = option(0.1, "rate of stochastic depth at the last block, rising from 0 (MAE)", at_least=0, below=1)
+    head_std: float = option(2e-5, "deviation of the head's first weights (MAE)", at_least=0)
+    crop_scale: tuple[float, float] = option(
+        (0.08, 1.0), "share of the image's area that a crop covers (MAE)", above=0, at_most=1, lengths=(2,)
+    )
     augment: str = option("rand-m9-mstd0.5-inc1", "RandAugment as timm writes it (paper; strength: MAE); none for none")
-    color_jitter: float = option(0.0, "strength of colour jitter (MAE)")
-    erasing: float = option(0.25, "probability of random erasing, with noise (MAE)")
-    mixup: float = option(0.8, "alpha of mixup, 0 for none (paper: 0.8, taken as MAE's alpha)")
-    cutmix: float = option(1.0, "alpha of cutmix, 0 for none (MAE)")
-    mix_prob: float = option(1.0, "probability that a batch is mixed (MAE)")
-    switch_prob: float = option(0.5, "probability of cutmix rather than mixup (MAE)")
-    smoothing: float = option(0.1, "label smoothing (MAE)")
-    ema: float = option(0.0, "decay of averaged weights, which are evaluated then; 0 for none (MAE)")
-    seed: int = option(0, "of weights, order and augmentation")
-    device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option("auto", "auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
-    workers: int = option(8, "processes that load images, for each process that trains")
-    max_bad: int = option(100, "different images that may be unreadable before the run stops")
-    skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
-    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
-    save_every: int = option(1000, "steps between checkpoints; the end is saved in any case")
-    eval_every: int = option(1, "epochs between validations")
-    log_every: int = option(20, "steps between lines of the log")
+    color_jitter: float = option(0.0, "strength of colour jitter (MAE)", at_least=0)
+    erasing: float = option(0.25, "probability of random erasing, with noise (MAE)", at_least=0, at_most=1)
+    mixup: float = option(0.8, "alpha of mixup, 0 for none (paper: 0.8, taken as MAE's alpha)", at_least=0)
+    cutmix: float = option(1.0, "alpha of cutmix, 0 for none (MAE)", at_least=0)
+    mix_prob: float = option(1.0, "probability that a batch is mixed (MAE)", at_least=0, at_most=1)
+    switch_prob: float = option(0.5, "probability of cutmix rather than mixup (MAE)", at_least=0, at_most=1)
+    smoothing: float = option(0.1, "label smoothing (MAE)", at_least=0, below=1)
+    ema: float = option(0.0, "decay of averaged weights, which are evaluated then; 0 for none (MAE)", at_least=0, below=1)
+    seed: int = option(0, "seed of weights, order and augmentation", at_least=0)
+    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+    precision: str = option("auto", "precision: auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
+    workers: int = option(8, "processes that load images, for each process that trains", at_least=0)
+    max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0)
+    skip_nonfinite: int = option(
+        0, "batches that may be left out because a loss or gradient is not finite; one more stops", at_least=0
+    )
+    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all", at_least=0)
+    save_every: int = option(1000, "steps between checkpoints; the end is saved in any case", at_least=1)
+    eval_every: int = option(1, "epochs between validations", at_least=1)
+    log_every: int = option(20, "steps between lines of the log", at_least=1)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -125,7 +136,7 @@ def training_transform(config: Config, model: nn.Module) -> Seeded:
         model,
         config.image_size,
         is_training=True,
-        scale=(config.crop_scale[0], config.crop_scale[-1]),
+        scale=config.crop_scale,
         auto_augment=None if config.augment == "none" else config.augment,
         color_jitter=config.color_jitter or None,
         re_prob=config.erasing,
@@ -196,6 +207,7 @@ class FineTuning:
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"])
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
+        self.log.say(summary(self.model, self.config.image_size))
         self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}")
         last = self.sampler.num_steps or 0
         self.course = Course(self.config, self.folder, self.log, self.processes, self.model, self.state, state, last=last)

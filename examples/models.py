@@ -1,6 +1,7 @@
 """Any model by name: with its weights or without, with a head or without, and written so that timm loads it."""
 
 import copy
+import difflib
 import inspect
 import json
 from pathlib import Path
@@ -66,9 +67,19 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
         if not arch and not _is_export(path.parent):
             raise Stop(f"{path} does not tell its architecture: add --arch with its name in timm")
         return arch or f"local-dir:{path.parent}", path
-    if name.startswith(("local-dir:", ".", "/")) or path.suffix in (".safetensors", ".pth", ".pt"):
-        raise Stop(f"there is no file or folder {path}")
+    folders = ":" not in name and "/" in name  # no name of timm has one
+    if folders or name.startswith(("local-dir:", ".", "/")) or path.suffix in (".safetensors", ".pth", ".pt"):
+        raise Stop(f"there is no file or folder {path}" + _near(path))
     return name, None
+
+
+def _near(path: Path) -> str:
+    """Ask whether a path that is like this one, and exists, is meant."""
+    missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
+    found = [str(other) for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = [Path(other) / path.relative_to(missing) for other in difflib.get_close_matches(str(missing), found)]
+    shown = [str(other) for other in near if other.exists()]
+    return f": did you mean {' or '.join(shown)}?" if shown else ""
 
 
 def _is_export(folder: Path) -> bool:

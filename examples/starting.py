@@ -44,6 +44,8 @@ def start_encoder(
         options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
     architecture, file = find_weights(name, arch)
     try:
+        with torch.device("meta"):
+            check_encoder(create_encoder(architecture))  # before its arguments, which are a plain ViT's, and before a download
         encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
     except (RuntimeError, OSError) as error:
         raise Stop(f"{name} cannot be had ({first_line(error)})") from error
