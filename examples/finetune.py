@@ -79,7 +79,7 @@ class Config:
     beta2: float = option(0.999, "beta2 of AdamW; beta1 is 0.9 (MAE)", at_least=0, below=1)
     clip_grad: float = option(0.0, "largest norm of the gradient; 0 does not clip (MAE)", at_least=0)
     drop_path: float = option(0.1, "rate of stochastic depth at the last block, rising from 0 (MAE)", at_least=0, below=1)
-    head_std: float = option(2e-5, "deviation of the head's first weights (MAE)", at_least=0)
+    head_std: float = option(2e-5, "deviation of the head's first weights (MAE)", above=0)
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0), "share of the image's area that a crop covers (MAE)", above=0, at_most=1, lengths=(2,)
     )
@@ -132,16 +132,14 @@ MAY_CHANGE = frozenset(
 
 def training_transform(config: Config, model: nn.Module) -> Seeded:
     """Build timm's augmentation: crop, flip, RandAugment, normalisation, random erasing."""
-    return Seeded(
-        model,
-        config.image_size,
-        is_training=True,
-        scale=config.crop_scale,
-        auto_augment=None if config.augment == "none" else config.augment,
-        color_jitter=config.color_jitter or None,
-        re_prob=config.erasing,
-        re_mode="pixel",
-    )
+    options = {"scale": config.crop_scale, "color_jitter": config.color_jitter or None, "re_prob": config.erasing}
+    augment = None if config.augment == "none" else config.augment
+    try:
+        return Seeded(model, config.image_size, is_training=True, auto_augment=augment, re_mode="pixel", **options)
+    except (AssertionError, LookupError, ValueError) as error:  # how timm refuses a policy
+        raise Stop(
+            f"--augment {config.augment!r} is no policy of timm ({error}): rand-m9-mstd0.5-inc1 is one, none is none"
+        ) from error
 
 
 def build_mixup(config: Config, num_classes: int) -> Mixup:
@@ -192,6 +190,7 @@ class FineTuning:
         self.steps = config.epochs * self.sampler.steps_per_epoch
         self.sampler.num_steps = min(self.steps, config.max_steps or self.steps)
         self.schedule = build_schedule(config, self.optimizer, self.sampler.steps_per_epoch)
+        self.transform = training_transform(config, self.model)
         fingerprints = [part.fingerprint for part in (self.data.train, self.data.val)]
         self.settings = {**dataclasses.asdict(config), "images": fingerprints}
         self.resume_or_start()
@@ -223,9 +222,8 @@ class FineTuning:
 
     def loader(self) -> Loader:
         """Load the training images of each step."""
-        transform = training_transform(self.config, self.model)
         options = {"workers": self.config.workers, "max_bad": self.config.max_bad}
-        return labelled.training_loader(self.data.train, transform, self.sampler, **options)
+        return labelled.training_loader(self.data.train, self.transform, self.sampler, **options)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:

@@ -74,7 +74,7 @@ class Config:
     sweep: tuple[float, ...] = option((0.1, 0.3, 1.0, 3.0, 10.0), "multiples of the learning rate to train as well", above=0)
     optimizer: str = option("sgd", "SGD (MoCo v3) or LARS (MAE), momentum 0.9, no weight decay", ["sgd", "lars"])
     batch_norm: bool = option(False, "normalise each feature over the batch first, without affine part (MAE)")
-    head_std: float = option(0.01, "deviation of the head's first weights (MoCo v3, MAE)", at_least=0)
+    head_std: float = option(0.01, "deviation of the head's first weights (MoCo v3, MAE)", above=0)
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0), "share of the image's area that a crop covers (MoCo v3, MAE)", above=0, at_most=1, lengths=(2,)
     )

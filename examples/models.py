@@ -42,6 +42,8 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
         model = create_encoder(architecture, pretrained=not untrained and file is None, num_classes=0, **kept)
     except (RuntimeError, OSError) as error:
         raise Stop(f"{wanted} cannot be had ({first_line(error)}); random:{wanted} is a model without weights") from error
+    if getattr(getattr(model, "patch_embed", None), "num_patches", 1) == 0:
+        raise Stop(f"images of {kept['img_size']} pixels are smaller than a patch of {wanted}: use a larger --image-size")
     if file is not None and not untrained:
         load_weights(model, file)
     return model

@@ -156,7 +156,8 @@ def _reader(kind: Any, about: Mapping[str, Any]) -> Callable[[str], Any]:
             value = text if kind == float | str else math.nan
         if isinstance(value, str) or (math.isfinite(value) and all(BOUNDS[word](value, bounds[word]) for word in bounds)):
             return value
-        expected = f"a{' whole' if kind is int else ''} number {_range(bounds)}".strip()
+        stated = bounds if value >= LARGEST else about["bounds"]
+        expected = f"a {'whole' if kind is int else 'finite'} number {_range(stated)}".strip()
         raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
 
     return read
