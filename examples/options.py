@@ -89,6 +89,8 @@ def parse(
     if unknown:
         raise ValueError(_unknown(unknown[0], ["--preset", *map(flag, fields)]))
     for name, value in typed.items():
+        if value == ():  # what argparse makes of --option=--
+            raise ValueError(f"{flag(name)}: a value is expected, got '--'")
         _check_length(flag(name), value, fields[name].metadata["lengths"])
     for name, field in fields.items():
         owner = field.metadata["belongs_to"]
