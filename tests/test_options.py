@@ -45,10 +45,9 @@ def presets_of(name):
 
 def needed(name, *without):
     """The least that a script has to be given, but for some options."""
-    names = [
-        option for script, field in OPTIONS if script == name and (option := field.name) in ("data", "model", "models", "run")
-    ]
-    return [word for option in names if option not in without for word in (flag(option), "x")]
+    names = [field.name for script, field in OPTIONS if script == name]
+    asked = [one for one in names if one in ("data", "model", "models", "run") and one not in without]
+    return [word for one in asked for word in (flag(one), "x")]
 
 
 def outcome(name, arguments, monkeypatch, capsys):
@@ -110,17 +109,17 @@ def test_f42_any_value_is_in_its_range_or_ends_in_one_line(name, field, monkeypa
 def test_f42_every_number_has_a_range_and_every_preset_is_in_it():
     free = {(name, field.name) for name, field in OPTIONS if kind_of(name, field) in (int, float, float | str)}
     free -= {(name, field.name) for name, field in OPTIONS if field.metadata["bounds"]}
-    assert {option for _, option in free} == {"value_range"}
+    assert {one for _, one in free} == {"value_range"}
     for name, script in SCRIPTS.items():
         for preset in presets_of(name):
             plain, typed = parse(script.Config, presets_of(name), None, ["--preset", preset, *needed(name)]), []
-            for option, value in dataclasses.asdict(plain).items():
+            for one, value in dataclasses.asdict(plain).items():
                 if isinstance(value, bool):
-                    typed.append(flag(option) if value else flag(f"no_{option}"))
+                    typed.append(flag(one) if value else flag(f"no_{one}"))
                 elif isinstance(value, tuple):
-                    typed += [flag(option), *map(str, value)] if value else []
+                    typed += [flag(one), *map(str, value)] if value else []
                 else:
-                    typed.append(f"{flag(option)}={value}")
+                    typed.append(f"{flag(one)}={value}")
             assert parse(script.Config, presets_of(name), None, ["--preset", preset, *typed]) == plain
 
 
