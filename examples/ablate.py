@@ -35,7 +35,7 @@ import linear_probe
 import pretrain
 import torch
 from checkpoint import ALWAYS, check_same, write_text
-from common import Processes, Stop, option, parse, run, start_processes
+from common import Processes, Stop, option, parse, run, start_processes, within_cores
 from course import BEFORE
 from plots import plot
 from timing import count_flops
@@ -88,19 +88,21 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    data: str = option(dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample")
-    output_dir: str = option("runs/ablate", "folder for the results, with a folder for each run")
-    tables: tuple[str, ...] = option(("table6",), f"of {', '.join(TABLES)}")
-    seeds: tuple[int, ...] = option((0, 1, 2), "of the runs of each arm")
+    data: str = option(
+        dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample", path=True
+    )
+    output_dir: str = option("runs/ablate", "folder for the results, with a folder for each run", path=True)
+    tables: tuple[str, ...] = option(("table6",), "comparisons to make", TABLES)
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the runs of each arm", at_least=0)
     budget: str = option("flops", "what all arms have the same of: FLOPs, or images seen", ["flops", "images"])
     pretrain: str = option("", "options of pretrain.py for all arms")
-    finetune: str = option("", "options of finetune.py; none leaves fine-tuning out")
-    probe: str = option("", "options of linear_probe.py; none leaves k-NN and linear probe out")
+    finetune: str = option("none", "options of finetune.py; none leaves fine-tuning out")
+    probe: str = option("none", "options of linear_probe.py; none leaves k-NN and linear probe out")
     collect: bool = option(False, "only write the tables of the runs that are done")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"pretrain": "--epochs 200 --batch-size 512", "finetune": "--preset paper", "probe": ""},
+    "paper": {"pretrain": "--epochs 200 --batch-size 512", "finetune": "--preset paper", "probe": "none"},
     "fashion": {
         "pretrain": "--preset quick --epochs 0.5 --warmup-epochs 0.05 --workers 1 --monitor-images 0",
         "finetune": "--preset quick --epochs 10 --warmup-epochs 1 --eval-every 10 --train-images 1000 --val-images 5000"
@@ -114,6 +116,17 @@ def settings(config: Config, arm: Arm, *more: str) -> pretrain.Config:
     """Give the options of an arm's pretraining."""
     arguments = ["--data", config.data, *shlex.split(config.pretrain), *shlex.split(arm.options), *more]
     return parse(pretrain.Config, pretrain.PRESETS, None, arguments)
+
+
+def check_lines(config: Config) -> None:
+    """Read the options of the three scripts, so that a mistake in them ends the call before hours of runs."""
+    lines = {"pretrain": (pretrain, ""), "finetune": (finetune, "--model x"), "probe": (linear_probe, "--models x")}
+    for name, (script, needed) in lines.items():
+        try:
+            typed = shlex.split(f"{needed} {getattr(config, name)}")
+            parse(script.Config, script.PRESETS, None, ["--data", config.data, *typed])
+        except ValueError as error:
+            raise Stop(f"--{name}: {error}") from error
 
 
 @functools.cache
@@ -216,7 +229,7 @@ def _call(script: Any, chosen: Any, processes: Processes) -> None:
     """Run a script's main; signals do what they did at the start until it takes them. All processes wait for what it writes."""
     for number, action in BEFORE.items():
         signal.signal(number, action)
-    script.main(chosen)
+    script.main(within_cores(chosen))
     processes.gather(None)
 
 
@@ -305,9 +318,9 @@ def _draw_panel(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None
 
 def main(config: Config) -> None:
     """Run what is not done yet, then write and print the tables."""
-    unknown = [table for table in config.tables if table not in TABLES]
-    if unknown:
-        raise Stop(f"--tables {' '.join(unknown)}: of {', '.join(TABLES)} is expected")
+    tuned, probed = ("" if line == "none" else line for line in (config.finetune, config.probe))
+    config = dataclasses.replace(config, finetune=tuned, probe=probed)
+    check_lines(config)
     if not config.finetune and not config.probe:
         raise Stop("nothing would be measured: give --finetune, --probe, or a --preset")
     processes, folder = start_processes(settings(config, OURS).device), Path(config.output_dir)

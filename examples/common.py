@@ -1,17 +1,16 @@
-"""What every script needs and no method knows: arguments, processes, schedule, log, how a script ends."""
+"""What every script needs and no method knows: encoders by name, processes, schedule, log, how a script ends."""
 
-import argparse
 import ast
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 import timm
 import torch
 import torch.distributed as dist
+from options import option as option
+from options import parse as parse
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
@@ -32,16 +33,11 @@ LOST = ("peer", "gloo", "nccl", "socket", "tcpstore")
 
 
 class Stop(Exception):
-    """The end of a script that is not a success: one line for the user and an exit code."""
+    """The end of a script that is not a success: one line for the user and an exit code, 128 + N after signal N."""
 
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(message)
         self.code = code
-
-
-def option(default: Any, text: str, choices: Iterable[Any] = ()) -> Any:
-    """Declare a field of a script's dataclass: its default, its line in ``--help``, and the values that it may have."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": tuple(choices)})
 
 
 def run(
@@ -50,7 +46,7 @@ def run(
     """Parse the command line into ``config``, run ``main``, and turn what goes wrong into one line and an exit code."""
     open_outputs()
     try:
-        main(parse(config, presets, about))
+        main(within_cores(parse(config, presets, about)))
     except KeyboardInterrupt as error:
         _end("stopped before the first step", 128 + (error.args[0] if error.args else signal.SIGINT))
     except MemoryError as error:
@@ -72,7 +68,7 @@ def _end(message: str, code: int) -> None:
     """Print one line and exit."""
     if os.environ.get("MVMAE_TRACEBACK"):  # a mistake of ours rather than of the user's is found more easily so
         raise
-    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+    print(printable(message if code > 128 else f"error: {message}"), file=sys.stderr, flush=True)
     sys.stdout.flush()
     end_process(code)
 
@@ -127,52 +123,15 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
-def parse(
-    config: type[Config],
-    presets: Mapping[str, Mapping[str, Any]],
-    about: str | None,
-    arguments: list[str] | None = None,
-) -> Config:
-    """Read the command line: a dataclass gives the options, a preset other defaults, and what is typed wins."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="set of defaults")
-    known, _ = parser.parse_known_args([a for a in (arguments or sys.argv[1:]) if a not in ("-h", "--help")])
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        default = presets[known.preset].get(field.name, field.default)
-        settings: dict[str, Any] = {"default": default, "required": default is dataclasses.MISSING}
-        settings["help"] = field.metadata["help"] + ("" if settings["required"] else f" (default: {default})")
-        kind = hints[field.name]
-        if kind is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-            settings["help"] = field.metadata["help"]
-        elif typing.get_origin(kind) is tuple:
-            settings |= {"type": _reader(typing.get_args(kind)[0]), "nargs": "+"}
-        else:
-            settings["type"] = _without_none(kind)
-        if field.metadata["choices"]:
-            settings["choices"] = field.metadata["choices"]
-        parser.add_argument("--" + field.name.replace("_", "-"), **settings)
-    values = vars(parser.parse_args(arguments))
-    values.pop("preset")
-    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def _reader(kind: Any) -> Any:
-    return _number_or_word if kind == float | str else kind
-
-
-def _number_or_word(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _without_none(kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):
-        return next(part for part in typing.get_args(kind) if part is not type(None))
-    return kind
+def within_cores(config: Config) -> Config:
+    """Take no more loading processes than there are processor cores for this one, and say so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked: int = getattr(config, "workers", 0)
+    if asked <= cores:
+        return config
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--workers {asked}: {cores} here, as many as this machine has processor cores", flush=True)
+    return dataclasses.replace(config, workers=cores)  # type: ignore[type-var]
 
 
 def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
@@ -186,19 +145,53 @@ def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
     Raises:
         Stop: if there is no such model, with near names, or it does not take an argument.
     """
-    try:
-        typed = {key: ast.literal_eval(value) for key, value in (part.split("=", 1) for part in arguments.split())}
-    except (ValueError, SyntaxError) as error:
-        raise Stop(f"arguments {arguments!r} are not of the form 'patch_size=8 embed_dim=128'") from error
+    typed = timm_arguments(arguments)
     known = timm.list_models()
     if ":" not in name and name.split(".")[0] not in known:
         near = difflib.get_close_matches(name, known, n=3)
-        raise Stop(f"timm has no model {name!r}: " + (f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"))
+        cure = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise Stop(f"timm has no model {name!r}, and it is no folder: {cure}")
     try:
         model: nn.Module = timm.create_model(name, **typed, **options)
-    except TypeError as error:
-        raise Stop(f"{name} cannot be built so: {error}") from error
+    except (RuntimeError, OSError):  # weights that cannot be had
+        raise
+    except Exception as error:  # timm checks few of its arguments
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        reason = f"it takes no {unknown[1]}" if unknown else f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Stop(f"{name} cannot be built{f' with {arguments!r}' if arguments else ''}: {reason}") from error
     return model
+
+
+def timm_arguments(text: str) -> dict[str, Any]:
+    """Read arguments for timm, such as ``"patch_size=8 embed_dim=128"``.
+
+    Raises:
+        Stop: if they are not of this form.
+    """
+    try:
+        return {key: ast.literal_eval(value) for key, value in (part.split("=", 1) for part in text.split())}
+    except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+        raise Stop(f"arguments {text!r} are not of the form 'patch_size=8 embed_dim=128'") from error
+
+
+def summary(model: Any, image_size: int = 0) -> str:
+    """Say what a model really is: its architecture, its parameters, the images and patches that it takes.
+
+    Args:
+        model: of timm, or a part of one.
+        image_size: side in pixels, where it takes other images than those that it was built for.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    patches: Any = getattr(model, "patch_embed", None)
+    size = (image_size, image_size) if image_size else getattr(patches, "img_size", None) or cfg["input_size"][1:]
+    number = sum(parameter.numel() for parameter in model.parameters())
+    parts = [cfg.get("architecture", type(model).__name__), f"{number / 1e6:.2f} M parameters"]
+    if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(model, "embed_dim"):
+        parts.append(f"{len(blocks)} blocks of width {model.embed_dim}")
+    parts.append("images of {}x{} pixels".format(*size))
+    if hasattr(patches, "patch_size"):
+        parts.append("patches of {}x{}".format(*patches.patch_size))
+    return ", ".join(parts)
 
 
 class Processes(NamedTuple):
@@ -260,8 +253,10 @@ def parallel(model: nn.Module, processes: Processes) -> nn.Module:
     """Wrap a model so that its gradients are averaged over all processes, where there are several."""
     if processes.world_size == 1:
         return model
-    devices = [processes.device.index] if processes.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    wrap, devices = nn.parallel.DistributedDataParallel, [processes.device.index] if processes.device.type == "cuda" else None
+    new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # torch 2.14's name for it
+    kept: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return wrap(model, device_ids=devices, **kept)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

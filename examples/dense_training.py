@@ -1,6 +1,5 @@
 """What detect.py and segment.py share: the encoder, the parameter groups, the learning rate, the steps, evaluation in parts."""
 
-import ast
 import dataclasses
 import inspect
 import math
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from checkpoint import load_checkpoint, open_run, same_everywhere
-from common import Log, Processes, Stop, autocast, option, parallel
+from common import Log, Processes, Stop, autocast, option, parallel, summary, timm_arguments
 from course import Course
 from models import load_backbone
 from plots import draw_curves
@@ -37,40 +36,46 @@ POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
 class DenseConfig:
     """Settings of both scripts; their presets give the values."""
 
-    data: str = option(REQUIRED, "folder of the data, or toy: shapes, drawn into the output folder")
-    output_dir: str = option(REQUIRED, "folder of the run")
-    model: str = option(REQUIRED, "encoder: timm name, hf-hub:, folder or file of weights; random: before it leaves them out")
+    data: str = option(REQUIRED, "folder of the data, or toy: shapes, drawn into the output folder", path=True)
+    output_dir: str = option(REQUIRED, "folder of the run", path=True)
+    model: str = option(
+        REQUIRED, "encoder: timm name, hf-hub:, folder or file of weights; random: before it leaves them out", path=True
+    )
     arch: str = option("", "timm name of the model of a lone file of weights")
-    model_args: str = option(REQUIRED, "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'")
+    model_args: str = option("", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'", belongs_to="model")
     resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
     other_data: bool = option(False, "go on with other images than the run began with, and say so")
     evaluate: bool = option(False, "only evaluate the newest checkpoint in the output folder")
-    image_size: int = option(REQUIRED, "side of a training image in pixels")
-    window_size: int = option(REQUIRED, "side of an attention window in patches; 0 for none")
+    image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1)
+    window_size: int = option(REQUIRED, "side of an attention window in patches; 0 for none", at_least=0)
     rel_pos: bool = option(True, "learn relative positions in every block")
-    drop_path: float = option(REQUIRED, "largest rate of stochastic depth in the encoder")
-    steps: int = option(REQUIRED, "steps of the whole run")
-    batch_size: int = option(REQUIRED, "images of a step over all processes")
-    lr: float = option(REQUIRED, "learning rate of AdamW")
-    weight_decay: float = option(REQUIRED, "of AdamW; not on normalisations and positions")
+    drop_path: float = option(REQUIRED, "largest rate of stochastic depth in the encoder", at_least=0, below=1)
+    steps: int = option(REQUIRED, "steps of the whole run", at_least=1)
+    batch_size: int = option(REQUIRED, "images of a step over all processes", at_least=1)
+    lr: float = option(REQUIRED, "learning rate of AdamW", at_least=0)
+    weight_decay: float = option(REQUIRED, "weight decay of AdamW; not on normalisations and positions", at_least=0)
     decay_biases: bool = option(REQUIRED, "weight decay on biases too, as in detectron2")
-    layer_decay: float = option(REQUIRED, "factor of the learning rate from a block to the one before it; 1 for none")
-    schedule: str = option(REQUIRED, "of the learning rate", ["cosine", "linear", "steps"])
-    warmup_steps: int = option(REQUIRED, "of a linearly rising learning rate")
-    warmup_start: float = option(REQUIRED, "factor of the learning rate at step 0")
+    layer_decay: float = option(
+        REQUIRED, "factor of the learning rate from a block to the one before it; 1 for none", above=0, at_most=1
+    )
+    schedule: str = option(REQUIRED, "course of the learning rate", ["cosine", "linear", "steps"])
+    warmup_steps: int = option(REQUIRED, "steps of linear warm-up", at_least=0)
+    warmup_start: float = option(REQUIRED, "factor of the learning rate at step 0", at_least=0, at_most=1)
     background: str = option("", "colour behind transparent pixels, such as white or #808080; the model's own, or white")
-    seed: int = option(0, "of weights, order and augmentation")
-    device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option("auto", "auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
+    seed: int = option(0, "seed of weights, order and augmentation", at_least=0)
+    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+    precision: str = option("auto", "precision: auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
     grad_checkpointing: bool = option(False, "keep fewer activations of the encoder and compute them again")
-    workers: int = option(REQUIRED, "processes that load images, for each process that trains")
-    skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
-    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
-    save_every: int = option(REQUIRED, "most steps between checkpoints; the end is saved in any case")
-    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every")
-    log_every: int = option(20, "steps between lines of the log")
-    toy_images: int = option(600, "training images that toy draws; a sixth as many are held out")
-    pictures: int = option(8, "images to draw the predictions of")
+    workers: int = option(REQUIRED, "processes that load images, for each process that trains", at_least=0)
+    skip_nonfinite: int = option(
+        0, "batches that may be left out because a loss or gradient is not finite; one more stops", at_least=0
+    )
+    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all", at_least=0)
+    save_every: int = option(REQUIRED, "most steps between checkpoints; the end is saved in any case", at_least=1)
+    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every", at_least=0)
+    log_every: int = option(20, "steps between lines of the log", at_least=1)
+    toy_images: int = option(600, "training images that toy draws; a sixth as many are held out", at_least=1)
+    pictures: int = option(8, "images to draw the predictions of", at_least=0)
 
 
 MAY_CHANGE = frozenset(
@@ -90,10 +95,7 @@ def build_trunk(
         **options: for `WindowedViT`.
     """
     torch.manual_seed(config.seed)
-    try:
-        arguments = {key: ast.literal_eval(value) for key, value in (part.split("=") for part in config.model_args.split())}
-    except (ValueError, SyntaxError) as error:
-        raise Stop(f"--model-args {config.model_args!r} is not of the form 'patch_size=8 embed_dim=128'") from error
+    arguments = timm_arguments(config.model_args)
     unknown = set(arguments) - set(inspect.signature(VisionTransformer.__init__).parameters)
     if unknown:
         raise Stop(f"--model-args: a plain ViT of timm has no {', '.join(sorted(unknown))}")
@@ -195,6 +197,7 @@ def fit(
     pinned = processes.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, collate=collate)
     log = Log(folder, processes.rank, last, sampler.start_step)
+    log.say(f"{config.model}: {summary(trunk, config.image_size)}")
     log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")
 
     def content() -> dict[str, Any]:

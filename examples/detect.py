@@ -46,12 +46,12 @@ TILE = 256  # pixels that a picture is wide at least
 class Config(DenseConfig):
     style: str = option(REQUIRED, "pyramid", ["li2021", "vitdet"])
     positions: str = option(REQUIRED, "rebuild the sine-cosine table, or interpolate any positions", ["rebuild", "interpolate"])
-    scale: tuple[float, ...] = option((0.1, 2.0), "range of the large-scale jitter")
-    channels: int = option(256, "width of pyramid and heads")
-    head_convs: int = option(4, "convolutions in the box head and in the mask head")
-    fc_width: int = option(1024, "width of the linear layer in the box head")
-    proposals: int = option(1000, "regions kept after the first stage")
-    regions: int = option(512, "regions of an image that the second stage is trained on")
+    scale: tuple[float, float] = option((0.1, 2.0), "range of the large-scale jitter", above=0, lengths=(2,))
+    channels: int = option(256, "width of pyramid and heads", at_least=1)
+    head_convs: int = option(4, "convolutions in the box head and in the mask head", at_least=0)
+    fc_width: int = option(1024, "width of the linear layer in the box head", at_least=1)
+    proposals: int = option(1000, "regions kept after the first stage", at_least=1)
+    regions: int = option(512, "regions of an image that the second stage is trained on", at_least=1)
 
 
 LI2021: dict[str, Any] = {
@@ -240,8 +240,7 @@ def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then detect, measure and draw."""
     processes, config = start_processes(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, processes)
-    scale = (config.scale[0], config.scale[-1])
-    data = CocoData(root, "train", side=config.image_size, scale=scale, seed=config.seed, background=config.background)
+    data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, background=config.background)
     val = CocoData(root, "val", background=config.background)
     if val.category_ids != data.category_ids:
         raise Stop(f"{root}: the categories of the training and of the validation images differ")

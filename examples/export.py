@@ -30,15 +30,17 @@ from mvmae.pretrained import replace_file
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    run: str = option(dataclasses.MISSING, "folder of the run")
-    output_dir: str = option("", "folder to write; the run's encoder/ where it is empty")
+    run: str = option(dataclasses.MISSING, "folder of the run", path=True)
+    output_dir: str = option("", "folder to write; the run's encoder/ where it is empty", path=True)
     push: str = option("", "owner/name of a repository on the Hub to upload to; none where it is empty")
     private: bool = option(False, "create that repository as a private one")
     datasets: tuple[str, ...] = option((), "names of the images, as the Hub has them, for the card")
-    license: str = option("", "of the weights; that of the weights the run started from where empty, else apache-2.0")
-    hardware: str = option("", "that the run used, for the card")
-    command: str = option("", "that started the run, for the card; what the checkpoint says where it is empty")
-    commit: str = option("", "of this package that the run used, for the card; what the checkpoint says where it is empty")
+    license: str = option("", "licence of the weights; that of the weights the run started from where empty, else apache-2.0")
+    hardware: str = option("", "hardware that the run used, for the card")
+    command: str = option("", "command that started the run, for the card; what the checkpoint says where it is empty")
+    commit: str = option(
+        "", "commit of this package that the run used, for the card; what the checkpoint says where it is empty"
+    )
 
 
 def build_model(state: Mapping[str, Any]) -> nn.Module:

@@ -31,6 +31,7 @@ from common import (
     parallel,
     run,
     start_processes,
+    summary,
 )
 from course import Course
 from inputs import names
@@ -54,48 +55,58 @@ from mvmae.loading import Loader
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    data: str = option(dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample")
-    model: str = option(dataclasses.MISSING, "timm name, hf-hub:ID, run or export folder, file of weights; random: before it")
-    output_dir: str = option("runs/finetune", "folder of the run")
+    data: str = option(
+        dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample", path=True
+    )
+    model: str = option(
+        dataclasses.MISSING, "timm name, hf-hub:ID, run or export folder, file of weights; random: before it", path=True
+    )
+    output_dir: str = option("runs/finetune", "folder of the run", path=True)
     resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
     other_data: bool = option(False, "go on with other images than the run began with, and say so")
     arch: str = option("", "timm name of the model of a lone file of weights")
-    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)")
-    train_images: int = option(0, "most images to train on; 0 for all")
-    val_images: int = option(0, "most images to validate on; 0 for all")
+    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)", at_least=0)
+    train_images: int = option(0, "most images to train on; 0 for all", at_least=0)
+    val_images: int = option(0, "most images to validate on; 0 for all", at_least=0)
     background: str = option("", "colour behind transparent pixels, such as white or #808080; the model's own, or white")
-    epochs: int = option(100, "passes over the images (paper)")
-    warmup_epochs: float = option(5, "of a linearly rising learning rate (MAE)")
-    batch_size: int = option(512, "images of a step over all processes (paper)")
-    base_lr: float = option(5e-4, "learning rate for a batch of 256; scaled with the batch (MAE)")
-    min_lr: float = option(1e-6, "learning rate at the end (MAE)")
-    layer_decay: float = option(0.65, "factor of the learning rate from each layer to the one below (MAE)")
-    weight_decay: float = option(0.05, "of AdamW, not on 1-D parameters, positions and class token (MAE)")
-    beta2: float = option(0.999, "of AdamW; beta1 is 0.9 (MAE)")
-    clip_grad: float = option(0.0, "largest norm of the gradient; 0 does not clip (MAE)")
-    drop_path: float = option(0.1, "rate of stochastic depth at the last block, rising from 0 (MAE)")
-    head_std: float = option(2e-5, "of the head's first weights (MAE)")
-    crop_scale: tuple[float, ...] = option((0.08, 1.0), "share of the image's area that a crop covers (MAE)")
+    epochs: int = option(100, "passes over the images (paper)", at_least=1)
+    warmup_epochs: float = option(5, "epochs of linear warm-up (MAE)", at_least=0)
+    batch_size: int = option(512, "images of a step over all processes (paper)", at_least=1)
+    base_lr: float = option(5e-4, "learning rate for a batch of 256; scaled with the batch (MAE)", at_least=0)
+    min_lr: float = option(1e-6, "learning rate at the end (MAE)", at_least=0)
+    layer_decay: float = option(0.65, "factor of the learning rate from each layer to the one below (MAE)", above=0, at_most=1)
+    weight_decay: float = option(
+        0.05, "weight decay of AdamW, not on 1-D parameters, positions and class token (MAE)", at_least=0
+    )
+    beta2: float = option(0.999, "beta2 of AdamW; beta1 is 0.9 (MAE)", at_least=0, below=1)
+    clip_grad: float = option(0.0, "largest norm of the gradient; 0 does not clip (MAE)", at_least=0)
+    drop_path: float = option(0.1, "rate of stochastic depth at the last block, rising from 0 (MAE)", at_least=0, below=1)
+    head_std: float = option(2e-5, "deviation of the head's first weights (MAE)", above=0)
+    crop_scale: tuple[float, float] = option(
+        (0.08, 1.0), "share of the image's area that a crop covers (MAE)", above=0, at_most=1, lengths=(2,)
+    )
     augment: str = option("rand-m9-mstd0.5-inc1", "RandAugment as timm writes it (paper; strength: MAE); none for none")
-    color_jitter: float = option(0.0, "strength of colour jitter (MAE)")
-    erasing: float = option(0.25, "probability of random erasing, with noise (MAE)")
-    mixup: float = option(0.8, "alpha of mixup, 0 for none (paper: 0.8, taken as MAE's alpha)")
-    cutmix: float = option(1.0, "alpha of cutmix, 0 for none (MAE)")
-    mix_prob: float = option(1.0, "probability that a batch is mixed (MAE)")
-    switch_prob: float = option(0.5, "probability of cutmix rather than mixup (MAE)")
-    smoothing: float = option(0.1, "label smoothing (MAE)")
-    ema: float = option(0.0, "decay of averaged weights, which are evaluated then; 0 for none (MAE)")
-    seed: int = option(0, "of weights, order and augmentation")
-    device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option("auto", "auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
-    workers: int = option(8, "processes that load images, for each process that trains")
-    max_bad: int = option(100, "different images that may be unreadable before the run stops")
-    skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
-    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
-    save_every: int = option(10_000, "most steps between checkpoints; the end is saved in any case")
-    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every")
-    eval_every: int = option(1, "epochs between validations")
-    log_every: int = option(20, "steps between lines of the log")
+    color_jitter: float = option(0.0, "strength of colour jitter (MAE)", at_least=0)
+    erasing: float = option(0.25, "probability of random erasing, with noise (MAE)", at_least=0, at_most=1)
+    mixup: float = option(0.8, "alpha of mixup, 0 for none (paper: 0.8, taken as MAE's alpha)", at_least=0)
+    cutmix: float = option(1.0, "alpha of cutmix, 0 for none (MAE)", at_least=0)
+    mix_prob: float = option(1.0, "probability that a batch is mixed (MAE)", at_least=0, at_most=1)
+    switch_prob: float = option(0.5, "probability of cutmix rather than mixup (MAE)", at_least=0, at_most=1)
+    smoothing: float = option(0.1, "label smoothing (MAE)", at_least=0, below=1)
+    ema: float = option(0.0, "decay of averaged weights, which are evaluated then; 0 for none (MAE)", at_least=0, below=1)
+    seed: int = option(0, "seed of weights, order and augmentation", at_least=0)
+    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+    precision: str = option("auto", "precision: auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
+    workers: int = option(8, "processes that load images, for each process that trains", at_least=0)
+    max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0)
+    skip_nonfinite: int = option(
+        0, "batches that may be left out because a loss or gradient is not finite; one more stops", at_least=0
+    )
+    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all", at_least=0)
+    save_every: int = option(10_000, "most steps between checkpoints; the end is saved in any case", at_least=1)
+    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every", at_least=0)
+    eval_every: int = option(1, "epochs between validations", at_least=1)
+    log_every: int = option(20, "steps between lines of the log", at_least=1)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -124,17 +135,18 @@ MAY_CHANGE = frozenset(
 
 def training_transform(config: Config, model: nn.Module) -> Seeded:
     """Build timm's augmentation: crop, flip, RandAugment, normalisation, random erasing."""
-    return Seeded(
-        model,
-        config.image_size,
-        background=config.background,
-        is_training=True,
-        scale=(config.crop_scale[0], config.crop_scale[-1]),
-        auto_augment=None if config.augment == "none" else config.augment,
-        color_jitter=config.color_jitter or None,
-        re_prob=config.erasing,
-        re_mode="pixel",
-    )
+    options: dict[str, Any] = {
+        "scale": config.crop_scale,
+        "color_jitter": config.color_jitter or None,
+        "re_prob": config.erasing,
+    }
+    options |= {"background": config.background, "auto_augment": None if config.augment == "none" else config.augment}
+    try:
+        return Seeded(model, config.image_size, is_training=True, re_mode="pixel", **options)
+    except (AssertionError, LookupError, ValueError) as error:  # how timm refuses a policy
+        raise Stop(
+            f"--augment {config.augment!r} is no policy of timm ({error}): rand-m9-mstd0.5-inc1 is one, none is none"
+        ) from error
 
 
 def build_mixup(config: Config, num_classes: int) -> Mixup:
@@ -189,6 +201,7 @@ class FineTuning:
         self.steps = config.epochs * self.sampler.steps_per_epoch
         self.sampler.num_steps = min(self.steps, config.max_steps or self.steps)
         self.schedule = build_schedule(config, self.optimizer, self.sampler.steps_per_epoch)
+        self.transform = training_transform(config, self.model)
         fingerprints = [part.fingerprint for part in (self.data.train, self.data.val)]
         self.settings = {**dataclasses.asdict(config), "images": fingerprints}
         self.resume_or_start()
@@ -201,6 +214,7 @@ class FineTuning:
             restore(state, self.folder, modules, self.optimizer, {"best": self.best})
             self.sampler.start_step, self.best = state["step"], state["best"]
         self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
+        self.log.say(summary(self.model, self.config.image_size))
         self.log.say(told(self.start))
         self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}{self.clamped}")
         last = self.sampler.num_steps or 0
@@ -218,9 +232,8 @@ class FineTuning:
 
     def loader(self) -> Loader:
         """Load the training images of each step."""
-        transform = training_transform(self.config, self.model)
         options: dict[str, Any] = {"workers": self.config.workers, "max_bad": self.config.max_bad}
-        return labelled.training_loader(self.data.train, transform, self.sampler, **options)
+        return labelled.training_loader(self.data.train, self.transform, self.sampler, **options)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:

@@ -37,6 +37,7 @@ from common import (
     parallel,
     run,
     start_processes,
+    summary,
 )
 from course import Course, StopSignal
 from features import extract
@@ -52,38 +53,50 @@ from mvmae.data import StepSampler
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    data: str = option(dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample")
-    models: tuple[str, ...] = option(dataclasses.MISSING, "timm names, hf-hub:ID, run or export folders, files of weights")
-    output_dir: str = option("runs/linear-probe", "folder for the results, with a folder for each model")
+    data: str = option(
+        dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample", path=True
+    )
+    models: tuple[str, ...] = option(
+        dataclasses.MISSING, "timm names, hf-hub:ID, run or export folders, files of weights", path=True
+    )
+    output_dir: str = option("runs/linear-probe", "folder for the results, with a folder for each model", path=True)
     resume: bool = option(False, "go on from the newest checkpoints in the output folder, if there are any")
     other_data: bool = option(False, "go on with other images than the run began with, and say so")
     arch: str = option("", "timm name of the model of a lone file of weights")
-    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)")
-    train_images: int = option(0, "most images to train on; 0 for all")
-    val_images: int = option(0, "most images to validate on; 0 for all")
+    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)", at_least=0)
+    train_images: int = option(0, "most images to train on; 0 for all", at_least=0)
+    val_images: int = option(0, "most images to validate on; 0 for all", at_least=0)
     background: str = option("", "colour behind transparent pixels, such as white or #808080; each model's own, or white")
     cached: bool = option(False, "train on features of centre crops, extracted once")
-    epochs: int = option(100, "passes over the images (paper)")
-    warmup_epochs: float = option(0, "of a linearly rising learning rate (MoCo v3; MAE: 10)")
-    batch_size: int = option(1024, "images of a step over all processes (paper)")
-    base_lr: float = option(3.0, "learning rate for a batch of 256; scaled with the batch (MoCo v3; MAE: 0.1)")
-    sweep: tuple[float, ...] = option((0.1, 0.3, 1.0, 3.0, 10.0), "multiples of the learning rate to train as well")
+    epochs: int = option(100, "passes over the images (paper)", at_least=1)
+    warmup_epochs: float = option(0, "epochs of linear warm-up (MoCo v3; MAE: 10)", at_least=0)
+    batch_size: int = option(1024, "images of a step over all processes (paper)", at_least=1)
+    base_lr: float = option(3.0, "learning rate for a batch of 256; scaled with the batch (MoCo v3; MAE: 0.1)", at_least=0)
+    sweep: tuple[float, ...] = option((0.1, 0.3, 1.0, 3.0, 10.0), "multiples of the learning rate to train as well", above=0)
     optimizer: str = option("sgd", "SGD (MoCo v3) or LARS (MAE), momentum 0.9, no weight decay", ["sgd", "lars"])
     batch_norm: bool = option(False, "normalise each feature over the batch first, without affine part (MAE)")
-    head_std: float = option(0.01, "of the head's first weights (MoCo v3, MAE)")
-    crop_scale: tuple[float, ...] = option((0.08, 1.0), "share of the image's area that a crop covers (MoCo v3, MAE)")
-    neighbours: int = option(20, "of the k-NN test (DINO); 0 for no test")
-    few_shot: tuple[int, ...] = option((1, 2, 5), "labelled images a class for a classifier on few labels; 0 for none")
-    seed: int = option(0, "of weights, order and crops")
-    device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option("auto", "of the backbone: auto is bf16 on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
-    workers: int = option(8, "processes that load images, for each process that trains")
-    max_bad: int = option(100, "different images that may be unreadable before the run stops")
-    skip_nonfinite: int = option(0, "batches that may be left out because a loss or gradient is not finite; one more stops")
-    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all")
-    save_every: int = option(1000, "most steps between checkpoints; the end is saved in any case")
-    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every")
-    log_every: int = option(50, "steps between lines of the log")
+    head_std: float = option(0.01, "deviation of the head's first weights (MoCo v3, MAE)", above=0)
+    crop_scale: tuple[float, float] = option(
+        (0.08, 1.0), "share of the image's area that a crop covers (MoCo v3, MAE)", above=0, at_most=1, lengths=(2,)
+    )
+    neighbours: int = option(20, "neighbours of the k-NN test (DINO); 0 for no test", at_least=0)
+    few_shot: tuple[int, ...] = option(
+        (1, 2, 5), "labelled images a class for a classifier on few labels; 0 for none", at_least=0
+    )
+    seed: int = option(0, "seed of weights, order and crops", at_least=0)
+    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+    precision: str = option(
+        "auto", "bf16 or float32 in the backbone: auto is bf16 on CUDA, float32 elsewhere", ["auto", "bf16", "float32"]
+    )
+    workers: int = option(8, "processes that load images, for each process that trains", at_least=0)
+    max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0)
+    skip_nonfinite: int = option(
+        0, "batches that may be left out because a loss or gradient is not finite; one more stops", at_least=0
+    )
+    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all", at_least=0)
+    save_every: int = option(1000, "most steps between checkpoints; the end is saved in any case", at_least=1)
+    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every", at_least=0)
+    log_every: int = option(50, "steps between lines of the log", at_least=1)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -126,8 +139,7 @@ def batches(
             rows = torch.tensor([index for _, index in keys], device=cached[1].device)
             yield {kind: values[rows] for kind, values in cached[0].items()}, cached[1][rows], partial(numbers, rows)
         return
-    scale = (config.crop_scale[0], config.crop_scale[-1])
-    options: dict[str, Any] = {"is_training": True, "scale": scale, "color_jitter": None}
+    options: dict[str, Any] = {"is_training": True, "scale": config.crop_scale, "color_jitter": None}
     transform = Seeded(model, config.image_size, background=config.background, **options)
     labels = torch.as_tensor(data.train.labels)
     for batch in labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad):
@@ -219,6 +231,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
         restore(state, folder, {"probe": probe}, optimizer)
         sampler.start_step = state["step"]
     log = Log(folder, processes.rank, sampler.num_steps, sampler.start_step)
+    log.say(f"{name}: {summary(model, config.image_size)}")
     log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}{clamped}")
 
     def content() -> dict[str, Any]:

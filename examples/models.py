@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,8 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
         raise
     except Exception as error:  # what timm makes of a config can be anything
         raise Stop(f"{wanted} cannot be had ({first_line(error)}); random:{wanted} is a model without weights") from error
+    if getattr(getattr(model, "patch_embed", None), "num_patches", 1) == 0:
+        raise Stop(f"images of {kept['img_size']} pixels are smaller than a patch of {wanted}: use a larger --image-size")
     if file is not None and not untrained:
         load_weights(model, file)
     return model
@@ -74,8 +77,9 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
         if not arch and not _is_export(path.parent):
             raise Stop(f"{path} does not tell its architecture: add --arch with its name in timm")
         return arch or f"local-dir:{path.parent}", path
-    if name.startswith(("local-dir:", ".", "/")) or path.suffix in (".safetensors", ".pth", ".pt"):
-        raise Stop(f"there is no file or folder {path}")
+    folders = ":" not in name and "/" in name  # no name of timm has one
+    if folders or name.startswith(("local-dir:", ".", "/")) or path.suffix in (".safetensors", ".pth", ".pt"):
+        raise Stop(f"there is no file or folder {path}" + _near(path))
     return name, None
 
 
@@ -143,6 +147,15 @@ def with_background(config: Config, name: str, arch: str = "") -> Config:
     chosen: str = config.background or own or "white"  # type: ignore[attr-defined]
     colour(chosen)
     return dataclasses.replace(config, background=chosen)  # type: ignore[type-var]
+
+
+def _near(path: Path) -> str:
+    """Ask whether a path that is like this one, and exists, is meant."""
+    missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
+    found = [str(other) for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = [Path(other) / path.relative_to(missing) for other in difflib.get_close_matches(str(missing), found)]
+    shown = [str(other) for other in near if other.exists()]
+    return f": did you mean {' or '.join(shown)}?" if shown else ""
 
 
 def _is_export(folder: Path) -> bool:

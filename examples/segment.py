@@ -37,14 +37,14 @@ from mvmae.visualize import contact_sheet
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
-    num_classes: int = option(150, "number of classes")
+    num_classes: int = option(150, "number of classes", at_least=1, at_most=255)
     reduce_zero_label: bool = option(True, "leave label 0 out and count the others from 0 (ADE20K)")
-    channels: int = option(768, "width of UPerNet's head (BEiT)")
-    aux_channels: int = option(256, "width of the auxiliary head")
-    aux_weight: float = option(0.4, "weight of the auxiliary loss")
-    ratio: tuple[float, ...] = option((0.5, 2.0), "range of the random resize")
-    stride: int = option(341, "pixels between the windows of the test")
-    ratios: tuple[float, ...] = option((1.0,), "sizes of the test")
+    channels: int = option(768, "width of UPerNet's head (BEiT)", at_least=1)
+    aux_channels: int = option(256, "width of the auxiliary head", at_least=1)
+    aux_weight: float = option(0.4, "weight of the auxiliary loss", at_least=0)
+    ratio: tuple[float, float] = option((0.5, 2.0), "range of the random resize", above=0, lengths=(2,))
+    stride: int = option(341, "pixels between the windows of the test", at_least=1)
+    ratios: tuple[float, ...] = option((1.0,), "sizes of the test", above=0)
     flip_test: bool = option(False, "test on the mirrored image too")
 
 
@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model_args": "img_size=48 patch_size=8 embed_dim=64 depth=3 num_heads=2",
         "image_size": 48,
         "drop_path": 0.0,
-        "ratio": (1.0,),
+        "ratio": (1.0, 1.0),
         "steps": 700,
         "batch_size": 8,
         "lr": 2e-3,
@@ -196,7 +196,7 @@ def main(config: Config) -> None:
     model, vit = build_model(config)
     mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
     fill = tuple(round(255 * value) for value in mean)
-    augment = Augment(config.image_size, ratio=(config.ratio[0], config.ratio[-1]), fill=fill)
+    augment = Augment(config.image_size, ratio=config.ratio, fill=fill)
     layout = partial(
         LabelMaps,
         root,

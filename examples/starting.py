@@ -47,6 +47,8 @@ def start_encoder(
     try:
         if name.startswith("hf-hub:"):
             check_source(name, weights=pretrained)
+        with torch.device("meta"):
+            check_encoder(create_encoder(architecture))  # before its arguments, which are a plain ViT's, and before a download
         encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
     except Stop:
         raise

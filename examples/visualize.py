@@ -42,18 +42,22 @@ GROUPS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    data: str = option(dataclasses.MISSING, "images: what pretrain.py takes")
-    models: tuple[str, ...] = option(dataclasses.MISSING, "timm names, hf-hub:ID, runs, exports, files; random: before it")
-    output_dir: str = option("runs/pictures", "folder for the pictures")
-    draw: tuple[str, ...] = option(DRAWINGS[:5], f"of {', '.join(DRAWINGS)}")
+    data: str = option(dataclasses.MISSING, "images: what pretrain.py takes", path=True)
+    models: tuple[str, ...] = option(
+        dataclasses.MISSING, "timm names, hf-hub:ID, runs, exports, files; random: before it", path=True
+    )
+    output_dir: str = option("runs/pictures", "folder for the pictures", path=True)
+    draw: tuple[str, ...] = option(DRAWINGS[:5], "kinds of pictures", DRAWINGS)
     arch: str = option("", "timm name of the model of a lone file of weights")
-    image_size: tuple[int, ...] = option((), "side of an image in pixels, or height and width; the first model's own")
+    image_size: tuple[int, ...] = option(
+        (), "side of an image in pixels, or height and width; the first model's own", at_least=1, lengths=(1, 2)
+    )
     background: str = option("", "colour behind transparent pixels, such as white or #808080; the first model's own, or white")
-    count: int = option(6, "images to draw")
-    bank: int = option(500, "most images for neighbours and shares")
-    neighbours: int = option(5, "neighbours to draw")
-    seed: int = option(0, "of the choice of images, of untrained weights and of masks")
-    device: str = option("auto", "auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+    count: int = option(6, "images to draw", at_least=1)
+    bank: int = option(500, "most images for neighbours and shares", at_least=1)
+    neighbours: int = option(5, "neighbours to draw", at_least=1)
+    seed: int = option(0, "seed of the choice of images, of untrained weights and of masks", at_least=0)
+    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
 
 
 class Model(NamedTuple):
@@ -231,9 +235,6 @@ def write(folder: Path, kind: str, columns: Sequence[Tensor], titles: Sequence[s
 
 def main(config: Config) -> None:
     """Draw what is asked for."""
-    unknown = [kind for kind in config.draw if kind not in DRAWINGS]
-    if unknown:
-        raise Stop(f"--draw {' '.join(unknown)}: of {', '.join(DRAWINGS)} is expected")
     config = with_background(config, config.models[0], config.arch)
     device, folder = start_processes(config.device).device, Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

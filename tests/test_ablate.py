@@ -106,7 +106,7 @@ NEGATIVES = ("ours", "gather=False")
 
 def test_what_cannot_be_ablated_is_one_line(photographs, tmp_path):
     result = run_script("ablate.py", *arguments(photographs, "--tables", "table7"), folder=tmp_path)
-    assert result.code == 2 and "--tables table7: of table6, mask_ratio" in result.err
+    assert result.code == 2 and "--tables: invalid choice: 'table7' (choose from 'table6', 'mask_ratio'" in result.err
     result = run_script("ablate.py", *arguments(photographs, "--probe", "", "--finetune", ""), folder=tmp_path)
     assert result.code == 2 and "nothing would be measured" in result.err
     result = run_script("ablate.py", *arguments(photographs, "--collect"), folder=tmp_path)

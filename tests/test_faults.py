@@ -339,7 +339,7 @@ def interrupt_the_start():
 
 def test_f7_ctrl_c_during_the_start(images, tmp_path):
     result = pretrain(tmp_path, images, *STEPS, patch=interrupt_the_start)
-    assert result.code == 130 and result.err.strip().splitlines()[-1] == "error: stopped before the first step"
+    assert result.code == 130 and result.err.strip().splitlines()[-1] == "stopped before the first step"
     assert "Traceback" not in result.err
 
 

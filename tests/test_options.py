@@ -1,0 +1,286 @@
+"""Options of all scripts: their ranges, what a preset says, what a mistake in them ends in."""
+
+import dataclasses
+import importlib
+import math
+import os
+import re
+import sys
+import typing
+
+import pytest
+import timm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from running import EXAMPLES, run_script
+from tiny_run import pretrain, write_images
+
+sys.path.insert(0, str(EXAMPLES))
+import ablate
+import common
+import models
+import pretrain as pretraining
+import starting
+from common import Stop, parse
+from options import flag, option
+
+SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
+OPTIONS = [(name, field) for name, script in SCRIPTS.items() for field in dataclasses.fields(script.Config)]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def kind_of(name, field):
+    """The type of an option's value, or of each of its values."""
+    hint = typing.get_type_hints(SCRIPTS[name].Config)[field.name]
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+
+
+def presets_of(name):
+    return getattr(SCRIPTS[name], "PRESETS", {"only": {}})
+
+
+def needed(name, *without):
+    """The least that a script has to be given, but for some options."""
+    names = [field.name for script, field in OPTIONS if script == name]
+    asked = [one for one in names if one in ("data", "model", "models", "run") and one not in without]
+    return [word for one in asked for word in (flag(one), "x")]
+
+
+def outcome(name, arguments, monkeypatch, capsys):
+    """What ``run`` makes of a command line: the options that the script sees, its exit code, what is printed as an error."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    seen, code = [], 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments])
+        patch.setattr(os, "_exit", leave)
+        try:
+            common.run(seen.append, SCRIPTS[name].Config, presets_of(name), None)
+        except SystemExit as end:
+            code = end.code
+    return seen, code, capsys.readouterr().err
+
+
+NUMBERS = st.one_of(
+    st.integers().map(str),
+    st.integers(-3, 3).map(str),
+    st.floats().map(repr),
+    st.sampled_from(
+        ["nan", "inf", "-inf", "-0.0", "1e999", "1e-400", "0x10", "1_0", "", " ", "--", "None", "auto", "9" * 5000]
+    ),
+    st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=8),
+)
+
+
+@pytest.mark.parametrize(("name", "field"), OPTIONS, ids=lambda value: getattr(value, "name", value))
+def test_f42_any_value_is_in_its_range_or_ends_in_one_line(name, field, monkeypatch, capsys):
+    bounds = field.metadata["bounds"]
+    several = typing.get_origin(typing.get_type_hints(SCRIPTS[name].Config)[field.name]) is tuple
+
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(NUMBERS)
+    def holds(text):
+        typed = [f"{flag(field.name)}={text}"]
+        if field.metadata["lengths"] == (2,):
+            typed = [flag(field.name), text, text]
+        seen, code, error = outcome(name, [*needed(name, field.name), *typed], monkeypatch, capsys)
+        if code:
+            assert not seen and code == 2 and error.startswith("error: ") and error.count("\n") == 1, (code, error)
+            return
+        (config,) = seen
+        values = getattr(config, field.name)
+        for value in values if several else [values]:
+            if field.metadata["choices"]:
+                assert value in field.metadata["choices"]
+            elif not isinstance(value, str | bool):  # any text is one: what it names is for the script to find
+                assert math.isfinite(value) and value < 2**31
+                assert bounds.get("of at least", -math.inf) <= value <= bounds.get("at most", math.inf)
+                assert bounds.get("above", -math.inf) < value < bounds.get("below", math.inf)
+
+    holds()
+
+
+def test_f42_every_number_has_a_range_and_every_preset_is_in_it():
+    free = {(name, field.name) for name, field in OPTIONS if kind_of(name, field) in (int, float, float | str)}
+    free -= {(name, field.name) for name, field in OPTIONS if field.metadata["bounds"]}
+    assert {one for _, one in free} == {"value_range"}
+    for name, script in SCRIPTS.items():
+        for preset in presets_of(name):
+            plain, typed = parse(script.Config, presets_of(name), None, ["--preset", preset, *needed(name)]), []
+            for one, value in dataclasses.asdict(plain).items():
+                if isinstance(value, bool):
+                    typed.append(flag(one) if value else flag(f"no_{one}"))
+                elif isinstance(value, tuple):
+                    typed += [flag(one), *map(str, value)] if value else []
+                else:
+                    typed.append(f"{flag(one)}={value}")
+            assert parse(script.Config, presets_of(name), None, ["--preset", preset, *typed]) == plain
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("pretrain.py", ["--data", "x", "--log-every", 0], ["--log-every", "at least 1", "'0'"]),
+        ("pretrain.py", ["--data", "x", "--epochs", 0], ["--epochs", "above 0"]),
+        ("finetune.py", ["--data", "x", "--model", "x", "--workers", -1], ["--workers", "at least 0", "'-1'"]),
+        ("segment.py", ["--data", "x", "--lr", "nan"], ["--lr", "finite", "'nan'"]),
+        ("linear_probe.py", ["--data", "x", "--models", "x", "--val", 0.1], ["no option --val", "--val-images"]),
+        ("pretrain.py", ["--data", "sample", "--encoder", "resnet50", "--preset", "quick"], ["ResNet", "plain ViT"]),
+        ("pretrain.py", ["--data", "sample", "--preset", "quick", "--encoder-args", "patch_size=0"], ["patch_size=0"]),
+        ("finetune.py", ["--data", "sample", "--model", "rums/quick"], ["no file or folder rums/quick"]),
+        ("visualize.py", ["--data", "sample", "--models", "random:mvmae_vit_tiny_patch16", "--image-size", 7], ["7", "patch"]),
+        (
+            "finetune.py",
+            ["--data", "sample", "--model", "random:vit_tiny_patch16_224", "--augment", "foo"],
+            ["--augment", "foo"],
+        ),
+    ],
+)
+def test_f42_a_script_ends_in_one_line_and_exit_code_2(script, arguments, words, tmp_path):
+    result = run_script(script, *arguments, "--output-dir", "run", folder=tmp_path)
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert result.code == 2 and len(lines) == 1 and "Traceback" not in result.err, result
+    assert [word for word in words if word not in lines[0]] == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--val", "0.1"], "there is no option --val: did you mean --value-range?"),
+        (["--epoch", "3"], "there is no option --epoch: did you mean --epochs?"),
+        (["--log-evry=3"], "did you mean --log-every"),
+        (["more"], "'more' belongs to no option"),
+        (["--crop-scale", "0.2"], "--crop-scale must be low and high, got 0.2"),
+        (["--crop-scale", "1", "0.2"], "--crop-scale must be low and high, got 1.0 0.2"),
+        (["--image-size", "1", "2", "3"], "--image-size must be 1 or 2 numbers, got 1 2 3"),
+        (["--preset", "adpt"], "--preset: invalid choice: 'adpt'"),
+        (["--output-dir", "~nobody-of-this-name/x"], "names no user's home"),
+    ],
+)
+def test_a_mistake_in_an_option_is_told_with_its_cure(typed, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(pretraining.Config, pretraining.PRESETS, None, ["--data", "x", *typed])
+    with pytest.raises(ValueError, match="--data must be given"):
+        parse(pretraining.Config, pretraining.PRESETS, None, [])
+
+
+def test_f56_the_home_is_put_for_a_tilde_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    for name, script in SCRIPTS.items():
+        for field in dataclasses.fields(script.Config):
+            if field.name in ("data", "output_dir", "encoder", "model", "models", "run"):
+                for before in ("", "random:", "random:local-dir:") if "model" in field.name else ("",):
+                    typed = [*needed(name), f"{flag(field.name)}={before}~/x"]
+                    value = getattr(parse(script.Config, presets_of(name), None, typed), field.name)
+                    assert value in (f"{before}/somebody/x", (f"{before}/somebody/x",)), (name, field.name)
+            else:
+                assert not field.metadata["path"]
+    typed = parse(SCRIPTS["export"].Config, {"only": {}}, None, ["--run", "x", "--command", "~/python a"])
+    assert typed.command == "~/python a"
+
+
+def test_a_presets_encoder_arguments_go_with_its_encoder_alone():
+    def chosen(*typed):
+        return parse(pretraining.Config, pretraining.PRESETS, None, ["--data", "x", "--preset", "quick", *typed]).encoder_args
+
+    assert chosen() == chosen("--encoder", "mvmae_vit_tiny_patch16") == pretraining.PRESETS["quick"]["encoder_args"]
+    assert chosen("--encoder", "vit_small_patch16_224") == ""
+    assert chosen("--encoder", "vit_small_patch16_224", "--encoder-args", "depth=2") == "depth=2"
+    own = pretraining.PRESETS["quick"]["encoder_args"]
+    assert chosen("--encoder", "vit_small_patch16_224", "--encoder-args", own) == own
+    toy = parse(SCRIPTS["segment"].Config, SCRIPTS["segment"].PRESETS, None, ["--preset", "toy", "--model", "runs/shapes"])
+    assert toy.model_args == ""
+
+
+def test_the_first_lines_of_a_run_say_what_is_trained(images, tmp_path):
+    arguments = ["--encoder", "vit_tiny_patch16_224", "--encoder-args", "depth=2", "--max-steps", 1, "--workers", 10**6]
+    result = pretrain(tmp_path, images, *arguments)
+    assert result.code == 0, result.err
+    first, second = result.out.splitlines()[:2]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert first == f"--workers 1000000: {cores} here, as many as this machine has processor cores"
+    number = sum(p.numel() for p in timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0).parameters())
+    assert second == (
+        f"vit_tiny_patch16_224, {number / 1e6:.2f} M parameters, 2 blocks of width 192, "
+        "images of 32x32 pixels, patches of 16x16"
+    )
+    assert "UserWarning" not in result.err
+
+
+def test_models_of_other_kinds_are_summed_up_too():
+    resnet = timm.create_model("resnet18", num_classes=0)
+    assert common.summary(resnet) == "resnet18, 11.18 M parameters, images of 224x224 pixels"
+    assert common.summary(resnet, 96) == "resnet18, 11.18 M parameters, images of 96x96 pixels"
+
+
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(monkeypatch):
+    asked, create = [], timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, **kw: (asked.append(kw.get("pretrained", False)), create(*args, **kw))[1]
+    )
+    with pytest.raises(TypeError, match="ResNet is not a timm VisionTransformer"):
+        starting.start_encoder("resnet18", "patch_size=8 embed_dim=128", pretrained=True, image_size=(48,))
+    assert asked == [False]
+
+
+def test_a_mistyped_path_is_told_with_near_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "adapted").mkdir(parents=True)
+    for name in ("runs/adaptd", "run/adapted", "./runs/adaptd", f"{tmp_path}/runs/adaptd", "local-dir:runs/adaptd"):
+        with pytest.raises(Stop, match=r"there is no file or folder .*: did you mean .*runs/adapted\?"):
+            models.find_weights(name)
+    with pytest.raises(Stop, match="there is no file or folder nothing/like/it$"):
+        models.find_weights("nothing/like/it")
+    assert models.find_weights("hf-hub:owner/name") == ("hf-hub:owner/name", None)
+
+
+def test_a_function_that_is_not_there_is_told_before_the_first_look(images, tmp_path):
+    result = pretrain(tmp_path, images, "--transform", "nowhere:function", "--monitor-images", 16)
+    assert result.code == 2 and "--transform nowhere:function" in result.err
+    assert "effective_rank" not in result.out and not (tmp_path / "run").exists()
+
+
+def test_none_leaves_a_measure_of_an_ablation_out_and_its_lines_are_read_first(tmp_path, monkeypatch):
+    line = " ".join(map(str, ["--encoder-args=depth=1", "--image-size", 32, "--encoder", "mvmae_vit_tiny_patch16"]))
+
+    def config(*typed):
+        given = ["--data", "sample", "--output-dir", str(tmp_path), "--seeds", "0", "--pretrain", line, *typed]
+        return parse(ablate.Config, ablate.PRESETS, None, given)
+
+    ran = []
+    monkeypatch.setattr(ablate, "run_arm", lambda config, arm, seed, processes: ran.append(config))
+    with pytest.raises(Stop, match="is done"):
+        ablate.main(config("--preset", "fashion", "--finetune", "none", "--tables", "contrast"))
+    assert [(config.finetune, bool(config.probe)) for config in ran] == [("", True)] * 2
+    for typed, message in (
+        (["--probe", "--epochs none"], "--probe: --epochs: must be a whole number"),
+        (["--finetune", "--epoch 3"], "--finetune: there is no option --epoch"),
+        (["--finetune", "'"], "--finetune: No closing quotation"),
+    ):
+        with pytest.raises(Stop, match=message):
+            ablate.main(config("--preset", "fashion", *typed))
+    assert len(ran) == 2
+
+
+def test_options_of_a_preset_that_are_typed_stay_typed():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        name: str = option("a", "name")
+        size: int = option(1, "size", at_least=1, belongs_to="name")
+
+    presets = {"plain": {}, "other": {"name": "b", "size": 2}}
+
+    def chosen(*typed):
+        return dataclasses.astuple(parse(Config, presets, None, list(typed)))
+
+    assert chosen() == ("a", 1)
+    assert chosen("--preset", "other") == ("b", 2)
+    assert chosen("--preset", "other", "--name", "c") == ("c", 1)
+    assert chosen("--preset", "other", "--name", "c", "--size", "2") == ("c", 2)
+    assert chosen("--preset", "other", "--name", "b") == ("b", 2)
