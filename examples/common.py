@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from options import option as option
 from options import parse as parse
+from timm.layers import to_2tuple
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
@@ -124,13 +125,13 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def within_cores(config: Config) -> Config:
-    """Take no more loading processes than there are processor cores for this one, and say so."""
+    """Take no more loading processes than the machine has processor cores, and say so."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked: int = getattr(config, "workers", 0)
     if asked <= cores:
         return config
     if os.environ.get("RANK", "0") == "0":
-        print(f"--workers {asked}: {cores} here, as many as this machine has processor cores", flush=True)
+        print(f"--workers {asked}: {cores} load images, one for each processor core of this machine", flush=True)
     return dataclasses.replace(config, workers=cores)  # type: ignore[type-var]
 
 
@@ -183,14 +184,14 @@ def summary(model: Any, image_size: int = 0) -> str:
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     patches: Any = getattr(model, "patch_embed", None)
-    size = (image_size, image_size) if image_size else getattr(patches, "img_size", None) or cfg["input_size"][1:]
+    size = image_size or getattr(patches, "img_size", None) or cfg["input_size"][1:]
     number = sum(parameter.numel() for parameter in model.parameters())
     parts = [cfg.get("architecture", type(model).__name__), f"{number / 1e6:.2f} M parameters"]
     if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(model, "embed_dim"):
         parts.append(f"{len(blocks)} blocks of width {model.embed_dim}")
-    parts.append("images of {}x{} pixels".format(*size))
+    parts.append("images of {}x{} pixels".format(*to_2tuple(size)))
     if hasattr(patches, "patch_size"):
-        parts.append("patches of {}x{}".format(*patches.patch_size))
+        parts.append("patches of {}x{}".format(*to_2tuple(patches.patch_size)))
     return ", ".join(parts)
 
 

@@ -50,7 +50,7 @@ def start_encoder(
         with torch.device("meta"):
             check_encoder(create_encoder(architecture))  # before its arguments, which are a plain ViT's, and before a download
         encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
-    except Stop:
+    except (Stop, TypeError):  # TypeError: no plain ViT
         raise
     except Exception as error:  # what timm makes of a config can be anything
         raise Stop(f"{name} cannot be had ({first_line(error)})") from error

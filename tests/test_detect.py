@@ -288,7 +288,7 @@ def test_a_perfect_second_stage_gives_boxes_that_meet_every_threshold():
 
 
 def test_detection_learns_one_batch_and_objects_may_be_absent(folder):
-    config = config_of("toy", *SMALL, "--scale", 1, "--regions", 16)
+    config = config_of("toy", *SMALL, "--scale", 1, 1, "--regions", 16)
     model, _ = detect.build_model(config, 2)
     data = CocoData(folder, "val")
     batch = [data[0, 0], data[0, 3]]  # one with an object, one without

@@ -10,6 +10,7 @@ import typing
 
 import pytest
 import timm
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import EXAMPLES, run_script
@@ -204,7 +205,7 @@ def test_the_first_lines_of_a_run_say_what_is_trained(images, tmp_path):
     assert result.code == 0, result.err
     first, second = result.out.splitlines()[:2]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert first == f"--workers 1000000: {cores} here, as many as this machine has processor cores"
+    assert first == f"--workers 1000000: {cores} load images, one for each processor core of this machine"
     number = sum(p.numel() for p in timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0).parameters())
     assert second == (
         f"vit_tiny_patch16_224, {number / 1e6:.2f} M parameters, 2 blocks of width 192, "
@@ -217,6 +218,10 @@ def test_models_of_other_kinds_are_summed_up_too():
     resnet = timm.create_model("resnet18", num_classes=0)
     assert common.summary(resnet) == "resnet18, 11.18 M parameters, images of 224x224 pixels"
     assert common.summary(resnet, 96) == "resnet18, 11.18 M parameters, images of 96x96 pixels"
+    with torch.device("meta"):
+        for name in ("swin_tiny_patch4_window7_224", "hiera_tiny_224", "levit_128", "pvt_v2_b0", "xcit_nano_12_p16_224"):
+            for model in timm.list_models(f"{name}*")[:1]:
+                assert common.summary(timm.create_model(model)).startswith(f"{model}, ")
 
 
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(monkeypatch):
@@ -254,10 +259,10 @@ def test_none_leaves_a_measure_of_an_ablation_out_and_its_lines_are_read_first(t
         return parse(ablate.Config, ablate.PRESETS, None, given)
 
     ran = []
-    monkeypatch.setattr(ablate, "run_arm", lambda config, arm, seed, processes: ran.append(config))
+    monkeypatch.setattr(ablate, "run_arm", lambda planned, processes: ran.append(set(planned.scripts)))
     with pytest.raises(Stop, match="is done"):
         ablate.main(config("--preset", "fashion", "--finetune", "none", "--tables", "contrast"))
-    assert [(config.finetune, bool(config.probe)) for config in ran] == [("", True)] * 2
+    assert ran == [{"pretrain", "probe"}] * 2
     for typed, message in (
         (["--probe", "--epochs none"], "--probe: --epochs: must be a whole number"),
         (["--finetune", "--epoch 3"], "--finetune: there is no option --epoch"),

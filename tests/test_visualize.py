@@ -175,7 +175,7 @@ def test_images_are_grouped_by_brightness_contrast_and_lit_area():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--draw", "atention"], "--draw atention: of attention, pca"),
+        (["--draw", "atention"], "--draw: invalid choice"),
         (["--count", 11], "--neighbours 5 of 1 other images"),
         (["--models", "depth1", "random:vit_tiny_patch16_224"], "images of other sizes or channels"),
         (["--models", "random:resnet18"], "plain ViT"),
