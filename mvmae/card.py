@@ -19,35 +19,14 @@ from .pretrained import (
 
 CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
-PUBLISHED_SETTINGS = frozenset(
-    {"accumulate", "augment", "background", "base_lr", "batch_size", "beta2", "clip_grad", "color_jitter", "crop_scale"}
-    | {
-        "crops_per_image",
-        "cutmix",
-        "decoder_depth",
-        "decoder_dim",
-        "decoder_heads",
-        "drop_path",
-        "ema",
-        "encoder_args",
-        "epochs",
-    }
-    | {
-        "erasing",
-        "freeze_epochs",
-        "gather",
-        "head_std",
-        "image_size",
-        "in_chans",
-        "layer_decay",
-        "loss_on",
-        "loss_weight",
-        "lr",
-    }
-    | {"mask_ratio", "max_steps", "mean", "min_lr", "mix_prob", "mixup", "norm_pix", "num_views", "pool", "precision"}
-    | {"pretrained", "projector", "same_crop", "seed", "smoothing", "std", "switch_prob", "temperature", "value_range"}
-    | {"warmup_epochs", "weight_decay"}
-)  # of a run's settings; the others name places on the machine it ran on
+SETTINGS = """
+accumulate augment background base_lr batch_size beta2 clip_grad color_jitter crop_scale crops_per_image cutmix
+decoder_depth decoder_dim decoder_heads drop_path ema encoder_args epochs erasing freeze_epochs gather head_std
+image_size in_chans layer_decay loss_on loss_weight lr mask_ratio max_steps mean min_lr mix_prob mixup norm_pix
+num_views pool precision pretrained projector same_crop seed smoothing std switch_prob temperature value_range
+warmup_epochs weight_decay
+"""
+PUBLISHED_SETTINGS = frozenset(SETTINGS.split())  # of a run; the others name places on the machine it ran on
 NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|amlr|seer-license")
 
 

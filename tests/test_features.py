@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from running import EXAMPLES
-from tiny_run import end_of, pretrain, write_images
+from running import EXAMPLES, run_processes
+from tiny_run import ARGUMENTS, end_of, pretrain, write_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvmae.views import CentreCropTransform
@@ -145,3 +145,18 @@ def test_a_run_says_which_images_it_looks_at(classes, tmp_path):
     assert flat.code == 0 and "32 images, listed" in flat.out and "k-NN" not in flat.out, flat.err
     assert "no image is held out; looks at the features of 20 images that are trained on" in flat.out
     assert "effective_rank" in json.loads((tmp_path / "other" / "log.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize("count", [30, 5])  # with 5 of a class one image is held out, and one process has none of it
+def test_two_processes_of_a_run_look_at_what_one_does(classes, tmp_path, count):
+    for name in ("red", "blue"):
+        (tmp_path / "some" / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "some" / name / f"{i}.png").symlink_to(classes / name / f"{i:02}.png")
+    arguments = [*ARGUMENTS, "--monitor-images", 20, "--monitor", 1, "--epochs", 2, "--workers", 1, "--data", "../some"]
+    runs = [run_processes("pretrain.py", *arguments, folder=tmp_path / f"{n}", count=n) for n in (1, 2)]
+    assert [done.code for run in runs for done in run] == [0, 0, 0], runs
+    lines = [(tmp_path / f"{n}" / "runs" / "quick" / "log.jsonl").read_text().splitlines() for n in (1, 2)]
+    alone, shared = ([line for line in map(json.loads, text) if "uniformity" in line] for text in lines)
+    assert len(alone) == 3 and [line["step"] for line in alone] == [line["step"] for line in shared]
+    assert alone[0] == pytest.approx(shared[0], rel=1e-5) and all("knn" in line for line in alone + shared)

@@ -9,13 +9,17 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import timm
 from PIL import Image
+from running import run_script
+
+from mvmae import hub
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -164,6 +168,69 @@ def test_the_commands_on_the_sample_run_one_after_the_other(tmp_path):
         words = [sys.executable if word in ("python", "python3") else word for word in command.words]
         done = subprocess.run(["env", *words], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, f"{command.where}: {shlex.join(command.words)}\n{done.stdout}\n{done.stderr}"
+
+
+TUTORIAL = ROOT / "examples" / "README.md"
+PUBLIC = "vit_small_patch14_reg4_dinov2.lvd142m"
+LEAVE_OUT = {"--push owner/name --private": "", PUBLIC: "public"}  # the Hub; `public` is a tiny encoder of the same kind
+ENDS = {  # behind what is typed: a short course of small models on small views
+    "pretrain.py": "--epochs 1 --freeze-epochs 0.3 --warmup-epochs 0.3 --workers 0"
+    " --decoder-dim 16 --decoder-depth 1 --decoder-heads 2",
+    "finetune.py": "--epochs 1 --warmup-epochs 0 --workers 0",
+    "linear_probe.py": "--epochs 2 --workers 0",
+}
+
+
+def commands_of_tutorial() -> list[Command]:
+    """The commands in blocks and in lines of the text, in their order."""
+    text = re.sub(r"`(python examples/[^`]+)`", r"\n\1\n", re.sub(r"^```.*", "", TUTORIAL.read_text(), flags=re.MULTILINE))
+    return [command for line in text.replace("\\\n", " ").splitlines() for command in commands_of(line, "examples/README.md")]
+
+
+def draw_classes(folder: Path, names: Sequence[str], count: int, **kind: object) -> None:
+    """Writes a folder of noisy pictures for each name, each of its own brightness."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        grey = Image.new("L", (40, 34), 200 * number // len(names))
+        for i in range(count):
+            Image.blend(grey, Image.effect_noise((40, 34), 60), 0.5).convert(**kind).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def before_the_tutorial(tmp_path_factory):
+    """The 700 pictures and the encoders that the page speaks of."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    draw_classes(folder / "my-images", ["crack", "ok"], 350, mode="RGB")
+    for name, digits in (("odd", "13579"), ("even", "02468")):
+        draw_classes(folder / name / "train", digits, 60, mode="L")
+        draw_classes(folder / name / "val", digits, 10, mode="L")
+    small = {"embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 0}
+    public = timm.create_model(PUBLIC.split(".")[0], **{**small, "img_size": 28, "depth": 1})
+    timm.models.save_for_hf(public, folder / "public", model_config={}, safe_serialization=True)
+    start = timm.create_model("vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, **small)
+    hub.export(start, folder / "start", mean=[0.5], std=[0.5])
+    return folder
+
+
+@pytest.mark.parametrize("part", ["my-images", "odd and even"])
+def test_the_commands_of_the_tutorial_run_one_after_the_other_on_700_pictures(before_the_tutorial, part):
+    said = {}
+    for command in commands_of_tutorial():
+        words = shlex.join(command.arguments)
+        if bool(re.search(r"my-images|runs/", words)) != (part == "my-images"):
+            continue
+        for typed, taken in LEAVE_OUT.items():
+            words = words.replace(typed, taken)
+        script = Path(command.script).name
+        words = words.replace("--image-size 224", "--image-size 28") + " " + ENDS.get(script, "")
+        done = run_script(script, *shlex.split(words), folder=before_the_tutorial)
+        assert done.code == 0, f"{script} {words}\n{done.out}\n{done.err}"
+        said[script] = done.out
+    if part == "my-images":
+        assert said.keys() == {"pretrain.py", "linear_probe.py", "finetune.py", "visualize.py", "export.py"}
+        assert "630 images, listed" in said["pretrain.py"] and "k-NN accuracy on held-out images" in said["pretrain.py"]
+        assert "--batch-size 1024 is more than all 630: 630 take its place" in said["linear_probe.py"]
+        assert "630 + 70 images of 2 classes" in said["linear_probe.py"] and "630 + 70 images" in said["finetune.py"]
 
 
 def without_code(text: str) -> str:
