@@ -7,7 +7,9 @@ import argparse
 import collections
 import gzip
 import io
+import json
 import logging
+import re
 import shutil
 import signal
 import sys
@@ -35,7 +37,7 @@ from common import Stop
 from models import load_backbone
 
 from mvmae import MultiViewTransform
-from mvmae.hub import export
+from mvmae.hub import export, write_card
 from mvmae.images import ImageError
 from mvmae.pretrained import WeightsError, read_weights
 from mvmae.sources import open_images
@@ -139,6 +141,10 @@ change = st.one_of(
     st.tuples(st.just("repeat"), place, st.integers(1, 64)),
 )
 changes = st.lists(change, min_size=1, max_size=6)
+pieces = st.one_of(
+    st.text(max_size=20), st.sampled_from(["\n# Forged\n", "<script>", "```", "`", "---\n", "license: mit\n", "|", "]("])
+)
+foreign = st.lists(st.lists(pieces, max_size=6).map("".join), min_size=7, max_size=7)
 
 
 def damaged(content, done):
@@ -160,6 +166,7 @@ def damaged(content, done):
 
 IMAGES, TIFFS, ARCHIVES, WEIGHTS, STATE = list(pictures()), list(tiffs()), list(archives()), list(weights()), run_state()
 CONFIG = config()
+HEADER_LINES = write_card(PLACE / "export", repo="owner/name").read_text().split("---\n")[1].count("\n")
 ARROW = [file for file in ARCHIVES if file[0].endswith(".arrow")]
 counts = collections.Counter()
 
@@ -186,6 +193,21 @@ def read_archive(name, content):
 def read_export(content):
     (PLACE / "export/config.json").write_bytes(content)
     load_backbone(str(PLACE / "export"))
+
+
+def read_card(texts):
+    """Write the card of a model with foreign texts: what they hold is no heading, no HTML and no line of the header."""
+    names = ("command", "commit", "hardware")
+    described = json.loads(CONFIG) | {"started_from": {"weights": texts[3], "license": texts[4]}, "training": texts[5]}
+    (PLACE / "export/config.json").write_text(json.dumps(described))
+    written = write_card(
+        PLACE / "export", repo="owner/name", settings={"augment": texts[6]}, **dict(zip(names, texts, strict=False))
+    )
+    card = written.read_text(encoding="utf-8")
+    written.unlink()
+    unquoted = re.sub(r"(`+).*?\1", "", re.sub(r"(?ms)^```.*?^```$", "", card))
+    assert "<script" not in unquoted and not re.search(r"(?m)^#+ Forged", unquoted), texts
+    assert card.split("---\n")[1].count("\n") == HEADER_LINES, texts
 
 
 def read_file(reader, name, content):
@@ -255,7 +277,13 @@ def once(number, examples):
     def configs(done):
         attempt("config", (Stop, ValueError, TypeError), read_export, damaged(CONFIG, done))
 
-    for test in (images, tiff_files, arrow_files, sources, weights_files, checkpoints, configs):
+    @seed(number)
+    @tune
+    @given(foreign)
+    def cards(texts):
+        attempt("card", ValueError, read_card, texts)
+
+    for test in (images, tiff_files, arrow_files, sources, weights_files, checkpoints, configs, cards):
         test()
 
 
