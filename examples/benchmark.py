@@ -27,10 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import mvmae
-from mvmae.data import MultiViewDataset, StepSampler
-from mvmae.images import FORMATS
-from mvmae.loading import make_loader
-from mvmae.sources import open_images
+from mvmae.data import FORMATS, MultiViewDataset, StepSampler, make_loader, open_images
 
 PARTS = ("loader", "workers", "model", "contrast", "memory")
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}

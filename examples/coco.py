@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from mvmae.data import sample_seed
-from mvmae.images import colour, open_image
+from mvmae.data import colour, open_image, sample_seed
 
 NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val")}
 METRICS = (

@@ -25,7 +25,7 @@ from timm.layers import to_2tuple
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from mvmae.loading import explain_loader_error
+from mvmae.data import explain_loader_error
 
 Config = TypeVar("Config")
 Item = TypeVar("Item")

@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
-from mvmae.data import Key, StepSampler, sample_seed
+from mvmae.data import FileSource, Key, NamedImages, StepSampler, make_loader, sample_seed
 from mvmae.dense import WindowedViT
-from mvmae.loading import NamedImages, make_loader
-from mvmae.sources import FileSource
 
 REQUIRED = dataclasses.MISSING
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")

@@ -25,7 +25,7 @@ from common import Stop, option, run
 from torch import nn
 
 from mvmae import MultiViewMAE, hub
-from mvmae.pretrained import replace_file
+from mvmae.weights import replace_file
 
 
 @dataclasses.dataclass(frozen=True)

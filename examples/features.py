@@ -9,10 +9,8 @@ from common import Processes, Stop, normalize
 from labelled import Part, Splits, draw, each_once
 from torch import Tensor
 
-from mvmae.drift import linear_cka, mean_cosine
-from mvmae.metrics import effective_rank, knn_accuracy, uniformity
-from mvmae.sources import ImageSource
-from mvmae.views import CentreCropTransform
+from mvmae.data import CentreCropTransform, ImageSource
+from mvmae.metrics import effective_rank, knn_accuracy, linear_cka, mean_cosine, uniformity
 
 Encode = Callable[[Tensor], Tensor]
 MONITORED = 512

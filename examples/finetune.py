@@ -48,9 +48,8 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from mvmae.data import StepSampler, sample_seed
+from mvmae.data import Loader, StepSampler, sample_seed
 from mvmae.hub import describe
-from mvmae.loading import Loader
 
 
 @dataclasses.dataclass(frozen=True)

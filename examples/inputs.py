@@ -10,9 +10,7 @@ from common import Stop
 from torch import Tensor
 
 import mvmae
-from mvmae.augment import AugmentedViews
-from mvmae.channels import measure_channels
-from mvmae.sources import ImageSource, RepeatedSource
+from mvmae.data import AugmentedViews, ImageSource, RepeatedSource, measure_channels
 
 
 def repeated(source: ImageSource, crops_per_image: int) -> ImageSource:

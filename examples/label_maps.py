@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from mvmae.data import sample_seed
-from mvmae.images import FORMATS, colour, open_image
+from mvmae.data import FORMATS, colour, open_image, sample_seed
 
 IGNORE = 255
 """Label of a pixel that is left out of loss and evaluation."""

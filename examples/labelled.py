@@ -17,10 +17,18 @@ from PIL import Image
 from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 
-from mvmae.data import MultiViewDataset, StepSampler
-from mvmae.images import ImageLike, colour, open_image
-from mvmae.loading import Loader, make_loader
-from mvmae.sources import ImageSource, SplitError, open_images
+from mvmae.data import (
+    ImageLike,
+    ImageSource,
+    Loader,
+    MultiViewDataset,
+    SplitError,
+    StepSampler,
+    colour,
+    make_loader,
+    open_image,
+    open_images,
+)
 
 Config = TypeVar("Config", bound=Any)
 HELD_OUT = 10  # one image of so many is held out of data that comes without a validation split

@@ -15,11 +15,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mvmae.card import license_warning
-from mvmae.encoders import check_source, checkpoint_filter
-from mvmae.hub import export
-from mvmae.images import colour
-from mvmae.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
+from mvmae.data import colour
+from mvmae.encoders import check_source
+from mvmae.hub import export, license_warning
+from mvmae.timm_weights import checkpoint_filter
+from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
 
 
 def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: Any) -> nn.Module:

@@ -46,10 +46,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 import mvmae
-from mvmae.data import MultiViewDataset, StepSampler, sample_seed
+from mvmae.data import MAX_PIXELS, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
 from mvmae.hub import describe, export
-from mvmae.images import MAX_PIXELS
-from mvmae.loading import Loader, make_loader
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import reconstruction_picture
 

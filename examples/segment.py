@@ -30,8 +30,7 @@ from models import with_background
 from PIL import Image
 from torch import Tensor, nn
 
-from mvmae.dense import ViTPyramid
-from mvmae.upernet import FCNHead, UPerHead
+from mvmae.dense import FCNHead, UPerHead, ViTPyramid
 from mvmae.visualize import contact_sheet
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 import mvmae
 from mvmae.encoders import check_source
-from mvmae.encoding import check_encoder
 from mvmae.hub import load_encoder
-from mvmae.pretrained import first_line
+from mvmae.masked_vit import check_encoder
+from mvmae.weights import first_line
 
 
 def start_encoder(

@@ -28,12 +28,22 @@ from plots import plot
 from torch import Tensor
 
 import mvmae
-from mvmae.attention import attention_maps, patch_heat, rollout
-from mvmae.encoding import check_encoder
-from mvmae.images import ImageError
+from mvmae.data import ImageError, ImageSource, open_images
+from mvmae.masked_vit import check_encoder
 from mvmae.metrics import variance_explained
-from mvmae.sources import ImageSource, open_images
-from mvmae.visualize import GREY, contact_sheet, nearest, overlay, pca_colours, reconstruct, to_pillow, to_unit_range
+from mvmae.visualize import (
+    GREY,
+    attention_maps,
+    contact_sheet,
+    nearest,
+    overlay,
+    patch_heat,
+    pca_colours,
+    reconstruct,
+    rollout,
+    to_pillow,
+    to_unit_range,
+)
 
 DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions", "method")
 GROUPS = 10

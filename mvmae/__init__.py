@@ -10,11 +10,13 @@ from typing import Any
 
 from .accumulation import Losses as Losses
 from .accumulation import backward_in_parts as backward_in_parts
+from .data import CentreCropTransform as CentreCropTransform
+from .data import MultiViewTransform as MultiViewTransform
 from .decoder import MAEDecoder as MAEDecoder
 from .encoders import create_model as create_model
-from .encoding import encode_visible as encode_visible
 from .losses import NTXentLoss as NTXentLoss
 from .losses import ReconstructionLoss as ReconstructionLoss
+from .masked_vit import encode_visible as encode_visible
 from .masking import Mask as Mask
 from .masking import num_visible as num_visible
 from .masking import random_mask as random_mask
@@ -23,9 +25,7 @@ from .model import MultiViewOutput as MultiViewOutput
 from .model import projection_mlp as projection_mlp
 from .patches import patchify as patchify
 from .patches import unpatchify as unpatchify
-from .pretrained import WeightsError as WeightsError
-from .views import CentreCropTransform as CentreCropTransform
-from .views import MultiViewTransform as MultiViewTransform
+from .weights import WeightsError as WeightsError
 
 __version__ = "0.1.0.dev0"
 

@@ -1,8 +1,5 @@
 """The encoders under timm's names: importing this module registers ``mvmae_vit_*`` with timm."""
 
-import logging
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +8,13 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from timm.models.eva import Eva
-from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from .patches import sincos_table
-from .pretrained import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    WeightsError,
-    building,
-    check_weights,
-    encoder_prefix,
-    first_line,
-    locate,
-    plain_names,
-    read_config,
-    read_weights,
-)
+from .timm_weights import checkpoint_filter, find_weights
+from .weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, locate, read_config, read_weights
 
-HUB_OWNER = ""  # who keeps the published weights on the Hub; empty while there are none
 TIMM_NAMES = {
     "mvmae_vit_tiny_patch16": "vit_tiny_patch16_224",
     "mvmae_vit_small_patch16": "vit_small_patch16_224",
@@ -40,7 +22,6 @@ TIMM_NAMES = {
     "mvmae_vit_large_patch16": "vit_large_patch16_224",
     "mvmae_vit_huge_patch14": "vit_huge_patch14_224",
 }  # the same architectures under the names that timm has without this package
-_logger = logging.getLogger(__name__)
 
 
 class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
@@ -79,58 +60,6 @@ class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
             table = table.redistribute(placements=self.pos_embed.placements)
         with torch.no_grad():
             self.pos_embed.copy_(table)
-
-
-def hub_owner() -> str:
-    """Give the owner of the Hub's repositories ``<owner>/<model>.<tag>``: ``MVMAE_HUB_OWNER``, or `HUB_OWNER`."""
-    return os.environ.get("MVMAE_HUB_OWNER") or HUB_OWNER
-
-
-def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer | Eva") -> dict[str, Tensor]:
-    """Turn the weights of a checkpoint into those of an encoder, for timm's loader.
-
-    Takes the encoder out of a pretraining checkpoint (``encoder.*``, an MAE-layout file with its decoder and mask token, or any
-    prefix that a framework put before one encoder's names),
-    resizes positions and patch projection to the model as timm does, and moves the final norm where the model has it.
-
-    Raises:
-        WeightsError: if weights of the encoder are missing, unexpected or of another shape, with their names: timm itself
-            would leave some of them random.
-    """
-    for wrapper in ("model", "state_dict"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    state_dict = plain_names(state_dict)
-    prefix = encoder_prefix(state_dict)
-    state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    kept = {key: value for key, value in state_dict.items() if key != "mask_token" and not key.startswith("decoder")}
-    try:
-        weights: dict[str, Tensor] = (eva_filter if isinstance(model, Eva) else vit_filter)(kept, model)
-    except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"the checkpoint's positions or patches cannot be resized ({first_line(error)})") from error
-    source, wanted = ("norm", "fc_norm") if isinstance(model.norm, nn.Identity) else ("fc_norm", "norm")
-    for name in ("weight", "bias"):
-        if f"{wanted}.{name}" not in weights and f"{source}.{name}" in weights:
-            weights[f"{wanted}.{name}"] = weights.pop(f"{source}.{name}")
-    _check_encoder_weights(weights, model)
-    return weights
-
-
-def _check_encoder_weights(weights: dict[str, Tensor], model: "VisionTransformer | Eva") -> None:
-    """Check all but what timm itself adapts afterwards: another number of classes, another number of channels."""
-    expected = model.state_dict()
-    head = ("head.weight", "head.bias")
-    fits = all(key in weights and key in expected and weights[key].shape == expected[key].shape for key in head)
-    if not fits and (not model.num_classes or model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes")):
-        if head[0] in weights:
-            classes = len(weights[head[0]])
-            _logger.warning("the checkpoint's head of %d classes is left out: the model has %d", classes, model.num_classes)
-        for key in head:
-            weights.pop(key, None)
-            expected.pop(key, None)
-    proj = "patch_embed.proj.weight"
-    if proj in weights and weights[proj].shape[2:] == expected[proj].shape[2:]:
-        expected[proj] = expected[proj][:, :1].expand(-1, weights[proj].shape[1], -1, -1)
-    check_weights(weights, expected, source="the checkpoint")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -172,7 +101,7 @@ def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defau
     args = {"global_pool": "avg", "fc_norm": False, **defaults, **kwargs}
     place, weights = "", None
     if pretrained:
-        place, args["pretrained_cfg_overlay"], weights = _find_weights(
+        place, args["pretrained_cfg_overlay"], weights = find_weights(
             name, args.get("pretrained_cfg"), args.get("pretrained_cfg_overlay"), args.get("cache_dir"), args.get("in_chans")
         )
     if args.pop("use_naflex", False):
@@ -204,44 +133,6 @@ def _build_with(weights: dict[str, Tensor], name: str, args: dict[str, Any]) -> 
         if (cfg := getattr(part, "pretrained_cfg", {})).pop("state_dict", None):
             cfg |= {"source": source} if source else {}
     return model  # type: ignore[no-any-return]
-
-
-def _find_weights(
-    name: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any, in_chans: int | None
-) -> tuple[str, dict[str, Any], dict[str, Tensor] | None]:
-    """Read the weights of a pretrained cfg: timm's own reader says less of what is wrong.
-
-    Returns:
-        The place, for messages, the overlay for the cfg that fits them, and the weights; None where timm is to read them.
-    """
-    overlay = dict(overlay or {})
-    cfg = resolve_pretrained_cfg(name, cfg, overlay)
-    if cfg.state_dict or (cfg.custom_load and not cfg.source) or (cfg.url and not (cfg.file or cfg.hf_hub_id)):
-        return "the checkpoint", overlay, None
-    if not cfg.has_weights:
-        if not hub_owner():
-            raise WeightsError(
-                f"there are no weights for {name}.{cfg.tag}: none of this method have been published; pretrain with "
-                "examples/pretrain.py, or name a file by pretrained_cfg_overlay=dict(file=...), or the owner of a copy on the "
-                "Hub by MVMAE_HUB_OWNER"
-            )
-        cfg.hf_hub_id = overlay["hf_hub_id"] = f"{hub_owner()}/{name}.{cfg.tag}"
-    if cfg.source == "local-dir":
-        path = locate(cfg.file, WEIGHTS_FILE)
-    elif cfg.file and cfg.source != "hf-hub":
-        path = Path(cfg.file)
-    else:
-        overlay["hf_hub_filename"] = cfg.hf_hub_filename or WEIGHTS_FILE
-        path = locate(cfg.hf_hub_id, overlay["hf_hub_filename"], cache_dir=cache_dir)
-    weights = read_weights(path)
-    if cfg.file and not cfg.source and "head.weight" in weights:
-        overlay.setdefault("num_classes", len(weights["head.weight"]))
-    proj = next((value for key, value in weights.items() if key.endswith("patch_embed.proj.weight") and value.ndim == 4), None)
-    if proj is not None and proj.shape[1] not in (1, 3):  # what timm before 1.0.31 takes for 3 channels
-        overlay.setdefault("input_size", (proj.shape[1], *cfg.input_size[1:]))
-        if in_chans in (None, proj.shape[1]):
-            overlay["first_conv"] = None
-    return str(path), overlay, weights
 
 
 def _create_naflex(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:

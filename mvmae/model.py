@@ -11,14 +11,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .architecture import describe_pretraining, pretraining_arguments
 from .decoder import MAEDecoder
+from .description import describe_pretraining, pretraining_arguments
 from .encoders import SinCosVisionTransformer
-from .encoding import check_encoder, encode_visible
 from .losses import LossOn, NTXentLoss, ReconstructionLoss
+from .masked_vit import check_encoder, encode_visible
 from .masking import Mask, num_visible, random_mask
 from .patches import grid_size, patchify
-from .pretrained import building, check_weights, plain_names, read_pretraining, write_pretraining
+from .timm_weights import plain_names
+from .weights import building, check_weights, read_pretraining, write_pretraining
 
 Pool = Literal["avg", "token"]
 

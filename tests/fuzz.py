@@ -37,10 +37,9 @@ from common import Stop
 from models import load_backbone
 
 from mvmae import MultiViewTransform
+from mvmae.data import ImageError, open_images
 from mvmae.hub import export, write_card
-from mvmae.images import ImageError
-from mvmae.pretrained import WeightsError, read_weights
-from mvmae.sources import open_images
+from mvmae.weights import WeightsError, read_weights
 
 LIMIT = 20  # seconds for one file
 PLACE = Path(tempfile.mkdtemp())

@@ -13,12 +13,9 @@ from PIL import Image
 from running import EXAMPLES, run_processes, run_script
 
 from mvmae import CentreCropTransform, MultiViewMAE, MultiViewTransform, hub, projection_mlp
-from mvmae.augment import AugmentedViews
-from mvmae.card import license_warning
-from mvmae.channels import measure_channels
-from mvmae.data import MultiViewDataset
-from mvmae.drift import linear_cka, mean_cosine
-from mvmae.sources import RepeatedSource, open_images
+from mvmae.data import AugmentedViews, MultiViewDataset, RepeatedSource, measure_channels, open_images
+from mvmae.hub import license_warning
+from mvmae.metrics import linear_cka, mean_cosine
 
 sys.path.append(str(EXAMPLES))
 from features import report

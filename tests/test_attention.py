@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mvmae.attention import attention_maps, patch_heat, rollout
+from mvmae.visualize import attention_maps, patch_heat, rollout
 
 
 @pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}, {"qk_norm": True}])

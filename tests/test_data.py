@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mvmae import data, loading
-from mvmae.data import DataError, MultiViewDataset, StepSampler, sample_seed
-from mvmae.folders import FileSource, ImageSource, Names
-from mvmae.images import ImageError
-from mvmae.loading import check_shared_memory, explain_loader_error, make_loader
-from mvmae.sources import open_images
-from mvmae.views import MultiViewTransform
+from mvmae.data import ImageError, open_images
+from mvmae.data import loader as loading
+from mvmae.data import sampling as data
+from mvmae.data.folders import FileSource, ImageSource, Names
+from mvmae.data.loader import check_shared_memory, explain_loader_error, make_loader
+from mvmae.data.sampling import DataError, MultiViewDataset, StepSampler, sample_seed
+from mvmae.data.views import MultiViewTransform
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores

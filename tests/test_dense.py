@@ -10,9 +10,8 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
 import mvmae  # noqa: F401
-from mvmae.dense import ViTPyramid, WindowedViT
-from mvmae.upernet import FCNHead, UPerHead
-from mvmae.windows import WindowAttention, join_windows, split_windows
+from mvmae.dense import FCNHead, UPerHead, ViTPyramid, WindowedViT
+from mvmae.dense.windows import WindowAttention, join_windows, split_windows
 
 PLAIN: dict[str, Any] = {"depth": 4, "class_token": False, "global_pool": "avg"}
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -18,8 +18,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import mvmae
-from mvmae.encoders import TIMM_NAMES, checkpoint_filter
-from mvmae.pretrained import WEIGHTS_FILE, WeightsError, locate, read_weights
+from mvmae.encoders import TIMM_NAMES
+from mvmae.timm_weights import checkpoint_filter
+from mvmae.weights import WEIGHTS_FILE, WeightsError, locate, read_weights
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 

@@ -135,9 +135,9 @@ def images(tmp_path):
 
 
 def hang_in_the_fifth_step():
-    import mvmae.data
+    import mvmae.data.sampling
 
-    real, seen = mvmae.data.MultiViewDataset.__getitem__, []
+    real, seen = mvmae.data.sampling.MultiViewDataset.__getitem__, []
 
     def hangs(self, key):
         seen.append(key)
@@ -145,7 +145,7 @@ def hang_in_the_fifth_step():
             time.sleep(600)
         return real(self, key)
 
-    mvmae.data.MultiViewDataset.__getitem__ = hangs
+    mvmae.data.sampling.MultiViewDataset.__getitem__ = hangs
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -326,15 +326,15 @@ def ignore_hangups():
 
 
 def interrupt_the_start():
-    import mvmae.sources
+    import mvmae.data
 
-    real = mvmae.sources.open_images
+    real = mvmae.data.open_images
 
     def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
-    mvmae.sources.open_images = interrupted
+    mvmae.data.open_images = interrupted
 
 
 def test_f7_ctrl_c_during_the_start(images, tmp_path):
@@ -641,7 +641,7 @@ def test_nothing_from_outside_is_executed():
     forbidden = {"eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "subprocess.run"}
     forbidden |= {"subprocess.Popen", "subprocess.call", "tarfile.extractall", "shutil.unpack_archive", "marshal.loads"}
     loads = 0
-    for path in [*(ROOT / "mvmae").glob("*.py"), *EXAMPLES.glob("*.py")]:
+    for path in [*(ROOT / "mvmae").rglob("*.py"), *EXAMPLES.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue

@@ -14,7 +14,7 @@ from running import EXAMPLES, run_processes
 from tiny_run import ARGUMENTS, end_of, pretrain, write_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvmae.views import CentreCropTransform
+from mvmae.data import CentreCropTransform
 
 sys.path.append(str(EXAMPLES))
 from common import Processes

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 
-from mvmae import images
-from mvmae.images import ImageError, open_image
-from mvmae.pixels import channels_last, to_uint8
+from mvmae.data import ImageError, open_image
+from mvmae.data import decode as images
+from mvmae.data.pixels import channels_last, to_uint8
 
 torch.set_num_threads(1)
 
@@ -167,7 +167,7 @@ def test_f58_no_file_is_taken_for_what_another_program_would_draw(tmp_path, monk
 
 
 def test_f58_every_call_of_image_open_names_the_formats():
-    root, found = Path(images.__file__).parents[1], 0
+    root, found = Path(images.__file__).parents[2], 0
     for path in [*root.glob("mvmae/*.py"), *root.glob("examples/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":

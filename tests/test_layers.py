@@ -12,58 +12,27 @@ import pytest
 import mvmae
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted((ROOT / "mvmae").glob("*.py"))
-ABOVE = "(all above)"
+PACKAGE = ROOT / "mvmae"
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# module: siblings | third party | third party that only a function may import, when it is called
-LAYERS = {
-    "patches": ("", "torch", ""),
-    "masking": ("", "torch", ""),
-    "losses": ("patches", "torch", ""),
-    "metrics": ("", "torch", ""),
-    "pixels": ("", "numpy", ""),
-    "limits": ("", "", ""),
-    "images": ("limits pixels", "torch numpy PIL", "simplejpeg tifffile"),
-    "views": ("images pixels", "torch numpy PIL", ""),
-    "folders": ("images", "numpy", ""),
-    "archives": ("limits images pixels folders", "numpy", "pyarrow"),
-    "sample": ("folders images pixels", "numpy", "skimage"),
-    "sources": ("images folders archives sample", "torch numpy timm PIL", ""),
-    "data": ("images folders", "torch", ""),
-    "slots": ("", "torch", ""),
-    "loading": ("data slots", "torch", ""),
-    "channels": ("folders images", "torch", ""),
-    "augment": ("images", "torch numpy", ""),
-    "drift": ("", "torch", ""),
-    "rotary": ("", "torch timm", ""),
-    "encoding": ("masking patches rotary", "torch timm", ""),
-    "attention": ("encoding", "torch", ""),
-    "pretrained": ("", "torch timm safetensors huggingface_hub", ""),
-    "encoders": ("masking patches pretrained", "torch timm", ""),
-    "architecture": ("encoders encoding pretrained", "torch timm", ""),
-    "decoder": ("masking patches", "torch timm", ""),
-    "model": ("patches masking losses metrics encoding encoders decoder pretrained architecture", "torch timm", ""),
-    "accumulation": ("masking model", "torch", ""),
-    "windows": ("", "torch timm", ""),
-    "dense": ("patches encoding windows", "torch timm torchvision", ""),
-    "upernet": ("", "torch", ""),
-    "visualize": (ABOVE, "torch numpy PIL", ""),
-    "card": ("pretrained", "", ""),
-    "checkpoints": ("encoders encoding model patches pretrained", "torch timm", ""),
-    "hub": (ABOVE, "torch timm safetensors huggingface_hub", ""),
-    "__init__": (ABOVE, "", "(computed)"),
+# room: third party that its modules may import | third party that only a function may import, when it is called
+ROOMS = {
+    "": ("torch timm safetensors huggingface_hub", ""),
+    "data": ("torch timm numpy PIL", "simplejpeg tifffile pyarrow skimage"),
+    "dense": ("torch timm torchvision", ""),
+    "visualize": ("torch numpy PIL", ""),
+    "hub": ("torch timm safetensors huggingface_hub", ""),
 }
 
 
-def allowed(module: str) -> tuple[set[str], set[str], set[str]]:
-    """Siblings, third party, and third party inside functions, that `module` may import."""
-    siblings, third_party, lazy = LAYERS[module]
-    above = list(LAYERS)[: list(LAYERS).index(module)]
-    return set(above if siblings == ABOVE else siblings.split()), set(third_party.split()), set(lazy.split())
+def module_name(path: Path) -> str:
+    """`model` for mvmae/model.py, `data.views` for mvmae/data/views.py, `data.__init__` for a door."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, str, bool]]:
-    """Each import of a tree: the node, the name (`.views` for a sibling, `torch` for a package), inside a function."""
+def imports(tree: ast.AST, module: str, inside: bool = False) -> Iterator[tuple[ast.AST, str, bool]]:
+    """Each import of a module: the node, the name (`.data.views` for one of ours, `torch` for a package), inside a function."""
+    package = ["", *module.split(".")[:-1]]
     for node in ast.iter_child_nodes(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -71,9 +40,11 @@ def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, str,
         elif isinstance(node, ast.ImportFrom) and not node.level:
             # `from mvmae import views` is the module, and `from mvmae import MultiViewMAE` the package itself
             names = [f"mvmae.{alias.name}" for alias in node.names] if node.module == "mvmae" else [node.module or ""]
+        elif isinstance(node, ast.ImportFrom) and node.level > len(package):
+            names = ["(outside)"]
         elif isinstance(node, ast.ImportFrom):
-            dots = "." * node.level
-            names = [dots + node.module] if node.module else [dots + alias.name for alias in node.names]
+            above = ".".join(package[: len(package) - node.level + 1])
+            names = [f"{above}.{node.module}"] if node.module else [f"{above}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "import_module",
             "importlib.import_module",
@@ -82,13 +53,9 @@ def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, str,
             names = [ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else "(computed)"]
         for name in names:
             own = name.removeprefix("mvmae") if name.split(".")[0] == "mvmae" else name
-            yield (
-                node,
-                own if own.startswith("..") else ".".join(own.split(".")[: 2 if own.startswith(".") else 1]),
-                inside,
-            )
+            yield node, own if own.startswith(".") else own.split(".")[0], inside
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_optional(node)
-        yield from imports(node, inside or function)
+        yield from imports(node, module, inside or function)
 
 
 def is_optional(node: ast.AST) -> bool:
@@ -97,55 +64,83 @@ def is_optional(node: ast.AST) -> bool:
 
 
 def problems(module: str, source: str) -> list[str]:
-    """What breaks the rules in the source of a module: imports outside its layer, `print`, `assert`."""
-    tree = ast.parse(source)
-    siblings, third_party, lazy = allowed(module)
+    """What breaks the rules in the source of a module: imports that its room may not have, `print`, `assert`.
+
+    A room imports itself and the root, never another room; the root imports no room, but for the package's own door.
+    """
+    tree, room = ast.parse(source), module.rpartition(".")[0]
+    third_party, lazy = (set(names.split()) for names in ROOMS[room])
     found = []
-    for node, name, inside in imports(tree):
-        good = {f".{sibling}" for sibling in siblings} | third_party | sys.stdlib_module_names | (lazy if inside else set())
-        if name not in good:
-            found.append(f"mvmae/{module}.py:{node.lineno}: imports {name or 'mvmae'}")
+    for node, name, inside in imports(tree, module):
+        if name.startswith("."):
+            head, _, rest = name[1:].partition(".")
+            to = head if head in ROOMS and (rest or head not in root_modules()) else ""
+            good = bool(head) and (module == "__init__" or to in ("", room))
+        else:
+            good = name in third_party | sys.stdlib_module_names | (lazy if inside else set())
+            good |= module == "__init__" and name == "(computed)"
+        if not good:
+            found.append(f"mvmae/{module}:{node.lineno}: imports {name or 'mvmae'}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
-            found.append(f"mvmae/{module}.py:{node.lineno}: assert; raise ValueError or TypeError instead")
+            found.append(f"mvmae/{module}:{node.lineno}: assert; raise ValueError or TypeError instead")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-            found.append(f"mvmae/{module}.py:{node.lineno}: print; use logging instead")
+            found.append(f"mvmae/{module}:{node.lineno}: print; use logging instead")
     return found
 
 
-def test_the_table_allows_no_import_upward():
-    for number, module in enumerate(LAYERS):
-        assert allowed(module)[0] <= set(list(LAYERS)[:number]), module
+def root_modules() -> set[str]:
+    return {path.stem for path in PACKAGE.glob("*.py")}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_a_module_imports_only_from_its_layer(path):
-    assert path.stem in LAYERS, f"{path.name} is not in the table: say what it may import"
-    assert problems(path.stem, path.read_text()) == []
+def reached(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    """The modules that come with one: those that it imports outside functions, and so on; a circle is an error."""
+    assert module not in seen, f"{module} imports itself through {sorted(seen)}"
+    path = PACKAGE / (module.replace(".", "/") + ".py")
+    names = {
+        name[1:] for _, name, inside in imports(ast.parse(path.read_text()), module) if name.startswith(".") and not inside
+    }
+    found = set()
+    for name in names:
+        target = f"{name}.__init__" if (PACKAGE / name).is_dir() else name
+        found |= {target} | reached(target, seen | {module})
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_module_imports_its_own_room_and_the_root_alone(path):
+    assert problems(module_name(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_no_module_imports_itself_through_others(path):
+    reached(module_name(path))
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("patches", "import timm"),
+        ("patches", "import numpy"),
         ("patches", "def f():\n    import numpy"),
-        ("patches", "from .masking import Mask"),
-        ("losses", "from . import masking"),
-        ("losses", "from mvmae.masking import Mask"),
-        ("losses", "from mvmae import masking"),
-        ("losses", "import mvmae.masking"),
         ("losses", "import mvmae"),
-        ("encoders", "def f():\n    from .model import MultiViewMAE"),
-        ("model", "from .data import read"),
+        ("model", "from .data import open_images"),
         ("model", "from . import hub"),
+        ("model", "from mvmae.data.views import MultiViewTransform"),
+        ("model", "import mvmae.data"),
+        ("model", "def f():\n    from .hub.export import export"),
         ("model", "import examples.common"),
         ("model", "import common"),
         ("model", "from ..examples import common"),
         ("model", "import importlib\n\ndef f(name):\n    importlib.import_module(name)"),
-        ("images", "import simplejpeg"),
-        ("sources", "import importlib\nimportlib.import_module('skimage.data')"),
-        ("hub", "print('saved')"),
-        ("hub", "def f(x):\n    assert x"),
+        ("hub.export", "from ..data import open_images"),
+        ("hub.export", "from ..data.views import MultiViewTransform"),
+        ("hub.export", "from .. import data"),
+        ("visualize.pictures", "from mvmae.hub import export"),
+        ("data.decode", "import simplejpeg"),
+        ("data.decode", "import safetensors"),
+        ("data.open", "import importlib\nimportlib.import_module('skimage.data')"),
+        ("hub.export", "print('saved')"),
+        ("hub.export", "def f(x):\n    assert x"),
     ],
 )
 def test_the_rules_catch(module, source):
@@ -156,11 +151,13 @@ def test_the_rules_catch(module, source):
     ("module", "source"),
     [
         ("patches", "import math\nfrom collections.abc import Sequence\nimport torch.nn.functional as F"),
-        ("images", "def f():\n    import simplejpeg"),
-        ("images", "try:\n    import simplejpeg\nexcept ImportError:\n    pass"),
-        ("sample", "def f():\n    import importlib\n    return importlib.import_module('skimage.data')"),
+        ("data.decode", "def f():\n    import simplejpeg"),
+        ("data.decode", "try:\n    import simplejpeg\nexcept ImportError:\n    pass"),
+        ("data.sample", "def f():\n    import importlib\n    return importlib.import_module('skimage.data')"),
+        ("data.loader", "from .sampling import Batch\nfrom . import views\nfrom ..patches import pair"),
         ("model", "from .losses import NTXentLoss\nfrom . import masking\nfrom torch import nn"),
-        ("hub", "from .model import MultiViewMAE\nfrom .visualize import draw\nlog.print('no builtin')"),
+        ("hub.export", "from ..model import MultiViewMAE\nfrom .card import write_card\nlog.print('no builtin')"),
+        ("__init__", "from .data import MultiViewTransform"),
     ],
 )
 def test_the_rules_let_pass(module, source):
@@ -169,10 +166,10 @@ def test_the_rules_let_pass(module, source):
 
 def test_what_the_examples_share_knows_nothing_of_the_method():
     for name in ("options.py", "common.py", "checkpoint.py", "course.py", "locks.py", "snapshot.py"):
-        found = [module for _, module, _ in imports(ast.parse((ROOT / "examples" / name).read_text()))]
+        found = [module for _, module, _ in imports(ast.parse((ROOT / "examples" / name).read_text()), name)]
         assert found
         own = {module for module in found if not module or module.startswith(".")}
-        assert own <= ({".loading"} if name == "common.py" else set()), name  # a loader's errors end any run
+        assert own <= ({".data"} if name == "common.py" else set()), name  # a loader's errors end any run
 
 
 def test_public_names_are_re_exported_by_name():
@@ -214,11 +211,13 @@ def test_importing_the_package_imports_no_extra_and_nothing_that_is_not_re_expor
     assert {name.split(".")[0] for name in new} & extras == set()
     assert "mvmae" in new
     loaded = {name.removeprefix("mvmae.") for name in new if name.startswith("mvmae.")}
-    assert loaded == reached("__init__")
+    doors = {name.removesuffix(".__init__") for name in reached("__init__")}
+    assert loaded == doors | {name.rpartition(".")[0] for name in doors} - {""}
 
 
 def test_a_module_is_imported_when_it_is_first_asked_for():
-    names = [path.stem for path in MODULES if path.stem != "__init__"]
+    names = [path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"]
+    names = [name for name in names if not name.startswith("__")]
     code = "import mvmae; print(*(getattr(mvmae, name).__name__ for name in {!r}), *dir(mvmae))"
     found = run_python(code.format(names))
     assert found[: len(names)] == [f"mvmae.{name}" for name in names]
@@ -226,13 +225,6 @@ def test_a_module_is_imported_when_it_is_first_asked_for():
     assert not hasattr(mvmae, "nothing")
     with pytest.raises(ImportError, match="nothing"):
         exec("from mvmae import nothing")
-
-
-def reached(module: str) -> set[str]:
-    """The siblings that come with a module: those it imports outside functions, and so on."""
-    path = ROOT / "mvmae" / f"{module}.py"
-    direct = {name[1:] for _, name, inside in imports(ast.parse(path.read_text())) if name.startswith(".") and not inside}
-    return direct.union(*(reached(name) for name in direct))
 
 
 def test_the_top_level_of_the_repository_holds_what_it_should():

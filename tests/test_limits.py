@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvmae import limits
-from mvmae.images import ImageError, open_image
-from mvmae.limits import LimitError
-from mvmae.sources import open_images
+from mvmae.data import ImageError, limits, open_image, open_images
+from mvmae.data.limits import LimitError
 
 
 def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
@@ -154,7 +152,7 @@ def test_a_member_of_a_tar_that_is_too_large_for_an_image_is_a_bad_image(tmp_pat
         info = tarfile.TarInfo("a.jpg")
         info.size = 5000
         tar.addfile(info, io.BytesIO(bytes(5000)))
-    monkeypatch.setattr("mvmae.archives.most_bytes", lambda: 4000)
+    monkeypatch.setattr("mvmae.data.archives.most_bytes", lambda: 4000)
     with pytest.raises(ImageError, match="5000 bytes, more than the 4000"):
         open_images(tmp_path / "x.tar")[0]
 

@@ -68,7 +68,7 @@ def imported(path: Path) -> tuple[set[str], set[str]]:
 COMES_WITH = {"torchvision": "timm", "numpy": "torchvision"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mvmae").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "mvmae").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_module_imports_is_declared(path):
     dependencies = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS if not extra(requirement)}
     extras = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS if extra(requirement) not in ("", "lint")}

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mvmae.data import Batch, MultiViewDataset, StepSampler
-from mvmae.folders import ImageSource
-from mvmae.loading import make_loader
-from mvmae.slots import Slots
-from mvmae.views import MultiViewTransform
+from mvmae.data import ImageSource, make_loader
+from mvmae.data.sampling import Batch, MultiViewDataset, StepSampler
+from mvmae.data.shared_memory import Slots
+from mvmae.data.views import MultiViewTransform
 
 COUNT, BATCH, STEPS = 50, 5, 60
 

@@ -17,13 +17,10 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from mvmae import MultiViewMAE
-from mvmae.archives import expand_braces, find_archives
-from mvmae.data import MultiViewDataset, StepSampler
-from mvmae.folders import Names
-from mvmae.images import ImageError, open_image
-from mvmae.loading import make_loader
-from mvmae.sources import SplitError, open_images
-from mvmae.views import MultiViewTransform
+from mvmae.data import ImageError, MultiViewDataset, SplitError, StepSampler, make_loader, open_image, open_images
+from mvmae.data.archives import expand_braces, find_archives
+from mvmae.data.folders import Names
+from mvmae.data.views import MultiViewTransform
 
 torch.set_num_threads(1)
 

@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from mvmae.images import ImageError, open_image
-from mvmae.views import Box, CentreCropTransform, MultiViewTransform, choose_reduction, draw_box, snap_box, take_views
+from mvmae.data import ImageError, open_image
+from mvmae.data.views import Box, CentreCropTransform, MultiViewTransform, choose_reduction, draw_box, snap_box, take_views
 
 torch.set_num_threads(1)
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
-from .data import Bad, Batch, DataError, Key, Sample, StepSampler, try_again
-from .slots import Filled, Slots
+from .sampling import Bad, Batch, DataError, Key, Sample, StepSampler, try_again
+from .shared_memory import Filled, Slots
 
 _DIED = "a loading worker died (out of memory?): "
 _SMALLER = "use fewer workers, a smaller prefetch_factor or batch"

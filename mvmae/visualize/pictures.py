@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .masking import Mask
-from .model import MultiViewMAE
-from .patches import denormalize_patches, grid_size, unpatchify
+from ..masking import Mask
+from ..model import MultiViewMAE
+from ..patches import denormalize_patches, grid_size, unpatchify
 
 GREY = 0.5
 """What stands in the place of a masked patch, in [0, 1]."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import EXTENSIONS, ImageLike
+from .decode import EXTENSIONS, ImageLike
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test", "t10k")}
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"\x93NUMPY")

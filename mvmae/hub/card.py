@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .pretrained import (
+from ..weights import (
     CONFIG_FILE,
     PRETRAINING_FILE,
     PRETRAINING_FOLDER,

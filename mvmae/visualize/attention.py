@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoding import check_encoder
+from ..masked_vit import check_encoder
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.misc import Conv2dNormActivation
 
-from .encoding import check_encoder
-from .patches import grid_size, pair, sincos_table
+from ..masked_vit import check_encoder
+from ..patches import grid_size, pair, sincos_table
 from .windows import WindowAttention
 
 

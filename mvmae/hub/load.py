@@ -9,22 +9,11 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .encoders import checkpoint_filter
-from .encoding import check_encoder, unwrap
-from .model import MultiViewMAE
-from .patches import sincos_table
-from .pretrained import (
-    PRETRAINING_FILE,
-    WEIGHTS_FILE,
-    WeightsError,
-    check_weights,
-    encoder_prefix,
-    first_line,
-    in_export,
-    locate,
-    plain_names,
-    read_weights,
-)
+from ..masked_vit import check_encoder, unwrap
+from ..model import MultiViewMAE
+from ..patches import sincos_table
+from ..timm_weights import checkpoint_filter, encoder_prefix, plain_names
+from ..weights import PRETRAINING_FILE, WEIGHTS_FILE, WeightsError, check_weights, first_line, in_export, locate, read_weights
 
 MAE_NAMES = {
     "mask_token": "decoder.mask_token",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import ImageLike
+from .decode import ImageLike
 
 
 class AugmentedViews:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from .decode import ImageError, ImageLike
 from .folders import ImageSource
-from .images import ImageError, ImageLike
 
 Key = tuple[int, int]
 Loaded = TypeVar("Loaded")

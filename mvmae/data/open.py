@@ -10,8 +10,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from .archives import class_names, find_archives, find_columns, open_archives
+from .decode import ImageLike
 from .folders import SPLITS, FileSource, ImageSource, SplitError, open_folder, open_list, scan, split_folder
-from .images import ImageLike
 from .sample import SampleSource
 
 __all__ = ["DatasetSource", "FileSource", "ImageSource", "RepeatedSource", "SplitError", "open_images"]

@@ -9,14 +9,11 @@ from typing import Any
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 
-from .architecture import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
-from .card import CARD_FILE, license_warning
-from .card import write_card as write_card
-from .checkpoints import load_encoder as load_encoder
-from .checkpoints import load_pretraining as load_pretraining
-from .encoding import PlainViT, check_encoder, unwrap
-from .model import MultiViewMAE
-from .pretrained import (
+from ..description import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
+from ..masked_vit import PlainViT, check_encoder, unwrap
+from ..model import MultiViewMAE
+from ..timm_weights import plain_names
+from ..weights import (
     CONFIG_FILE,
     PRETRAINING_CONFIG,
     PRETRAINING_FILE,
@@ -26,11 +23,14 @@ from .pretrained import (
     building,
     check_weights,
     hub_causes,
-    plain_names,
     write_json,
     write_pretraining,
     write_weights,
 )
+from .card import CARD_FILE, license_warning
+from .card import write_card as write_card
+from .load import load_encoder as load_encoder
+from .load import load_pretraining as load_pretraining
 
 _logger = logging.getLogger(__name__)
 PRETRAINED = "pretrained by the Multi-View Masked Autoencoder (https://doi.org/10.3390/app132212413)"

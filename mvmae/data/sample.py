@@ -5,8 +5,8 @@ from random import Random
 
 import numpy as np
 
+from .decode import ImageLike, open_image
 from .folders import ImageSource
-from .images import ImageLike, open_image
 from .pixels import Pixels
 
 PHOTOGRAPHS = (

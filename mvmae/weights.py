@@ -210,34 +210,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return f"{path} ({path.stat().st_size} bytes) is cut or damaged ({first_line(error)}): get it again"
 
 
-def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights by the names that they have without the wrappers of torch around some of the modules."""
-    return {
-        re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name): value
-        for name, value in weights.items()
-    }
-
-
-def encoder_prefix(weights: Mapping[str, Any]) -> str:
-    """Return what stands before the names of an encoder's weights: ``encoder.``, nothing, or what others put there.
-
-    Raises:
-        WeightsError: if there are several encoders, with their prefixes, or adapters that are not merged.
-    """
-    if any(".lora_A." in name or ".base_layer." in name for name in weights):
-        raise WeightsError("adapters of peft are not merged: save the state dict of model.merge_and_unload()")
-    found = [
-        re.sub(r"patch_embed\.proj\.weight$", "", name)
-        for name in weights
-        if re.search(r"(^|\.)patch_embed\.proj\.weight$", name)
-    ]
-    known = [prefix for prefix in ("encoder.", "") if any(name.startswith(prefix) for name in weights)]
-    chosen = next((prefix for prefix in known if prefix in found or not found), found[0] if found else "")
-    if chosen not in ("encoder.", "") and len(found) > 1:
-        raise WeightsError(f"there are encoders under {', '.join(found)}: save the state dict of one of them")
-    return chosen
-
-
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str | Path) -> None:
     """Compare names and shapes with those of a model.
 

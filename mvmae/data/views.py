@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .images import MAX_PIXELS, ImageLike, OpenedImage, colour, open_image
+from .decode import MAX_PIXELS, ImageLike, OpenedImage, colour, open_image
 from .pixels import WHITE, Colour, Pixels
 
 DECODERS = ("fast", "pillow", "pil")

@@ -1,9 +1,10 @@
 """How a plain ViT of timm, with learned or rotary positions, encodes only the visible patches of an image.
 
 Shapes: B images, C channels, H x W pixels, P patch side, L patches, K visible, T prefix tokens (class and register tokens),
-D encoder width.
+D encoder width, R twice a head's width: sines, then cosines.
 """
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -13,10 +14,10 @@ from timm.models import checkpoint_seq
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .masking import Mask
 from .patches import grid_size
-from .rotary import rotated_blocks
 
 PlainViT: TypeAlias = "VisionTransformer | Eva"
 REASONS = {
@@ -99,7 +100,7 @@ def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
     tokens = torch.cat([*prefix, tokens], dim=1)  # (B, T + K, D)
     tokens = encoder.norm_pre(encoder.pos_drop(tokens))
     if isinstance(encoder, Eva):
-        tokens = rotated_blocks(encoder, tokens, mask.visible, grid)
+        tokens = _rotated_blocks(encoder, tokens, mask.visible, grid)
     else:
         tokens = checkpoint_seq(encoder.blocks, tokens) if encoder.grad_checkpointing else encoder.blocks(tokens)
     encoded: Tensor = encoder.norm(tokens)
@@ -147,3 +148,44 @@ def _positions(vit: PlainViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
             positions, new_size=list(grid), old_size=list(vit.patch_embed.grid_size), num_prefix_tokens=with_prefix
         )
     return positions[0, :with_prefix], positions[0, with_prefix:]
+
+
+def _rotary_table(vit: Eva, grid: tuple[int, int]) -> Tensor | None:
+    """Give the rotary positions of every patch: (L, R), or (depth, heads, L, R) where each block learns its own.
+
+    None where the encoder has no rotary positions. In training mode timm may shift or scale the grid at random, as the model
+    was built to.
+    """
+    if vit.rope is None:
+        return None
+    fixed = hasattr(vit.rope, "feat_shape") and not vit.dynamic_img_size
+    table: Tensor = vit.rope.get_embed() if fixed else vit.rope.get_embed(shape=grid)
+    return table
+
+
+def _rotated_blocks(vit: Eva, tokens: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Run the blocks of an `Eva`, each visible patch at its own place.
+
+    Args:
+        vit: the encoder.
+        tokens: of prefix and visible patches, (B, T + K, D).
+        visible: numbers of the visible patches, (B, K).
+        grid: rows and columns of patches.
+
+    Returns:
+        (B, T + K, D).
+    """
+    table, blocks = _rotary_table(vit, grid), list(vit.blocks)
+    if table is None:
+        positions: list[Any] = [None] * len(blocks)
+    elif table.ndim == 2:
+        positions = [table[visible][:, None]] * len(blocks)  # (B, 1, K, R), one for all heads
+    else:
+        positions = [of_block[:, visible].transpose(0, 1) for of_block in table]  # (B, heads, K, R)
+    for block, rope in zip(blocks, positions, strict=True):
+        tokens = _run(block, vit.grad_checkpointing)(tokens, rope=rope)
+    return tokens
+
+
+def _run(block: nn.Module, checkpointed: bool) -> Any:
+    return partial(checkpoint, block, use_reentrant=False) if checkpointed else block

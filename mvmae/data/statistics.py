@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .decode import ImageError
 from .folders import ImageSource
-from .images import ImageError
 
 _logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .decode import ImageError, ImageLike
 from .folders import SPLITS, ImageSource, SplitError, has_image_extension, label_by_folder
-from .images import ImageError, ImageLike
 from .limits import LimitError, check_memory, most_bytes
 from .pixels import Pixels
 

@@ -1,0 +1,31 @@
+"""From images on a disk, in archives or in data sets to the batches of a run: sources, views, sampling, loading.
+
+A source (`open_images`) names images, a transform (`MultiViewTransform`) decodes one and crops its views, a sampler
+(`StepSampler`) says which image stands where in which step, and a loader (`make_loader`) fills batches in processes of its own.
+"""
+
+from .augment import AugmentedViews as AugmentedViews
+from .decode import FORMATS as FORMATS
+from .decode import ImageError as ImageError
+from .decode import ImageLike as ImageLike
+from .decode import colour as colour
+from .decode import open_image as open_image
+from .folders import FileSource as FileSource
+from .folders import ImageSource as ImageSource
+from .folders import SplitError as SplitError
+from .limits import MAX_PIXELS as MAX_PIXELS
+from .loader import Loader as Loader
+from .loader import NamedImages as NamedImages
+from .loader import explain_loader_error as explain_loader_error
+from .loader import make_loader as make_loader
+from .open import DatasetSource as DatasetSource
+from .open import RepeatedSource as RepeatedSource
+from .open import open_images as open_images
+from .sampling import Key as Key
+from .sampling import MultiViewDataset as MultiViewDataset
+from .sampling import StepSampler as StepSampler
+from .sampling import sample_seed as sample_seed
+from .statistics import ChannelStatistics as ChannelStatistics
+from .statistics import measure_channels as measure_channels
+from .views import CentreCropTransform as CentreCropTransform
+from .views import MultiViewTransform as MultiViewTransform

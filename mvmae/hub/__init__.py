@@ -1,0 +1,12 @@
+"""Models out of a run and into one: exports for timm, transformers and the Hub, their card, and other people's weights."""
+
+from .card import license_warning as license_warning
+from .card import write_card as write_card
+from .export import build as build
+from .export import describe as describe
+from .export import export as export
+from .export import load_weights as load_weights
+from .export import published as published
+from .export import push as push
+from .load import load_encoder as load_encoder
+from .load import load_pretraining as load_pretraining
