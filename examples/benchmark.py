@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Stop, autocast, create_encoder, option, run, start_processes
 from PIL import Image
-from timing import Products, clock, count_flops, peak_memory_mb, show
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import mvmae
+from engine.cli import option, run
+from engine.distributed import autocast, start_processes
+from engine.ends import Stop
 from mvmae.data import FORMATS, MultiViewDataset, StepSampler, make_loader, open_images
+from tasks.backbones import create_encoder
+from tasks.timing import Products, clock, count_flops, peak_memory_mb, show
 
 PARTS = ("loader", "workers", "model", "contrast", "memory")
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}

@@ -20,11 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import write_text
-from coco import CocoData, evaluate, to_coco
-from common import Processes, Stop, autocast, option, run, start_processes
-from dense_training import REQUIRED, DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
-from models import with_background
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -34,8 +29,15 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from engine.cli import option, run
+from engine.distributed import Processes, autocast, start_processes
+from engine.ends import Stop
+from engine.log import write_text
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
 from mvmae.visualize import contact_sheet
+from tasks.coco import CocoData, evaluate, to_coco
+from tasks.dense import REQUIRED, DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
+from tasks.starting import with_background
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 COLOURS = ["red", "deepskyblue", "lime", "gold", "magenta", "orange", "cyan", "white"]

@@ -20,10 +20,11 @@ from typing import Any
 
 import timm
 import torch
-from checkpoint import load_checkpoint
-from common import Stop, option, run
 from torch import nn
 
+from engine.checkpoint import load_checkpoint
+from engine.cli import option, run
+from engine.ends import Stop
 from mvmae import MultiViewMAE, hub
 from mvmae.weights import replace_file
 

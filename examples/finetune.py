@@ -18,27 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import labelled
 import numpy as np
 import torch
-from checkpoint import open_run, write_text
-from common import (
-    Log,
-    Stop,
-    autocast,
-    cosine_schedule,
-    option,
-    parallel,
-    run,
-    start_processes,
-    summary,
-)
-from course import Course
-from inputs import names
-from labelled import Seeded, open_labelled
-from models import add_head, classified, load_backbone, save_classifier, starting_weights, told, with_background
-from plots import draw_curves
-from snapshot import restore
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.eva import Eva
@@ -48,8 +29,22 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.checkpoint import open_run
+from engine.cli import option, run
+from engine.distributed import autocast, parallel, start_processes
+from engine.ends import Stop
+from engine.log import Log, write_text
+from engine.optim import cosine_schedule
+from engine.run import Course
+from engine.snapshot import restore
 from mvmae.data import Loader, StepSampler, sample_seed
 from mvmae.hub import describe
+from tasks import labelled
+from tasks.backbones import add_head, classified, load_backbone, save_classifier, summary
+from tasks.inputs import names
+from tasks.labelled import Seeded, open_labelled
+from tasks.plots import draw_curves
+from tasks.starting import starting_weights, told, with_background
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,32 +23,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import frozen
-import labelled
-import models
 import torch
-from checkpoint import open_run, write_text
-from common import (
-    Log,
-    Processes,
-    autocast,
-    cosine_schedule,
-    option,
-    parallel,
-    run,
-    start_processes,
-    summary,
-)
-from course import Course, StopSignal
-from features import extract
-from frozen import Features, Probe
-from inputs import names
-from labelled import Labelled, Seeded
-from plots import draw_curves
-from snapshot import restore
 from torch import Tensor, nn
 
+from engine.checkpoint import open_run
+from engine.cli import option, run
+from engine.distributed import Processes, autocast, parallel, start_processes
+from engine.ends import StopSignal
+from engine.log import Log, write_text
+from engine.optim import cosine_schedule
+from engine.run import Course
+from engine.snapshot import restore
 from mvmae.data import StepSampler
+from tasks import labelled
+from tasks.backbones import load_backbone, summary
+from tasks.inputs import names
+from tasks.labelled import Labelled, Seeded
+from tasks.monitor import extract
+from tasks.plots import draw_curves
+from tasks.probe import Features, Probe, freeze, head_optimizer, measure, pooled, table
+from tasks.starting import starting_weights, with_background
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +116,7 @@ def build_probe(config: Config, widths: Mapping[str, int], num_classes: int) -> 
 
 def build_optimizer(config: Config, probe: Probe) -> torch.optim.Optimizer:
     """Build the optimizer of the recipe, with a learning rate for each head."""
-    return frozen.build_optimizer(probe, config.optimizer, lr=config.base_lr * config.batch_size / 256)
+    return head_optimizer(probe, config.optimizer, lr=config.base_lr * config.batch_size / 256)
 
 
 def batches(
@@ -144,7 +138,7 @@ def batches(
     labels = torch.as_tensor(data.train.labels)
     for batch in labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad):
         with torch.no_grad(), autocast(config.precision, processes.device):
-            features = frozen.pooled(model, batch.views.to(processes.device, non_blocking=True))
+            features = pooled(model, batch.views.to(processes.device, non_blocking=True))
         yield features, labels[batch.indices].to(processes.device), partial(names, data.train, batch.indices)
 
 
@@ -202,22 +196,22 @@ def average_statistics(probe: Probe, processes: Processes) -> None:
 
 def probe_model(config: Config, name: str, data: Labelled, processes: Processes, stop: StopSignal) -> dict[str, Any]:
     """Measure one model, in a folder of its own, and give its results."""
-    config = models.with_background(config, name, config.arch)
+    config = with_background(config, name, config.arch)
     folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
     settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
     state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, processes=processes)
     torch.manual_seed(config.seed)
     stop.interruptible = True  # a signal may cut the extraction of features
-    model = frozen.freeze(models.load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
+    model = freeze(load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
     transform = Seeded(model, config.image_size, background=config.background)
     loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
 
     def encode(images: Tensor) -> Features:
         with autocast(config.precision, processes.device):
-            return frozen.pooled(model, images)
+            return pooled(model, images)
 
     train_set, val = (extract(encode, part, transform, processes, **loading) for part in (data.train, data.val))
-    results = frozen.measure(train_set, val, neighbours=config.neighbours, few_shot=config.few_shot)
+    results = measure(train_set, val, neighbours=config.neighbours, few_shot=config.few_shot)
     torch.manual_seed(config.seed)  # again: loading images draws from the same generator
     length = len(train_set[1]) if config.cached else len(data.train)
     config, clamped = labelled.clamp_batch(config, length, processes.world_size)
@@ -247,7 +241,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     results |= {"linear": scores["avg_0"]["top1"], "linear_top5": scores["avg_0"]["top5"], "best": scores[best]["top1"]}
     chosen = {"best_feature": kind, "best_multiple": probe.multiples[int(number)]}
     about = {"model": name, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
-    about |= {"started_from": models.starting_weights(model, name, config.arch)}
+    about |= {"started_from": starting_weights(model, name, config.arch)}
     about |= {"paper": paper_number(config, name, data), **results, **chosen, "seconds": round(time.monotonic() - start, 1)}
     if processes.rank == 0:
         write_text(folder / "results.json", json.dumps(about, indent=2) + "\n")
@@ -270,7 +264,7 @@ def main(config: Config) -> None:
     data = labelled.open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
     results = [probe_model(config, name, data, processes, stop) for name in config.models]
     if processes.rank == 0:
-        text = frozen.table(results)
+        text = table(results)
         write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
         write_text(folder / "results.md", text + "\n")
         print(f"accuracy in percent on {data.note}\n\n{text}\n\nsee {folder}")

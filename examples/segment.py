@@ -22,16 +22,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from checkpoint import write_text
-from common import Processes, autocast, normalize, option, run, start_processes
-from dense_training import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
-from label_maps import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
-from models import with_background
 from PIL import Image
 from torch import Tensor, nn
 
+from engine.cli import option, run
+from engine.distributed import Processes, autocast, start_processes
+from engine.log import write_text
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
 from mvmae.visualize import contact_sheet
+from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
+from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
+from tasks.inputs import normalize
+from tasks.starting import with_background
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

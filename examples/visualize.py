@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from checkpoint import write_text
-from common import Stop, normalize, option, run, start_processes
-from models import load_backbone, with_background
-from plots import plot
 from torch import Tensor
 
 import mvmae
+from engine.cli import option, run
+from engine.distributed import start_processes
+from engine.ends import Stop
+from engine.log import write_text
 from mvmae.data import ImageError, ImageSource, open_images
 from mvmae.masked_vit import check_encoder
 from mvmae.metrics import variance_explained
@@ -44,6 +44,10 @@ from mvmae.visualize import (
     to_pillow,
     to_unit_range,
 )
+from tasks.backbones import load_backbone
+from tasks.inputs import normalize
+from tasks.plots import plot
+from tasks.starting import with_background
 
 DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions", "method")
 GROUPS = 10

@@ -32,14 +32,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from checkpoint import read_checkpoint, save_checkpoint
-from common import Stop
-from models import load_backbone
-
+from engine.checkpoint import read_checkpoint, save_checkpoint
+from engine.ends import Stop
 from mvmae import MultiViewTransform
 from mvmae.data import ImageError, open_images
 from mvmae.hub import export, write_card
 from mvmae.weights import WeightsError, read_weights
+from tasks.backbones import load_backbone
 
 LIMIT = 20  # seconds for one file
 PLACE = Path(tempfile.mkdtemp())

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(EXAMPLES))
 
 import ablate
-import timing
-from common import parse
+from engine.cli import parse
+from tasks import timing
+from tasks.comparison import MEASURES, summarise
 
 TINY = f"--preset quick --encoder-args '{SMALL}' --image-size 32 --decoder-dim 16 --decoder-depth 1 --batch-size 8 --device cpu"
 TINY += " --epochs 2 --warmup-epochs 0.5 --workers 0 --monitor-images 0 --log-every 1 --save-every 2"
@@ -55,7 +56,7 @@ def test_an_ablation_that_was_killed_goes_on_where_it_was(photographs, tmp_path)
     assert [row["paper"] for row in found] == [79.09, 77.86, 74.33, 76.48]
     for row in found:
         (run,) = row["runs"]
-        assert all(0 <= run[measure] <= 100 and row[measure]["mean"] == run[measure] for measure in ablate.MEASURES)
+        assert all(0 <= run[measure] <= 100 and row[measure]["mean"] == run[measure] for measure in MEASURES)
     runs = {row["arm"]: row["runs"][0] for row in found}
     assert runs["ours"]["epochs"] == 2
     assert [row["runs"][0]["seconds"] is None for row in found] == [True, False, False, False]  # ours was cut
@@ -89,7 +90,7 @@ def test_two_processes_ablate_together_and_compare_gathered_with_local_negatives
     assert [process.code for process in ended] == [0, 0], ended[0].err + ended[1].err
     found = json.loads((tmp_path / "ablation/ablation.json").read_text())["negatives"]
     assert [row["arm"] for row in found] == ["of all processes", "of each process alone"]
-    assert all(0 <= row["runs"][0][measure] <= 100 for row in found for measure in ablate.MEASURES)
+    assert all(0 <= row["runs"][0][measure] <= 100 for row in found for measure in MEASURES)
     first = [json.loads((tmp_path / f"ablation/{name}-seed0/log.jsonl").read_text().splitlines()[0]) for name in NEGATIVES]
     assert [line["step"] for line in first] == [1, 1] and first[0]["loss_rec"] == first[1]["loss_rec"]
     # of the same latents: the denominator of Eq. 4 has 14 negatives in one, 6 in the other
@@ -118,12 +119,12 @@ def test_differences_are_paired_by_seed_with_students_interval(count):
     rng = np.random.default_rng(count)
     ours, other = rng.normal(70, 2, count), rng.normal(71, 2, count)
     runs = [[{"seed": seed, "knn": value} for seed, value in enumerate(values)] for values in (other, ours)]
-    found = ablate.summarise(runs[0][::-1], runs[1], "knn")
+    found = summarise(runs[0][::-1], runs[1], "knn")
     low, high = scipy.stats.ttest_rel(other, ours).confidence_interval(0.95)
     assert found["mean"] == pytest.approx(other.mean()) and found["std"] == pytest.approx(other.std(ddof=1))
     assert found["difference"] == pytest.approx((low + high) / 2)
     assert found["half_width"] == pytest.approx((high - low) / 2, rel=1e-3)
-    assert ablate.summarise(runs[0], runs[1], "linear") is None
+    assert summarise(runs[0], runs[1], "linear") is None
 
 
 def test_every_arm_changes_what_it_says_and_the_operations_follow(photographs):

@@ -12,7 +12,7 @@ from mvmae import MultiViewMAE, backward_in_parts, projection_mlp, random_mask
 
 sys.path.append(str(EXAMPLES))
 import pretrain
-from common import normalize
+from tasks.inputs import normalize
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
 

@@ -18,8 +18,9 @@ from mvmae.hub import license_warning
 from mvmae.metrics import linear_cka, mean_cosine
 
 sys.path.append(str(EXAMPLES))
-from features import report
-from models import save_classifier, starting_weights, told
+from tasks.backbones import save_classifier
+from tasks.monitor import report
+from tasks.starting import starting_weights, told
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
 ARGUMENTS = ["--preset", "adapt", "--data", "sample", "--output-dir", "run", "--epochs", 2, "--batch-size", 32, "--workers", 0]
@@ -299,7 +300,7 @@ def test_a_file_of_weights_needs_its_architecture(start, tmp_path):
 )
 def test_every_trained_parameter_is_in_one_group(name, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    from starting import parameter_groups
+    from tasks.starting import parameter_groups
 
     vit = timm.create_model(name, **TINY, num_classes=0)
     model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2, projector=projection_mlp(48, 16, 8))

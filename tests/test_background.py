@@ -11,10 +11,10 @@ from tiny_run import ARGUMENTS, losses
 
 sys.path.append(str(EXAMPLES))
 import pretrain
-from coco import CocoData
-from common import Stop
-from label_maps import LabelMaps
-from models import with_background
+from engine.ends import Stop
+from tasks.ade20k import LabelMaps
+from tasks.coco import CocoData
+from tasks.starting import with_background
 
 COLOUR = "#c05020"
 

@@ -50,7 +50,7 @@ def test_wrong_parts_and_folders_are_named(tmp_path):
 )
 def test_the_products_of_a_step_are_all_counted(monkeypatch, kernel, backward):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    from timing import Products
+    from tasks.timing import Products
 
     linear, x = torch.nn.Linear(6, 4), torch.randn(3, 6, requires_grad=True)
     q, k, v = (torch.randn(2, 5, 7, 8, requires_grad=True) for _ in range(3))

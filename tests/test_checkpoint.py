@@ -28,12 +28,13 @@ from mvmae import hub
 
 sys.path.insert(0, str(EXAMPLES))
 
-import checkpoint
-import locks
-import snapshot
-from common import Log, Processes, Stop
-from course import Course
 from timm.optim import Lars
+
+from engine import checkpoint, locks, snapshot
+from engine.distributed import Processes
+from engine.ends import Stop
+from engine.log import Log, write_text
+from engine.run import Course
 
 STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
 ALONE = Processes(0, 1, torch.device("cpu"), None)
@@ -398,7 +399,7 @@ def test_f56_a_lock_that_is_deleted_still_keeps_a_second_run_out(images, tmp_pat
 HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import locks
+from engine import locks
 from pathlib import Path
 locks.take(Path(sys.argv[2]))
 print("held", flush=True)
@@ -502,7 +503,7 @@ def test_f59_links_that_come_later_are_replaced_and_not_followed(tmp_path):
     for name in ("checkpoint.pt", "checkpoint-previous.pt", "checkpoint.pt.unfinished", "a.json", "a.json.unfinished"):
         (tmp_path / name).symlink_to(target)
     checkpoint.save_checkpoint(tmp_path, {"step": 1})
-    checkpoint.write_text(tmp_path / "a.json", "new")
+    write_text(tmp_path / "a.json", "new")
     assert target.read_text() == "precious" and not (tmp_path / "checkpoint.pt").is_symlink()
     assert checkpoint.load_checkpoint(tmp_path)["step"] == 1 and (tmp_path / "a.json").read_text() == "new"
     (tmp_path / ".lock").symlink_to(target)

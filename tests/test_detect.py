@@ -13,17 +13,18 @@ from running import EXAMPLES, run_processes, run_script
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 sys.path.insert(0, str(EXAMPLES))
 
-import detect
-from coco import CocoData, evaluate, jitter, to_coco
-from common import Stop, parse
-from dense_training import lr_factor, param_groups
-from models import load_backbone
 from pycocotools import mask as run_lengths
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.ops import box_iou
 
+import detect
+from engine.cli import parse
+from engine.ends import Stop
 from mvmae.hub import export
+from tasks.backbones import load_backbone
+from tasks.coco import CocoData, evaluate, jitter, to_coco
+from tasks.dense import lr_factor, param_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11
 UNTRAINED = ["--data", "x", "--model", "random:mvmae_vit_base_patch16"]

@@ -18,9 +18,10 @@ from tiny_run import ARGUMENTS, SMALL, end_of, losses, pretrain, start, wait_for
 
 sys.path.insert(0, str(EXAMPLES))
 
-import checkpoint
-from common import Log, Processes, printable
-from course import Course
+from engine import checkpoint
+from engine.distributed import Processes
+from engine.log import Log, printable
+from engine.run import Course
 
 # ---------------------------------------------------------------------------------- signals to every script that trains
 

@@ -1,4 +1,4 @@
-"""examples/features.py: looks at features, shared by processes and their loaders, of images that are not trained on."""
+"""examples/tasks/monitor.py: looks at features, shared by processes and their loaders, of images that are not trained on."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mvmae.data import CentreCropTransform
 
 sys.path.append(str(EXAMPLES))
-from common import Processes
-from features import Monitor, extract
-from labelled import open_splits
+from engine.distributed import Processes
+from tasks.labelled import open_splits
+from tasks.monitor import Monitor, extract
 
 ONE = Processes(0, 1, torch.device("cpu"), None)
 LOADING = {"batch_size": 8, "workers": 0, "max_bad": 3}

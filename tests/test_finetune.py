@@ -16,8 +16,8 @@ from mvmae import hub
 
 sys.path.append(str(EXAMPLES))
 import finetune
-from common import parse
-from models import add_head, load_backbone
+from engine.cli import parse
+from tasks.backbones import add_head, load_backbone
 
 COLOURS = ((250, 40, 40), (40, 250, 40), (40, 40, 250))
 RUN = ["--preset", "quick", "--device", "cpu", "--workers", 0, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1]

@@ -1,4 +1,4 @@
-"""examples/labelled.py: two splits of labelled images, transforms that depend on one generator, and accuracy."""
+"""examples/tasks/labelled.py: two splits of labelled images, transforms that depend on one generator, and accuracy."""
 
 import gzip
 import random
@@ -14,8 +14,9 @@ from running import EXAMPLES
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 sys.path.append(str(EXAMPLES))
-from common import Processes, Stop
-from labelled import InOrder, Seeded, accuracy, count_right, each_once, hold_out, open_labelled, open_splits, to_pil
+from engine.distributed import Processes
+from engine.ends import Stop
+from tasks.labelled import InOrder, Seeded, accuracy, count_right, each_once, hold_out, open_labelled, open_splits, to_pil
 
 ONE = Processes(0, 1, torch.device("cpu"), None)
 

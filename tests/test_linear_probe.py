@@ -1,4 +1,4 @@
-"""examples/linear_probe.py and frozen.py: the recipes, frozen backbones, heads trained at once, few labels, the table."""
+"""examples/linear_probe.py and tasks/probe.py: the recipes, frozen backbones, heads trained at once, few labels, the table."""
 
 import dataclasses
 import json
@@ -18,11 +18,13 @@ from test_finetune import place as place
 from mvmae.metrics import knn_accuracy
 
 sys.path.append(str(EXAMPLES))
-import frozen
 import linear_probe
-from common import Processes, cosine_schedule, parse
-from course import StopSignal
-from labelled import Labelled, Seeded, open_labelled
+from engine.cli import parse
+from engine.distributed import Processes
+from engine.ends import StopSignal
+from engine.optim import cosine_schedule
+from tasks.labelled import Labelled, Seeded, open_labelled
+from tasks.probe import few_label_accuracy, freeze, logistic_regression, pooled, table
 
 ONE = Processes(0, 1, torch.device("cpu"), None)
 RUN = ["--preset", "quick", "--device", "cpu", "--batch-size", 8, "--epochs", 4, "--log-every", 4, "--output-dir", "run"]
@@ -109,7 +111,7 @@ def test_heads_start_small_and_only_maes_normalise_over_the_batch():
 )
 def test_features_are_those_of_timm(tiny_vit, options):
     vit, images = tiny_vit(**options).eval(), torch.randn(2, 3, 32, 32)
-    features = frozen.pooled(vit, images)
+    features = pooled(vit, images)
     pools = {"avg": "avg", "token": "token"} if vit.cls_token is not None else {"avg": "avg"}
     assert features.keys() == pools.keys()
     for kind, pool in pools.items():
@@ -120,7 +122,7 @@ def test_features_are_those_of_timm(tiny_vit, options):
 @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224"])
 def test_features_of_other_models_are_what_their_head_would_see(name):
     model, images = timm.create_model(name, num_classes=0).eval(), torch.randn(1, 3, 224, 224)
-    assert torch.allclose(frozen.pooled(model, images)["avg"], model(images), atol=1e-6)
+    assert torch.allclose(pooled(model, images)["avg"], model(images), atol=1e-6)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -130,7 +132,7 @@ def test_every_tensor_of_the_backbone_stays_as_it_was(tmp_path, monkeypatch, fol
     before = {name: value.clone() for name, value in model.state_dict().items()}
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     assert "bn1.running_mean" in buffers and buffers.keys() <= before.keys()
-    monkeypatch.setattr("models.load_backbone", lambda *_, **__: model.train())
+    monkeypatch.setattr("linear_probe.load_backbone", lambda *_, **__: model.train())
     settings = dataclasses.replace(
         config("--batch-size", 16, "--epochs", 2, "--workers", 0, "--image-size", 32, "--few-shot", 1),
         output_dir=str(tmp_path),
@@ -146,9 +148,9 @@ def test_every_tensor_of_the_backbone_stays_as_it_was(tmp_path, monkeypatch, fol
 
 
 def test_a_frozen_model_drops_nothing(tiny_vit):
-    vit = frozen.freeze(tiny_vit(drop_path_rate=0.5, drop_rate=0.5, proj_drop_rate=0.5).train())
+    vit = freeze(tiny_vit(drop_path_rate=0.5, drop_rate=0.5, proj_drop_rate=0.5).train())
     images = torch.randn(4, 3, 32, 32, requires_grad=True)
-    first, second = (frozen.pooled(vit, images)["avg"] for _ in range(2))
+    first, second = (pooled(vit, images)["avg"] for _ in range(2))
     assert torch.equal(first, second)
     first.sum().backward()
     assert all(p.grad is None for p in vit.parameters())
@@ -156,7 +158,7 @@ def test_a_frozen_model_drops_nothing(tiny_vit):
 
 def test_logistic_regression_is_that_of_scikit_learn():
     x, labels = torch.randn(60, 12, dtype=torch.float64), torch.randint(4, (60,))
-    weight, bias = frozen.logistic_regression(x, labels, 4, decay=0.01)
+    weight, bias = logistic_regression(x, labels, 4, decay=0.01)
     peer = LogisticRegression(C=1 / (0.01 * 60), tol=1e-8, max_iter=10000).fit(x.numpy(), labels.numpy())
     ours, theirs = (x @ weight.T + bias).log_softmax(1), peer.predict_log_proba(x.numpy())
     assert np.allclose(ours.numpy(), theirs, atol=1e-3)
@@ -169,10 +171,10 @@ def test_few_labels_are_so_many_of_each_class(monkeypatch):
         seen.append((x, labels))
         return torch.zeros(num_classes, x.shape[1]), torch.zeros(num_classes)
 
-    monkeypatch.setattr(frozen, "logistic_regression", fit)
+    monkeypatch.setattr("tasks.probe.logistic_regression", fit)
     labels = torch.tensor([0] * 9 + [1] * 9 + [2])
     bank = torch.arange(1.0, 20).view(-1, 1) * torch.ones(1, 4)
-    draws = {frozen.few_label_accuracy(bank, labels, bank, labels, 2, seed) for seed in (0, 0, 1)}
+    draws = {few_label_accuracy(bank, labels, bank, labels, 2, seed) for seed in (0, 0, 1)}
     assert all(chosen.bincount().tolist() == [2, 2, 1] for _, chosen in seen)
     assert all(x.norm(dim=1).tolist() == pytest.approx([1.0] * 5) for x, _ in seen)
     assert list(draws) == pytest.approx([100 * 9 / 19])  # all zeros say class 0
@@ -289,7 +291,7 @@ def test_the_papers_number_stands_where_model_images_and_recipe_are_its_own():
     for change in (["--cached"], ["--epochs", 90], ["--base-lr", 1], ["--image-size", 192], ["--max-steps", 5]):
         assert linear_probe.paper_number(config(*change), name, imagenet) is None
     assert linear_probe.paper_number(config(preset="mae"), name, imagenet) is None
-    text = frozen.table(
+    text = table(
         [{"model": "a", "linear": 1.26, "paper": None}, {"model": "b", "paper": 68.0, "shot1_avg": 2.0, "shot1_avg_std": 0.5}]
     )
     assert "| a |  | 1.3 |  |  |  |  |" in text and "| b |  |  |  | 68.0 | 2.0 ± 0.5 |  |" in text

@@ -1,4 +1,4 @@
-"""examples/models.py: any model by name, with a head, and written."""
+"""examples/tasks/backbones.py: any model by name, with a head, and written."""
 
 import json
 import sys
@@ -12,8 +12,8 @@ from running import EXAMPLES
 from mvmae import hub
 
 sys.path.append(str(EXAMPLES))
-from common import Stop
-from models import add_head, load_backbone, save_classifier
+from engine.ends import Stop
+from tasks.backbones import add_head, load_backbone, save_classifier
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

@@ -18,12 +18,11 @@ from tiny_run import pretrain, write_images
 
 sys.path.insert(0, str(EXAMPLES))
 import ablate
-import common
-import models
 import pretrain as pretraining
-import starting
-from common import Stop, parse
-from options import flag, option
+from engine.cli import flag, option, parse, run
+from engine.ends import Stop
+from tasks import backbones, starting
+from tasks.backbones import summary
 
 SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
 OPTIONS = [(name, field) for name, script in SCRIPTS.items() for field in dataclasses.fields(script.Config)]
@@ -62,7 +61,7 @@ def outcome(name, arguments, monkeypatch, capsys):
         patch.setattr(sys, "argv", [name, *arguments])
         patch.setattr(os, "_exit", leave)
         try:
-            common.run(seen.append, SCRIPTS[name].Config, presets_of(name), None)
+            run(seen.append, SCRIPTS[name].Config, presets_of(name), None)
         except SystemExit as end:
             code = end.code
     return seen, code, capsys.readouterr().err
@@ -216,12 +215,12 @@ def test_the_first_lines_of_a_run_say_what_is_trained(images, tmp_path):
 
 def test_models_of_other_kinds_are_summed_up_too():
     resnet = timm.create_model("resnet18", num_classes=0)
-    assert common.summary(resnet) == "resnet18, 11.18 M parameters, images of 224x224 pixels"
-    assert common.summary(resnet, 96) == "resnet18, 11.18 M parameters, images of 96x96 pixels"
+    assert summary(resnet) == "resnet18, 11.18 M parameters, images of 224x224 pixels"
+    assert summary(resnet, 96) == "resnet18, 11.18 M parameters, images of 96x96 pixels"
     with torch.device("meta"):
         for name in ("swin_tiny_patch4_window7_224", "hiera_tiny_224", "levit_128", "pvt_v2_b0", "xcit_nano_12_p16_224"):
             for model in timm.list_models(f"{name}*")[:1]:
-                assert common.summary(timm.create_model(model)).startswith(f"{model}, ")
+                assert summary(timm.create_model(model)).startswith(f"{model}, ")
 
 
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(monkeypatch):
@@ -239,10 +238,10 @@ def test_a_mistyped_path_is_told_with_near_ones(tmp_path, monkeypatch):
     (tmp_path / "runs" / "adapted").mkdir(parents=True)
     for name in ("runs/adaptd", "run/adapted", "./runs/adaptd", f"{tmp_path}/runs/adaptd", "local-dir:runs/adaptd"):
         with pytest.raises(Stop, match=r"there is no file or folder .*: did you mean .*runs/adapted\?"):
-            models.find_weights(name)
+            backbones.find_weights(name)
     with pytest.raises(Stop, match="there is no file or folder nothing/like/it$"):
-        models.find_weights("nothing/like/it")
-    assert models.find_weights("hf-hub:owner/name") == ("hf-hub:owner/name", None)
+        backbones.find_weights("nothing/like/it")
+    assert backbones.find_weights("hf-hub:owner/name") == ("hf-hub:owner/name", None)
 
 
 def test_a_function_that_is_not_there_is_told_before_the_first_look(images, tmp_path):

@@ -13,9 +13,9 @@ from torch import nn
 sys.path.insert(0, str(EXAMPLES))
 
 import segment
-from common import parse
-from dense_training import lr_factor, param_groups
-from label_maps import IGNORE, Augment, LabelMaps, confusion, distort, fitting_size, scores
+from engine.cli import parse
+from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, distort, fitting_size, scores
+from tasks.dense import lr_factor, param_groups
 
 UNTRAINED = ["--data", "x", "--model", "random:mvmae_vit_base_patch16"]
 TINY = "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2"
@@ -85,7 +85,7 @@ def test_wrong_label_maps_are_refused_by_name(folder):
 
 
 def test_images_and_labels_are_augmented_alike_and_filled_up(folder, monkeypatch):
-    monkeypatch.setattr("label_maps.distort", lambda image, rng: image)
+    monkeypatch.setattr("tasks.ade20k.distort", lambda image, rng: image)
     options = {"num_classes": 4, "reduce_zero_label": False}
     data = LabelMaps(folder, "train", augment=Augment(32, fill=(9, 9, 9)), **options)
     filled = 0

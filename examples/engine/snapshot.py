@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Stop
 from torch import Tensor, nn
+
+from engine.ends import Stop
 
 SHOWN = 4  # problems that a message names
 

@@ -1,19 +1,24 @@
 """What a run starts from: an encoder and its weights, whose they are, and how gently they are trained further."""
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from common import Stop, create_encoder
-from models import find_weights
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 import mvmae
+from engine.ends import Stop
+from mvmae.data import colour
 from mvmae.encoders import check_source
-from mvmae.hub import load_encoder
+from mvmae.hub import license_warning, load_encoder
 from mvmae.masked_vit import check_encoder
-from mvmae.weights import first_line
+from mvmae.weights import CONFIG_FILE, first_line, locate, read_json
+from tasks.backbones import create_encoder, find_weights
+
+Config = TypeVar("Config", bound=Any)
 
 
 def start_encoder(
@@ -58,6 +63,72 @@ def start_encoder(
     if pretrained and file is not None:
         load_encoder(encoder, file)
     return encoder
+
+
+def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
+    """Say which weights a run starts from, how they were trained and what licence they are under, for exports and cards.
+
+    Args:
+        model: as `load_backbone` built it.
+        name: as `load_backbone` took it.
+        arch: likewise.
+
+    Returns:
+        Nothing for ``random:``. Else ``weights``, the name of what is at the root of their history; ``license``, "unknown"
+        where none is recorded; ``repo`` on the Hub, where timm knows one; ``training``, what this package's exports say of
+        it. Weights of this package that come from nothing have no ``weights``.
+    """
+    if name.startswith("random:"):
+        return {}
+    _, file = find_weights(name, arch)
+    if name.startswith("hf-hub:"):
+        config = read_json(locate(name, CONFIG_FILE))
+    else:
+        config = read_json(file.parent / CONFIG_FILE) if file and (file.parent / CONFIG_FILE).is_file() else {}
+    kept, cfg = _texts(config.get("started_from")), _texts(config.get("pretrained_cfg") if config else model.pretrained_cfg)
+    license, training = "" if file and not config else cfg.get("license", ""), _texts(config).get("training", "")
+    if not kept and not training:
+        tagged = file is None and ":" not in name
+        place = "/".join(Path(name.removeprefix("local-dir:")).absolute().parts[-2:]) if file else name
+        kept = {"weights": f"{name.split('.')[0]}.{cfg['tag']}" if tagged and cfg.get("tag") else place, "license": "unknown"}
+        repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id", "") if tagged else ""
+        kept |= {"repo": repo} if "/" in repo.strip("/") else {}
+    if license and not (license_warning(kept) and kept.get("license") != "unknown"):
+        kept["license"] = license
+    return kept | ({"training": training} if training else {})
+
+
+def _texts(content: Any) -> dict[str, str]:
+    return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
+
+
+def told(start: Mapping[str, str]) -> str:
+    """Say where a run's weights come from and what their licence asks, in one line."""
+    if not start:
+        return "from random weights"
+    about = start.get("weights") or f"weights {start.get('training', '')}"
+    return f"from {about}: {license_warning(start) or 'licence ' + (start.get('license') or 'of their owner')}"
+
+
+def with_background(config: Config, name: str, arch: str = "") -> Config:
+    """Return the options of a script with the background that its user chose, else the model's own, else white.
+
+    Args:
+        config: with ``background``, empty where the user chose none.
+        name: as `load_backbone` takes it.
+        arch: likewise.
+
+    Raises:
+        Stop: if there is no such file or folder.
+        ValueError: if it is not a colour.
+    """
+    wanted = name.removeprefix("random:")
+    file = locate(wanted, CONFIG_FILE) if wanted.startswith("hf-hub:") else find_weights(wanted, arch)[1]
+    described = file and file.with_name(CONFIG_FILE)
+    own = read_json(described).get("background") if described and described.is_file() else None
+    chosen: str = config.background or own or "white"
+    colour(chosen)
+    return dataclasses.replace(config, background=chosen)
 
 
 def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

@@ -1,25 +1,86 @@
 """Any model by name: with its weights or without, with a head or without, and written so that timm loads it."""
 
+import ast
 import copy
-import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from common import Config, Stop, create_encoder
+from timm.layers import to_2tuple
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mvmae.data import colour
+from engine.ends import Stop
 from mvmae.encoders import check_source
-from mvmae.hub import export, license_warning
+from mvmae.hub import export
 from mvmae.timm_weights import checkpoint_filter
 from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
+
+
+def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
+    """Build any model that timm knows.
+
+    Args:
+        name: of timm, or with ``hf-hub:`` or ``local-dir:`` in front.
+        arguments: more of timm's options, as ``"patch_size=8 embed_dim=128"``.
+        options: timm's options.
+
+    Raises:
+        Stop: if there is no such model, with near names, or it does not take an argument.
+    """
+    typed = timm_arguments(arguments)
+    known = timm.list_models()
+    if ":" not in name and name.split(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        cure = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise Stop(f"timm has no model {name!r}, and it is no folder: {cure}")
+    try:
+        model: nn.Module = timm.create_model(name, **typed, **options)
+    except (RuntimeError, OSError):  # weights that cannot be had
+        raise
+    except Exception as error:  # timm checks few of its arguments
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        reason = f"it takes no {unknown[1]}" if unknown else f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Stop(f"{name} cannot be built{f' with {arguments!r}' if arguments else ''}: {reason}") from error
+    return model
+
+
+def timm_arguments(text: str) -> dict[str, Any]:
+    """Read arguments for timm, such as ``"patch_size=8 embed_dim=128"``.
+
+    Raises:
+        Stop: if they are not of this form.
+    """
+    try:
+        return {key: ast.literal_eval(value) for key, value in (part.split("=", 1) for part in text.split())}
+    except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+        raise Stop(f"arguments {text!r} are not of the form 'patch_size=8 embed_dim=128'") from error
+
+
+def summary(model: Any, image_size: int = 0) -> str:
+    """Say what a model really is: its architecture, its parameters, the images and patches that it takes.
+
+    Args:
+        model: of timm, or a part of one.
+        image_size: side in pixels, where it takes other images than those that it was built for.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    patches: Any = getattr(model, "patch_embed", None)
+    size = image_size or getattr(patches, "img_size", None) or cfg["input_size"][1:]
+    number = sum(parameter.numel() for parameter in model.parameters())
+    parts = [cfg.get("architecture", type(model).__name__), f"{number / 1e6:.2f} M parameters"]
+    if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(model, "embed_dim"):
+        parts.append(f"{len(blocks)} blocks of width {model.embed_dim}")
+    parts.append("images of {}x{} pixels".format(*to_2tuple(size)))
+    if hasattr(patches, "patch_size"):
+        parts.append("patches of {}x{}".format(*to_2tuple(patches.patch_size)))
+    return ", ".join(parts)
 
 
 def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: Any) -> nn.Module:
@@ -81,72 +142,6 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
     if folders or name.startswith(("local-dir:", ".", "/")) or path.suffix in (".safetensors", ".pth", ".pt"):
         raise Stop(f"there is no file or folder {path}" + _near(path))
     return name, None
-
-
-def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
-    """Say which weights a run starts from, how they were trained and what licence they are under, for exports and cards.
-
-    Args:
-        model: as `load_backbone` built it.
-        name: as `load_backbone` took it.
-        arch: likewise.
-
-    Returns:
-        Nothing for ``random:``. Else ``weights``, the name of what is at the root of their history; ``license``, "unknown"
-        where none is recorded; ``repo`` on the Hub, where timm knows one; ``training``, what this package's exports say of
-        it. Weights of this package that come from nothing have no ``weights``.
-    """
-    if name.startswith("random:"):
-        return {}
-    _, file = find_weights(name, arch)
-    if name.startswith("hf-hub:"):
-        config = read_json(locate(name, CONFIG_FILE))
-    else:
-        config = read_json(file.parent / CONFIG_FILE) if file and (file.parent / CONFIG_FILE).is_file() else {}
-    kept, cfg = _texts(config.get("started_from")), _texts(config.get("pretrained_cfg") if config else model.pretrained_cfg)
-    license, training = "" if file and not config else cfg.get("license", ""), _texts(config).get("training", "")
-    if not kept and not training:
-        tagged = file is None and ":" not in name
-        place = "/".join(Path(name.removeprefix("local-dir:")).absolute().parts[-2:]) if file else name
-        kept = {"weights": f"{name.split('.')[0]}.{cfg['tag']}" if tagged and cfg.get("tag") else place, "license": "unknown"}
-        repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id", "") if tagged else ""
-        kept |= {"repo": repo} if "/" in repo.strip("/") else {}
-    if license and not (license_warning(kept) and kept.get("license") != "unknown"):
-        kept["license"] = license
-    return kept | ({"training": training} if training else {})
-
-
-def _texts(content: Any) -> dict[str, str]:
-    return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
-
-
-def told(start: Mapping[str, str]) -> str:
-    """Say where a run's weights come from and what their licence asks, in one line."""
-    if not start:
-        return "from random weights"
-    about = start.get("weights") or f"weights {start.get('training', '')}"
-    return f"from {about}: {license_warning(start) or 'licence ' + (start.get('license') or 'of their owner')}"
-
-
-def with_background(config: Config, name: str, arch: str = "") -> Config:
-    """Return the options of a script with the background that its user chose, else the model's own, else white.
-
-    Args:
-        config: with ``background``, empty where the user chose none.
-        name: as `load_backbone` takes it.
-        arch: likewise.
-
-    Raises:
-        Stop: if there is no such file or folder.
-        ValueError: if it is not a colour.
-    """
-    wanted = name.removeprefix("random:")
-    file = locate(wanted, CONFIG_FILE) if wanted.startswith("hf-hub:") else find_weights(wanted, arch)[1]
-    described = file and file.with_name(CONFIG_FILE)
-    own = read_json(described).get("background") if described and described.is_file() else None
-    chosen: str = config.background or own or "white"  # type: ignore[attr-defined]
-    colour(chosen)
-    return dataclasses.replace(config, background=chosen)  # type: ignore[type-var]
 
 
 def _near(path: Path) -> str:

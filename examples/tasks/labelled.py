@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import timm
 import torch
-from common import Processes, Stop
 from PIL import Image
 from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 
+from engine.distributed import Processes
+from engine.ends import Stop
 from mvmae.data import (
     ImageLike,
     ImageSource,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from common import Stop
+from engine.ends import Stop
 
 _held: dict[Path, tuple[int, int]] = {}  # the open folder and the open lock file of each run of this process
 

@@ -1,15 +1,17 @@
 """What goes into a run: the views of other people's images, and the statistics of their channels."""
 
+import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from common import Stop
+import torch
 from torch import Tensor
 
 import mvmae
+from engine.ends import Stop
 from mvmae.data import AugmentedViews, ImageSource, RepeatedSource, measure_channels
 
 
@@ -79,3 +81,15 @@ def augmented(transform: mvmae.MultiViewTransform, name: str) -> Callable[..., T
     except (ImportError, AttributeError, ValueError) as error:
         raise Stop(f"--transform {name}: {error}; module:function is expected, in a file of the current folder") from error
     return AugmentedViews(transform, augment)
+
+
+def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
+    """Turn uint8 images (..., C, H, W) into float32 ones with the given mean and standard deviation, in units of 255."""
+    mean, std = (_per_channel(tuple(x), images.device) for x in (mean, std))
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copy values to the device, (C, 1, 1): once, since the copy waits for all that the device has still to do."""
+    return torch.tensor(values, device=device)[:, None, None]

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Processes, Stop, normalize
-from labelled import Part, Splits, draw, each_once
 from torch import Tensor
 
+from engine.distributed import Processes
+from engine.ends import Stop
 from mvmae.data import CentreCropTransform, ImageSource
 from mvmae.metrics import effective_rank, knn_accuracy, linear_cka, mean_cosine, uniformity
+from tasks.inputs import normalize
+from tasks.labelled import Part, Splits, draw, each_once
 
 Encode = Callable[[Tensor], Tensor]
 MONITORED = 512

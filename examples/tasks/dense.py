@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import load_checkpoint, open_run, same_everywhere
-from common import Log, Processes, Stop, autocast, option, parallel, summary, timm_arguments
-from course import Course
-from models import load_backbone
-from plots import draw_curves
-from shapes import write_toy
-from snapshot import restore
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
+from engine.checkpoint import load_checkpoint, open_run, same_everywhere
+from engine.cli import option
+from engine.distributed import Processes, autocast, parallel
+from engine.ends import Stop
+from engine.log import Log
+from engine.run import Course
+from engine.snapshot import restore
 from mvmae.data import FileSource, Key, NamedImages, StepSampler, make_loader, sample_seed
 from mvmae.dense import WindowedViT
+from tasks.backbones import load_backbone, summary, timm_arguments
+from tasks.plots import draw_curves
+from tasks.shapes import write_toy
 
 REQUIRED = dataclasses.MISSING
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")

@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import locks
 import torch
-from common import Processes, Stop
-from snapshot import is_plain, named_tensors, not_finite
+
+from engine import locks
+from engine.distributed import Processes
+from engine.ends import Stop
+from engine.log import write_text
+from engine.snapshot import is_plain, named_tensors, not_finite
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 PARTS = frozenset({"step", "settings", "optimizer"})
@@ -72,15 +75,6 @@ def _free_space(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free >> 20} MB are free"
     except OSError as error:
         return str(error)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by one with this text, whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.unlink(missing_ok=True)
-    with unfinished.open("x") as file:  # a new file: no link is followed
-        file.write(text)
-    os.replace(unfinished, path)
 
 
 def _sync_folder(folder: Path) -> None:

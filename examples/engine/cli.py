@@ -1,17 +1,27 @@
-"""The options of a script: one dataclass gives their defaults, their ``--help``, their ranges and what a run records."""
+"""The command line of a script: its options, declared as one dataclass, and what runs its ``main`` and tells how that ended."""
 
 import argparse
 import dataclasses
 import difflib
 import math
 import operator
+import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch.distributed as dist
+
+from engine.ends import Stop, end_process
+from engine.log import open_outputs, printable
+from mvmae.data import explain_loader_error
+
 Config = TypeVar("Config")
+LOST = ("peer", "gloo", "nccl", "socket", "tcpstore")
+"""Words of torch's errors where another process has ended."""
 BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
     "of at least": operator.ge,
     "above": operator.gt,
@@ -20,6 +30,50 @@ BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
 }
 LARGEST = 2**31
 """Numbers stay below it where an option has no upper bound of its own."""
+
+
+def run(
+    main: Callable[[Config], None], config: type[Config], presets: Mapping[str, Mapping[str, Any]], about: str | None
+) -> None:
+    """Parse the command line into ``config``, run ``main``, and turn what goes wrong into one line and an exit code."""
+    open_outputs()
+    try:
+        main(within_cores(parse(config, presets, about)))
+    except KeyboardInterrupt as error:
+        _end("stopped before the first step", 128 + (error.args[0] if error.args else signal.SIGINT))
+    except MemoryError as error:
+        _end(f"the memory is used up ({error}): use a smaller --batch-size, or fewer --workers", 1)
+    except (Stop, ValueError, TypeError, OSError, ImportError) as error:
+        _end(str(error), error.code if isinstance(error, Stop) else 2)
+    except RuntimeError as error:
+        if reason := explain_loader_error(error):
+            _end(reason, 1)
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(word in str(error).lower() for word in LOST):
+            raise
+        _end(f"another process of this run has ended, see its message; --resume goes on ({str(error).splitlines()[0]})", 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _end(message: str, code: int) -> None:
+    """Print one line and exit."""
+    if os.environ.get("MVMAE_TRACEBACK"):  # a mistake of ours rather than of the user's is found more easily so
+        raise
+    print(printable(message if code > 128 else f"error: {message}"), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    end_process(code)
+
+
+def within_cores(config: Config) -> Config:
+    """Take no more loading processes than the machine has processor cores, and say so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked: int = getattr(config, "workers", 0)
+    if asked <= cores:
+        return config
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--workers {asked}: {cores} load images, one for each processor core of this machine", flush=True)
+    return dataclasses.replace(config, workers=cores)  # type: ignore[type-var]
 
 
 def option(

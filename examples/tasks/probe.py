@@ -108,7 +108,7 @@ class Probe(nn.Module):
         return {name: head(normed[name.rpartition("_")[0]]) for name, head in self.heads.items()}
 
 
-def build_optimizer(probe: Probe, name: str, *, lr: float) -> torch.optim.Optimizer:
+def head_optimizer(probe: Probe, name: str, *, lr: float) -> torch.optim.Optimizer:
     """Build SGD or LARS with momentum 0.9 and no weight decay; LARS does not adapt the rate of biases (MAE)."""
     groups: list[dict[str, Any]] = []
     for head_name, head in probe.heads.items():

@@ -11,18 +11,16 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import torch
-from checkpoint import NEWEST, NotFinite, SaveError, machine, save_checkpoint
-from common import Log, Processes, Stop, end_process
-from snapshot import to_host
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.checkpoint import NEWEST, NotFinite, SaveError, machine, save_checkpoint
+from engine.distributed import Processes
+from engine.ends import Stop, StopSignal
+from engine.log import Log
+from engine.snapshot import to_host
+
 Batch = TypeVar("Batch")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-BEFORE = {number: signal.getsignal(number) for number in SIGNALS}
-"""What the signals do until a run catches them."""
-PATIENCE = 5.0
-"""Seconds in which a repeated signal is the same one, and which a batch may still take after a signal."""
 
 
 class Settings(Protocol):
@@ -64,7 +62,7 @@ class Course:
         found: Mapping[str, Any] | None,
         *,
         last: int,
-        stop: "StopSignal | None" = None,
+        stop: StopSignal | None = None,
     ) -> None:
         self.folder, self.log, self.processes, self.model, self.state = folder, log, processes, model, state
         self.config, self.last = config, last
@@ -252,38 +250,6 @@ class Course:
         for norm, kept in zip(self.norms, self.statistics, strict=True):
             for buffer, old in zip(norm.buffers(), kept, strict=True):
                 buffer.copy_(old)
-
-
-class StopSignal:
-    """Catches SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that a run can finish its step and save.
-
-    A repeat within `PATIENCE` seconds, or during a save, is the same signal: torchrun passes on what its processes have
-    received already. A later one ends the run at once.
-
-    Attributes:
-        received: the first signal.
-        interruptible: whether a signal may cut short what goes on, such as a wait for images, after `PATIENCE` seconds.
-        saving: whether a checkpoint is being written.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.since, self.interruptible, self.saving = 0.0, True, False
-        for number in SIGNALS:
-            if number != signal.SIGHUP or BEFORE[number] != signal.SIG_IGN:  # nohup
-                signal.signal(number, self._receive)
-        signal.signal(signal.SIGALRM, self._interrupt)
-
-    def _receive(self, number: int, _: object) -> None:
-        if self.received is None:
-            self.received, self.since = number, time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-        elif time.monotonic() > self.since + PATIENCE and not self.saving:
-            end_process(128 + number)
-
-    def _interrupt(self, *_: object) -> None:
-        if self.received is not None and self.interruptible:
-            raise KeyboardInterrupt(self.received)
 
 
 class Meter:

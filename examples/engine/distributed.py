@@ -1,0 +1,84 @@
+"""The processes of a run, the device of each, and what they compute together."""
+
+import inspect
+import os
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine.ends import Stop
+
+Item = TypeVar("Item")
+
+
+class Processes(NamedTuple):
+    """This process among all that run the script, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: Any
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is set in any process: the same answer in all of them, with no wait for the device."""
+        if self.control is None:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, group=self.control)
+        return bool(votes)
+
+    def gather(self, item: Item) -> list[Item]:
+        """Give the items of all processes to all of them, in the order of the ranks."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average a tensor over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values / self.world_size
+
+
+def start_processes(device: str) -> Processes:
+    """Join the processes that torchrun started, if any: nccl on CUDA devices, gloo on the CPU.
+
+    Args:
+        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        Stop: if a CUDA device is asked for and there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Stop("--device cuda: torch finds no CUDA device; use --device cpu to run on the processor")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        return Processes(0, 1, chosen, None)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Processes(rank, world_size, chosen, dist.new_group(backend="gloo"))
+
+
+def parallel(model: nn.Module, processes: Processes) -> nn.Module:
+    """Wrap a model so that its gradients are averaged over all processes, where there are several."""
+    if processes.world_size == 1:
+        return model
+    wrap, devices = nn.parallel.DistributedDataParallel, [processes.device.index] if processes.device.type == "cuda" else None
+    new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # torch 2.14's name for it
+    kept: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return wrap(model, device_ids=devices, **kept)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Compute in bf16: ``auto`` does so on CUDA, ``bf16`` everywhere, ``float32`` nowhere."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

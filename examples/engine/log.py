@@ -1,0 +1,122 @@
+"""What a script prints and writes down: lines that end no run, ``log.jsonl``, files of text that are whole."""
+
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """Writes ``log.jsonl``, a progress bar on a terminal, and plain lines elsewhere; nothing but on rank 0."""
+
+    def __init__(self, folder: Path, rank: int, total: int, start: int = 0) -> None:
+        self.folder, self.silent, self.bar, self.cut = folder, rank != 0, None, set[str]()
+        if self.silent:
+            return
+        kept = [record for record in self.records() if record.get("step", 0) <= start]
+        write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        stream = getattr(sys.stderr, "stream", sys.stderr)
+        if stream is not None and stream.isatty():
+            from tqdm import tqdm
+
+            bar: Any = Output(stream, raw=True)
+            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=False, file=bar)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Read the lines back, without those that were cut in the middle."""
+        path, found = self.folder / "log.jsonl", []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return [record for record in found if isinstance(record, dict) and isinstance(record.get("step", 0), int)]
+
+    def advance(self, step: int) -> None:
+        """Move the bar to ``step``."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def write(self, **record: Any) -> None:
+        """Add one line; numbers only, except for names."""
+        self.append("log.jsonl", json.dumps(record))
+        shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items())
+        self.say("  ".join(shown))
+
+    def append(self, name: str, text: str) -> None:
+        """Add lines to a file of the folder; where that fails, say so and go on, and end what was cut at the next time."""
+        if self.silent:
+            return
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write("\n" * (name in self.cut) + text + "\n")
+            self.cut.discard(name)
+        except OSError as error:
+            self.cut.add(name)
+            self.say(f"warning: cannot write {self.folder / name}: {error.strerror}")
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self.silent:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        print(printable(line), flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by one with this text, whole or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("x") as file:  # a new file: no link is followed
+        file.write(text)
+    os.replace(unfinished, path)
+
+
+class Output:
+    """A stream that ends no run: where it cannot be written to, or is closed, what is printed is lost and no more.
+
+    Args:
+        stream: standard output or error; None where it is closed.
+        raw: let control characters through, for a progress bar. Else they and what the encoding lacks are shown as escapes.
+    """
+
+    def __init__(self, stream: Any, *, raw: bool = False) -> None:
+        self.stream, self.raw = stream, raw
+
+    def write(self, text: str) -> int:
+        """Print a text."""
+        with suppress(OSError, ValueError, AttributeError):
+            encoding = self.stream.encoding
+            shown = text if self.raw else printable(text, keep="\n\t")
+            self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Print what is printed so far."""
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def open_outputs() -> None:
+    """Print through `Output` from now on; no file that is opened later takes the place of a closed standard stream."""
+    with suppress(OSError):
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(number, True)
+        os.close(number)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Show control characters as escapes, which could otherwise change a terminal or forge a line, but for those to keep."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,1 @@
+"""What several scripts share: images, models, measurements, pictures."""
