@@ -1,4 +1,4 @@
-"""What a reader is told to type works: README's Python, every command for the examples, every link to a file.
+"""What a reader is told to type works: Python in README.md and examples/README.md, commands for the examples, links to files.
 
 A fenced block is left out where its info string or the HTML comment above it says `no-run`.
 """
@@ -23,8 +23,10 @@ from mvmae import hub
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+TUTORIAL = ROOT / "examples" / "README.md"
 PAGES = [
-    path for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "examples").glob("*.md"))] if path.exists()
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md")),
+    *sorted((ROOT / "examples").glob("*.md")),
 ]
 SHELL = {"bash", "sh", "shell", "console"}
 
@@ -63,8 +65,9 @@ def blocks_of(path: Path, languages: set[str]) -> list[Block]:
 
 def sections() -> dict[str, list[Block]]:
     found: dict[str, list[Block]] = {}
-    for block in blocks_of(ROOT / "README.md", {"python", "py"}):
-        found.setdefault(block.heading, []).append(block)
+    for page in (ROOT / "README.md", TUTORIAL):
+        for block in blocks_of(page, {"python", "py"}):
+            found.setdefault(f"{page.relative_to(ROOT)}: {block.heading}", []).append(block)
     return found
 
 
@@ -84,7 +87,7 @@ def test_the_python_of_a_section_runs(heading, tmp_path, monkeypatch):
     namespace = {"__name__": "__main__"}
     for block in sections()[heading]:
         draw_pictures(block.text)
-        exec(compile("\n" * (block.line - 1) + block.text, "README.md", "exec"), namespace)
+        exec(compile("\n" * (block.line - 1) + block.text, heading.partition(":")[0], "exec"), namespace)
 
 
 class Command(NamedTuple):
@@ -170,7 +173,6 @@ def test_the_commands_on_the_sample_run_one_after_the_other(tmp_path):
         assert done.returncode == 0, f"{command.where}: {shlex.join(command.words)}\n{done.stdout}\n{done.stderr}"
 
 
-TUTORIAL = ROOT / "examples" / "README.md"
 PUBLIC = "vit_small_patch14_reg4_dinov2.lvd142m"
 LEAVE_OUT = {"--push owner/name --private": "", PUBLIC: "public"}  # the Hub; `public` is a tiny encoder of the same kind
 ENDS = {  # behind what is typed: a short course of small models on small views
