@@ -468,9 +468,7 @@ def run_with_noise(body):
         import multiprocessing, os, signal
         import numpy as np
         from mvmae.data import MultiViewDataset, StepSampler
-        from mvmae.folders import ImageSource
-        from mvmae.loading import make_loader
-        from mvmae.views import MultiViewTransform
+        from mvmae.data import ImageSource, MultiViewTransform, make_loader
 
         class Noise(ImageSource):
             def image(self, index):

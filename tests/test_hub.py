@@ -113,8 +113,9 @@ def test_the_card_says_what_is_known_and_no_more(published):
 EVIL = "<img src=x>\n\n## Measured\n\n- top-1: 99.9 ``` `` [a](http://b) \x1b[31m"
 
 
-def test_f60_what_others_wrote_is_quoted_in_the_card_and_paths_stay_at_home(tmp_path):
-    started = {"weights": EVIL, "license": EVIL, "training": EVIL}
+@pytest.mark.parametrize("weights", [EVIL, ""])  # what is empty must not open a quotation that the next text closes
+def test_f60_what_others_wrote_is_quoted_in_the_card_and_paths_stay_at_home(weights, tmp_path):
+    started = {"weights": weights, "license": EVIL, "training": EVIL}
     hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, started_from=started, training=EVIL)
     settings = {"data": "/home/me/secret", "model": "/home/me", "epochs": 3, "encoder_args": EVIL}
     path = hub.write_card(
@@ -320,7 +321,7 @@ CALLS = """
 import json, sys, time, urllib.request, huggingface_hub, timm, mvmae
 from huggingface_hub import constants
 from mvmae.hub import push
-from mvmae.pretrained import WeightsError
+from mvmae import WeightsError
 time.sleep = lambda seconds: None  # the client waits 23 seconds in all between its tries
 def create(name, hf_hub_id=None, **kwargs):
     overlay = {"pretrained_cfg_overlay": {"hf_hub_id": hf_hub_id}} if hf_hub_id else {}

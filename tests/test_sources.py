@@ -373,7 +373,7 @@ def test_f64_an_arrow_file_with_wrong_offsets_is_refused(tmp_path, wrong):
     assert len(open_images(path)) == 3
     offsets[2] = wrong
     path.write_bytes(content[:at] + offsets.tobytes() + content[at + 16 :])
-    code = "import sys; from mvmae.sources import open_images; source = open_images(sys.argv[1])\n"
+    code = "import sys; from mvmae.data import open_images; source = open_images(sys.argv[1])\n"
     code += "for i in range(len(source)): source[i]"  # in a process of its own, which it would take along
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and f"ValueError: {path} cannot be read: " in done.stderr

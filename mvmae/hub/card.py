@@ -54,6 +54,8 @@ def license_warning(started_from: Mapping[str, str]) -> str | None:
 def code(value: object) -> str:
     """Quote a text of others for Markdown: in one line, as code, where neither HTML nor Markdown is read."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(value)).strip()
+    if not text:
+        return "(empty)"  # two backticks alone would open a code span that the next quoted text closes
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
