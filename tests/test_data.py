@@ -467,8 +467,7 @@ def run_with_noise(body):
     script = """
         import multiprocessing, os, signal
         import numpy as np
-        from mvmae.data import MultiViewDataset, StepSampler
-        from mvmae.data import ImageSource, MultiViewTransform, make_loader
+        from mvmae.data import ImageSource, MultiViewDataset, MultiViewTransform, StepSampler, make_loader
 
         class Noise(ImageSource):
             def image(self, index):
@@ -477,7 +476,7 @@ def run_with_noise(body):
         dataset = MultiViewDataset(Noise([b"x"] * 50), MultiViewTransform(16))
         loader = make_loader(dataset, StepSampler(50, 2), num_workers=2)
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(script) + textwrap.dedent(body)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
 
