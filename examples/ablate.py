@@ -31,8 +31,8 @@ import torch
 import finetune
 import linear_probe
 import pretrain
-from engine.checkpoint import ALWAYS, check_same
-from engine.cli import option, parse, run, within_cores
+from engine.checkpoint import check_same
+from engine.cli import changeable, option, parse, run, within_cores
 from engine.distributed import Processes, start_processes
 from engine.ends import BEFORE, Stop
 from engine.log import write_text
@@ -136,7 +136,7 @@ def flops_per_image(chosen: pretrain.Config) -> float:
 
 
 SCRIPTS: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "probe": linear_probe}
-FREE = {name: (script.MAY_CHANGE | ALWAYS) - {"data", "epochs", "max_steps"} for name, script in SCRIPTS.items()}
+FREE = {name: changeable(script.Config) - {"data", "epochs", "max_steps"} for name, script in SCRIPTS.items()}
 """Options that change no number of a run."""
 
 

@@ -30,13 +30,14 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from engine.cli import option, run
+from engine.config import REQUIRED
 from engine.distributed import Processes, autocast, start_processes
 from engine.ends import Stop
 from engine.log import write_text
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
 from mvmae.visualize import contact_sheet
 from tasks.coco import CocoData, evaluate, to_coco
-from tasks.dense import REQUIRED, DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
+from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from tasks.starting import with_background
 
 Sample = tuple[Tensor, dict[str, Tensor]]

@@ -30,7 +30,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine.checkpoint import open_run
-from engine.cli import option, run
+from engine.cli import changeable, inherit, option, run
+from engine.config import RunConfig
 from engine.distributed import autocast, parallel, start_processes
 from engine.ends import Stop
 from engine.log import Log, write_text
@@ -42,26 +43,17 @@ from mvmae.hub import describe
 from tasks import labelled
 from tasks.backbones import add_head, classified, load_backbone, save_classifier, summary
 from tasks.inputs import names
-from tasks.labelled import Seeded, open_labelled
+from tasks.labelled import LabelledConfig, Seeded, open_labelled
 from tasks.plots import draw_curves
 from tasks.starting import starting_weights, told, with_background
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    data: str = option(
-        dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample", path=True
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(LabelledConfig):
     model: str = option(
         dataclasses.MISSING, "timm name, hf-hub:ID, run or export folder, file of weights; random: before it", path=True
     )
-    output_dir: str = option("runs/finetune", "folder of the run", path=True)
-    resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
-    other_data: bool = option(False, "go on with other images than the run began with, and say so")
-    arch: str = option("", "timm name of the model of a lone file of weights")
-    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)", at_least=0)
-    train_images: int = option(0, "most images to train on; 0 for all", at_least=0)
-    val_images: int = option(0, "most images to validate on; 0 for all", at_least=0)
+    output_dir: str = inherit(RunConfig, "output_dir", "runs/finetune")
     background: str = option("", "colour behind transparent pixels, such as white or #808080; the model's own, or white")
     epochs: int = option(100, "passes over the images (paper)", at_least=1)
     warmup_epochs: float = option(5, "epochs of linear warm-up (MAE)", at_least=0)
@@ -88,19 +80,8 @@ class Config:
     switch_prob: float = option(0.5, "probability of cutmix rather than mixup (MAE)", at_least=0, at_most=1)
     smoothing: float = option(0.1, "label smoothing (MAE)", at_least=0, below=1)
     ema: float = option(0.0, "decay of averaged weights, which are evaluated then; 0 for none (MAE)", at_least=0, below=1)
-    seed: int = option(0, "seed of weights, order and augmentation", at_least=0)
-    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option("auto", "precision: auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
-    workers: int = option(8, "processes that load images, for each process that trains", at_least=0)
-    max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0)
-    skip_nonfinite: int = option(
-        0, "batches that may be left out because a loss or gradient is not finite; one more stops", at_least=0
-    )
-    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all", at_least=0)
-    save_every: int = option(10_000, "most steps between checkpoints; the end is saved in any case", at_least=1)
-    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every", at_least=0)
-    eval_every: int = option(1, "epochs between validations", at_least=1)
-    log_every: int = option(20, "steps between lines of the log", at_least=1)
+    save_every: int = inherit(RunConfig, "save_every", 10_000)
+    eval_every: int = option(1, "epochs between validations", at_least=1, may_change=True)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -121,10 +102,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 5,
     },
 }
-MAY_CHANGE = frozenset(
-    {"output_dir", "resume", "device", "workers", "max_bad", "skip_nonfinite", "max_steps", "save_every"}
-    | {"eval_every", "log_every"}
-)
 
 
 def training_transform(config: Config, model: nn.Module) -> Seeded:
@@ -202,7 +179,7 @@ class FineTuning:
 
     def resume_or_start(self) -> None:
         """Take everything back from the newest checkpoint."""
-        state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, processes=self.processes)
+        state = open_run(self.folder, self.settings, changeable(Config), resume=self.config.resume, processes=self.processes)
         if state:
             modules = {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
             restore(state, self.folder, modules, self.optimizer, {"best": self.best})

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint import open_run
-from engine.cli import option, run
+from engine.cli import changeable, inherit, option, run
+from engine.config import RunConfig
 from engine.distributed import Processes, autocast, parallel, start_processes
 from engine.ends import StopSignal
 from engine.log import Log, write_text
@@ -38,28 +39,21 @@ from mvmae.data import StepSampler
 from tasks import labelled
 from tasks.backbones import load_backbone, summary
 from tasks.inputs import names
-from tasks.labelled import Labelled, Seeded
+from tasks.labelled import Labelled, LabelledConfig, Seeded
 from tasks.monitor import extract
 from tasks.plots import draw_curves
 from tasks.probe import Features, Probe, freeze, head_optimizer, measure, pooled, table
 from tasks.starting import starting_weights, with_background
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    data: str = option(
-        dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample", path=True
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(LabelledConfig):
     models: tuple[str, ...] = option(
-        dataclasses.MISSING, "timm names, hf-hub:ID, run or export folders, files of weights", path=True
+        dataclasses.MISSING, "timm names, hf-hub:ID, run or export folders, files of weights", path=True, may_change=True
     )
-    output_dir: str = option("runs/linear-probe", "folder for the results, with a folder for each model", path=True)
-    resume: bool = option(False, "go on from the newest checkpoints in the output folder, if there are any")
-    other_data: bool = option(False, "go on with other images than the run began with, and say so")
-    arch: str = option("", "timm name of the model of a lone file of weights")
-    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)", at_least=0)
-    train_images: int = option(0, "most images to train on; 0 for all", at_least=0)
-    val_images: int = option(0, "most images to validate on; 0 for all", at_least=0)
+    output_dir: str = inherit(
+        RunConfig, "output_dir", "runs/linear-probe", "folder for the results, with a folder for each model"
+    )
     background: str = option("", "colour behind transparent pixels, such as white or #808080; each model's own, or white")
     cached: bool = option(False, "train on features of centre crops, extracted once")
     epochs: int = option(100, "passes over the images (paper)", at_least=1)
@@ -77,20 +71,12 @@ class Config:
     few_shot: tuple[int, ...] = option(
         (1, 2, 5), "labelled images a class for a classifier on few labels; 0 for none", at_least=0
     )
-    seed: int = option(0, "seed of weights, order and crops", at_least=0)
-    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option(
-        "auto", "bf16 or float32 in the backbone: auto is bf16 on CUDA, float32 elsewhere", ["auto", "bf16", "float32"]
+    seed: int = inherit(RunConfig, "seed", 0, "seed of weights, order and crops")
+    precision: str = inherit(
+        RunConfig, "precision", "auto", "bf16 or float32 in the backbone: auto is bf16 on CUDA, float32 elsewhere"
     )
-    workers: int = option(8, "processes that load images, for each process that trains", at_least=0)
-    max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0)
-    skip_nonfinite: int = option(
-        0, "batches that may be left out because a loss or gradient is not finite; one more stops", at_least=0
-    )
-    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all", at_least=0)
-    save_every: int = option(1000, "most steps between checkpoints; the end is saved in any case", at_least=1)
-    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every", at_least=0)
-    log_every: int = option(50, "steps between lines of the log", at_least=1)
+    save_every: int = inherit(RunConfig, "save_every", 1000)
+    log_every: int = inherit(RunConfig, "log_every", 50)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -98,10 +84,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mae": {"warmup_epochs": 10, "base_lr": 0.1, "optimizer": "lars", "batch_norm": True},
     "quick": {"output_dir": "runs/quick-probe", "cached": True, "batch_size": 128, "workers": 0},
 }
-MAY_CHANGE = frozenset(
-    {"models", "output_dir", "resume", "device", "workers", "max_bad", "skip_nonfinite"}
-    | {"max_steps", "save_every", "log_every"}
-)
 PAPER = {"vit_base_patch16_224.mae": 68.0, "vit_base_patch16_224.dino": 78.2, "mvmae_vit_base_patch16.in1k": 76.7}  # Table 2
 IMAGENET = (1_281_167, 50_000, 1000)
 Step = tuple[Features, Tensor, Callable[[], list[str]]]
@@ -199,7 +181,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     config = with_background(config, name, config.arch)
     folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
     settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
-    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, processes=processes)
+    state = open_run(folder, settings, changeable(Config), resume=config.resume, processes=processes)
     torch.manual_seed(config.seed)
     stop.interruptible = True  # a signal may cut the extraction of features
     model = freeze(load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)

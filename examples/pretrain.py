@@ -26,7 +26,7 @@ from torch import Tensor
 
 import mvmae
 from engine.checkpoint import open_run
-from engine.cli import run
+from engine.cli import changeable, run
 from engine.distributed import autocast, parallel, start_processes
 from engine.ends import Stop
 from engine.log import Log
@@ -42,8 +42,8 @@ from tasks.inputs import augmented, channel_statistics, names, normalize, repeat
 from tasks.labelled import clamp_batch, open_splits
 from tasks.monitor import MONITORED, Monitor, report
 from tasks.plots import draw_curves
-from tasks.pretraining import MAY_CHANGE, build_model
 from tasks.pretraining import Config as Config
+from tasks.pretraining import build_model
 from tasks.starting import Freeze, parameter_groups, starting_weights, told, with_background
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ class Pretraining:
 
     def resume_or_start(self) -> None:
         """Take everything back from the newest checkpoint, or look at the encoder as it is before."""
-        state = open_run(self.folder, self.settings, MAY_CHANGE, resume=self.config.resume, processes=self.processes)
+        state = open_run(self.folder, self.settings, changeable(Config), resume=self.config.resume, processes=self.processes)
         if state:
             followed = torch.empty(0, self.model.encoder.embed_dim) if state.get("start_features") is not None else None
             also: dict[str, Any] = {"before": {}, "start_features": followed}

@@ -184,6 +184,11 @@ def test_a_script_imports_tasks_and_engine_and_never_back(path):
     assert example_problems(path, path.read_text()) == []
 
 
+@pytest.mark.parametrize("path", [*SCRIPTS, *SHARED], ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_a_file_of_the_examples_is_short_enough_to_read(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [

@@ -18,8 +18,10 @@ from tiny_run import pretrain, write_images
 
 sys.path.insert(0, str(EXAMPLES))
 import ablate
+import finetune
 import pretrain as pretraining
-from engine.cli import flag, option, parse, run
+from engine.cli import changeable, flag, option, parse, run
+from engine.config import RunConfig
 from engine.ends import Stop
 from tasks import backbones, starting
 from tasks.backbones import summary
@@ -288,3 +290,23 @@ def test_options_of_a_preset_that_are_typed_stay_typed():
     assert chosen("--preset", "other", "--name", "c") == ("c", 1)
     assert chosen("--preset", "other", "--name", "c", "--size", "2") == ("c", 2)
     assert chosen("--preset", "other", "--name", "b") == ("b", 2)
+
+
+TRAINED = ("pretrain", "finetune", "linear_probe", "detect", "segment")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_options_of_a_run_are_the_same_in_every_script_that_trains(name):
+    config = SCRIPTS[name].Config
+    for option_name, shared in RunConfig.__dataclass_fields__.items():
+        own = config.__dataclass_fields__[option_name]
+        assert {**own.metadata, "help": ""} == {**shared.metadata, "help": ""} and own.type == shared.type, option_name
+    assert changeable(RunConfig) < changeable(config)
+
+
+def test_help_lists_what_must_be_given_first_and_what_all_runs_share_last(capsys):
+    with pytest.raises(SystemExit):
+        parse(finetune.Config, finetune.PRESETS, None, ["--help"])
+    listed = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out.partition("--preset")[2], re.MULTILINE)
+    assert listed[:2] == ["--model", "--data"]
+    assert set(listed[-len(RunConfig.__dataclass_fields__) :]) == {flag(name) for name in RunConfig.__dataclass_fields__}

@@ -23,7 +23,6 @@ from engine.snapshot import is_plain, named_tensors, not_finite
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 PARTS = frozenset({"step", "settings", "optimizer"})
-ALWAYS = frozenset({"data", "other_data", "save_minutes"})  # may change: the images' fingerprint tells what matters of the data
 
 
 class SaveError(Exception):
@@ -185,7 +184,7 @@ def open_run(
         raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --output-dir")
     changed, here = [], machine(processes)
     if state:
-        free = may_change | ALWAYS | ({"images"} if settings.get("other_data") else set())
+        free = may_change | ({"images"} if settings.get("other_data") else set())
         changed = check_same(state["settings"], settings, free)
         if differs := check_same(state.get("machine", here), here, frozenset({*state.get("machine", ()), *here})):
             changed.append(f"the last bits of the results can differ from an uncut run's: {', '.join(differs)}")

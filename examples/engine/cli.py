@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import inspect
 import math
 import operator
 import os
@@ -88,6 +89,7 @@ def option(
     lengths: tuple[int, ...] = (),
     path: bool = False,
     belongs_to: str = "",
+    may_change: bool = False,
 ) -> Any:
     """Declare a field of a script's dataclass.
 
@@ -102,11 +104,24 @@ def option(
         lengths: how many values a tuple may have; any number, from one on, where empty. (2,) is a range: low, then high.
         path: the value is a path, or a model's name that may be one: ``~`` is the user's home.
         belongs_to: name of another option: what a preset says here goes with what it says there, and not with anything else.
+        may_change: a run that goes on may have another value than it began with.
     """
     limits = dict(zip(BOUNDS, (at_least, above, at_most, below), strict=True))
     bounds = {word: limit for word, limit in limits.items() if limit is not None}
     about = {"help": text, "choices": tuple(choices), "bounds": bounds, "lengths": lengths, "path": path}
-    return dataclasses.field(default=default, metadata={**about, "belongs_to": belongs_to})
+    about |= {"belongs_to": belongs_to, "may_change": may_change}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def inherit(config: type[Any], name: str, default: Any, text: str = "") -> Any:
+    """Declare an option as another dataclass does, with a default of its own, and a help text of its own where one is given."""
+    about = config.__dataclass_fields__[name].metadata
+    return dataclasses.field(default=default, metadata={**about, "help": text or about["help"]})
+
+
+def changeable(config: type[Any]) -> frozenset[str]:
+    """Return the names of the options that a run that goes on may have otherwise."""
+    return frozenset(field.name for field in dataclasses.fields(config) if field.metadata["may_change"])
 
 
 def parse(
@@ -136,8 +151,8 @@ def parse(
         allow_abbrev=False,
     )
     hints = typing.get_type_hints(config)
-    for name, field in fields.items():
-        parser.add_argument(flag(name), **_settings(field, hints[name], defaults[name]))
+    for name in sorted(fields, key=lambda name: (defaults[name] is not dataclasses.MISSING, _generation(config, name))):
+        parser.add_argument(flag(name), **_settings(fields[name], hints[name], defaults[name]))
     known, unknown = parser.parse_known_args(arguments)
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items() if name in fields}
     if unknown:
@@ -159,6 +174,11 @@ def parse(
 def flag(name: str) -> str:
     """Give what is typed for a field."""
     return "--" + name.replace("_", "-")
+
+
+def _generation(config: type[Any], name: str) -> int:
+    """Return how far up the dataclass stands that declares an option first: those of all scripts come last in ``--help``."""
+    return max(number for number, part in enumerate(config.__mro__) if name in inspect.get_annotations(part))
 
 
 class _Parser(argparse.ArgumentParser):

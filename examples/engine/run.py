@@ -8,32 +8,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.checkpoint import NEWEST, NotFinite, SaveError, machine, save_checkpoint
+from engine.config import RunConfig
 from engine.distributed import Processes
 from engine.ends import Stop, StopSignal
 from engine.log import Log
 from engine.snapshot import to_host
 
 Batch = TypeVar("Batch")
-
-
-class Settings(Protocol):
-    """What the options of every script that trains have."""
-
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def save_every(self) -> int: ...
-    @property
-    def save_minutes(self) -> float: ...
-    @property
-    def skip_nonfinite(self) -> int: ...
 
 
 class Course:
@@ -53,7 +41,7 @@ class Course:
 
     def __init__(
         self,
-        config: Settings,
+        config: RunConfig,
         folder: Path,
         log: Log,
         processes: Processes,

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
 from engine.checkpoint import load_checkpoint, open_run, same_everywhere
-from engine.cli import option
+from engine.cli import changeable, option
+from engine.config import REQUIRED, RunConfig
 from engine.distributed import Processes, autocast, parallel
 from engine.ends import Stop
 from engine.log import Log
@@ -29,24 +30,20 @@ from tasks.backbones import load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 
-REQUIRED = dataclasses.MISSING
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseConfig:
+class DenseConfig(RunConfig):
     """Settings of both scripts; their presets give the values."""
 
-    data: str = option(REQUIRED, "folder of the data, or toy: shapes, drawn into the output folder", path=True)
-    output_dir: str = option(REQUIRED, "folder of the run", path=True)
+    data: str = option(REQUIRED, "folder of the data, or toy: shapes, drawn into the output folder", path=True, may_change=True)
     model: str = option(
         REQUIRED, "encoder: timm name, hf-hub:, folder or file of weights; random: before it leaves them out", path=True
     )
     arch: str = option("", "timm name of the model of a lone file of weights")
     model_args: str = option("", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'", belongs_to="model")
-    resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
-    other_data: bool = option(False, "go on with other images than the run began with, and say so")
-    evaluate: bool = option(False, "only evaluate the newest checkpoint in the output folder")
+    evaluate: bool = option(False, "only evaluate the newest checkpoint in the output folder", may_change=True)
     image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1)
     window_size: int = option(REQUIRED, "side of an attention window in patches; 0 for none", at_least=0)
     rel_pos: bool = option(True, "learn relative positions in every block")
@@ -63,26 +60,9 @@ class DenseConfig:
     warmup_steps: int = option(REQUIRED, "steps of linear warm-up", at_least=0)
     warmup_start: float = option(REQUIRED, "factor of the learning rate at step 0", at_least=0, at_most=1)
     background: str = option("", "colour behind transparent pixels, such as white or #808080; the model's own, or white")
-    seed: int = option(0, "seed of weights, order and augmentation", at_least=0)
-    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option("auto", "precision: auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
-    grad_checkpointing: bool = option(False, "keep fewer activations of the encoder and compute them again")
-    workers: int = option(REQUIRED, "processes that load images, for each process that trains", at_least=0)
-    skip_nonfinite: int = option(
-        0, "batches that may be left out because a loss or gradient is not finite; one more stops", at_least=0
-    )
-    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all", at_least=0)
-    save_every: int = option(REQUIRED, "most steps between checkpoints; the end is saved in any case", at_least=1)
-    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every", at_least=0)
-    log_every: int = option(20, "steps between lines of the log", at_least=1)
+    grad_checkpointing: bool = option(False, "keep fewer activations of the encoder and compute them again", may_change=True)
     toy_images: int = option(600, "training images that toy draws; a sixth as many are held out", at_least=1)
-    pictures: int = option(8, "images to draw the predictions of", at_least=0)
-
-
-MAY_CHANGE = frozenset(
-    {"output_dir", "resume", "evaluate", "device", "grad_checkpointing", "workers", "max_steps", "save_every", "log_every"}
-    | {"pictures", "skip_nonfinite"}
-)
+    pictures: int = option(8, "images to draw the predictions of", at_least=0, may_change=True)
 
 
 def build_trunk(
@@ -191,7 +171,7 @@ def fit(
     where = {"rank": processes.rank, "world_size": processes.world_size}
     sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **where)
     settings = {**dataclasses.asdict(config), "images": images}
-    state = open_run(folder, settings, MAY_CHANGE, resume=config.resume, processes=processes)
+    state = open_run(folder, settings, changeable(type(config)), resume=config.resume, processes=processes)
     if state:
         restore(state, folder, {"model": model}, optimizer)
         sampler.start_step = state["step"]

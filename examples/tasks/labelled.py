@@ -16,6 +16,8 @@ from PIL import Image
 from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 
+from engine.cli import option
+from engine.config import REQUIRED, RunConfig
 from engine.distributed import Processes
 from engine.ends import Stop
 from mvmae.data import (
@@ -34,6 +36,23 @@ from mvmae.data import (
 Config = TypeVar("Config", bound=Any)
 HELD_OUT = 10  # one image of so many is held out of data that comes without a validation split
 UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF orientation: Image.Transpose
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledConfig(RunConfig):
+    """Options of the scripts that measure a model on labelled images."""
+
+    data: str = option(
+        REQUIRED,
+        "labelled images: a folder of class folders, IDX files, a timm data set, or sample",
+        path=True,
+        may_change=True,
+    )
+    arch: str = option("", "timm name of the model of a lone file of weights")
+    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)", at_least=0)
+    train_images: int = option(0, "most images to train on; 0 for all", at_least=0)
+    val_images: int = option(0, "most images to validate on; 0 for all", at_least=0)
+    max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0, may_change=True)
 
 
 class Part(ImageSource):

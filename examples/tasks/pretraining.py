@@ -5,17 +5,16 @@ import dataclasses
 import torch
 
 import mvmae
-from engine.cli import option
+from engine.cli import inherit, option
+from engine.config import RunConfig
 from mvmae.data import MAX_PIXELS
 from tasks.starting import start_encoder
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    data: str = option(dataclasses.MISSING, "images: a folder, a list of paths (.txt), or sample", path=True)
-    output_dir: str = option("runs/pretrain", "folder of the run", path=True)
-    resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one")
-    other_data: bool = option(False, "go on with other images than the run began with, and say so")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    data: str = option(dataclasses.MISSING, "images: a folder, a list of paths (.txt), or sample", path=True, may_change=True)
+    output_dir: str = inherit(RunConfig, "output_dir", "runs/pretrain")
     encoder: str = option(
         "mvmae_vit_base_patch16", "plain ViT of timm (paper: ViT-B/16), hf-hub:ID, folder of a run or export, file", path=True
     )
@@ -59,41 +58,36 @@ class Config:
     decoder_dim: int = option(512, "width of the decoder (MAE)", at_least=1)
     decoder_depth: int = option(4, "blocks of the decoder (paper, Table 5)", at_least=1)
     decoder_heads: int = option(16, "attention heads of the decoder (MAE)", at_least=1)
-    epochs: float = option(1600, "passes over the images (paper)", above=0)
+    epochs: float = option(1600, "passes over the images (paper)", above=0, may_change=True)
     warmup_epochs: float = option(40, "epochs of linear warm-up (paper)", at_least=0)
     batch_size: int = option(256, "images of a step over all processes (paper)", at_least=1)
-    accumulate: int = option(1, "parts that a batch is cut into to save memory, for the same loss and gradients", at_least=1)
+    accumulate: int = option(
+        1, "parts that a batch is cut into to save memory, for the same loss and gradients", at_least=1, may_change=True
+    )
     base_lr: float = option(1.5e-4, "learning rate for a batch of 256; scaled with the batch (paper, MAE)", at_least=0)
     weight_decay: float = option(0.05, "weight decay of AdamW, not on 1-D parameters (MAE)", at_least=0)
     beta2: float = option(0.95, "beta2 of AdamW; beta1 is 0.9 (paper)", at_least=0, below=1)
     clip_grad: float = option(0.0, "largest norm of the gradient; 0 does not clip (MAE)", at_least=0)
-    seed: int = option(0, "seed of weights, order, crops and masks", at_least=0)
-    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option("auto", "precision: auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
-    compile: bool = option(False, "run the model through torch.compile")
-    grad_checkpointing: bool = option(False, "keep fewer activations and compute them again")
-    workers: int = option(8, "processes that load images, for each process that trains", at_least=0)
-    loader: str = option("fast", "fast; pillow, without simplejpeg; pil, the slow reference", ["fast", "pillow", "pil"])
-    max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0)
-    skip_nonfinite: int = option(
-        0, "batches that may be left out because a loss or gradient is not finite; one more stops", at_least=0
+    seed: int = inherit(RunConfig, "seed", 0, "seed of weights, order, crops and masks")
+    compile: bool = option(False, "run the model through torch.compile", may_change=True)
+    grad_checkpointing: bool = option(False, "keep fewer activations and compute them again", may_change=True)
+    loader: str = option(
+        "fast", "fast; pillow, without simplejpeg; pil, the slow reference", ["fast", "pillow", "pil"], may_change=True
     )
-    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all", at_least=0)
-    save_every: int = option(100_000, "most steps between checkpoints; the end is saved in any case", at_least=1)
-    save_minutes: float = option(15, "most minutes between checkpoints; 0 leaves it to --save-every", at_least=0)
-    log_every: int = option(20, "steps between lines of the log", at_least=1)
+    max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0, may_change=True)
+    save_every: int = inherit(RunConfig, "save_every", 100_000)
     monitor: int = option(
-        100, "epochs between looks at the features of held-out images; 0 for none but first and last", at_least=0
+        100,
+        "epochs between looks at the features of held-out images; 0 for none but first and last",
+        at_least=0,
+        may_change=True,
     )
     monitor_images: int = option(
-        5000, "most images of a first and last look, with k-NN where data has labels; 0 for no look", at_least=0
+        5000,
+        "most images of a first and last look, with k-NN where data has labels; 0 for no look",
+        at_least=0,
+        may_change=True,
     )
-
-
-MAY_CHANGE = frozenset(
-    {"output_dir", "resume", "device", "accumulate", "compile", "grad_checkpointing", "workers", "max_bad", "max_steps"}
-    | {"skip_nonfinite", "save_every", "log_every", "monitor", "monitor_images", "epochs", "loader"}
-)
 
 
 def build_model(config: Config) -> mvmae.MultiViewMAE:
