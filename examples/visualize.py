@@ -227,9 +227,10 @@ def write_shares(folder: Path, models: Sequence[Model], bank: Tensor, labels: Te
         axis, width = axes[0, 0], 0.8 / len(models)
         for place, (name, shares) in enumerate(found.items()):
             bars = axis.bar([x + place * width for x in range(len(shares))], shares.values(), width, label=_short(name))
-            axis.bar_label(bars, fmt="{:.0%}", fontsize=7)
+            axis.bar_label(bars, fmt="{:.0%}", fontsize=9)
         axis.set_xticks([x + (0.8 - width) / 2 for x in range(len(groups))], list(groups))
         axis.set(ylabel="share of the features' variance", ylim=(0, 1), title=f"{len(bank)} images")
+        axis.yaxis.set_major_formatter("{x:.0%}")
         axis.legend()
     write_text(folder / "shares.json", json.dumps({"images": len(bank), "shares": found}, indent=2) + "\n")
     print(f"{folder / 'shares'}.png and .json")

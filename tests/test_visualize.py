@@ -22,6 +22,7 @@ from mvmae.visualize import (
     pictures,
     reconstruction_picture,
     rollout,
+    sheet,
     to_unit_range,
 )
 
@@ -41,7 +42,7 @@ def test_reconstructions_show_predictions_of_masked_patches_only(tiny_vit, monke
     model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2, norm_pix=norm_pix)
     pixels = torch.randint(0, 256, (2, 2, channels, *size)).float() / 255
     drawn = []
-    monkeypatch.setattr(pictures, "contact_sheet", lambda *given: drawn.append(given))
+    monkeypatch.setattr(pictures, "contact_sheet", lambda *given, **more: drawn.append(given))
     draw = {"mean": [0.5] * channels, "std": [0.25] * channels, "generator": torch.Generator().manual_seed(0)}
     reconstruction_picture(model, (pixels - 0.5) / 0.25, **draw)
     ((original, seen, rebuilt), titles, note) = drawn[0]
@@ -107,28 +108,28 @@ def dark_rows(pixels):
 def test_a_sheet_holds_tiles_of_any_size_under_their_titles():
     columns = [[torch.rand(3, 20, 100), torch.rand(1, 300, 200)], [torch.ones(3, 10, 400), torch.zeros(4, 30, 30)]]
     bare = contact_sheet(columns, ["", ""])
-    sheet = contact_sheet(columns, ["", "two\nlines"], "note")
-    assert bare.width == sheet.width == 4 + 200 + 4 + 400 + 4
-    line = (sheet.height - bare.height - 4) // 2  # one line more over the tiles, and a note of one line below
+    picture = contact_sheet(columns, ["", "two\nlines"], "note")
+    assert bare.width == picture.width == 4 + 200 + 4 + 400 + 4
+    line = (picture.height - bare.height - 4) // 2  # one line more over the tiles, and a note of one line below
     top = 4 + 2 * line
-    assert sheet.height == top + 40 + 4 + 300 + 4 + 4 + line
-    pixels = np.array(sheet)
+    assert picture.height == top + 40 + 4 + 300 + 4 + 4 + line
+    pixels = np.array(picture)
     assert (pixels[top : top + 10, 208:608] == 255).all() and (pixels[top + 44 : top + 44 + 180, 208 : 208 + 180] == 0).all()
     assert (pixels[:top, :204] == 255).all() and (pixels[:top, 208:] < 100).any() and len(dark_rows(pixels[-line:]))
 
 
 def test_captions_can_be_read_on_a_sheet_that_a_browser_shrinks_to_800_pixels():
     for count in (1, 4, 12):
-        sheet = np.array(contact_sheet([torch.ones(1, 3, 160, 160)] * count, ["I"] * count))
-        assert np.ptp(dark_rows(sheet[:-170])) + 1 >= max(10, 8 * sheet.shape[1] / 800)  # height of a capital letter
+        picture = np.array(contact_sheet([torch.ones(1, 3, 160, 160)] * count, ["I"] * count))
+        assert np.ptp(dark_rows(picture[:-170])) + 1 >= max(10, 8 * picture.shape[1] / 800)  # height of a capital letter
 
 
 def test_long_titles_and_notes_stay_within_their_column_and_the_sheet():
     tile = torch.ones(1, 3, 160, 160)
     plain = np.array(contact_sheet([tile] * 2, ["title", ""]))
     for title in ("a title of many words, far wider than 160 pixels", "a-name-without-any-space-wider-than-160-pixels"):
-        sheet = np.array(contact_sheet([tile] * 2, [title, ""]))
-        assert (sheet[:, 166:] == 255).all() and len(dark_rows(sheet)) > 1.5 * len(dark_rows(plain))
+        picture = np.array(contact_sheet([tile] * 2, [title, ""]))
+        assert (picture[:, 166:] == 255).all() and len(dark_rows(picture)) > 1.5 * len(dark_rows(plain))
     noted = np.array(
         contact_sheet([tile] * 2, ["title", ""], "a note of so many words that it takes two lines or more below the tiles")
     )
@@ -136,9 +137,11 @@ def test_long_titles_and_notes_stay_within_their_column_and_the_sheet():
 
 
 def test_right_and_wrong_tiles_differ_in_colour_and_without_it():
-    sheet = np.array(contact_sheet([torch.zeros(3, 3, 160, 160)] * 2, ["", ""], marks=[None, [True, False, True]])).astype(int)
-    top = len(sheet) - 3 * 164
-    tiles = [[sheet[top + 164 * row :, 4 + 164 * column :][:160, :160] for row in range(3)] for column in range(2)]
+    picture = np.array(contact_sheet([torch.zeros(3, 3, 160, 160)] * 2, ["", ""], marks=[None, [True, False, True]])).astype(
+        int
+    )
+    top = len(picture) - 3 * 164
+    tiles = [[picture[top + 164 * row :, 4 + 164 * column :][:160, :160] for row in range(3)] for column in range(2)]
     assert all((tile == 0).all() for tile in tiles[0])
     right, wrong, again = tiles[1]
     assert np.array_equal(right, again)
@@ -153,8 +156,8 @@ def test_right_and_wrong_tiles_differ_in_colour_and_without_it():
 def test_a_colour_bar_below_its_column_goes_from_black_to_white_between_two_words():
     tiles, titles = [torch.ones(1, 3, 160, 160)] * 2, ["", ""]
     bare = np.array(contact_sheet(tiles, titles))
-    sheet = np.array(contact_sheet(tiles, titles, bars=[None, ("0.50", "1.50+")]))
-    below = sheet[len(bare) :]
+    picture = np.array(contact_sheet(tiles, titles, bars=[None, ("0.50", "1.50+")]))
+    below = picture[len(bare) :]
     assert len(below) >= 30 and (below[:, :166] == 255).all()
     bar = below[8, 168:328] / 255
     expected = heat_colours(torch.linspace(0, 1, 160)[None])[:, 0].T.numpy()
@@ -165,9 +168,19 @@ def test_a_colour_bar_below_its_column_goes_from_black_to_white_between_two_word
 def test_a_legend_names_its_colours_in_as_many_lines_as_it_takes():
     tile, names = [torch.ones(1, 3, 160, 160)], [(f"class {i}", (10 * i, 255 - 10 * i, 50)) for i in range(20)]
     bare = np.array(contact_sheet(tile, [""]))
-    sheet = np.array(contact_sheet(tile, [""], legend=names))
-    found = {tuple(pixel) for pixel in sheet[len(bare) :].reshape(-1, 3).tolist()}
-    assert all(colour in found for _, colour in names) and len(sheet) > len(bare) + 10 * 16
+    picture = np.array(contact_sheet(tile, [""], legend=names))
+    found = {tuple(pixel) for pixel in picture[len(bare) :].reshape(-1, 3).tolist()}
+    assert all(colour in found for _, colour in names) and len(picture) > len(bare) + 10 * 16
+
+
+def test_lines_break_between_words_and_behind_punctuation_before_letters():
+    class Font:
+        def getlength(self, text):
+            return len(text)
+
+    assert sheet._wrapped("random:quick", Font(), 10) == ["random:", "quick"]
+    assert sheet._wrapped("one two three\nfour", Font(), 7) == ["one two", "three", "four"]
+    assert sheet._wrapped("abcdefgh i", Font(), 5) == ["abcde", "fgh i"] and sheet._wrapped("ab", Font(), 0) == ["a", "b"]
 
 
 @pytest.fixture
@@ -179,9 +192,9 @@ def model():
 def test_neighbours_of_the_right_class_are_marked_and_counted(model):
     colours = torch.tensor([[200, 20, 20], [20, 200, 20], [190, 20, 20], [180, 20, 30], [20, 190, 20], [30, 180, 20]])
     bank = colours.byte()[:, :, None, None].expand(-1, -1, 8, 8)
-    sheet = visualize.draw_neighbours([model], bank[:2], bank, 2, torch.tensor([0, 1, 0, 1, 1, 1]))
-    assert sheet["marks"] == [None, [True, True], [False, True]] and "mean 3 of 4" in sheet["note"]
-    assert torch.equal(sheet["columns"][1], bank[[2, 4]] / 255)
+    picture = visualize.draw_neighbours([model], bank[:2], bank, 2, torch.tensor([0, 1, 0, 1, 1, 1]))
+    assert picture["marks"] == [None, [True, True], [False, True]] and "mean 3 of 4" in picture["note"]
+    assert torch.equal(picture["columns"][1], bank[[2, 4]] / 255)
     without = visualize.draw_neighbours([model], bank[:2], bank, 2, torch.tensor([0, 1, 0, 1, 1, -1]))
     assert "marks" not in without and "note" not in without
 
@@ -190,10 +203,10 @@ def test_attention_is_drawn_with_the_numbers_that_its_colours_stand_for(tiny_vit
     vit = tiny_vit(class_token=False, global_pool="avg").eval()
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     model = visualize.Model("tiny", vit, (4, 4), (0.5,) * 3, (0.5,) * 3)
-    sheet = visualize.draw_attention([model], images)
+    picture = visualize.draw_attention([model], images)
     maps = attention_maps(vit, model.prepare(images))
-    assert sheet["bars"][0] is None and "average patch" in sheet["note"]
-    for bar, weights in zip(sheet["bars"][1:], (rollout(maps), maps[-1].mean(1)), strict=True):
+    assert picture["bars"][0] is None and "average patch" in picture["note"]
+    for bar, weights in zip(picture["bars"][1:], (rollout(maps), maps[-1].mean(1)), strict=True):
         received = weights.mean(1)
         received = received / received.mean(1, keepdim=True)
         assert bar == (f"{received.min():.2f}", f"{np.quantile(received.numpy(), 0.98):.2f}+")
@@ -269,8 +282,8 @@ def test_every_picture_of_oblong_images_with_four_channels(place):
     assert result.code == 0, result.err
     columns = {"attention": 1 + 2 * 3, "pca": 1 + 3, "neighbours": 1 + 2 * 3, "reconstructions": 2 + 2, "method": 7}
     for kind in kinds:
-        with Image.open(place / "runs/pictures" / f"{kind}.png") as sheet:
-            assert sheet.width == 4 + columns[kind] * (192 + 4) and sheet.height > 3 * 128
+        with Image.open(place / "runs/pictures" / f"{kind}.png") as picture:
+            assert picture.width == 4 + columns[kind] * (192 + 4) and picture.height > 3 * 128
         singles = sorted((place / "runs/pictures" / kind).iterdir())
         assert len(singles) == 3 * columns[kind]
         with Image.open(singles[0]) as single:

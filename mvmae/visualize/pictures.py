@@ -76,7 +76,7 @@ def reconstruction_picture(
     shown = torch.where(masked, torch.full_like(images, GREY), images)
     pasted = torch.where(masked, rebuilt, images)
     titles = ["view", f"visible patches ({1 - masked.float().mean().item():.0%})", "masked patches rebuilt"]
-    return contact_sheet([images, shown, pasted], titles, reconstruction_note(model))
+    return contact_sheet([images, shown, pasted], titles, reconstruction_note(model), min_width=240)
 
 
 def reconstruction_note(model: MultiViewMAE) -> str:

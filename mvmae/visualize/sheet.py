@@ -90,13 +90,13 @@ def _starts(sizes: Sequence[int], first: int) -> list[int]:
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """Break text into lines at its line ends, between words, and inside a word that is wider than ``width``."""
+    """Break text into lines at its line ends, between words, behind `:-_/`, or else inside a word wider than ``width``."""
     lines = []
     for line in text.split("\n"):
         while font.getlength(line) > width and len(line) > 1:
             fits = max((n for n in range(1, len(line)) if font.getlength(line[:n]) <= width), default=1)
-            cut = max(line.rfind(" ", 0, fits + 1), 0) or fits
-            lines.append(line[:cut])
+            cut = max(line.rfind(" ", 0, fits + 1), *(line.rfind(mark, 0, fits) for mark in ":-_/")) + 1 or fits
+            lines.append(line[:cut].rstrip())
             line = line[cut:].lstrip()
         lines.append(line)
     return lines
