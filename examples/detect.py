@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from PIL import ImageColor, ImageDraw, ImageFont
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -27,7 +29,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.transforms.functional import pil_to_tensor
 
 from engine.cli import option, run
 from engine.config import REQUIRED
@@ -35,7 +37,7 @@ from engine.distributed import Processes, autocast, start_processes
 from engine.ends import Stop
 from engine.log import write_text
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
-from mvmae.visualize import contact_sheet
+from mvmae.visualize import contact_sheet, to_pillow
 from tasks.coco import CocoData, evaluate, to_coco
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from tasks.starting import with_background
@@ -206,19 +208,25 @@ def detect(config: Config, model: MaskRCNN, data: CocoData, processes: Processes
         yield from to_coco(found, int(target["image_id"]), data.category_ids)
 
 
-def draw(image: Tensor, found: dict[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Paint objects over an image in [0, 1] and enlarge it; one mask at a time, since torchvision paints overlaps black."""
+def draw(image: Tensor, found: dict[str, Tensor]) -> Tensor:
+    """Enlarge an image in [0, 1] and draw objects' outlines, boxes and scores on it; inside, the image stays as it is."""
     zoom = -(-TILE // image.shape[2])
-    picture = enlarge((image * 255).to(torch.uint8), zoom)
-    for label, mask in zip(found["labels"].tolist(), found["masks"], strict=True):
-        shown = enlarge(mask.reshape(1, *image.shape[1:]) > 0.5, zoom)
-        picture = draw_segmentation_masks(picture, shown, 0.5, COLOURS[label % len(COLOURS)])
-    if len(found["boxes"]):
-        colours = [COLOURS[label % len(COLOURS)] for label in found["labels"].tolist()]
-        scores = [f" {score:.2f}" for score in found["scores"].tolist()] if "scores" in found else [""] * len(colours)
-        words = [names[label - 1] + score for label, score in zip(found["labels"].tolist(), scores, strict=True)]
-        picture = draw_bounding_boxes(picture, found["boxes"] * zoom, words, colours, width=2)
-    return picture / 255
+    pixels = enlarge(image, zoom)
+    colours = [ImageColor.getrgb(COLOURS[label % len(COLOURS)]) for label in found["labels"].tolist()]
+    for colour, mask in zip(colours, found["masks"], strict=True):
+        inside = enlarge(mask.reshape(1, *image.shape[1:]) > 0.5, zoom).float()
+        outline = (inside > 0) & (F.max_pool2d(1 - inside[None], 7, 1, 3)[0] > 0)  # 3 pixels wide
+        pixels = torch.where(outline, torch.tensor(colour)[:, None, None] / 255, pixels)
+    picture = to_pillow(pixels)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=18)
+    scores: list[Any] = found["scores"].tolist() if "scores" in found else [None] * len(colours)
+    for colour, box, score in zip(colours, (found["boxes"] * zoom).tolist(), scores, strict=True):
+        pen.rectangle(box, outline=colour)
+        if score is not None:
+            left, top = box[0] + 2, min(box[1] + 2, picture.height - 22)
+            pen.text((left, top), f"{score:.2f}", colour, font, stroke_width=2, stroke_fill="black")
+    drawn: Tensor = pil_to_tensor(picture) / 255
+    return drawn
 
 
 def enlarge(image: Tensor, zoom: int) -> Tensor:
@@ -228,15 +236,19 @@ def enlarge(image: Tensor, zoom: int) -> Tensor:
 
 @torch.no_grad()
 def draw_predictions(path: Path, config: Config, model: MaskRCNN, data: CocoData, device: torch.device) -> None:
-    """Draw the truth on the left, what is detected with a score above 0.5 on the right, for the first images."""
-    truths, predictions = [], []
+    """Draw the first images, the truth, and what is detected with a score above 0.5; below, the categories' colours."""
+    columns: tuple[list[Tensor], ...] = ([], [], [])
+    labels: set[int] = set()
     for index in range(min(config.pictures, len(data))):
         image, target = data[0, index]
         found = {name: value.cpu() for name, value in model([image.to(device)])[0].items()}
         found = {name: value[found["scores"] > 0.5] for name, value in found.items()}
-        truths.append(draw(image, target, data.names))
-        predictions.append(draw(image, found, data.names))
-    contact_sheet([truths, predictions], ["truth", "prediction, scores above 0.5"]).save(path)
+        for column, objects in zip(columns, ({name: x[:0] for name, x in found.items()}, target, found), strict=True):
+            column.append(draw(image, objects))
+        labels |= {*target["labels"].tolist(), *found["labels"].tolist()}
+    colours = [ImageColor.getrgb(COLOURS[label % len(COLOURS)]) for label in sorted(labels)]
+    legend = [(data.names[label - 1], colour[:3]) for label, colour in zip(sorted(labels), colours, strict=True)]
+    contact_sheet(columns, ["image", "truth", "prediction, scores above 0.5"], legend=legend).save(path)
 
 
 def main(config: Config) -> None:

@@ -173,21 +173,24 @@ def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Any, pr
 
 
 def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMaps, prepare: Any) -> None:
-    """Draw image, truth and prediction side by side, for the first images; pixels that are left out stay black."""
+    """Draw the first images, the truth, and the prediction; below, the colours of the classes that occur."""
     hues = [round(index * 0.618 * 256) % 256 for index in range(config.num_classes)]
     palette = Image.new("HSV", (len(hues), 1))
     palette.putdata([(hue, 200 - 60 * (index % 2), 230) for index, hue in enumerate(hues)])
-    colours = torch.zeros(256, 3, dtype=torch.uint8)
+    colours = torch.zeros(256, 3, dtype=torch.uint8)  # pixels that are left out stay black
     colours[: len(hues)] = torch.tensor(list(palette.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3)
     columns: tuple[list[Tensor], ...] = ([], [], [])
+    found: set[int] = set()
     for index in range(min(config.pictures, len(data))):
         image, labels = data[0, index]
         pred = predict(config, model, prepare(image)).cpu()
-        for column, picture in zip(
-            columns, (image, colours[labels].permute(2, 0, 1), colours[pred].permute(2, 0, 1)), strict=True
-        ):
+        pictures = (image, colours[labels].permute(2, 0, 1), colours[pred].permute(2, 0, 1))
+        for column, picture in zip(columns, pictures, strict=True):
             column.append(picture / 255)
-    contact_sheet(columns, ["image", "truth", "prediction"], "black: left out").save(path)
+        found |= {*labels.unique().tolist(), *pred.unique().tolist()}
+    names = {**dict(enumerate(data.names)), IGNORE: "left out"}
+    legend = [(names.get(label, str(label)), tuple(colours[label].tolist())) for label in sorted(found)]
+    contact_sheet(columns, ["image", "truth", "prediction"], legend=legend).save(path)
 
 
 def main(config: Config) -> None:

@@ -15,6 +15,7 @@ Leaves a PNG for each kind of picture, and its tiles one by one in a folder besi
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from mvmae.visualize import (
     patch_heat,
     pca_colours,
     reconstruct,
+    reconstruction_note,
     rollout,
     to_pillow,
     to_unit_range,
@@ -52,6 +54,8 @@ from tasks.starting import with_background
 DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions", "method")
 GROUPS = 10
 """Groups of images by brightness, contrast and lit area, equally large."""
+Sheet = dict[str, Any]
+"""The arguments of `contact_sheet`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,43 +129,77 @@ def shown(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def draw_attention(models: Sequence[Model], images: Tensor) -> tuple[list[Tensor], list[str]]:
+def spread(images: Tensor, labels: Tensor) -> Tensor:
+    """Return an order (B,) of images (B, C, H, W) to draw: classes take turns, those with colour and contrast first.
+
+    Images without a class stay in their order.
+    """
+    seen: Counter[int] = Counter()
+    colour = (images.amax(1) - images.amin(1)).float().mean((1, 2))
+    scores = torch.stack([colour * images.float().mean(1).std((1, 2)), colour], dim=1)
+    keys = []
+    for label, score in zip(labels.tolist(), (-scores).tolist(), strict=True):
+        keys.append((seen[label], *score) if label >= 0 else (0, 0, 0))
+        seen[label] += 1
+    return torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+
+
+def draw_attention(models: Sequence[Model], images: Tensor) -> Sheet:
     """Draw attention rollout and the last block's attention: of the class token where the model uses it, else the mean."""
     columns, titles = [shown(images)], ["image"]
+    bars: list[tuple[str, str] | None] = [None]
     for model in models:
         query = "token" if model.vit.global_pool == "token" else "mean"
         maps = attention_maps(model.vit, model.prepare(images))
         for kind, weights in (("rollout", rollout(maps)), ("last block", maps[-1].mean(dim=1))):
-            columns.append(overlay(shown(images), patch_heat(weights, model.grid, query=query)))
+            heat = patch_heat(weights, model.grid, query=query)
+            heat = heat / heat.mean(dim=(1, 2), keepdim=True)
+            limits = heat.min().item(), heat.quantile(0.98).item()
+            columns.append(overlay(shown(images), heat, limits=limits))
             titles.append(f"{_short(model.name)}\n{kind}, {'class token' if query == 'token' else 'mean patch'}")
-    return columns, titles
+            bars.append((f"{limits[0]:.2f}", f"{limits[1]:.2f}+"))
+    note = "Colours: the attention that a patch receives, divided by that of an average patch of the image; +: or more. "
+    note += "Each column has its own scale."
+    return {"columns": columns, "titles": titles, "bars": bars, "note": note}
 
 
 @torch.no_grad()
-def draw_pca(models: Sequence[Model], images: Tensor) -> tuple[list[Tensor], list[str]]:
+def draw_pca(models: Sequence[Model], images: Tensor) -> Sheet:
     """Draw the three main directions of the patches' features as red, green and blue."""
     columns = [shown(images)]
     for model in models:
         tokens = model.vit.forward_features(model.prepare(images))[:, model.vit.num_prefix_tokens :]
         colours = pca_colours(tokens, model.grid)
         columns.append(torch.nn.functional.interpolate(colours, images.shape[2:], mode="nearest"))
-    return columns, ["image", *(_short(model.name) for model in models)]
+    note = "Similar colours: similar features. Red, green and blue are the first three principal components over all images."
+    return {"columns": columns, "titles": ["image", *(_short(model.name) for model in models)], "note": note}
 
 
 @torch.no_grad()
-def draw_neighbours(models: Sequence[Model], images: Tensor, bank: Tensor, k: int) -> tuple[list[Tensor], list[str]]:
-    """Draw the images whose features have the largest cosine to those of the first ones, which are left out themselves."""
-    columns, titles, others = [shown(images)], ["image"], bank[len(images) :]
+def draw_neighbours(models: Sequence[Model], images: Tensor, bank: Tensor, k: int, labels: Tensor) -> Sheet:
+    """Draw the images whose features have the largest cosine to those of the first ones, which are left out themselves.
+
+    Where all images have a class, neighbours of the right class and of a wrong one are marked and counted.
+    """
+    count, counts = len(images), []
+    marks: list[list[bool] | None] = [None]
+    columns, titles, others = [shown(images)], ["image"], bank[count:]
     if len(others) < k:
         raise Stop(f"--neighbours {k} of {len(others)} other images: more images, or a smaller --count, are needed")
     for model in models:
         features = torch.cat([model.vit(model.prepare(part)) for part in bank.split(64)])
-        cosines, rows = nearest(features[: len(images)], features[len(images) :], k)
+        cosines, rows = (x.cpu() for x in nearest(features[:count], features[count:], k))
+        right = labels[count:][rows] == labels[:count, None]
+        counts.append(f"{_short(model.name)} {int(right.sum())} of {right.numel()}")
         for rank in range(k):
-            columns.append(shown(others[rows[:, rank]]))
+            columns.append(shown(others[rows[:, rank].to(others.device)]))
             low, high = cosines[:, rank].min(), cosines[:, rank].max()
-            titles.append(f"{_short(model.name)}, {rank + 1}\ncosine {low:.2f} to {high:.2f}")
-    return columns, titles
+            titles.append(f"{_short(model.name)}\nneighbour {rank + 1}\ncosine\n{low:.2f} to {high:.2f}")
+            marks.append(right[:, rank].tolist())
+    if (labels < 0).any():
+        return {"columns": columns, "titles": titles}
+    note = f"Tick: a neighbour of the image's own class; cross: of another class. Of the own class: {', '.join(counts)}."
+    return {"columns": columns, "titles": titles, "marks": marks, "note": note}
 
 
 def properties(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -189,32 +227,36 @@ def write_shares(folder: Path, models: Sequence[Model], bank: Tensor, labels: Te
         axis, width = axes[0, 0], 0.8 / len(models)
         for place, (name, shares) in enumerate(found.items()):
             bars = axis.bar([x + place * width for x in range(len(shares))], shares.values(), width, label=_short(name))
-            axis.bar_label(bars, fmt="{:.0%}", fontsize=7)
+            axis.bar_label(bars, fmt="{:.0%}", fontsize=9)
         axis.set_xticks([x + (0.8 - width) / 2 for x in range(len(groups))], list(groups))
         axis.set(ylabel="share of the features' variance", ylim=(0, 1), title=f"{len(bank)} images")
+        axis.yaxis.set_major_formatter("{x:.0%}")
         axis.legend()
     write_text(folder / "shares.json", json.dumps({"images": len(bank), "shares": found}, indent=2) + "\n")
     print(f"{folder / 'shares'}.png and .json")
 
 
-def draw_reconstructions(
-    runs: Sequence[tuple[Model, mvmae.MultiViewMAE]], images: Tensor, seed: int
-) -> tuple[list[Tensor], list[str]]:
-    """Draw image, mask, and each run's reconstruction alone and with the visible patches pasted in, of the same masks."""
+def draw_reconstructions(runs: Sequence[tuple[Model, mvmae.MultiViewMAE]], images: Tensor, seed: int) -> Sheet:
+    """Draw image, mask, and the masked patches as each run rebuilds them, all with the same masks."""
     columns, titles = [shown(images)], ["image", "visible patches"]
     for model, mae in runs:
         generator = torch.Generator().manual_seed(seed)
         rebuilt, masked = reconstruct(mae, model.prepare(images)[:, None], generator=generator)
         rebuilt = to_unit_range(rebuilt, model.mean, model.std)
         columns += [torch.where(masked, GREY, shown(images))] if len(columns) == 1 else []
-        columns += [rebuilt, torch.where(masked, rebuilt, shown(images))]
-        titles += [f"{_short(model.name)}\ndecoder of {len(mae.decoder.blocks)} blocks", "with the visible\npasted in"]
-    return columns, titles
+        columns += [torch.where(masked, rebuilt, shown(images))]
+        titles += [f"{_short(model.name)}\nrebuilt, {len(mae.decoder.blocks)} decoder blocks"]
+    return {"columns": columns, "titles": titles, "note": _note(runs)}
 
 
-def draw_method(
-    model: Model, mae: mvmae.MultiViewMAE, source: ImageSource, count: int, seed: int, background: str
-) -> tuple[list[Tensor], list[str]]:
+def _note(runs: Sequence[tuple[Model, mvmae.MultiViewMAE]]) -> str:
+    """Return what the pictures of these runs do not show of the predictions; by name where the runs differ in it."""
+    notes = {_short(model.name): reconstruction_note(mae) for model, mae in runs}
+    same = len(set(notes.values())) == 1
+    return next(iter(notes.values())) if same else "\n".join(f"{name}: {note}" for name, note in notes.items())
+
+
+def draw_method(model: Model, mae: mvmae.MultiViewMAE, source: ImageSource, count: int, seed: int, background: str) -> Sheet:
     """Draw, for each image, its two views, what the encoder sees of them, and what the decoder makes of that."""
     size = mae.encoder.patch_embed.img_size
     pixels: dict[str, Any] = {"in_chans": len(model.mean), "background": background}
@@ -227,7 +269,8 @@ def draw_method(
     flat = shown(views.flatten(0, 1))
     seen, pasted = torch.where(masked, GREY, flat), torch.where(masked, rebuilt, flat)
     columns = [shown(whole), flat[first], seen[first], pasted[first], flat[second], seen[second], pasted[second]]
-    return columns, ["image", "first view", "the encoder sees", "rebuilt", "second view", "the encoder sees", "rebuilt"]
+    titles = ["image", "first view", "the encoder sees", "rebuilt", "second view", "the encoder sees", "rebuilt"]
+    return {"columns": columns, "titles": titles, "note": reconstruction_note(mae)}
 
 
 def _short(name: str) -> str:
@@ -236,12 +279,12 @@ def _short(name: str) -> str:
     return shown if len(shown) <= 24 else shown[:21] + "..."
 
 
-def write(folder: Path, kind: str, columns: Sequence[Tensor], titles: Sequence[str], note: str = "") -> None:
+def write(folder: Path, kind: str, sheet: Sheet) -> None:
     """Write the grid, and every tile as a file of its own."""
-    contact_sheet(columns, titles, note).save(folder / f"{kind}.png")
+    contact_sheet(**sheet).save(folder / f"{kind}.png")
     single = folder / kind
     single.mkdir(exist_ok=True)
-    for number, column in enumerate(columns):
+    for number, column in enumerate(sheet["columns"]):
         for row, image in enumerate(column):
             to_pillow(image).save(single / f"{row}-{number}.png")
     print(f"{folder / kind}.png and its tiles in {single}")
@@ -260,13 +303,14 @@ def main(config: Config) -> None:
     pixels: dict[str, Any] = {"in_chans": chans, "background": config.background}
     bank, labels = take(source, config.bank, mvmae.CentreCropTransform(size, **pixels), config.seed)
     bank = bank.to(device)
-    images = bank[: config.count]
+    order = spread(bank, labels)
+    drawn, drawn_labels = bank[order.to(device)], labels[order]
+    images = drawn[: config.count]
     ways: dict[str, Any] = {"attention": partial(draw_attention, models), "pca": partial(draw_pca, models)}
-    ways["neighbours"] = partial(draw_neighbours, models, bank=bank, k=config.neighbours)
+    ways["neighbours"] = partial(draw_neighbours, models, bank=drawn, k=config.neighbours, labels=drawn_labels)
     for kind, way in ways.items():
         if kind in config.draw:
-            columns, titles = way(images)
-            write(folder, kind, columns, titles)
+            write(folder, kind, way(images))
     if "shares" in config.draw:
         write_shares(folder, models, bank, labels)
     rebuilding = [kind for kind in ("reconstructions", "method") if kind in config.draw]
@@ -274,13 +318,10 @@ def main(config: Config) -> None:
     if rebuilding and not runs:
         print(f"no {' and no '.join(rebuilding)}: none of the models is a run of pretrain.py, with its decoder")
         return
-    lent = any(mae.reconstruction_loss.norm_pix for _, mae in runs)
-    note = "mean and contrast of each rebuilt patch are the true patch's" if lent else ""
     if "reconstructions" in rebuilding:
-        write(folder, "reconstructions", *draw_reconstructions(runs, images, config.seed), note)
+        write(folder, "reconstructions", draw_reconstructions(runs, images, config.seed))
     if "method" in rebuilding:
-        columns, titles = draw_method(*runs[0], source, config.count, config.seed, config.background)
-        write(folder, "method", columns, titles, note)
+        write(folder, "method", draw_method(*runs[0], source, config.count, config.seed, config.background))
 
 
 def is_run(name: str) -> bool:

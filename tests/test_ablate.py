@@ -2,6 +2,7 @@ import json
 import shlex
 import signal
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import ablate
 from engine.cli import parse
-from tasks import timing
+from tasks import comparison, timing
 from tasks.comparison import MEASURES, summarise
 
 TINY = f"--preset quick --encoder-args '{SMALL}' --image-size 32 --decoder-dim 16 --decoder-depth 1 --batch-size 8 --device cpu"
@@ -72,6 +73,37 @@ def test_an_ablation_that_was_killed_goes_on_where_it_was(photographs, tmp_path)
     assert text.startswith("| table6 | the paper's | fine-tuning | k-NN | linear probe |") and "| 79.09 |" in text
     again = run_script("ablate.py", *given, "--collect", folder=tmp_path)
     assert again.code == 0 and text.strip() in again.out and "run 1 of" not in again.out
+
+
+def test_a_plot_of_many_tables_fits_a_page_and_says_what_it_shows(monkeypatch, tmp_path):
+    found, figures = json.loads((EXAMPLES / "ablation-fashion.json").read_text()), []
+
+    @contextmanager
+    def plot(*given, **settings):
+        with whole(*given, **settings) as (figure, axes):
+            figures.append(figure)
+            yield figure, axes
+
+    whole = comparison.plot
+    monkeypatch.setattr(comparison, "plot", plot)
+    comparison.draw(tmp_path / "plot.png", found)
+    with Image.open(tmp_path / "plot.png") as picture, Image.open(EXAMPLES / "ablation-fashion.png") as committed:
+        assert picture.width <= 1100 and picture.height <= 1500 and committed.size == picture.size
+    (figure,) = figures
+    assert [axis.get_title() for axis in figure.axes] == list(MEASURES.values())
+    assert [axis.get_xlabel().strip() for axis in figure.axes] == ["accuracy, %"] * 3
+    arms = [row["arm"] for rows in found.values() for row in rows]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == arms
+    assert [text.get_text() for text in figure.axes[-1].texts] == [table.replace("_", " ") for table in found]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "run of one seed",
+        "mean and standard deviation over seeds",
+    ]
+    for axis, measure in zip(figure.axes, MEASURES, strict=True):
+        (runs,) = (drawn for drawn in axis.collections if drawn.get_label() == "run of one seed")
+        x, y = runs.get_offsets().T
+        expected = [run[measure] for rows in found.values() for row in rows for run in row["runs"]]
+        assert x.tolist() == expected and len(set(y)) == len(arms)
 
 
 FOLDERS = {

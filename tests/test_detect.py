@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from running import EXAMPLES, run_processes, run_script
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
@@ -333,6 +333,23 @@ def test_a_run_leaves_its_numbers_detections_and_pictures(whole):
     for detection in json.loads((whole / "run/detections.json").read_text())[:3]:
         assert set(detection) == {"image_id", "category_id", "score", "bbox", "segmentation"}
         assert detection["category_id"] in (2, 5, 9)
+
+
+def test_what_is_drawn_leaves_the_objects_as_they_are():
+    image, mask = torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
+    mask[:, 20:40, 10:50] = 1
+    found = {"labels": torch.tensor([1]), "masks": mask, "boxes": torch.tensor([[10.0, 20.0, 50.0, 40.0]])}
+    plain, truth = detect.draw(image, {name: x[:0] for name, x in found.items()}), detect.draw(image, found)
+    assert plain.shape == (3, 256, 256)
+    torch.testing.assert_close(plain, image.repeat_interleave(4, 1).repeat_interleave(4, 2), atol=1 / 255, rtol=0)
+    changed = (plain != truth).any(0)
+    assert not changed[84:156, 44:196].any() and not changed[:80].any()  # inside and outside
+    colour = torch.tensor(ImageColor.getrgb(detect.COLOURS[1])) / 255
+    assert (truth[:, 81, 60:190] == colour[:, None]).all() and (truth[:, 100:150, 41] == colour[:, None]).all()
+    scored = detect.draw(image, found | {"scores": torch.tensor([0.87])})
+    written = (scored != truth).any(0).nonzero()
+    assert len(written) > 50 and (written.amin(0) >= torch.tensor([80, 40])).all()  # in the box, and legible
+    assert 10 <= written[:, 0].max() - written[:, 0].min() <= 30
 
 
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):

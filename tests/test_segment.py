@@ -265,6 +265,31 @@ def test_a_run_leaves_its_numbers_and_pictures(whole):
         assert set(np.unique(np.array(labels))) <= {1, 2, 3, 4}
 
 
+def test_a_legend_names_the_classes_that_occur_and_what_is_left_out(monkeypatch, tmp_path):
+    class Two:
+        names = ("road", "sky", "car")
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, key):
+            labels = torch.tensor([[0, 2], [IGNORE, 0]])
+            return torch.zeros(3, 2, 2, dtype=torch.uint8), labels if key[1] == 0 else torch.zeros_like(labels)
+
+    drawn = []
+    monkeypatch.setattr(segment, "predict", lambda *given: torch.full((2, 2), 4))
+    monkeypatch.setattr(segment, "contact_sheet", lambda *given, **more: drawn.append((given, more)) or Image.new("L", (1, 1)))
+    config = parse(segment.Config, segment.PRESETS, None, ["--preset", "toy", "--num-classes", "5"])
+    segment.draw_predictions(tmp_path / "x.png", config, None, Two(), lambda image: image)
+    ((columns, titles), more) = drawn[0]
+    colours = dict(more["legend"])
+    assert titles == ["image", "truth", "prediction"] and list(colours) == ["road", "car", "4", "left out"]
+    assert colours["left out"] == (0, 0, 0) and len(set(colours.values())) == 4
+    at = [tuple((255 * pixel).round().int().tolist()) for pixel in columns[1][0].flatten(1).T]
+    assert at == [colours[name] for name in ("road", "car", "left out", "road")]
+    assert tuple((255 * columns[2][0][:, 0, 0]).round().int().tolist()) == colours["4"]
+
+
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
     arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
     killed = run_script("segment.py", *arguments, folder=tmp_path, env={"MVMAE_FAULT": "kill@3"})

@@ -1,5 +1,6 @@
 import json
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,11 +12,24 @@ from sklearn.neighbors import NearestNeighbors
 from tiny_run import SMALL
 
 from mvmae import MultiViewMAE
-from mvmae.visualize import contact_sheet, nearest, overlay, pca_colours, reconstruction_picture, to_unit_range
+from mvmae.visualize import (
+    attention_maps,
+    contact_sheet,
+    heat_colours,
+    nearest,
+    overlay,
+    pca_colours,
+    pictures,
+    reconstruction_picture,
+    rollout,
+    sheet,
+    to_unit_range,
+)
 
 sys.path.insert(0, str(EXAMPLES))
 
 import visualize
+from tasks import plots
 
 QUICK = ["--preset", "quick", "--encoder-args", SMALL, "--decoder-dim", 16, "--device", "cpu", "--monitor-images", 0]
 QUICK += ["--batch-size", 8, "--workers", 0, "--warmup-epochs", 1]
@@ -23,28 +37,23 @@ QUICK += ["--batch-size", 8, "--workers", 0, "--warmup-epochs", 1]
 
 @pytest.mark.parametrize(("channels", "size"), [(3, (32, 32)), (3, (32, 48)), (4, (32, 32)), (1, (16, 32))])
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_the_pasted_picture_equals_the_view_on_visible_patches_exactly(tiny_vit, channels, size, norm_pix):
+def test_reconstructions_show_predictions_of_masked_patches_only(tiny_vit, monkeypatch, channels, size, norm_pix):
     vit = tiny_vit(in_chans=channels, img_size=size, class_token=False, global_pool="avg")
     model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2, norm_pix=norm_pix)
-    mean, std = [0.5] * channels, [0.25] * channels
     pixels = torch.randint(0, 256, (2, 2, channels, *size)).float() / 255
-    views = (pixels - 0.5) / 0.25
-    draw = {"mean": mean, "std": std}
-    sheet = reconstruction_picture(model, views, **draw, generator=torch.Generator().manual_seed(0))
-    zoom = -(-160 // size[1])
-    width, height = size[1] * zoom, size[0] * zoom
-    tiles = np.array(sheet)[16 : 16 + 4 * (height + 4)]
-    for row in range(4):
-        tile = [tiles[row * (height + 4) :][:height, 4 + x * (width + 4) :][:, :width][::zoom, ::zoom] for x in range(4)]
-        original, seen, _, pasted = tile
-        expected = (pixels.flatten(0, 1)[row, :3] * 255).round().byte()
-        expected = (expected if channels >= 3 else expected[:1].expand(3, -1, -1)).permute(1, 2, 0).numpy()
-        assert np.abs(original.astype(int) - expected).max() <= 1  # normalised and back, in float32
-        visible = ~(seen == 128).all(2).reshape(size[0] // 8, 8, size[1] // 8, 8).all((1, 3))
-        patches = visible.repeat(8, 0).repeat(8, 1)
-        assert 0 < visible.sum() < visible.size
-        assert np.array_equal(pasted[patches], original[patches])
-        assert not np.array_equal(pasted[~patches], original[~patches])
+    drawn = []
+    monkeypatch.setattr(pictures, "contact_sheet", lambda *given, **more: drawn.append(given))
+    draw = {"mean": [0.5] * channels, "std": [0.25] * channels, "generator": torch.Generator().manual_seed(0)}
+    reconstruction_picture(model, (pixels - 0.5) / 0.25, **draw)
+    ((original, seen, rebuilt), titles, note) = drawn[0]
+    assert titles[0] == "view" and "visible" in titles[1] and "rebuilt" in titles[2]
+    assert ("mean and contrast, which this model does not predict" in note) == norm_pix
+    torch.testing.assert_close(original, pixels.flatten(0, 1))
+    visible = ~(seen == 0.5).all(1).reshape(4, size[0] // 8, 8, size[1] // 8, 8).all(4).all(2)
+    assert ((visible.sum((1, 2)) > 0) & (visible.sum((1, 2)) < visible[0].numel())).all()
+    patches = visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(original)
+    assert torch.equal(rebuilt[patches], original[patches]) and torch.equal(seen[patches], original[patches])
+    assert not torch.equal(rebuilt[~patches], original[~patches])
 
 
 def test_normalisation_is_undone():
@@ -85,13 +94,168 @@ def test_neighbours_are_those_of_scikit_learn():
     np.testing.assert_allclose(1 - cosines.numpy(), distances, atol=1e-6)
 
 
+def test_heat_is_drawn_between_the_limits_given():
+    images, heat = torch.rand(2, 3, 8, 8), torch.tensor([[[1.0]], [[2.0]]])
+    drawn = overlay(images, heat, opacity=1.0, limits=(1.0, 2.0))
+    assert torch.equal(drawn[0], torch.zeros(3, 8, 8)) and torch.equal(drawn[1], torch.ones(3, 8, 8))
+
+
+def dark_rows(pixels):
+    """The rows in which something black is written."""
+    return np.flatnonzero((pixels < 100).any((1, 2)))
+
+
 def test_a_sheet_holds_tiles_of_any_size_under_their_titles():
     columns = [[torch.rand(3, 20, 100), torch.rand(1, 300, 200)], [torch.ones(3, 10, 400), torch.zeros(4, 30, 30)]]
-    sheet = contact_sheet(columns, ["one", "two\nlines"], "note")
-    assert sheet.size == (4 + 200 + 4 + 400 + 4, 28 + 40 + 4 + 300 + 4 + 16)
-    pixels = np.array(sheet)
-    assert (pixels[28:38, 208:608] == 255).all() and (pixels[72 : 72 + 180, 208 : 208 + 180] == 0).all()
-    assert (pixels[:28] < 128).any() and (pixels[-16:] < 128).any()
+    bare = contact_sheet(columns, ["", ""])
+    picture = contact_sheet(columns, ["", "two\nlines"], "note")
+    assert bare.width == picture.width == 4 + 200 + 4 + 400 + 4
+    line = (picture.height - bare.height - 4) // 2  # one line more over the tiles, and a note of one line below
+    top = 4 + 2 * line
+    assert picture.height == top + 40 + 4 + 300 + 4 + 4 + line
+    pixels = np.array(picture)
+    assert (pixels[top : top + 10, 208:608] == 255).all() and (pixels[top + 44 : top + 44 + 180, 208 : 208 + 180] == 0).all()
+    assert (pixels[:top, :204] == 255).all() and (pixels[:top, 208:] < 100).any() and len(dark_rows(pixels[-line:]))
+
+
+def test_captions_can_be_read_on_a_sheet_that_a_browser_shrinks_to_800_pixels():
+    for count in (1, 4, 12):
+        picture = np.array(contact_sheet([torch.ones(1, 3, 160, 160)] * count, ["I"] * count))
+        assert np.ptp(dark_rows(picture[:-170])) + 1 >= max(10, 8 * picture.shape[1] / 800)  # height of a capital letter
+
+
+def test_long_titles_and_notes_stay_within_their_column_and_the_sheet():
+    tile = torch.ones(1, 3, 160, 160)
+    plain = np.array(contact_sheet([tile] * 2, ["title", ""]))
+    for title in ("a title of many words, far wider than 160 pixels", "a-name-without-any-space-wider-than-160-pixels"):
+        picture = np.array(contact_sheet([tile] * 2, [title, ""]))
+        assert (picture[:, 166:] == 255).all() and len(dark_rows(picture)) > 1.5 * len(dark_rows(plain))
+    noted = np.array(
+        contact_sheet([tile] * 2, ["title", ""], "a note of so many words that it takes two lines or more below the tiles")
+    )
+    assert len(noted) - len(plain) > 40 and (noted[:, -2:] == 255).all()
+
+
+def test_right_and_wrong_tiles_differ_in_colour_and_without_it():
+    picture = np.array(contact_sheet([torch.zeros(3, 3, 160, 160)] * 2, ["", ""], marks=[None, [True, False, True]])).astype(
+        int
+    )
+    top = len(picture) - 3 * 164
+    tiles = [[picture[top + 164 * row :, 4 + 164 * column :][:160, :160] for row in range(3)] for column in range(2)]
+    assert all((tile == 0).all() for tile in tiles[0])
+    right, wrong, again = tiles[1]
+    assert np.array_equal(right, again)
+    for tile, channel in ((right, 1), (wrong, 0)):
+        for edge in (tile[1], tile[-2], tile[:, 1], tile[:, -2]):
+            assert (edge.argmax(1) == channel).all()
+        assert (tile[30:-5, 30:-5] == 0).all()
+    ticks, crosses = ((tile[:24, :24] > 200).all(2) for tile in (right, wrong))
+    assert ticks.any() and crosses.any() and not np.array_equal(ticks, crosses)
+
+
+def test_a_colour_bar_below_its_column_goes_from_black_to_white_between_two_words():
+    tiles, titles = [torch.ones(1, 3, 160, 160)] * 2, ["", ""]
+    bare = np.array(contact_sheet(tiles, titles))
+    picture = np.array(contact_sheet(tiles, titles, bars=[None, ("0.50", "1.50+")]))
+    below = picture[len(bare) :]
+    assert len(below) >= 30 and (below[:, :166] == 255).all()
+    bar = below[8, 168:328] / 255
+    expected = heat_colours(torch.linspace(0, 1, 160)[None])[:, 0].T.numpy()
+    np.testing.assert_allclose(bar[1:-1], expected[1:-1], atol=0.01)
+    assert (below[20:, 168:220] < 100).any() and (below[20:, 270:] < 100).any()
+
+
+def test_a_legend_names_its_colours_in_as_many_lines_as_it_takes():
+    tile, names = [torch.ones(1, 3, 160, 160)], [(f"class {i}", (10 * i, 255 - 10 * i, 50)) for i in range(20)]
+    bare = np.array(contact_sheet(tile, [""]))
+    picture = np.array(contact_sheet(tile, [""], legend=names))
+    found = {tuple(pixel) for pixel in picture[len(bare) :].reshape(-1, 3).tolist()}
+    assert all(colour in found for _, colour in names) and len(picture) > len(bare) + 10 * 16
+
+
+def test_lines_break_between_words_and_behind_punctuation_before_letters():
+    class Font:
+        def getlength(self, text):
+            return len(text)
+
+    assert sheet._wrapped("random:quick", Font(), 10) == ["random:", "quick"]
+    assert sheet._wrapped("one two three\nfour", Font(), 7) == ["one two", "three", "four"]
+    assert sheet._wrapped("abcdefgh i", Font(), 5) == ["abcde", "fgh i"] and sheet._wrapped("ab", Font(), 0) == ["a", "b"]
+
+
+@pytest.fixture
+def model():
+    """A model whose features are an image's mean colour."""
+    return visualize.Model("runs/mean", lambda x: x.mean((2, 3)), (1, 1), (0.5,) * 3, (0.5,) * 3)
+
+
+def test_neighbours_of_the_right_class_are_marked_and_counted(model):
+    colours = torch.tensor([[200, 20, 20], [20, 200, 20], [190, 20, 20], [180, 20, 30], [20, 190, 20], [30, 180, 20]])
+    bank = colours.byte()[:, :, None, None].expand(-1, -1, 8, 8)
+    picture = visualize.draw_neighbours([model], bank[:2], bank, 2, torch.tensor([0, 1, 0, 1, 1, 1]))
+    assert picture["marks"] == [None, [True, True], [False, True]] and "mean 3 of 4" in picture["note"]
+    assert torch.equal(picture["columns"][1], bank[[2, 4]] / 255)
+    without = visualize.draw_neighbours([model], bank[:2], bank, 2, torch.tensor([0, 1, 0, 1, 1, -1]))
+    assert "marks" not in without and "note" not in without
+
+
+def test_attention_is_drawn_with_the_numbers_that_its_colours_stand_for(tiny_vit):
+    vit = tiny_vit(class_token=False, global_pool="avg").eval()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    model = visualize.Model("tiny", vit, (4, 4), (0.5,) * 3, (0.5,) * 3)
+    picture = visualize.draw_attention([model], images)
+    maps = attention_maps(vit, model.prepare(images))
+    assert picture["bars"][0] is None and "average patch" in picture["note"]
+    for bar, weights in zip(picture["bars"][1:], (rollout(maps), maps[-1].mean(1)), strict=True):
+        received = weights.mean(1)
+        received = received / received.mean(1, keepdim=True)
+        assert bar == (f"{received.min():.2f}", f"{np.quantile(received.numpy(), 0.98):.2f}+")
+
+
+def test_drawn_images_are_of_all_classes_in_turn_and_no_grey_texture_comes_first():
+    grey, flat, coloured = torch.randint(0, 256, (1, 8, 8)).expand(3, -1, -1), torch.full((3, 8, 8), 90), torch.zeros(3, 8, 8)
+    flat[0], coloured[0, :4] = 200, 200
+    images = torch.stack([grey, grey, flat, coloured, coloured, grey]).byte()
+    labels = torch.tensor([0, 0, 1, 2, 2, 2])
+    assert visualize.spread(images, labels).tolist() == [3, 2, 0, 4, 1, 5]
+    assert visualize.spread(images, torch.full((6,), -1)).tolist() == list(range(6))
+
+
+def drawn_axes(monkeypatch, tmp_path, records, names):
+    """The axes of curves, by title."""
+    found = []
+
+    @contextmanager
+    def plot(*given, **settings):
+        with whole(*given, **settings) as (figure, axes):
+            found.extend(axes.flat)
+            yield figure, axes
+
+    whole = plots.plot
+    monkeypatch.setattr(plots, "plot", plot)
+    plots.draw_curves(tmp_path / "curves.png", records, names)
+    return {axis.get_title(): axis for axis in found}
+
+
+def test_curves_have_units_and_no_axis_is_zoomed_into_noise(monkeypatch, tmp_path):
+    records = [
+        {"step": i, "loss": 2 + 1e-6 * i, "knn": 99.0 + 0.1 * i, "cka": 0.5, "similarity": -0.4 - 0.2 * i} for i in range(4)
+    ]
+    records += [{"step": 5, "odd": float("nan")}, {"step": 6, "lr": 0.0}]
+    axes = drawn_axes(monkeypatch, tmp_path, records, ["loss", "knn", "cka", "similarity", "odd", "lr", "absent"])
+    assert {name: axis.get_ylabel() for name, axis in axes.items() if name} == {
+        "loss": "loss",
+        "knn": "k-NN accuracy, %",
+        "cka": "CKA with the start, 0 to 1",
+        "similarity": "mean cosine to the start",
+        "odd": "odd",
+        "lr": "learning rate",
+    }
+    assert all(axis.get_xlabel() == "optimizer steps" for name, axis in axes.items() if name)
+    ends = {name: axis.get_ylim() for name, axis in axes.items()}
+    assert ends["loss"][1] - ends["loss"][0] >= 0.2 and ends["knn"][0] <= 90 and ends["knn"][1] == 100
+    assert ends["cka"][1] - ends["cka"][0] >= 0.1 and ends["similarity"][0] < -1 and ends["similarity"][1] > -0.4
+    assert not axes["loss"].yaxis.get_major_formatter().get_useOffset()
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +280,10 @@ def test_every_picture_of_oblong_images_with_four_channels(place):
     given = ["--data", "images", "--models", "depth1", "random:depth1", "depth2", "--draw", *kinds, "--count", 3]
     result = run_script("visualize.py", *given, "--neighbours", 2, "--device", "cpu", folder=place)
     assert result.code == 0, result.err
-    columns = {"attention": 1 + 2 * 3, "pca": 1 + 3, "neighbours": 1 + 2 * 3, "reconstructions": 2 + 2 * 2, "method": 7}
+    columns = {"attention": 1 + 2 * 3, "pca": 1 + 3, "neighbours": 1 + 2 * 3, "reconstructions": 2 + 2, "method": 7}
     for kind in kinds:
-        with Image.open(place / "runs/pictures" / f"{kind}.png") as sheet:
-            assert sheet.width == 4 + columns[kind] * (192 + 4) and sheet.height > 3 * 128
+        with Image.open(place / "runs/pictures" / f"{kind}.png") as picture:
+            assert picture.width == 4 + columns[kind] * (192 + 4) and picture.height > 3 * 128
         singles = sorted((place / "runs/pictures" / kind).iterdir())
         assert len(singles) == 3 * columns[kind]
         with Image.open(singles[0]) as single:

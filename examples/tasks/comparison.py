@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from tasks.plots import plot
 
 MEASURES = {"finetune": "fine-tuning", "knn": "k-NN", "linear": "linear probe"}
+BAND = "0.92"
+"""Grey behind the name of a table."""
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t for 1 to 9 degrees of freedom."""
 
@@ -54,25 +55,45 @@ def _cell(summary: dict[str, Any] | None) -> str:
 
 
 def draw(path: Path, found: dict[str, Any]) -> None:
-    """Draw every arm's mean, deviation and single runs, a row of panels for each table; a column has one scale."""
-    heights = [1.2 + 0.35 * len(rows) for rows in found.values()]
-    layout = {"figsize": (13, sum(heights)), "sharex": "col", "sharey": "row", "height_ratios": heights}
-    with plot(path, len(found), len(MEASURES), **layout) as (figure, axes):
-        for panels, (table, rows) in zip(axes, found.items(), strict=True):
-            for axis, (measure, title) in zip(panels, MEASURES.items(), strict=True):
-                _draw_panel(axis, rows, measure)
-                axis.set_title(f"{title}, %", fontsize=10)
-            panels[0].invert_yaxis()
-            panels[0].set_ylabel(textwrap.fill(table, 24))
-        figure.align_ylabels(axes[:, 0])
+    """Draw every arm's mean, deviation and single runs into a PNG.
+
+    A panel for each measure; a line for each arm, below one with the name of its table.
+    """
+    from matplotlib.transforms import blended_transform_factory
+
+    lines: list[tuple[str, dict[str, Any] | None]] = []
+    for table, rows in found.items():
+        lines += [(table.replace("_", " "), None), *((row["arm"], row) for row in rows)]
+    layout = {"figsize": (9.5, 1.6 + 0.19 * len(lines)), "sharey": True}
+    with plot(path, 1, len(MEASURES), **layout) as (figure, panels):
+        axes = panels[0]
+        for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
+            _draw_panel(axis, [row for _, row in lines], measure)
+            axis.set(title=title, xlabel="accuracy, %\n\n")  # room for the legend
+        arms = {place: name for place, (name, row) in enumerate(lines) if row}
+        axes[0].set_yticks(list(arms), list(arms.values()), fontsize=9)
+        axes[0].set_ylim(len(lines) - 0.5, -0.5)
+        style: dict[str, Any] = {"va": "center", "fontsize": 9, "bbox": {"facecolor": BAND, "edgecolor": "none", "pad": 1}}
+        style["transform"] = blended_transform_factory(axes[0].transAxes, axes[-1].transData)
+        for place, (name, row) in enumerate(lines):
+            if row is None:  # on the last panel, so that no other covers it
+                axes[-1].text(0.02, place, name, **style).set_in_layout(False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9)
 
 
-def _draw_panel(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
-    for place, row in enumerate(rows):
-        if row[measure]:
-            values = [run[measure] for run in row["runs"] if measure in run]
-            axis.errorbar(row[measure]["mean"], place, xerr=row[measure]["std"] or 0, fmt="o", color="C0", capsize=3)
-            axis.scatter(values, [place] * len(values), marker="|", color="C1", zorder=3)
-    axis.set_yticks(range(len(rows)), [row["arm"] for row in rows])
-    axis.tick_params(labelbottom=True)
+def _draw_panel(axis: Any, rows: Sequence[dict[str, Any] | None], measure: str) -> None:
+    """Draw a measure of the arms, each at its place in the list; a place without an arm is a band across the panel."""
+    means = [(place, row[measure], row["runs"]) for place, row in enumerate(rows) if row and row[measure]]
+    runs = [(run[measure], place) for place, _, runs in means for run in runs if measure in run]
+    if means:
+        places, found, _ = zip(*means, strict=True)
+        spread = [summary["std"] or 0 for summary in found]
+        label = "mean and standard deviation over seeds"
+        axis.errorbar(
+            [summary["mean"] for summary in found], places, xerr=spread, fmt="o", markersize=4, capsize=2, label=label
+        )
+        axis.scatter(*zip(*runs, strict=True), marker="|", color="C1", zorder=3, label="run of one seed")
     axis.grid(alpha=0.3)
+    for place, row in enumerate(rows):
+        if row is None:
+            axis.axhspan(place - 0.5, place + 0.5, color=BAND, zorder=2)

@@ -24,6 +24,39 @@ def plot(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterat
         plt.close(figure)
 
 
+LABELS = {
+    "loss_rec": "reconstruction loss",
+    "loss_con": "contrastive loss, nats",
+    "val_loss": "validation loss",
+    "lr": "learning rate",
+    "knn": "k-NN accuracy, %",
+    "linear": "linear probe, %",
+    "best": "best linear probe, %",
+    "top1": "top-1 accuracy, %",
+    "top5": "top-5 accuracy, %",
+    "effective_rank": "effective rank, dimensions",
+    "uniformity": "uniformity, nats",
+    "similarity": "mean cosine to the start",
+    "cka": "CKA with the start, 0 to 1",
+}
+"""What numbers of ``log.jsonl`` are, with their units; others are drawn under their names."""
+
+
+def limits(values: Iterable[float], label: str) -> tuple[float, float]:
+    """Return the ends of an axis for these values, so far apart that noise does not look like a change.
+
+    At least 10 points of per cent or a tenth of a range from 0 to 1, within that range; else a tenth of the largest value.
+    """
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    end = 100.0 if label.endswith("%") else 1.0 if label.endswith("0 to 1") else None
+    spare = max((end or max(abs(low), abs(high)) or 1.0) / 10 - (high - low), 0.0) / 2 + (high - low) / 20
+    low, high = low - spare, high + spare
+    if end is None:
+        return low, high
+    return min(max(low, 0.0), 0.9 * end), max(min(high, end), 0.1 * end)
+
+
 def draw_curves(path: Path, records: Iterable[Mapping[str, Any]], names: Iterable[str]) -> None:
     """Draw numbers of ``log.jsonl`` over the step, a panel for each name that occurs, into a PNG."""
     records = list(records)
@@ -34,7 +67,9 @@ def draw_curves(path: Path, records: Iterable[Mapping[str, Any]], names: Iterabl
         for axis, name in zip(axes.flat, names, strict=False):
             points = [(record["step"], record[name]) for record in records if name in record]
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else "", markersize=3)
-            axis.set(title=name, xlabel="step")
+            label = LABELS.get(name, name)
+            axis.set(title=name, xlabel="optimizer steps", ylabel=label, ylim=limits([y for _, y in points], label))
+            axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
             axis.grid(alpha=0.3)
         for axis in axes.flat[len(names) :]:
             axis.axis("off")

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from ..masking import Mask
 from ..model import MultiViewMAE
 from ..patches import denormalize_patches, grid_size, unpatchify
+from .sheet import contact_sheet, heat_colours
 
 GREY = 0.5
 """What stands in the place of a masked patch, in [0, 1]."""
@@ -58,7 +59,9 @@ def reconstruction_picture(
     mask: Mask | None = None,
     generator: torch.Generator | None = None,
 ) -> Image.Image:
-    """Draw a row for each view: the view, its visible patches, the reconstruction, and it with the visible patches pasted in.
+    """Draw a row for each view: the view, its visible patches, and the view with its masked patches rebuilt.
+
+    What the decoder predicts for visible patches is not shown: unless ``loss_on="all"``, nothing trains it.
 
     Args:
         model: a pretraining model.
@@ -72,29 +75,35 @@ def reconstruction_picture(
     images, rebuilt = (to_unit_range(x, mean, std) for x in (views.flatten(0, 1), rebuilt))
     shown = torch.where(masked, torch.full_like(images, GREY), images)
     pasted = torch.where(masked, rebuilt, images)
-    titles = ["view", f"visible ({1 - masked.float().mean().item():.0%})", "reconstruction", "with the visible pasted in"]
-    note = "mean and contrast of each rebuilt patch are the true patch's" if model.reconstruction_loss.norm_pix else ""
-    return contact_sheet([images, shown, rebuilt, pasted], titles, note)
+    titles = ["view", f"visible patches ({1 - masked.float().mean().item():.0%})", "masked patches rebuilt"]
+    return contact_sheet([images, shown, pasted], titles, reconstruction_note(model), min_width=240)
 
 
-def overlay(images: Tensor, heat: Tensor, *, opacity: float = 0.6) -> Tensor:
-    """Lay heat over images, from black over red and yellow to white, its own largest value white.
+def reconstruction_note(model: MultiViewMAE) -> str:
+    """Return what to say on a picture of this model's reconstructions: what the model did not predict."""
+    note = "Visible patches are shown as they are."
+    lent = " Each rebuilt patch has the true patch's mean and contrast, which this model does not predict."
+    return note + lent * model.reconstruction_loss.norm_pix
+
+
+def overlay(images: Tensor, heat: Tensor, *, opacity: float = 0.6, limits: tuple[float, float] | None = None) -> Tensor:
+    """Lay heat over images in the colours of `heat_colours`.
 
     Args:
         images: (B, C, H, W) in [0, 1]; shown in grey.
-        heat: (B, h, w), 0 or above.
+        heat: (B, h, w).
         opacity: of the heat.
+        limits: the heat drawn black and the heat drawn white; None takes each image's own smallest and largest.
 
     Returns:
         (B, 3, H, W) in [0, 1].
     """
-    heat = heat[:, None].float()
-    heat = heat - heat.amin(dim=(2, 3), keepdim=True)
-    heat = heat / heat.amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(heat.dtype).tiny)
-    heat = F.interpolate(heat, images.shape[2:], mode="bilinear")
-    hot = torch.cat([(3 * heat - step).clamp(0, 1) for step in range(3)], dim=1)
+    heat = heat.float()
+    low, high = limits or (heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True))
+    heat = (heat - low) / torch.as_tensor(high - low).clamp_min(torch.finfo(heat.dtype).tiny)
+    heat = F.interpolate(heat[:, None], images.shape[2:], mode="bilinear")[:, 0]
     grey = images[:, :3].mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-    return torch.lerp(grey, hot, opacity)
+    return torch.lerp(grey, heat_colours(heat), opacity)
 
 
 def pca_colours(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -137,46 +146,3 @@ def to_unit_range(images: Tensor, mean: Sequence[float], std: Sequence[float]) -
     """Undo the normalisation of images (..., C, H, W) by these means and standard deviations, within [0, 1]."""
     mean_, std_ = (torch.tensor(tuple(x), device=images.device)[:, None, None] for x in (mean, std))
     return (images.float() * std_ + mean_).clamp(0, 1)
-
-
-def contact_sheet(
-    columns: Sequence[Sequence[Tensor] | Tensor], titles: Sequence[str], note: str = "", *, min_width: int = 160
-) -> Image.Image:
-    """Put images into a grid with a title over each column and a note below.
-
-    Args:
-        columns: images (C, H, W) in [0, 1], as many in each column; those of a row may differ in size.
-        titles: one for each column, of one line or more.
-        note: a line of text at the bottom.
-        min_width: small images are enlarged by a whole number until they are this wide, in pixels.
-    """
-    tiles = [[_enlarged(to_pillow(image), min_width) for image in column] for column in columns]
-    gap, text = 4, 4 + 12 * max(title.count("\n") + 1 for title in titles)
-    lefts = _starts([max(tile.width for tile in column) for column in tiles], gap, gap)
-    tops = _starts([max(tile.height for tile in row) for row in zip(*tiles, strict=True)], text, gap)
-    sheet = Image.new("RGB", (lefts[-1], tops[-1] + (16 if note else 0)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for left, column, title in zip(lefts, tiles, titles, strict=False):
-        draw.text((left, 2), title, fill="black")
-        for top, tile in zip(tops, column, strict=False):
-            sheet.paste(tile, (left, top))
-    draw.text((gap, tops[-1]), note, fill="black")
-    return sheet
-
-
-def _enlarged(image: Image.Image, min_width: int) -> Image.Image:
-    zoom = max(-(-min_width // image.width), 1)
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-
-
-def _starts(sizes: Sequence[int], first: int, gap: int) -> list[int]:
-    """Where things of these sizes start, one after the other, and where the next would."""
-    return [first + sum(sizes[:index]) + index * gap for index in range(len(sizes) + 1)]
-
-
-def to_pillow(image: Tensor) -> Image.Image:
-    """Turn one image (C, H, W) in [0, 1] into a Pillow one: RGB from three or more channels, grey from fewer."""
-    channels = image[:3] if len(image) >= 3 else image[:1]
-    pixels = channels.mul(255).round().byte().permute(1, 2, 0).contiguous().cpu()
-    mode = "RGB" if pixels.shape[2] == 3 else "L"
-    return Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist())).convert("RGB")
