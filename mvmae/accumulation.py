@@ -25,11 +25,11 @@ class Losses(NamedTuple):
 def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask) -> Losses:
     """Add the gradients of Eq. 7 over the batch to ``parameter.grad``, with the activations of one part in memory at a time.
 
-    Adding up gradients of small batches does not enlarge the batch of a contrastive loss: each part would have negatives
-    from itself alone. Here the latents of all parts are computed first, without activations; Eq. 6 gives its gradient with
-    respect to them; then each part is computed again and both gradients flow back through it. The price is one more forward
-    pass of the encoder. Exact for several processes too, and with dropout, whose random numbers are drawn again. May be called
-    under autocast: the backward passes run outside.
+    Ordinary gradient accumulation does not enlarge the batch of a contrastive loss: each part would have the negatives of
+    that part alone. Here the latents of all parts are computed first, without stored activations, and the gradient of Eq. 6
+    with respect to them. Then each part is computed again and both gradients flow back through it. The cost is one more
+    forward pass of the encoder. The result is exact for several processes too, and with dropout, whose random numbers are
+    repeated. The function may be called under autocast; the backward passes run outside it.
 
     Args:
         model: a `MultiViewMAE`, or one in DistributedDataParallel; compiled or not. Only modules that mix the images of a
@@ -43,7 +43,7 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
     """
     batch, num_views = views.shape[:2]
     if parts < 1 or batch % parts:
-        raise ValueError(f"a batch of {batch} images cannot be cut into {parts} equal parts: use a divisor of {batch}")
+        raise ValueError(f"parts must divide the batch of {batch} images, got {parts}: use a divisor of {batch}")
     core: Any = model.module if isinstance(model, DistributedDataParallel) else model
     size = batch // parts
     pieces = [(views[i : i + size], mask.select(slice(i * num_views, (i + size) * num_views))) for i in range(0, batch, size)]
@@ -55,8 +55,8 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
             latents.append(core.encode(piece, piece_mask).projected)
     if _is_compiled(model) and not _equal(states[0], _random_state(views.device)):
         raise ValueError(
-            "the encoder draws random numbers (dropout, drop path), and a compiled model draws others in the second pass than "
-            "in the first: build the encoder with rates of 0, do not compile it, or take the batch whole"
+            "a compiled encoder must draw no random numbers (dropout, drop path), which differ in the second pass: "
+            "build the encoder with rates of 0, do not compile it, or use one part"
         )
     loss_con, gradient = _contrast(core, torch.cat(latents))
     loss_rec = views.new_zeros(())
@@ -75,7 +75,7 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
 
 
 def _contrast(model: MultiViewMAE, projected: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Give Eq. 6 over all parts and processes, and its gradient with respect to the latents."""
+    """Compute Eq. 6 over all parts and processes, and its gradient with respect to the latents."""
     if not model.loss_weight:
         return projected.new_zeros(()), None
     projected.requires_grad_()

@@ -1,4 +1,4 @@
-"""The light decoder that rebuilds the pixels (Section 3.1.4).
+"""The light decoder that reconstructs the pixels (Section 3.1.4).
 
 Shapes: B images, L patches, K visible, T prefix tokens, D encoder width, E decoder width, P patch side, C channels.
 """
@@ -45,7 +45,7 @@ class MAEDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"decoder width {dim} is not a multiple of its {num_heads} heads")
+            raise ValueError(f"decoder width must be a multiple of the {num_heads} heads, got {dim}")
         ph, pw = pair(patch_size)
         self.grid_size = (grid_size[0], grid_size[1])
         self.num_prefix_tokens = num_prefix_tokens
@@ -60,7 +60,7 @@ class MAEDecoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise: Xavier-uniform weights (Section 4.1.1), zero biases, the mask token from N(0, 0.02) (MAE); positions."""
+        """Initialise weights (Xavier-uniform, Section 4.1.1), biases (zero), mask token (N(0, 0.02), MAE) and positions."""
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -92,7 +92,7 @@ class MAEDecoder(nn.Module):
         prefix, (batch, visible) = self.num_prefix_tokens, mask.visible.shape
         if tokens.ndim != 3 or tokens.shape[:2] != (batch, prefix + visible):
             raise ValueError(
-                f"tokens have the shape {tuple(tokens.shape)}: ({batch}, {prefix} prefix + {visible} visible, D) is expected"
+                f"tokens must have the shape ({batch}, {prefix} prefix + {visible} visible, D), got {tuple(tokens.shape)}"
             )
         tokens = self.embed(tokens)  # (B, T + K, E)
         hidden = self.mask_token.expand(batch, mask.masked.shape[1] - visible, -1)

@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 
 
 def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
-    """Give what ``timm.create_model`` needs to build a ViT like this one, as JSON can hold it.
+    """Return what ``timm.create_model`` needs to build a ViT like this one, in types that JSON can hold.
 
     Args:
         vit: a plain ViT of timm, changed since it was built or not.
@@ -88,7 +88,9 @@ def build_encoder(description: Mapping[str, Any]) -> nn.Module:
     """
     name, args = description.get("architecture"), description.get("model_args", {})
     if not (isinstance(name, str) and timm.is_model(name)):
-        raise WeightsError(f"architecture {name!r} is unknown to timm {timm.__version__}: the name of a ViT is expected")
+        raise WeightsError(
+            f"architecture must be a ViT of timm {timm.__version__}, got {name!r}: upgrade timm, or correct the name"
+        )
     with building(f"the arguments {args} of {name}"):
         kind = Eva if isinstance(_on_meta(name, {}), Eva) else VisionTransformer
         unknown = sorted(set(args) - set(inspect.signature(kind.__init__).parameters))
@@ -102,11 +104,11 @@ def build_encoder(description: Mapping[str, Any]) -> nn.Module:
 
 
 def describe_pretraining(model: nn.Module) -> dict[str, Any]:
-    """Give what rebuilds a `MultiViewMAE`, as JSON can hold it.
+    """Return what rebuilds a `MultiViewMAE`, in types that JSON can hold.
 
     Returns:
-        ``encoder``, as `describe_encoder` gives it; ``projector``, the widths of its layers, the layers themselves, its class
-        where JSON cannot hold them, with a warning, or None; ``options``, the other keyword arguments of `MultiViewMAE`.
+        ``encoder``, the result of `describe_encoder`; ``projector``: the widths of its layers, or the layers, or its class,
+        with a warning, if JSON cannot hold them, or None; ``options``, the other keyword arguments of `MultiViewMAE`.
 
     Raises:
         WeightsError: if JSON cannot hold the encoder.
@@ -133,11 +135,11 @@ def describe_pretraining(model: nn.Module) -> dict[str, Any]:
 
 
 def pretraining_arguments(description: Mapping[str, Any], projector: nn.Module | None = None) -> dict[str, Any]:
-    """Build the arguments of `MultiViewMAE` from what `describe_pretraining` gave.
+    """Build the arguments of `MultiViewMAE` from the result of `describe_pretraining`.
 
     Args:
-        description: of the model.
-        projector: takes the place of the described one.
+        description: the result of `describe_pretraining`.
+        projector: used instead of the described one.
 
     Raises:
         WeightsError: if it is not such a description, or its projector cannot be built and none is given.
@@ -211,7 +213,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _arguments(vit: PlainViT) -> dict[str, Any]:
-    """Read the arguments of a ViT off its modules."""
+    """Derive the arguments of a ViT from its modules."""
     args = _shared_arguments(vit) | (_eva_arguments(vit) if isinstance(vit, Eva) else _vit_arguments(vit))
     return {key: value[0] if isinstance(value, list) and value[0] == value[1] else value for key, value in args.items()}
 
@@ -284,7 +286,7 @@ def _check_rebuilt(vit: PlainViT, rebuilt: PlainViT, description: Mapping[str, A
 
 
 def _structure(vit: PlainViT) -> dict[str, str]:
-    """Give all that decides what a ViT computes, without its weights and its classifier head."""
+    """Return all that determines what a ViT computes, except weights and classifier head."""
     modules = {name: repr(module) for name, module in vit.named_modules() if not list(module.children())}
     shapes = {name: str(tuple(value.shape)) for name, value in vit.state_dict().items()}
     return {

@@ -124,7 +124,7 @@ def _build(name: str, pretrained: bool, args: dict[str, Any], filter_fn: Any = c
 
 
 def _build_with(weights: dict[str, Tensor], name: str, args: dict[str, Any]) -> nn.Module:
-    """Build an encoder with weights that are read already: timm's loader adapts them as if it had read them itself."""
+    """Build an encoder with weights that have been read; timm's loader adapts them as if it had read them."""
     overlay = args.pop("pretrained_cfg_overlay")
     source = resolve_pretrained_cfg(name, args.get("pretrained_cfg"), overlay).source
     unread = {**overlay, "source": "", "state_dict": {"": torch.empty(0)}}
@@ -179,16 +179,16 @@ def mvmae_vit_huge_patch14(pretrained: bool = False, **kwargs: Any) -> nn.Module
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a model of timm, with ``mvmae_vit_*`` among its names, like ``timm.create_model``.
 
-    The result is timm's; what is wrong with a folder or a repository is said in one line. Of a repository only safetensors
-    are read; of a folder what timm would read, and of PyTorch's files only tensors.
+    The model is timm's; an error of a folder or a repository is one line. From a repository only safetensors are read. From a
+    folder the files that timm would read are read, and from PyTorch's files only tensors.
 
     Args:
         model_name: a name that timm knows, ``local-dir:FOLDER`` or ``hf-hub:owner/name``.
-        pretrained: load weights.
-        kwargs: what else timm takes.
+        pretrained: whether to load weights.
+        kwargs: other arguments of ``timm.create_model``.
 
     Raises:
-        WeightsError: if weights cannot be had, read or used.
+        WeightsError: if weights cannot be found, read or used.
     """
     if not model_name.startswith(("local-dir:", "hf-hub:")):
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
@@ -206,11 +206,11 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
 
 
 def check_source(name: str, *, weights: bool, cache_dir: str | Path | None = None) -> None:
-    """Check what timm would read of an exported model: more than timm does, and with one line for what is wrong.
+    """Check the files of an exported model that timm would read, more closely than timm, with an error of one line.
 
     Args:
         name: ``local-dir:FOLDER`` or ``hf-hub:owner/name``.
-        weights: its weights too, not its ``config.json`` alone.
+        weights: whether to check the weights too, besides ``config.json``.
         cache_dir: where downloads are kept.
 
     Raises:

@@ -14,7 +14,7 @@ from .patches import normalize_patches
 
 LossOn = Literal["masked", "all"]
 PLAIN_LOGITS_BYTES = 256 * 2**20
-"""Above this many bytes of logits `NTXentLoss` works in chunks unless it is told otherwise."""
+"""Bytes of logits above which `NTXentLoss` works in chunks, unless ``chunk_size`` is given."""
 
 
 class ReconstructionLoss(nn.Module):
@@ -32,12 +32,12 @@ class ReconstructionLoss(nn.Module):
     def __init__(self, *, norm_pix: bool = True, loss_on: LossOn = "masked") -> None:
         super().__init__()
         if loss_on not in get_args(LossOn):
-            raise ValueError(f"loss_on {loss_on!r} is unknown: one of {get_args(LossOn)} is expected")
+            raise ValueError(f"loss_on must be one of {get_args(LossOn)}, got {loss_on!r}")
         self.norm_pix = norm_pix
         self.loss_on = loss_on
 
     def forward(self, pred: Tensor, target: Tensor, masked: Tensor) -> Tensor:
-        """Give the loss as a scalar.
+        """Compute the loss, a scalar.
 
         Args:
             pred: predicted patches, (B, L, P * P * C).
@@ -49,8 +49,8 @@ class ReconstructionLoss(nn.Module):
         """
         if pred.shape != target.shape or masked.shape != pred.shape[:2]:
             raise ValueError(
-                f"pred {tuple(pred.shape)}, target {tuple(target.shape)} and masked {tuple(masked.shape)} do not agree: "
-                "(B, L, P*P*C) twice and (B, L) are expected"
+                "pred, target and masked must have the shapes (B, L, P*P*C), (B, L, P*P*C) and (B, L), "
+                f"got {tuple(pred.shape)}, {tuple(target.shape)} and {tuple(masked.shape)}"
             )
         with torch.autocast(pred.device.type, enabled=False):
             pred, target = (x if x.dtype == torch.float64 else x.float() for x in (pred, target))
@@ -62,7 +62,7 @@ class ReconstructionLoss(nn.Module):
             return (per_patch * masked).sum() / masked.sum()
 
     def extra_repr(self) -> str:
-        """Name the options."""
+        """Return the options, for ``repr``."""
         return f"norm_pix={self.norm_pix}, loss_on={self.loss_on!r}"
 
 
@@ -73,29 +73,29 @@ class NTXentLoss(nn.Module):
     there are more), its negatives all views of the other images of the *global* batch (2N - 2 for V = 2). Logits are computed
     in float32 at least, under autocast too.
 
-    With several processes each returns the mean over its own anchors against the latents of all. The mean of that over
-    processes is Eq. 6 over the global batch, and gradients averaged over processes, as DistributedDataParallel does, are
-    its gradients. All processes must bring the same number of images.
+    With several processes, each process returns the mean over its own anchors, compared with the latents of all processes.
+    The mean of these losses over the processes is Eq. 6 over the global batch, and the mean of their gradients, which
+    DistributedDataParallel computes, is its gradient. All processes must have the same number of images.
 
     Args:
         temperature: tau of Eq. 4, above 0 (paper, Section 3.2.2: 0.07).
         gather: take negatives from all processes of the default group.
-        chunk_size: anchors at a time; the memory is then linear in the batch, for one more matrix product in the backward
-            pass. None: all at once up to 256 MiB of logits, in chunks of that size above.
+        chunk_size: anchors that are compared at a time. Memory is then linear in the batch, at the cost of one more matrix
+            product in the backward pass. None: all at once up to 256 MiB of logits, above that in chunks.
     """
 
     def __init__(self, temperature: float = 0.07, *, gather: bool = True, chunk_size: int | None = None) -> None:
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"temperature {temperature} is out of range: a number above 0 is expected, the paper's is 0.07")
+            raise ValueError(f"temperature must be above 0 (the paper's is 0.07), got {temperature}")
         if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size {chunk_size} is out of range: at least 1, or None, is expected")
+            raise ValueError(f"chunk_size must be at least 1, or None, got {chunk_size}")
         self.temperature = temperature
         self.gather = gather
         self.chunk_size = chunk_size
 
     def forward(self, z: Tensor) -> Tensor:
-        """Give the loss as a scalar.
+        """Compute the loss, a scalar.
 
         Args:
             z: latents, (B, V, D), of any length: they are normalised here (Eq. 5).
@@ -104,7 +104,7 @@ class NTXentLoss(nn.Module):
             ValueError: if there are fewer than two views, or fewer than two images in the global batch.
         """
         if z.ndim != 3 or z.shape[1] < 2:
-            raise ValueError(f"z has the shape {tuple(z.shape)}: (B, V, D) with at least 2 views is expected")
+            raise ValueError(f"z must have the shape (B, V, D) with at least 2 views, got {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             shortest = torch.finfo(z.dtype).eps  # keeps the gradient of a latent of length 0 within its own type
             z = z if z.dtype == torch.float64 else z.float()
@@ -112,8 +112,8 @@ class NTXentLoss(nn.Module):
             keys, offset = gather_latents(z) if self.gather else (z, 0)
             if len(keys) < 2:
                 raise ValueError(
-                    "a global batch of 1 image has no negatives for the contrastive loss: use a batch of 2 or more, "
-                    "or loss_weight=0"
+                    "the contrastive loss must have a global batch of at least 2 images, got 1, which has no negatives: "
+                    "use a larger batch, or loss_weight=0"
                 )
             views = z.shape[1]
             anchors = slice(offset * views, (offset + len(z)) * views)
@@ -131,7 +131,7 @@ class NTXentLoss(nn.Module):
         return result
 
     def extra_repr(self) -> str:
-        """Name the options."""
+        """Return the options, for ``repr``."""
         return f"temperature={self.temperature}, gather={self.gather}, chunk_size={self.chunk_size}"
 
 
@@ -147,7 +147,7 @@ def unit_length(z: Tensor, shortest: float) -> Tensor:
 
 
 class _UnitLength(torch.autograd.Function):
-    """The backward pass of `F.normalize` holds five tensors of the size of its input, this one its result alone."""
+    """`F.normalize` with less memory: its own backward pass holds five tensors of the input's size, this one holds one."""
 
     generate_vmap_rule = True
 
@@ -191,7 +191,7 @@ class _Products(torch.autograd.Function):
 
 
 def mean_positive_similarity(z: Tensor) -> Tensor:
-    """Give, for every view, the mean cosine to the other views of its image: the numerator of Eq. 4.
+    """Compute, for every view, the mean cosine to the other views of its image: the numerator of Eq. 4.
 
     Args:
         z: latents of unit length, (B, V, D).
@@ -205,7 +205,7 @@ def mean_positive_similarity(z: Tensor) -> Tensor:
 
 
 def log_denominator(latents: Tensor, anchors: slice, temperature: float) -> Tensor:
-    """Give the logarithm of the denominator of Eq. 4: over all latents but the anchor itself.
+    """Compute the logarithm of the denominator of Eq. 4: over all latents but the anchor itself.
 
     Args:
         latents: (N * V, D), of unit length.
@@ -259,7 +259,7 @@ class _ChunkedLogDenominator(torch.autograd.Function):
 
 
 class _AllGather(torch.autograd.Function):
-    """Concatenate a tensor over all processes; the gradient of one's part is the sum of everybody's for it."""
+    """Concatenate a tensor over all processes; the gradient of a part is the sum of all processes' gradients for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

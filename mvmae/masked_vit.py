@@ -44,10 +44,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_encoder(vit: nn.Module) -> PlainViT:
-    """Give ``vit`` back if `encode_visible` can run it.
+    """Return ``vit`` if `encode_visible` can run it.
 
     Raises:
-        TypeError: if it is not a plain ViT of timm, naming what is in the way.
+        TypeError: if it is not a plain ViT of timm, with the reason.
     """
     own: Any = type(vit)
     name = own.__name__
@@ -55,25 +55,27 @@ def check_encoder(vit: nn.Module) -> PlainViT:
     if not kinds:
         reason = next((f" ({why})" for start, why in REASONS.items() if name.startswith(start)), "")
         raise TypeError(
-            f"{name} is not a timm VisionTransformer or Eva{reason}: use a plain ViT, such as timm's vit_*, deit*, eva02_* or "
-            "mvmae_vit_*"
+            f"the encoder must be a timm VisionTransformer or Eva, got {name}{reason}: use a plain ViT, such as timm's vit_*, "
+            "deit*, eva02_* or mvmae_vit_*"
         )
     if own.forward_features is not kinds[0].forward_features:
-        raise TypeError(f"{name} has a forward of its own, which would be passed over: use a plain ViT of timm")
+        raise TypeError(
+            f"the encoder must not override forward_features, which is not called here, got {name}: use a plain ViT of timm"
+        )
     if not isinstance(vit.patch_embed, PatchEmbed):
         raise TypeError(
-            f"{name} embeds patches with {type(vit.patch_embed).__name__}, which sees beyond one patch: "
+            f"the patch embedding must see one patch alone, got {type(vit.patch_embed).__name__} in {name}: "
             "use a ViT with a plain patch projection"
         )
     if not (vit.patch_drop is None or isinstance(vit.patch_drop, nn.Identity)):
-        raise TypeError(f"{name} drops patches of its own (patch_drop_rate): build it without, the mask takes its place")
+        raise TypeError(f"patch_drop_rate must be 0, got {name} that drops patches: build it without, the mask takes its place")
     return vit
 
 
 def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
     """Encode the visible patches of images, z = ViT(x_visible + x_pos) (Eq. 2).
 
-    Masked patches are left out before the patch projection: no value of theirs reaches the encoder. With nothing masked the
+    Masked patches are left out before the patch projection: none of their values reaches the encoder. With nothing masked the
     result is that of ``vit.forward_features``.
 
     Args:
@@ -111,25 +113,25 @@ def _check_images(vit: PlainViT, images: Tensor, mask: Mask) -> tuple[int, int]:
     embed, size = vit.patch_embed, tuple(images.shape[2:])
     if images.ndim != 4 or images.shape[1] != embed.proj.in_channels:
         raise ValueError(
-            f"images have the shape {tuple(images.shape)}: (B, {embed.proj.in_channels}, H, W) is expected by the encoder"
+            f"images must have the shape (B, {embed.proj.in_channels}, H, W) of the encoder, got {tuple(images.shape)}"
         )
     if not images.is_floating_point():
-        raise TypeError(f"images are {images.dtype}: floating point, normalised by mean and std, is expected")
+        raise TypeError(f"images must be floating point, normalised by mean and std, got {images.dtype}")
     grid = grid_size((images.shape[2], images.shape[3]), embed.patch_size)
     if not vit.dynamic_img_size and embed.img_size is not None and size != tuple(embed.img_size):
         raise ValueError(
-            f"image size {size[0]}x{size[1]} is not the encoder's {embed.img_size[0]}x{embed.img_size[1]}: build the encoder "
-            f"with img_size={size}, or with dynamic_img_size=True"
+            f"image size must be the encoder's {embed.img_size[0]}x{embed.img_size[1]}, got {size[0]}x{size[1]}: build the "
+            f"encoder with img_size={size}, or with dynamic_img_size=True"
         )
     if mask.masked.shape != (len(images), grid[0] * grid[1]):
         raise ValueError(
-            f"the mask is for {tuple(mask.masked.shape)} (images, patches): ({len(images)}, {grid[0] * grid[1]}) is expected"
+            f"the mask must be for ({len(images)}, {grid[0] * grid[1]}) (images, patches), got {tuple(mask.masked.shape)}"
         )
     return grid
 
 
 def _embed_visible(embed: PatchEmbed, images: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Project the visible patches alone: gathering first costs a copy of 20 % of the pixels instead of the other 80 %."""
+    """Project the visible patches alone: gathered first, 20 % of the pixels are copied instead of 80 %."""
     (rows, columns), (ph, pw) = grid, embed.patch_size
     patches = images.reshape(*images.shape[:2], rows, ph, columns, pw).permute(0, 2, 4, 1, 3, 5)
     image = torch.arange(len(images), device=images.device)[:, None]
@@ -140,7 +142,7 @@ def _embed_visible(embed: PatchEmbed, images: Tensor, visible: Tensor, grid: tup
 
 
 def _positions(vit: PlainViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Give what is added to prefix tokens, (T or 0, D), and to patches, (L, D)."""
+    """Return the positions of prefix tokens, (T or 0, D), and of patches, (L, D)."""
     with_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     positions = vit.pos_embed
     if vit.dynamic_img_size:
@@ -151,7 +153,7 @@ def _positions(vit: PlainViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _rotary_table(vit: Eva, grid: tuple[int, int]) -> Tensor | None:
-    """Give the rotary positions of every patch: (L, R), or (depth, heads, L, R) where each block learns its own.
+    """Return the rotary positions of every patch: (L, R), or (depth, heads, L, R) where each block learns its own.
 
     None where the encoder has no rotary positions. In training mode timm may shift or scale the grid at random, as the model
     was built to.

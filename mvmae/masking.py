@@ -35,15 +35,15 @@ class Mask(NamedTuple):
             TypeError: if ``masked`` is not a (B, L) tensor of booleans.
         """
         if masked.dtype != torch.bool or masked.ndim != 2:
-            raise TypeError(f"masked is {masked.dtype} of shape {tuple(masked.shape)}: (B, L) of torch.bool is expected")
+            raise TypeError(f"masked must be torch.bool of shape (B, L), got {masked.dtype} of shape {tuple(masked.shape)}")
         counts = set((~masked).sum(dim=1).tolist())
         if len(counts) != 1 or 0 in counts:
-            raise ValueError(f"the rows leave {sorted(counts)} patches visible: one number, at least 1, is expected")
+            raise ValueError(f"all rows must leave the same number of patches visible, at least 1, got {sorted(counts)}")
         order = masked.int().argsort(dim=1, stable=True)
         return cls(order[:, : counts.pop()], order.argsort(dim=1), masked)
 
     def select(self, rows: slice) -> "Mask":
-        """Give the mask of some of the images."""
+        """Return the mask of some of the images."""
         return Mask(*(part[rows] for part in self))
 
 
@@ -58,14 +58,14 @@ def num_visible(length: int, mask_ratio: float) -> int:
         ValueError: if the ratio is out of range or leaves no patch visible.
     """
     if not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask ratio {mask_ratio} is out of range: a number in [0, 1) is expected, the paper's is 0.8")
+        raise ValueError(f"mask_ratio must be in [0, 1) (the paper's is 0.8), got {mask_ratio}")
     share = 1 - Fraction(repr(float(mask_ratio)))
     visible, rest = length * share.numerator // share.denominator, 2 * (length * share.numerator % share.denominator)
     if rest > share.denominator or (rest == share.denominator and visible % 2):  # `round`, which no symbolic length takes
         visible += 1
     if visible < 1:
         raise ValueError(
-            f"mask ratio {mask_ratio} leaves none of {length} patches visible: at most {1 - 1 / length:.4g} leaves one"
+            f"mask_ratio must leave one of {length} patches visible, got {mask_ratio}: use at most {1 - 1 / length:.4g}"
         )
     return visible
 
@@ -87,9 +87,9 @@ def random_mask(
         mask_ratio: share of the patches that is masked, in [0, 1).
         generator: source of the random numbers; torch's global one where it is None. The numbers are drawn on the
             generator's own device, so that a CPU generator gives the same masks for every device.
-        device: where the mask is wanted; the generator's device, or the CPU, where it is None.
-        rows: which of the B masks to return: numbers are drawn for all of them, so that each process of several gets its part
-            of the masks that one process would draw.
+        device: where the mask is returned; the generator's device, or the CPU, where it is None.
+        rows: which of the B masks to return. Numbers are drawn for all B, so that each of several processes gets its part of
+            the masks that one process would draw.
 
     Raises:
         ValueError: if the ratio is out of range or leaves no patch visible.

@@ -1,8 +1,8 @@
-"""What features are worth: k-NN accuracy and explained variance with labels; rank, alignment, uniformity, collapse without.
+"""Measures of features: k-NN accuracy and explained variance with labels; rank, alignment, uniformity, collapse without.
 
-And how far they have moved from what they were: the same images before and after further training.
+Two more compare the features of the same images before and after further training.
 
-Shapes: N features in the bank or the set, Q queries, D width of a feature, k neighbours. Everything runs in chunks, so that
+Shapes: N features in the bank or the set, Q queries, D width of a feature, k neighbours. All functions work in chunks, so that
 memory grows with N * D and never with N * Q or N * N.
 """
 
@@ -26,7 +26,7 @@ def knn_accuracy(
     temperature: float | None = 0.07,
     chunk_size: int = 1024,
 ) -> float:
-    """Give the share of queries that their nearest neighbours label rightly, in 0 to 1.
+    """Compute the share of queries whose nearest neighbours vote for the right label, in 0 to 1.
 
     Args:
         train_features: the bank, (N, D), of any length.
@@ -41,7 +41,9 @@ def knn_accuracy(
         ValueError: as in `knn_predict`, or if features and labels differ in number.
     """
     if test_labels.shape != test_features.shape[:1]:
-        raise ValueError(f"{tuple(test_labels.shape)} labels do not fit {tuple(test_features.shape)} features")
+        raise ValueError(
+            f"test_labels must be (Q,) for (Q, D) features, got {tuple(test_labels.shape)} and {tuple(test_features.shape)}"
+        )
     predicted = knn_predict(train_features, train_labels, test_features, k=k, temperature=temperature, chunk_size=chunk_size)
     return float((predicted == test_labels.to(predicted.device)).double().mean())
 
@@ -55,16 +57,16 @@ def knn_predict(
     temperature: float | None = 0.07,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Give each query the label for which its k nearest features vote, by cosine similarity.
+    """Predict for each query the label for which its k nearest features vote, by cosine similarity.
 
     A neighbour's vote weighs exp(similarity / temperature) (Wu et al., 2018, as used by DINO). The smallest label wins a tie.
 
     Args:
-        train_features: the bank, (N, D), of any length; on any device, from which it is brought to the queries' in parts.
+        train_features: the bank, (N, D), of any length and on any device; it is copied to the queries' device in parts.
         train_labels: (N,) integers.
         test_features: the queries, (Q, D).
         k: neighbours that vote, 1 to N.
-        temperature: of a vote's weight, above 0; None lets every neighbour count the same.
+        temperature: temperature of a vote's weight, above 0; None gives every neighbour the same weight.
         chunk_size: queries at a time, compared with sixteen times as many features of the bank.
 
     Returns:
@@ -76,14 +78,17 @@ def knn_predict(
     _check_features(train_features)
     if test_features.ndim != 2 or test_features.shape[1] != train_features.shape[1]:
         raise ValueError(
-            f"{tuple(test_features.shape)} and {tuple(train_features.shape)} features do not compare: (Q, D), (N, D) expected"
+            "test_features and train_features must be (Q, D) and (N, D), "
+            f"got {tuple(test_features.shape)} and {tuple(train_features.shape)}"
         )
     if train_labels.shape != train_features.shape[:1]:
-        raise ValueError(f"{tuple(train_labels.shape)} labels do not fit {tuple(train_features.shape)} features")
+        raise ValueError(
+            f"train_labels must be (N,) for (N, D) features, got {tuple(train_labels.shape)} and {tuple(train_features.shape)}"
+        )
     if not 1 <= k <= len(train_features):
-        raise ValueError(f"k {k} is out of range: 1 to {len(train_features)}, the number of labelled features, is expected")
+        raise ValueError(f"k must be 1 to {len(train_features)}, the number of labelled features, got {k}")
     if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature {temperature} is out of range: a number above 0, or None, is expected")
+        raise ValueError(f"temperature must be above 0, or None, got {temperature}")
     classes, labels = train_labels.to(test_features.device).unique(return_inverse=True)
     predicted = [test_features.new_empty(0, dtype=torch.long)]
     for queries in test_features.split(chunk_size):
@@ -99,7 +104,7 @@ def knn_predict(
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Give the k largest similarities and where they stand in the bank, (Q, k) each, the largest first."""
+    """Return the k largest similarities and their places in the bank, (Q, k) each, the largest first."""
     best = queries.new_empty(len(queries), 0)
     places = torch.empty_like(best, dtype=torch.long)
     for start in range(0, len(bank), chunk_size):
@@ -112,13 +117,13 @@ def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Te
 
 
 def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
-    """Give the number of directions that the features use: RankMe (Garrido et al., 2023).
+    """Compute the number of directions that the features use: RankMe (Garrido et al., 2023).
 
     exp(-sum_i p_i log p_i) with p_i = sigma_i / sum_j sigma_j, the singular values of the (N, D) matrix of features: 1 where
     all are the same vector, min(N, D) where all directions are used alike. Taken from the D x D products, in float64.
 
     Args:
-        features: (N, D), not normalised, neither centred.
+        features: (N, D), neither normalised nor centred.
         chunk_size: features at a time.
 
     Raises:
@@ -137,7 +142,7 @@ def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
 
 
 def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> float:
-    """Give how far apart two views of an image lie: mean of |x - y|^alpha (Wang & Isola, 2020); 0 is best.
+    """Compute how far apart two views of an image lie: mean of |x - y|^alpha (Wang & Isola, 2020); 0 is best.
 
     Args:
         x: features of one view, (N, D), of any length: they are normalised here.
@@ -148,13 +153,13 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> float:
         ValueError: if the shapes differ.
     """
     if x.shape != y.shape:
-        raise ValueError(f"{tuple(x.shape)} and {tuple(y.shape)} features are no pairs: the same shape is expected")
+        raise ValueError(f"features of the two views must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     _check_features(x)
     return float((_unit(x) - _unit(y)).norm(dim=1).pow(alpha).mean())
 
 
 def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> float:
-    """Give how evenly features cover the sphere: log mean of exp(-t |x - y|^2) over all pairs (Wang & Isola, 2020).
+    """Compute how evenly features cover the sphere: log mean of exp(-t |x - y|^2) over all pairs (Wang & Isola, 2020).
 
     0 where all features are the same vector, about -2t where they cover the sphere: lower is better.
 
@@ -178,7 +183,7 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
 
 
 def variance_explained(features: Tensor, groups: Tensor) -> float:
-    """Give the share of the features' variance that lies between groups of images, in 0 to 1 (the correlation ratio).
+    """Compute the share of the features' variance that lies between groups of images, in 0 to 1 (the correlation ratio).
 
     For groups by class it is high where classes are told apart; for groups by brightness, where the features are mostly that.
     G groups drawn at random give about (G - 1) / (N - 1).
@@ -192,7 +197,7 @@ def variance_explained(features: Tensor, groups: Tensor) -> float:
     """
     _check_features(features, at_least=2)
     if groups.shape != features.shape[:1]:
-        raise ValueError(f"{tuple(groups.shape)} groups do not fit {tuple(features.shape)} features: (N,) is expected")
+        raise ValueError(f"groups must be (N,) for (N, D) features, got {tuple(groups.shape)} and {tuple(features.shape)}")
     centred = _unit(features).double()
     centred = centred - centred.mean(dim=0)
     _, numbers, counts = groups.to(centred.device).unique(return_inverse=True, return_counts=True)
@@ -201,12 +206,12 @@ def variance_explained(features: Tensor, groups: Tensor) -> float:
     )
     total = centred.square().sum()
     if not total > 0:
-        raise ValueError("all features are the same, or one is not finite: no share of their variance can be given")
+        raise ValueError("features must be finite and differ, got equal ones, or NaN or infinity: has the encoder collapsed?")
     return float((sums.square().sum(dim=1) / counts).sum() / total)
 
 
 def collapse_warning(features: Tensor | float) -> str | None:
-    """Give a line to warn with where all images have become one and the same vector; None where they have not.
+    """Return a warning, one line, if all images have nearly the same feature; else None.
 
     Args:
         features: (N, D) of different images, or their `effective_rank`.
@@ -221,25 +226,27 @@ def collapse_warning(features: Tensor | float) -> str | None:
 
 
 def mean_cosine(before: Tensor, after: Tensor) -> float:
-    """Give the mean cosine between the features of an image before and after: 1 where no direction has changed.
+    """Compute the mean cosine between the features of an image before and after: 1 where no direction has changed.
 
     Args:
         before: (N, D).
         after: of the same images in the same order, (N, D).
 
     Raises:
-        ValueError: if they are no pairs.
+        ValueError: if the shapes differ.
     """
     if before.shape != after.shape or before.ndim != 2:
-        raise ValueError(f"{tuple(before.shape)} and {tuple(after.shape)} features are no pairs: the same (N, D) is expected")
+        raise ValueError(
+            f"before and after must have the same shape (N, D), got {tuple(before.shape)} and {tuple(after.shape)}"
+        )
     return float(F.cosine_similarity(before.double(), after.double(), dim=1).mean())
 
 
 def linear_cka(before: Tensor, after: Tensor) -> float:
-    """Give how alike two sets of features tell images apart: linear CKA (Kornblith et al., 2019), 0 to 1.
+    """Compute how similarly two sets of features distinguish images: linear CKA (Kornblith et al., 2019), 0 to 1.
 
-    Unlike `mean_cosine` it does not see rotations and a scale common to all features, which no k-NN test or linear probe
-    minds. 0 where one of them is the same for all images.
+    Unlike `mean_cosine` it ignores rotations and a scale common to all features, which change neither k-NN nor a linear
+    probe. It is 0 where one set has the same feature for all images.
 
     Args:
         before: (N, D).
@@ -249,7 +256,9 @@ def linear_cka(before: Tensor, after: Tensor) -> float:
         ValueError: if they are not of the same images.
     """
     if before.ndim != 2 or after.ndim != 2 or len(before) != len(after):
-        raise ValueError(f"{tuple(before.shape)} and {tuple(after.shape)} features are not of the same N images")
+        raise ValueError(
+            f"before and after must be (N, D) and (N, E) of the same images, got {tuple(before.shape)} and {tuple(after.shape)}"
+        )
     x, y = (features.double() - features.double().mean(dim=0) for features in (before, after))
     norms = (x.T @ x).norm() * (y.T @ y).norm()
     return float((y.T @ x).square().sum() / norms) if norms > 0 else 0.0
@@ -261,4 +270,4 @@ def _unit(features: Tensor) -> Tensor:
 
 def _check_features(features: Tensor, at_least: int = 1) -> None:
     if features.ndim != 2 or len(features) < at_least:
-        raise ValueError(f"features have the shape {tuple(features.shape)}: (N, D) with N >= {at_least} is expected")
+        raise ValueError(f"features must have the shape (N, D) with N >= {at_least}, got {tuple(features.shape)}")

@@ -25,12 +25,12 @@ Pool = Literal["avg", "token"]
 
 
 class MultiViewOutput(NamedTuple):
-    """What a forward pass of `MultiViewMAE` gives.
+    """The result of a forward pass of `MultiViewMAE`.
 
     Attributes:
         loss: L of Eq. 7, a scalar.
         loss_rec: L_r of Eq. 3, a scalar.
-        loss_con: L_c of Eq. 6, a scalar; 0, and not computed, where ``loss_weight`` is 0 or ``contrast`` is False.
+        loss_con: L_c of Eq. 6, a scalar; 0 without being computed if ``loss_weight`` is 0 or ``contrast`` is False.
         z: pooled latents, (B, V, D).
         projected: the vectors that Eq. 4 compares, (B, V, any width): ``z``, through the projector where there is one.
         pred: predicted patches, normalised ones where ``norm_pix``, (B * V, L, P * P * C).
@@ -49,7 +49,7 @@ class MultiViewOutput(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """What the encoder makes of views.
+    """The encoder's result for views.
 
     Attributes:
         tokens: prefix and visible patch tokens of each view, (B * V, T + K, D).
@@ -65,9 +65,9 @@ class Latents(NamedTuple):
 class MultiViewMAE(nn.Module):
     """The pretraining model: an encoder, a light decoder, and the two objectives (Sections 3.1 and 3.2).
 
-    ``encoder`` keeps its weights bit for bit and its names: ``model.encoder.state_dict()`` is what to keep after pretraining.
-    Parameters of it that the method does not train (fixed sine-cosine positions, a classifier head, an attention pool) do not
-    require a gradient while it is held here.
+    ``encoder`` keeps its weights, bit for bit, and their names: after pretraining, keep ``model.encoder.state_dict()``. Its
+    parameters that the method does not train (fixed sine-cosine positions, a classifier head, an attention pool) are set to
+    need no gradient.
 
     Args:
         encoder: a plain ViT of timm (`Eva` too), pretrained or not, or the name of one, which is then created untrained.
@@ -108,15 +108,15 @@ class MultiViewMAE(nn.Module):
         super().__init__()
         vit = check_encoder(timm.create_model(encoder) if isinstance(encoder, str) else encoder)
         if pool not in get_args(Pool) or (pool == "token" and vit.cls_token is None):
-            raise ValueError(f'pool {pool!r} is not to be had: "avg" is, and "token" where the encoder has a class token')
+            raise ValueError(f'pool must be "avg", or "token" for an encoder with a class token, got {pool!r}')
         if loss_weight < 0:
-            raise ValueError(f"loss_weight {loss_weight} is out of range: at least 0 is expected, the paper's is 2.0")
+            raise ValueError(f"loss_weight must be at least 0 (the paper's is 2.0), got {loss_weight}")
         embed = vit.patch_embed
         grid_size(embed.img_size, embed.patch_size)
         visible = num_visible(embed.num_patches, mask_ratio)
         if visible == embed.num_patches and loss_on == "masked":
             raise ValueError(
-                f"mask ratio {mask_ratio} masks none of {visible} patches, so that nothing is left to reconstruct: "
+                f"mask_ratio must mask at least one of {visible} patches to have something to reconstruct, got {mask_ratio}: "
                 'raise it, or use loss_on="all"'
             )
         self.encoder = vit
@@ -140,7 +140,7 @@ class MultiViewMAE(nn.Module):
         self.register_load_state_dict_post_hook(_restore_buffers)  # type: ignore[no-untyped-call]
 
     def init_weights(self) -> None:
-        """Initialise all weights and buffers, after ``to_empty`` too; those of a projector by its layers' own schemes."""
+        """Initialise all weights and buffers, also after ``to_empty``; a projector by the default of each of its layers."""
         self.encoder.init_weights()
         self.decoder.init_weights()
         for module in self.projector.modules():
@@ -170,7 +170,7 @@ class MultiViewMAE(nn.Module):
             views: V target views of each of B images, (B, V, C, H, W), normalised by the encoder's mean and std.
             mask: over the B * V views, in the order of ``views.flatten(0, 1)``; drawn where it is None.
             generator: source of the random mask; torch's global one where it is None.
-            contrast: False leaves out Eqs. 4 to 6, for a look at the reconstruction or a loss of one's own on ``projected``.
+            contrast: False leaves out Eqs. 4 to 6, to look at the reconstruction or to use another loss on ``projected``.
 
         Returns:
             The losses, and the tensors they were computed from.
@@ -180,7 +180,7 @@ class MultiViewMAE(nn.Module):
             ValueError: if views or mask do not fit the encoder, or the contrastive loss lacks views or images.
         """
         if views.ndim != 5:
-            raise ValueError(f"views have the shape {tuple(views.shape)}: (B, V, C, H, W) is expected")
+            raise ValueError(f"views must have the shape (B, V, C, H, W), got {tuple(views.shape)}")
         patch_size = self.encoder.patch_embed.patch_size
         grid = grid_size((views.shape[3], views.shape[4]), patch_size)
         if mask is None:
@@ -220,7 +220,7 @@ class MultiViewMAE(nn.Module):
         Args:
             source: a folder, or ``owner/name`` of a repository of the Hub.
             revision: branch, tag or commit of the repository.
-            projector: a module like the saved one, where a file cannot describe that; it takes the saved weights.
+            projector: a module like the saved one, needed if a file cannot describe that; the saved weights are loaded into it.
 
         Raises:
             WeightsError: if the files are missing or damaged, or do not belong together.
@@ -241,7 +241,7 @@ class MultiViewMAE(nn.Module):
         write_pretraining(folder, describe_pretraining(self), plain_names(self.state_dict()))
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
-        """Give the latent vector of each view that Eq. 4 compares.
+        """Pool tokens to the latent vector of each view, which Eq. 4 compares.
 
         Args:
             tokens: the encoder's output, (B, T + K, D).
@@ -254,7 +254,7 @@ class MultiViewMAE(nn.Module):
         return latent
 
     def features(self, images: Tensor) -> Tensor:
-        """Give the vector of whole images that the contrastive loss acts on: encoded with nothing masked, then pooled.
+        """Compute the features of whole images: encoded with nothing masked, then pooled as for the contrastive loss.
 
         Args:
             images: (B, C, H, W), normalised.
@@ -271,7 +271,7 @@ class MultiViewMAE(nn.Module):
 
 
 def _as_forward(module: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """Run a function as a module's forward: FSDP gathers the weights of a module for nothing else."""
+    """Run a function as a module's forward, because FSDP gathers the weights of a module only for its forward."""
     if not hasattr(module, "unshard"):  # which FSDP's fully_shard adds
         return function(*args)
     if not hasattr(module, "run"):
@@ -283,7 +283,7 @@ def _as_forward(module: Any, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _restore_buffers(model: nn.Module, _: Any) -> None:
-    """Compute the buffers that no checkpoint holds: undefined after ``to_empty``, on the meta device after ``assign=True``."""
+    """Compute buffers that no checkpoint holds: they are undefined after ``to_empty``, and meta after ``assign=True``."""
     device = next(model.parameters()).device
     for module in model.modules():
         if fill := getattr(module, "init_non_persistent_buffers", None):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Give ``size`` as (height, width); an integer stands for a square."""
+    """Return ``size`` as (height, width); an integer stands for a square."""
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
@@ -28,8 +28,8 @@ def grid_size(image_size: tuple[int, int], patch_size: int | tuple[int, int]) ->
     if height < ph or width < pw or height % ph or width % pw:
         side = f"{ph}" if ph == pw else f"{ph}x{pw}"
         raise ValueError(
-            f"image size {height}x{width} is not a multiple of the patch size {side}: "
-            f"the nearest that is, is {max(round(height / ph), 1) * ph}x{max(round(width / pw), 1) * pw}"
+            f"image size must be a multiple of the patch size {side}, got {height}x{width}: "
+            f"the nearest is {max(round(height / ph), 1) * ph}x{max(round(width / pw), 1) * pw}"
         )
     return height // ph, width // pw
 
@@ -45,10 +45,10 @@ def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
         (B, L, Ph * Pw * C), rows of patches first.
 
     Raises:
-        ValueError: if ``images`` has not four dimensions or cannot be cut into whole patches.
+        ValueError: if ``images`` does not have four dimensions, or cannot be cut into whole patches.
     """
     if images.ndim != 4:
-        raise ValueError(f"images have the shape {tuple(images.shape)}: (B, C, H, W) is expected")
+        raise ValueError(f"images must have the shape (B, C, H, W), got {tuple(images.shape)}")
     ph, pw = pair(patch_size)
     rows, columns = grid_size((images.shape[2], images.shape[3]), (ph, pw))
     patches = images.reshape(*images.shape[:2], rows, ph, columns, pw)
@@ -74,15 +74,15 @@ def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid_size: tu
     expected = (rows * columns, ph * pw * in_chans)
     if patches.ndim != 3 or tuple(patches.shape[1:]) != expected:
         raise ValueError(
-            f"patches have the shape {tuple(patches.shape)}: (B, {expected[0]}, {expected[1]}) is expected for a grid of "
-            f"{rows}x{columns} patches of {ph}x{pw} pixels and {in_chans} channels"
+            f"patches must have the shape (B, {expected[0]}, {expected[1]}) for a grid of {rows}x{columns} patches of "
+            f"{ph}x{pw} pixels and {in_chans} channels, got {tuple(patches.shape)}"
         )
     images = patches.reshape(-1, rows, columns, ph, pw, in_chans)
     return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, in_chans, rows * ph, columns * pw)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Give mean and standard deviation of every patch over its pixels and channels.
+    """Compute mean and standard deviation of every patch over its pixels and channels.
 
     The variance is the unbiased one plus 1e-6 (MAE, since the paper is silent), so that a constant patch divides by 1e-3.
 
@@ -110,8 +110,8 @@ def normalize_patches(patches: Tensor) -> Tensor:
 def denormalize_patches(patches: Tensor, like: Tensor) -> Tensor:
     """Undo `normalize_patches` with the statistics of other patches.
 
-    A prediction that is de-normalised with its own target's statistics shows brightness and contrast that the model never
-    saw: say so wherever such a picture is shown.
+    A prediction that is de-normalised with the statistics of its own target shows a brightness and contrast that the model
+    never saw: say so wherever you show such a picture.
 
     Args:
         patches: (B, L, P * P * C), normalised.
@@ -138,7 +138,7 @@ def sincos_table(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
         ValueError: if ``embed_dim`` is not a multiple of 4.
     """
     if embed_dim % 4:
-        raise ValueError(f"width {embed_dim} is not a multiple of 4, which 2-D sine-cosine positions need")
+        raise ValueError(f"width must be a multiple of 4 for 2-D sine-cosine positions, got {embed_dim}")
     quarter = embed_dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid_size)

@@ -1,4 +1,4 @@
-"""How a file of weights fits an encoder of timm: where the weights are, what they are called, which are refused."""
+"""How a file of weights fits an encoder of timm: where the weights are, their names, which weights are refused."""
 
 import logging
 import os
@@ -21,12 +21,12 @@ _logger = logging.getLogger(__name__)
 
 
 def hub_owner() -> str:
-    """Give the owner of the Hub's repositories ``<owner>/<model>.<tag>``: ``MVMAE_HUB_OWNER``, or `HUB_OWNER`."""
+    """Return the owner of the Hub's repositories ``<owner>/<model>.<tag>``: ``MVMAE_HUB_OWNER``, or `HUB_OWNER`."""
     return os.environ.get("MVMAE_HUB_OWNER") or HUB_OWNER
 
 
 def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer | Eva") -> dict[str, Tensor]:
-    """Turn the weights of a checkpoint into those of an encoder, for timm's loader.
+    """Convert the weights of a checkpoint to those of an encoder, for timm's loader.
 
     Takes the encoder out of a pretraining checkpoint (``encoder.*``, an MAE-layout file with its decoder and mask token, or any
     prefix that a framework put before one encoder's names),
@@ -73,7 +73,7 @@ def _check_encoder_weights(weights: dict[str, Tensor], model: "VisionTransformer
 
 
 def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights by the names that they have without the wrappers of torch around some of the modules."""
+    """Return weights by their names without the prefixes of torch's wrappers."""
     return {
         re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name): value
         for name, value in weights.items()
@@ -81,13 +81,13 @@ def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def encoder_prefix(weights: Mapping[str, Any]) -> str:
-    """Return what stands before the names of an encoder's weights: ``encoder.``, nothing, or what others put there.
+    """Return the prefix of the names of an encoder's weights: ``encoder.``, nothing, or another framework's.
 
     Raises:
         WeightsError: if there are several encoders, with their prefixes, or adapters that are not merged.
     """
     if any(".lora_A." in name or ".base_layer." in name for name in weights):
-        raise WeightsError("adapters of peft are not merged: save the state dict of model.merge_and_unload()")
+        raise WeightsError("adapters of peft must be merged first: save the state dict of model.merge_and_unload()")
     found = [
         re.sub(r"patch_embed\.proj\.weight$", "", name)
         for name in weights
@@ -96,17 +96,19 @@ def encoder_prefix(weights: Mapping[str, Any]) -> str:
     known = [prefix for prefix in ("encoder.", "") if any(name.startswith(prefix) for name in weights)]
     chosen = next((prefix for prefix in known if prefix in found or not found), found[0] if found else "")
     if chosen not in ("encoder.", "") and len(found) > 1:
-        raise WeightsError(f"there are encoders under {', '.join(found)}: save the state dict of one of them")
+        raise WeightsError(
+            f"the checkpoint must hold one encoder, got several under {', '.join(found)}: save the state dict of one of them"
+        )
     return chosen
 
 
 def find_weights(
     name: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any, in_chans: int | None
 ) -> tuple[str, dict[str, Any], dict[str, Tensor] | None]:
-    """Read the weights of a pretrained cfg: timm's own reader says less of what is wrong.
+    """Read the weights of a pretrained cfg, with clearer errors than timm's own reader.
 
     Returns:
-        The place, for messages, the overlay for the cfg that fits them, and the weights; None where timm is to read them.
+        The place, for messages; the overlay for the cfg that fits the weights; and the weights, or None if timm reads them.
     """
     overlay = dict(overlay or {})
     cfg = resolve_pretrained_cfg(name, cfg, overlay)

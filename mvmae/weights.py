@@ -1,4 +1,4 @@
-"""Weights as files: safetensors and JSON in a folder or a repository of the Hugging Face Hub, with one cause per failure."""
+"""Weights as files: safetensors and JSON in a folder or a repository of the Hugging Face Hub, with clear errors."""
 
 import argparse
 import hashlib
@@ -43,7 +43,7 @@ HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 class WeightsError(ValueError):
-    """Weights cannot be had, read or used; the message is one line with the cause and the cure."""
+    """Weights cannot be found, read or used; the message is one line with the cause and the cure."""
 
 
 def locate(source: str | Path, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
@@ -52,7 +52,7 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
     Args:
         source: a folder (``local-dir:`` may stand before it), or ``owner/name`` of a repository (``hf-hub:`` may stand before
             it, ``@revision`` behind it).
-        filename: the file's name there; of `WEIGHTS_FILE`, a folder may hold what timm loads in its place.
+        filename: the file's name there; instead of `WEIGHTS_FILE`, a folder may hold another file that timm loads.
         revision: branch, tag or commit of the repository.
         cache_dir: where downloads are kept; the Hub client's cache where None.
 
@@ -64,22 +64,22 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
     if folder.is_dir() and not text.startswith("hf-hub:"):
         if revision is not None:
             raise WeightsError(
-                f"revision {revision!r} was given with the folder {folder}: only a repository of the Hub has them"
+                f"revision must be None for the folder {folder}, got {revision!r}: only a repository of the Hub has revisions"
             )
         names = WEIGHTS_FILES if filename == WEIGHTS_FILE else (filename,)
         found = next((path for name in names for path in sorted(folder.glob(name)) if path.is_file()), None)
         if found is None:
-            raise WeightsError(f"{folder} holds no {filename}: a folder written by mvmae's export, or by timm, is expected")
+            raise WeightsError(f"{folder} holds no {filename}: name a folder that mvmae's export, or timm, has written")
         return found
     match = HUB_ID.fullmatch(str(source))
     if match is None:
         raise WeightsError(
-            f"{str(source)!r} is neither a folder nor a repository: an existing folder or owner/name is expected"
+            f"the source must be an existing folder or a repository owner/name, got {str(source)!r}: check the name"
         )
     repo, revision = match[1], revision or match[2]
     if not filename.endswith((".json", ".safetensors")):
         raise WeightsError(
-            f"{repo} names {filename!r} as its weights: of a repository only .safetensors are read; download the file and "
+            f"{repo} names {filename!r} as its weights: from a repository only .safetensors are read; download the file and "
             "load it with mvmae.hub.load_encoder if you trust it"
         )
     with hub_causes(repo, filename, revision):
@@ -88,7 +88,7 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
 
 @contextmanager
 def hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None]:
-    """Turn what the Hub's client raises into one line with the cause and the cure."""
+    """Convert an error of the Hub's client into one line with the cause and the cure."""
     try:
         yield
     except errors.GatedRepoError as error:
@@ -106,17 +106,17 @@ def hub_causes(repo: str, filename: str, revision: str | None) -> Iterator[None]
             f"({first_line(error.__cause__ or error)}): connect, or fill the cache where there is a connection"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise WeightsError(f"{repo} holds no {filename}: a repository written by mvmae's export is expected") from error
+        raise WeightsError(f"{repo} holds no {filename}: name a repository that mvmae's export has written") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
-        cure = "log in with `hf auth login`, with an account that may" if status in (401, 403) else "try again later"
+        cure = "log in with `hf auth login`, with an account that has access" if status in (401, 403) else "try again later"
         raise WeightsError(f"{constants.ENDPOINT} answers {status} for {repo} ({filename}): {cure}") from error
     except Exception as error:  # the client's HTTP library, and with it the class of a cut connection, changes with its version
-        raise WeightsError(f"{filename} of {repo} cannot be moved: {first_line(error)}; try again") from error
+        raise WeightsError(f"{filename} of {repo} cannot be transferred ({first_line(error)}): try again") from error
 
 
 def first_line(error: BaseException) -> str:
-    """Give the kind of an error and the first line of what it says."""
+    """Return the kind of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0].rstrip('.')}"
 
 
@@ -145,7 +145,7 @@ def _shards(index: Path) -> list[Path]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise WeightsError(f"{path} is not a file: a .safetensors or .pth file with weights is expected")
+        raise WeightsError(f"{path} is not a file: name a .safetensors or .pth file with weights")
     if path.suffix == ".npz":
         raise WeightsError(
             f"{path} is a NumPy archive, which timm reads on request: add custom_load=True to the pretrained_cfg_overlay"
@@ -159,7 +159,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle can raise anything
         raise WeightsError(_why_unreadable(path, error)) from error
     if not (weights and isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
-        raise WeightsError(f"{path} does not hold weights: a dictionary of tensors, or one under 'model', is expected")
+        raise WeightsError(
+            f"{path} must hold a dictionary of tensors, or one under 'model', got something else: save the state dict"
+        )
     _refuse_odd_tensors(weights, f"the weights in {path}")
     for name, value in weights.items():
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -169,7 +171,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_odd_tensors(weights: Mapping[str, Tensor], what: str) -> None:
-    """Refuse what cannot be copied as it is, or would grow when it is."""
+    """Refuse tensors that cannot be copied as they are, or would take more memory when copied."""
     for name, value in weights.items():
         if hasattr(value, "full_tensor"):  # a DTensor, whose module takes long to import
             raise WeightsError(
@@ -186,7 +188,7 @@ def _refuse_odd_tensors(weights: Mapping[str, Tensor], what: str) -> None:
 
 
 def _namespace_allowed() -> AbstractContextManager[object]:
-    """Let argparse's namespace of options pass, which MAE's and timm's own checkpoints hold and which runs nothing."""
+    """Allow argparse's namespace of options, which checkpoints of MAE and timm hold and which runs no code."""
     allowed = getattr(torch.serialization, "safe_globals", None)  # from torch 2.5 on
     return allowed([argparse.Namespace]) if allowed is not None else nullcontext()
 
@@ -205,7 +207,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if "weights_only" in str(error):
         return (
             f"{path} is a pickle of more than weights, which could run code, and was not loaded: "
-            "save its state dict alone, as safetensors, where you trust it"
+            "if you trust it, save its state dict alone as safetensors"
         )
     return f"{path} ({path.stat().st_size} bytes) is cut or damaged ({first_line(error)}): get it again"
 
@@ -214,7 +216,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     """Compare names and shapes with those of a model.
 
     Raises:
-        WeightsError: naming what is missing, unexpected, or of another shape.
+        WeightsError: with the names that are missing, unexpected, or of another shape.
     """
     shapes = [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
@@ -235,11 +237,11 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole: beside its place first, then in one step into it.
+    """Write a file as a whole: first under another name beside it, then renamed in one step.
 
     Args:
         path: the file.
-        write: writes the content to the path that it is given.
+        write: function that writes the content to the path it gets.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -284,7 +286,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise WeightsError(f"{path} is not JSON ({first_line(error)}): get it again") from error
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}: one JSON object is expected")
+        raise WeightsError(f"{path} must hold one JSON object, got a {type(content).__name__}: get the file again")
     return content
 
 
@@ -292,7 +294,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the ``config.json`` of an exported model, and check what timm builds from it.
 
     Raises:
-        WeightsError: if it is not one, or names sizes that no model has.
+        WeightsError: if it is no such file, or names sizes that no model has.
     """
     config = read_json(path)
     cfg = config.get("pretrained_cfg", config)
@@ -323,7 +325,7 @@ def check_sizes(arguments: Mapping[str, Any], source: str | Path) -> None:
 
 @contextmanager
 def building(what: str) -> Iterator[None]:
-    """Turn what timm raises for arguments that fit no model into one line.
+    """Convert an error of timm for arguments that fit no model into one line.
 
     Raises:
         WeightsError: if the model cannot be built.
@@ -337,7 +339,7 @@ def building(what: str) -> Iterator[None]:
 
 
 def in_export(source: str | Path, filename: str) -> str:
-    """Say where a file of a pretraining model is: at the top of a folder that holds nothing else, or as `export` wrote it."""
+    """Return the name of a file of a pretraining model within a folder: at its top, or where `export` writes it."""
     return filename if Path(source, filename).is_file() else f"{PRETRAINING_FOLDER}/{filename}"
 
 
@@ -358,7 +360,7 @@ def read_pretraining(source: str | Path, *, revision: str | None = None) -> tupl
     description = read_json(config)
     if description.get("format") != PRETRAINING_FORMAT:
         raise WeightsError(
-            f"{config} has the format {description.get('format')!r}: {PRETRAINING_FORMAT} is expected, upgrade mvmae"
+            f"{config} must have the format {PRETRAINING_FORMAT}, got {description.get('format')!r}: upgrade mvmae"
         )
     path = locate(source, in_export(source, PRETRAINING_FILE), revision=revision)
     if sha256(path) != description.get("sha256"):
@@ -367,7 +369,7 @@ def read_pretraining(source: str | Path, *, revision: str | None = None) -> tupl
 
 
 def sha256(path: Path) -> str:
-    """Give the checksum of a file, in hexadecimal."""
+    """Compute the SHA-256 checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):

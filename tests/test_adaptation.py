@@ -345,7 +345,7 @@ def test_drift_of_what_stays_turns_and_is_lost():
     for wrong in (x[:9], x[0]):
         with pytest.raises(ValueError, match="features are"):
             linear_cka(x, wrong)
-    with pytest.raises(ValueError, match="no pairs"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         mean_cosine(x, x[:, :5])
 
 
@@ -363,7 +363,7 @@ def test_an_own_augmentation_repeats_and_leaves_the_generators_alone():
     assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
     plain = MultiViewTransform(16)(image, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(plain, first) and (plain.float() - first.float()).abs().mean() < 3
-    with pytest.raises(TypeError, match=r"torch.float32 \(3, 16, 16\): torch.uint8 \(3, 16, 16\) is expected"):
+    with pytest.raises(TypeError, match=r"must return torch.uint8 \(3, 16, 16\), .*, got torch.float32 \(3, 16, 16\)"):
         AugmentedViews(MultiViewTransform(16), torch.Tensor.float)(image)
 
 

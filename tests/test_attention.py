@@ -64,9 +64,9 @@ def test_heat_is_of_the_class_token_or_of_the_mean_patch():
     token = patch_heat(weights, (2, 3), query="token")
     assert torch.equal(token, weights[:, 0, 1:].reshape(1, 2, 3))
     torch.testing.assert_close(patch_heat(weights, (2, 3)), weights[:, 1:, 1:].mean(1).reshape(1, 2, 3))
-    with pytest.raises(ValueError, match="'token' with 0 prefix tokens"):
+    with pytest.raises(ValueError, match="got 'token' with 0 prefix tokens"):
         patch_heat(weights, (1, 7), query="token")
-    with pytest.raises(ValueError, match="query is 'max'"):
+    with pytest.raises(ValueError, match="query must be .*, got 'max'"):
         patch_heat(weights, (2, 3), query="max")
-    with pytest.raises(ValueError, match="no attention maps"):
+    with pytest.raises(ValueError, match="at least one block, got none"):
         rollout([])

@@ -92,10 +92,10 @@ def test_processes_share_a_step_in_contiguous_parts_and_make_equally_many(world_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"length": 3, "batch_size": 4}, "3 images are fewer than one batch of 4"),
-        ({"length": 9, "batch_size": 3, "world_size": 2}, "batch size 3 is not a positive multiple of the 2 processes"),
-        ({"length": 9, "batch_size": 0}, "batch size 0"),
-        ({"length": 9, "batch_size": 4, "rank": 2, "world_size": 2}, "rank 2 of 2 processes"),
+        ({"length": 3, "batch_size": 4}, "batch size must be at most the 3 images, got 4"),
+        ({"length": 9, "batch_size": 3, "world_size": 2}, "batch size must be a positive multiple of the 2 processes, got 3"),
+        ({"length": 9, "batch_size": 0}, "batch size must be a positive multiple of .*, got 0"),
+        ({"length": 9, "batch_size": 4, "rank": 2, "world_size": 2}, "rank must be 0 to 1 for 2 processes, got 2"),
     ],
 )
 def test_steps_that_cannot_be_are_refused_with_both_numbers(arguments, message):

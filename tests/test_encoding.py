@@ -80,9 +80,12 @@ def test_masked_patches_do_not_reach_the_encoder(tiny_vit):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: timm.create_model("resnet18"), "ResNet is not a timm VisionTransformer"),
-        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer is not a timm VisionTransformer"),
-        (lambda: timm.create_model("vit_tiny_r_s16_p8_224"), "HybridEmbed, which sees beyond one patch"),
+        (lambda: timm.create_model("resnet18"), "must be a timm VisionTransformer or Eva, got ResNet"),
+        (
+            lambda: timm.create_model("swin_tiny_patch4_window7_224"),
+            "must be a timm VisionTransformer or Eva, got SwinTransformer",
+        ),
+        (lambda: timm.create_model("vit_tiny_r_s16_p8_224"), "must see one patch alone, got HybridEmbed"),
         (lambda: timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5), "patch_drop_rate"),
     ],
 )
@@ -93,13 +96,13 @@ def test_what_is_not_a_plain_vit_is_refused_by_name(build, message):
 
 def test_images_and_masks_that_do_not_fit_are_refused(tiny_vit):
     vit, mask = tiny_vit(), random_mask(2, 16, 0.5)
-    with pytest.raises(ValueError, match=r"image size 40x40 is not the encoder's 32x32: build the encoder with img_size"):
+    with pytest.raises(ValueError, match=r"image size must be the encoder's 32x32, got 40x40: build the encoder with img_size"):
         encode_visible(vit, torch.zeros(2, 3, 40, 40), mask)
-    with pytest.raises(ValueError, match="image size 30x32 is not a multiple of the patch size 8"):
+    with pytest.raises(ValueError, match="image size must be a multiple of the patch size 8, got 30x32"):
         encode_visible(vit, torch.zeros(2, 3, 30, 32), mask)
-    with pytest.raises(ValueError, match=r"\(2, 4, 32, 32\): \(B, 3, H, W\) is expected"):
+    with pytest.raises(ValueError, match=r"must have the shape \(B, 3, H, W\) .*, got \(2, 4, 32, 32\)"):
         encode_visible(vit, torch.zeros(2, 4, 32, 32), mask)
-    with pytest.raises(ValueError, match=r"the mask is for \(2, 16\) .* \(3, 16\) is expected"):
+    with pytest.raises(ValueError, match=r"the mask must be for \(3, 16\) .*, got \(2, 16\)"):
         encode_visible(vit, torch.zeros(3, 3, 32, 32), mask)
-    with pytest.raises(TypeError, match=r"torch.uint8: floating point"):
+    with pytest.raises(TypeError, match=r"must be floating point, .*, got torch.uint8"):
         encode_visible(vit, torch.zeros(2, 3, 32, 32, dtype=torch.uint8), mask)

@@ -356,9 +356,9 @@ def test_images_with_other_channels_come_from_npy_and_tiff(channels, tmp_path):
 
 
 def test_wrong_channels_are_refused_with_both_numbers():
-    with pytest.raises(ImageError, match="5 channels, expected 3"):
+    with pytest.raises(ImageError, match=r"must have 3 channels \(in_chans\), got 5"):
         open_image(np.zeros((8, 8, 5), np.uint8)).decode()
-    with pytest.raises(ImageError, match="RGB has 3 channels, expected 5"):
+    with pytest.raises(ImageError, match=r"must have 5 channels \(in_chans\), got 3 of mode RGB"):
         open_image(encode(photograph())).decode(channels=5)
 
 
@@ -369,14 +369,14 @@ def test_deep_pixels_are_scaled_by_their_range():
     assert to_uint8(np.array([0.0, 200.0])).tolist() == [0, 200]
     assert to_uint8(np.array([0, 10**6])).tolist() == [0, 255]
     assert to_uint8(np.array([True, False])).tolist() == [255, 0]
-    with pytest.raises(ValueError, match="a pixel is -1"):
+    with pytest.raises(ValueError, match="pixels must be 0 or more, got -1"):
         to_uint8(np.array([-1.0]))
     assert channels_last(np.zeros((3, 40, 50))).shape == (40, 50, 3)
 
 
 @pytest.mark.parametrize("source", [None, 3, {}])
 def test_what_is_no_image_is_an_image_error(source):
-    with pytest.raises(ImageError, match="is no image"):
+    with pytest.raises(ImageError, match="must be a path, bytes, Pillow image, tensor or array, got a"):
         open_image(source)
 
 

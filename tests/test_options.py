@@ -230,7 +230,7 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(monke
     monkeypatch.setattr(
         timm, "create_model", lambda *args, **kw: (asked.append(kw.get("pretrained", False)), create(*args, **kw))[1]
     )
-    with pytest.raises(TypeError, match="ResNet is not a timm VisionTransformer"):
+    with pytest.raises(TypeError, match="must be a timm VisionTransformer or Eva, got ResNet"):
         starting.start_encoder("resnet18", "patch_size=8 embed_dim=128", pretrained=True, image_size=(48,))
     assert asked == [False]
 

@@ -22,11 +22,11 @@ def test_patchify_equals_slow_loops_and_unpatchify_undoes_it(shape, patch_size):
 
 
 def test_wrong_sizes_are_named_with_the_cure():
-    with pytest.raises(ValueError, match=r"image size 30x32 is not a multiple of the patch size 8: the nearest .* 32x32"):
+    with pytest.raises(ValueError, match=r"image size must be a multiple of the patch size 8, got 30x32: the nearest is 32x32"):
         patchify(torch.zeros(1, 3, 30, 32), 8)
-    with pytest.raises(ValueError, match=r"\(3, 30, 32\): \(B, C, H, W\) is expected"):
+    with pytest.raises(ValueError, match=r"must have the shape \(B, C, H, W\), got \(3, 30, 32\)"):
         patchify(torch.zeros(3, 30, 32), 8)
-    with pytest.raises(ValueError, match=r"\(B, 16, 192\) is expected for a grid of 4x4"):
+    with pytest.raises(ValueError, match=r"must have the shape \(B, 16, 192\) for a grid of 4x4"):
         unpatchify(torch.zeros(1, 15, 192), 8, (4, 4), 3)
 
 
@@ -58,5 +58,5 @@ def test_positions_equal_a_slow_loop_with_the_column_first():
 
 
 def test_positions_need_a_multiple_of_four():
-    with pytest.raises(ValueError, match="width 18 is not a multiple of 4"):
+    with pytest.raises(ValueError, match="width must be a multiple of 4 .*, got 18"):
         sincos_table(18, (2, 2))

@@ -242,16 +242,16 @@ def test_the_centre_crop_is_the_usual_evaluation_view():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 0}, "image_size is 0"),
-        ({"image_size": (1, 2, 3)}, "image_size is"),
-        ({"num_views": 0}, "num_views=0"),
-        ({"in_chans": 0}, "in_chans=0"),
-        ({"scale": (0.0, 1.0)}, "scale is"),
-        ({"scale": (0.5, 0.2)}, "scale is"),
-        ({"ratio": (2.0, 1.0)}, "ratio is"),
-        ({"flip": 1.5}, "flip is 1.5"),
-        ({"scaled_decode": 0.5}, "scaled_decode is 0.5"),
-        ({"decoder": "gpu"}, "decoder is 'gpu'"),
+        ({"image_size": 0}, "image_size must be .*, got 0"),
+        ({"image_size": (1, 2, 3)}, r"image_size must be a positive number or \(H, W\), got"),
+        ({"num_views": 0}, "num_views and in_chans must be at least 1, got 0"),
+        ({"in_chans": 0}, "num_views and in_chans must be at least 1, got 2 and 0"),
+        ({"scale": (0.0, 1.0)}, r"scale must be \(low, high\) .*, got"),
+        ({"scale": (0.5, 0.2)}, r"scale must be \(low, high\) .*, got"),
+        ({"ratio": (2.0, 1.0)}, r"ratio must be \(low, high\) .*, got"),
+        ({"flip": 1.5}, "flip must be a probability .*, got 1.5"),
+        ({"scaled_decode": 0.5}, "scaled_decode must be at least 1, .*, got 0.5"),
+        ({"decoder": "gpu"}, "decoder must be one of .*, got 'gpu'"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):
@@ -260,9 +260,9 @@ def test_wrong_arguments_are_named(options, message):
 
 
 def test_a_wrong_centre_crop_is_named():
-    with pytest.raises(ValueError, match="crop is 2"):
+    with pytest.raises(ValueError, match="crop must be a share .*, got 2"):
         CentreCropTransform(224, crop=2)
-    with pytest.raises(ValueError, match="in_chans is 0"):
+    with pytest.raises(ValueError, match="in_chans must be at least 1, got 0"):
         CentreCropTransform(224, in_chans=0)
 
 

@@ -35,12 +35,12 @@ _logger = logging.getLogger(__name__)
 class TarSource(ImageSource):
     """Images in tar files: WebDataset shards, or any others.
 
-    Labels come from each image's `.cls` member if all have one, else from the images' folders if all lie in one. A cut
-    shard gives its whole images and a line in `problems`. A compressed shard is held in memory. Links are ignored; a
-    member's name is never opened, so where it points does not matter.
+    Labels come from each image's `.cls` member if all have one, else from the images' folders if all lie in one. Of a cut
+    shard the complete images are used, with a line in `problems`. A compressed shard is held in memory. Links are ignored; a
+    member's name is never opened, so it does not matter where the name points.
 
     Raises:
-        ValueError: No image in any shard, or compressed ones that unpack to more than half of the memory.
+        ValueError: No image in any shard, or compressed shards that unpack to more than half of the memory.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
@@ -62,7 +62,7 @@ class TarSource(ImageSource):
         self._label(images, members)
 
     def image(self, index: int) -> ImageLike:
-        """The encoded file.
+        """Return the encoded file.
 
         Raises:
             ImageError: The shard is gone or shorter than it was, or the image too large.
@@ -78,7 +78,7 @@ class TarSource(ImageSource):
             raise ImageError(self.name(index), f"{type(error).__name__}: {error}") from error
 
     def _index(self, number: int) -> tuple[list["_Member"], str]:
-        """A shard's members, and what is wrong with it."""
+        """Return a shard's members, and what is wrong with the shard."""
         path, members, problem = self._shards[number], [], ""
         compressed = not path.name.endswith(".tar")
         block = bytearray()
@@ -140,8 +140,8 @@ class TarSource(ImageSource):
 class TableSource(ImageSource):
     """Images in Hugging Face tables: Parquet, held in memory, or Arrow files of `save_to_disk`, mapped from disk.
 
-    The image column is the first of structures with `bytes`, or of bytes; labels are in a whole-number column `label`,
-    `labels` or `fine_label`, if there is one and no row of it is empty.
+    The image column is the first of structures with `bytes`, or of bytes; labels are in an integer column `label`,
+    `labels` or `fine_label`, if there is one without empty rows.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -167,7 +167,7 @@ class TableSource(ImageSource):
             self.class_names = class_names(table.schema, label[0]) or tuple(map(str, np.unique(self.labels)))
 
     def image(self, index: int) -> ImageLike:
-        """The encoded file.
+        """Return the encoded file.
 
         Raises:
             ImageError: The row holds none.
@@ -181,7 +181,7 @@ class TableSource(ImageSource):
 
 
 class IdxSource(ImageSource):
-    """An IDX file of images (N, H, W) bytes, and the one of labels beside it."""
+    """An IDX file of images (N, H, W) bytes, and the file of labels beside it."""
 
     def __init__(self, images: Path) -> None:
         self._images = _read_idx(images, 3)
@@ -194,13 +194,13 @@ class IdxSource(ImageSource):
             self.class_names = tuple(map(str, np.unique(self.labels)))
 
     def image(self, index: int) -> ImageLike:
-        """The image as an array (H, W)."""
+        """Return the image as an array (H, W)."""
         image: Pixels = self._images[index]
         return image
 
 
 def find_archives(path: Path) -> list[Path]:
-    """The archives that a file, a folder or a pattern with braces ({000..012}, {a,b}) names; empty if none."""
+    """Return the archives that a file, a folder or a pattern with braces ({000..012}, {a,b}) names; empty if none."""
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if _is_archive(p.name) and not p.name.startswith("."))
         return found or sorted((path / "data").glob("*.parquet"))  # the layout of Hugging Face's repositories
@@ -229,24 +229,24 @@ def open_archives(paths: Sequence[Path], split: str) -> ImageSource:
         raise SplitError(f"{_first(paths)} has no {split} split: no name begins with {' or '.join(SPLITS[split])}")
     kinds = {_kind(path.name) for path in chosen}
     if len(kinds) > 1:
-        raise ValueError(f"{_first(chosen)}: expected archives of one kind, found {', '.join(sorted(kinds))}")
+        raise ValueError(f"{_first(chosen)} must be archives of one kind, got {', '.join(sorted(kinds))}: name those of one")
     kind = kinds.pop()
     if kind == "idx":
         images = [path for path in chosen if "labels" not in path.name]
         if len(images) != 1:
-            raise ValueError(f"{_first(chosen)}: expected one IDX file of images, found {len(images)}")
+            raise ValueError(f"{_first(chosen)} must hold one IDX file of images, got {len(images)}: name it")
         return IdxSource(images[0])
     return TarSource(chosen) if kind == "tar" else TableSource(chosen)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{0..2}` -> a0 a1 a2, `{x,y}` -> x y; zeros in front are kept."""
+    """Expand braces: `a{0..2}` -> a0 a1 a2, `{x,y}` -> x y; leading zeros are kept."""
     parts = [_alternatives(part) for part in re.split(r"(\{[^{}]*\})", pattern)]
     return ["".join(choice) for choice in product(*parts)]
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; one that announces a name or notes of megabytes, which tarfile would read whole, is damage."""
+    """A member's header; one with a name or notes of megabytes, which tarfile would read whole, counts as damage."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
@@ -287,7 +287,7 @@ def _first(paths: Sequence[Path]) -> str:
 
 
 def _key(name: str) -> str:
-    """WebDataset: what comes before the base name's first dot."""
+    """Return WebDataset's key: the name up to the first dot of its last part."""
     folder, base = os.path.split(name)
     return f"{folder}/{base.split('.', 1)[0]}"
 
@@ -303,7 +303,7 @@ def _ends_in_zeros(path: Path, size: int) -> bool:
 
 
 def _read_table(path: Path) -> Any:
-    """The columns of images and of labels, with every offset in them checked."""
+    """Read the columns of images and of labels, and check every offset in them."""
     import pyarrow as pa
 
     try:
@@ -320,7 +320,7 @@ def _read_table(path: Path) -> Any:
 
 
 def _open_parquet(path: Path) -> tuple[Any, Iterator[Any]]:
-    """Schema and batches of the columns that are wanted, which must fit into memory unpacked."""
+    """Return the schema, and batches of the columns of images and labels, which must fit into memory unpacked."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
@@ -345,7 +345,7 @@ def _open_arrow(path: Path) -> tuple[Any, Iterator[Any]]:
 
 
 def find_columns(schema: Any) -> tuple[list[str], list[str]]:
-    """Names of the first column of images and of the one of labels, where a table has them."""
+    """Return the names of the first column of images and of the column of labels, if a table has them."""
     import pyarrow as pa
 
     def holds_bytes(kind: Any) -> bool:
@@ -361,12 +361,12 @@ def find_columns(schema: Any) -> tuple[list[str], list[str]]:
 def _wanted(schema: Any, path: Path) -> list[str]:
     images, labels = find_columns(schema)
     if not images:
-        raise ValueError(f"{path} has no column of images (bytes): its columns are {', '.join(schema.names)}")
+        raise ValueError(f"{path} must have a column of images (bytes), got {', '.join(schema.names)}")
     return images + labels
 
 
 def class_names(schema: Any, label: str) -> tuple[str, ...]:
-    """From the note that `datasets` leaves in a table."""
+    """Return the names of the classes that `datasets` records in a table; empty if there are none."""
     try:
         info = json.loads((schema.metadata or {})[b"huggingface"])["info"]
         return tuple(info["features"][label]["names"])
@@ -379,7 +379,9 @@ def _read_idx(path: Path, dims: int) -> Pixels:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             header = file.read(4 + 4 * dims)
             if header[:4] != bytes([0, 0, 8, dims]) or len(header) < 4 + 4 * dims:
-                raise ValueError(f"{path} is no IDX file of {dims}-dimensional bytes")
+                raise ValueError(
+                    f"{path} must be an IDX file of {dims}-dimensional bytes, and its header is another: get the file again"
+                )
             shape = [int(n) for n in np.frombuffer(header, ">u4", dims, 4)]
             said = " x ".join(map(str, shape))
             if min(shape[1:], default=1) < 1:

@@ -1,7 +1,7 @@
-"""Opening one image, whatever it is: header first, then one decode to uint8.
+"""Open one image of any kind: the header first, then one decode to uint8.
 
 Shapes: H, W pixels as stored (before EXIF orientation), C channels asked for, s reduction of a scaled JPEG decode.
-Every failure of Pillow, simplejpeg, tifffile or the file system comes out as an `ImageError` with name and reason.
+Every failure of Pillow, simplejpeg, tifffile or the file system is raised as an `ImageError` with name and reason.
 """
 
 import io
@@ -33,7 +33,7 @@ EXTENSIONS = frozenset(
     | {".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".npy"}
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What Pillow may take a file for, whatever its name: no format (EPS) that another program draws."""
+"""Formats that Pillow may find in a file, whatever its name; none (such as EPS) that another program draws."""
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _DEEP = ("I", "F")  # Pillow's modes of more than 8 bits, `I;16` and its kin included
 _logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class ImageError(ValueError):
 
 
 class OpenedImage:
-    """An image of which only the header was read: what `open_image` gives.
+    """An image of which only the header has been read: the result of `open_image`.
 
     Attributes:
         name: For messages.
@@ -76,7 +76,7 @@ class OpenedImage:
 
     @cached_property
     def orientation(self) -> int:
-        """EXIF orientation that `decode` leaves to do, 1 to 8 (1 where there is none)."""
+        """EXIF orientation that `decode` does not apply, 1 to 8 (1: none)."""
         if not isinstance(self._image, Image.Image):
             return 1
         try:
@@ -101,14 +101,14 @@ class OpenedImage:
     ) -> Pixels:
         """Decode the first frame to 8 bits.
 
-        Deep images are scaled to 8 bits (`to_uint8`). What is transparent is laid on the background where grey or RGB is
-        asked for; of arrays, the last of 2 or 4 channels is alpha then.
+        Deep images are scaled to 8 bits (`to_uint8`). For grey or RGB the background shows through
+        transparent pixels; the last of an array's 2 or 4 channels is then alpha.
 
         Args:
-            channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image as it is), or what the array holds.
-            reduction: 1, 2, 4 or 8; other than 1 only where `reducible`.
-            decoder: "fast" takes simplejpeg for JPEG where it is installed, "pillow" never.
-            value_range: Of deep images and arrays: what becomes 0 and 255.
+            channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image unchanged), or the number of an array's channels.
+            reduction: 1, 2, 4 or 8; other than 1 only if `reducible`.
+            decoder: "fast" uses simplejpeg for JPEG if it is installed, "pillow" never.
+            value_range: Values of deep images and arrays that become 0 and 255.
             background: Red, green and blue behind transparent pixels.
 
         Returns:
@@ -155,17 +155,17 @@ class OpenedImage:
 
 
 def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
-    """Read an image's header and refuse what should not be decoded.
+    """Read an image's header, and refuse an image that should not be decoded.
 
     Args:
-        source: A path, an encoded file's bytes, a Pillow image (lazily opened or loaded, left as it is), a tensor
+        source: A path, an encoded file's bytes, a Pillow image (lazily opened or loaded; it is not changed), a tensor
             (C, H, W), or an array (H, W), (H, W, C) or (C, H, W).
         name: For messages; a path is its own name.
-        max_pixels: Most pixels an image may have, at 4 bytes each: larger images and files are refused before they are read or
-            decoded.
+        max_pixels: Largest number of pixels of an image, at 4 bytes each; larger images and files are refused before they are
+            read or decoded.
 
     Returns:
-        The opened image; its `decode` gives the pixels.
+        The opened image; its `decode` returns the pixels.
 
     Raises:
         ImageError: Not an image, unreadable or too large.
@@ -187,7 +187,7 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
 
 
 def colour(name: str) -> Colour:
-    """Red, green and blue, 0 to 255, of a colour as CSS writes it: `white`, `#808080`, `rgb(10, 20, 30)`.
+    """Return red, green and blue, 0 to 255, of a colour in CSS notation: `white`, `#808080`, `rgb(10, 20, 30)`.
 
     Raises:
         ValueError: No such colour.
@@ -209,11 +209,11 @@ def _open(source: ImageLike, name: str, max_pixels: int) -> OpenedImage:
         return OpenedImage(name, source) if encoded is None else _open_bytes(encoded, name, max_pixels)
     if isinstance(source, torch.Tensor):
         if source.ndim not in (2, 3):
-            raise ImageError(name, f"a tensor of shape {tuple(source.shape)}, expected (C, H, W)")
+            raise ImageError(name, f"a tensor must be (C, H, W), got the shape {tuple(source.shape)}")
         return OpenedImage(name, (source if source.ndim == 3 else source[None]).detach().cpu().permute(1, 2, 0).numpy())
     if isinstance(source, np.ndarray):
         return OpenedImage(name, channels_last(source))
-    raise TypeError(f"a {type(source).__name__} is no image: expected a path, bytes, Pillow image, tensor or array")
+    raise TypeError(f"an image must be a path, bytes, Pillow image, tensor or array, got a {type(source).__name__}")
 
 
 def _read(path: Path, max_pixels: int) -> bytes:
@@ -254,7 +254,7 @@ def _pillow_open(encoded: bytes) -> Image.Image:
 
 
 def _read_tiff(encoded: bytes, max_pixels: int) -> "NDArray[Any]":
-    """All bands of a TIFF, of which Pillow reads some kinds only."""
+    """Read all bands of a TIFF; Pillow reads only some kinds."""
     try:
         import tifffile
     except ImportError as error:
@@ -266,7 +266,7 @@ def _read_tiff(encoded: bytes, max_pixels: int) -> "NDArray[Any]":
 
 
 def _reread(image: Image.Image) -> bytes | None:
-    """The bytes behind a JPEG that its owner opened but did not decode, so that he keeps it as it was."""
+    """Return the bytes of a JPEG that the caller has opened but not decoded, so that the image stays as it was."""
     if getattr(image, "format", None) not in ("JPEG", "MPO") or not getattr(image, "tile", None):
         return None
     file = getattr(image, "fp", None)
@@ -290,7 +290,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _refuse_zero_tail(encoded: bytes, name: str) -> None:
-    """A half-written JPEG whose rest is zeros: libjpeg decodes it to grey without a word."""
+    """Refuse a half-written JPEG whose rest is zeros, which libjpeg decodes to grey silently."""
     if encoded.endswith(bytes(64)):
         body = encoded.rstrip(b"\0")
         if not body.endswith(b"\xff\xd9"):
@@ -315,7 +315,9 @@ def _pillow_pixels(image: Image.Image, channels: int, value_range: tuple[float, 
         if laid[..., 3].min() < 255:
             return with_channels(laid, channels, background)
     if channels not in _MODES:
-        raise ValueError(f"an image of mode {image.mode} has {len(image.getbands())} channels, expected {channels}")
+        raise ValueError(
+            f"the image must have {channels} channels (in_chans), got {len(image.getbands())} of mode {image.mode}"
+        )
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")
     if image.mode != _MODES[channels] and not (image.mode == "CMYK" and channels == 4):

@@ -1,7 +1,7 @@
-"""Images by name: what a source of images is, and the two plain ones, a folder and a text list.
+"""Sources of images: what a source is, and the two simple ones, a folder and a text list.
 
-Names are kept as one block of bytes, never as a list of a million Python objects, which every worker would copy when it
-counts references to them.
+Names are kept as one block of bytes, never as a list of a million Python objects, which every worker would copy when
+Python counts references to them.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 class SplitError(ValueError):
-    """The data has no such split, as opposed to: the data cannot be read."""
+    """The data can be read but has no such split."""
 
 
 class Names(Sequence[bytes]):
@@ -45,7 +45,7 @@ class Names(Sequence[bytes]):
         return self._block[start : int(self._ends[index])]
 
     def digest(self) -> str:
-        """A hash of the names and where each ends."""
+        """Return a hash of the names and where each ends."""
         return hashlib.blake2b(self._block + self._ends.tobytes(), digest_size=8).hexdigest()
 
 
@@ -55,7 +55,7 @@ class ImageSource:
     Attributes:
         labels: (N,) int64, or None where images have no labels.
         class_names: Names of the labels, where there are any.
-        problems: What could not be used of the data, one line each (a cut archive).
+        problems: Parts of the data that cannot be used, such as a cut archive, one line each.
     """
 
     labels: NDArray[np.int64] | None = None
@@ -74,22 +74,22 @@ class ImageSource:
         return self.image(index), None if self.labels is None else int(self.labels[index])
 
     def image(self, index: int) -> ImageLike:
-        """The image itself, still encoded where the source holds files."""
+        """Return the image, still encoded if the source holds files."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What a message calls the image."""
+        """Return the image's name, for messages."""
         return os.fsdecode(self._names[index])
 
     def size(self, index: int) -> int:
-        """Bytes of the image's file; 0 where there is none to ask."""
+        """Return the size of the image's file in bytes; 0 without a file."""
         return 0
 
     @cached_property
     def fingerprint(self) -> str:
         """Count, and a hash of names, labels, the sizes of 10 000 files and the first 64 KB of 100 images, spread evenly.
 
-        Other data has another fingerprint, the same data elsewhere the same one.
+        Other data has another fingerprint; the same data in another place has the same.
         """
         digest = hashlib.blake2b(f"{self._names.digest()} {self.class_names}".encode(errors="surrogateescape"), digest_size=8)
         if self.labels is not None:
@@ -111,15 +111,15 @@ class FileSource(ImageSource):
             self.labels, self.class_names = label_by_folder(names, classes)
 
     def image(self, index: int) -> ImageLike:
-        """The file's path."""
+        """Return the file's path."""
         return self.name(index)
 
     def name(self, index: int) -> str:
-        """The file's path."""
+        """Return the file's path."""
         return os.path.join(self.root, os.fsdecode(self._names[index]))
 
     def size(self, index: int) -> int:
-        """Bytes of the file; 0 where it cannot be found."""
+        """Return the size of the file in bytes; 0 if it cannot be found."""
         try:
             return os.stat(self.name(index)).st_size
         except OSError:
@@ -127,21 +127,21 @@ class FileSource(ImageSource):
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """The folder of a split: `train`, or `val` (`valid`, `validation`, `eval`, `test`); root itself is all training.
+    """Return the folder of a split: `train`, or `val` (`valid`, `validation`, `eval`, `test`); without these, root is `train`.
 
     Raises:
         SplitError: No such split.
     """
     folder = _subfolder(root, split) if _subfolder(root, "train") else root if split == "train" else None
     if folder is None:
-        raise SplitError(f"{root} has no {split} split: expected folders train and {' or '.join(SPLITS['val'])} in it")
+        raise SplitError(f"{root} has no {split} split: make folders train and {' or '.join(SPLITS['val'])} in it")
     return folder
 
 
 def open_folder(root: Path, split: str) -> FileSource:
-    """All images below a folder; sub-folders are classes where every image lies in one.
+    """Open all images below a folder; sub-folders are classes if every image lies in one.
 
-    Files that are passed over are counted by extension, in one warning.
+    Skipped files are counted by extension, in one warning.
 
     Raises:
         ValueError: No image there.
@@ -166,14 +166,14 @@ def open_folder(root: Path, split: str) -> FileSource:
 
 
 def open_list(path: Path) -> FileSource:
-    """A text file with one path a line, relative to the list's own folder; empty lines do not count.
+    """Open a text file with one path a line, relative to the list's own folder; empty lines do not count.
 
     Raises:
         ValueError: No line, or the first one's file is missing.
     """
     names = [line.rstrip(b"\r") for line in path.read_bytes().split(b"\n") if line.strip()]
     if not names:
-        raise ValueError(f"{path} names no images: expected one path a line, relative to {path.parent}")
+        raise ValueError(f"{path} must name images, one path a line, relative to {path.parent}, got none")
     source = FileSource(path.parent, names)
     if not os.path.exists(source.name(0)):
         raise ValueError(f"{path}: the first image {source.name(0)} does not exist: paths are relative to the list")
@@ -181,10 +181,10 @@ def open_list(path: Path) -> FileSource:
 
 
 def scan(root: Path, passed: "Counter[str] | None" = None) -> Iterator[bytes]:
-    """Names of the images below a folder, relative to it, each folder visited once whatever its links.
+    """Yield the names of the images below a folder, relative to it; each folder is visited once, despite links.
 
-    Hidden files, a system's own folders (`lost+found`) and those of training runs do not count. A file without extension is
-    looked into.
+    Hidden files, a system's own folders (`lost+found`) and those of training runs are skipped. A file without extension
+    counts by its first bytes.
 
     Args:
         root: The folder.
@@ -214,19 +214,19 @@ def scan(root: Path, passed: "Counter[str] | None" = None) -> Iterator[bytes]:
 
 
 def label_by_folder(names: Sequence[bytes], classes: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Labels from the first folder of each name."""
+    """Return labels by the first folder of each name, and the names of the classes."""
     number = {os.fsencode(name): i for i, name in enumerate(classes)}
     return np.array([number[name.split(b"/", 1)[0]] for name in names], dtype=np.int64), tuple(classes)
 
 
 def _spread(count: int, limit: int) -> list[int]:
-    """At most so many numbers below `count`, evenly."""
+    """Return at most `limit` numbers below `count`, spread evenly."""
     chosen = min(count, limit)
     return [number * count // chosen for number in range(chosen)]
 
 
 def _start_of(source: ImageSource, index: int) -> bytes:
-    """The first bytes of an image: of its file, or of its pixels where it has none; a note where it cannot be read."""
+    """Return the first bytes of an image's file, or of its pixels without a file; a note if it cannot be read."""
     try:
         image = source.image(index)
         if isinstance(image, (str, os.PathLike)):
@@ -243,7 +243,7 @@ def _start_of(source: ImageSource, index: int) -> bytes:
 
 
 def has_image_extension(name: str) -> bool:
-    """Whether a file's extension, in any case, is an image's."""
+    """Return whether a file has the extension of an image, in upper or lower case."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
@@ -259,7 +259,7 @@ def _is_image(entry: "os.DirEntry[bytes]") -> bool:
 
 
 def _is_data(entry: "os.DirEntry[bytes]") -> bool:
-    """Neither hidden, nor a system's, nor a run's folder with pictures of its own."""
+    """Return whether an entry is neither hidden, nor a system's, nor the folder of a run, which holds pictures."""
     if entry.name.startswith(b".") or os.fsdecode(entry.name) in _JUNK:
         return False
     return not (entry.is_dir() and any(os.path.exists(os.path.join(entry.path, name)) for name in _RUN))

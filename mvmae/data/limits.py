@@ -1,4 +1,4 @@
-"""What is refused before it is read, unpacked or decoded: files that would take all memory, or minutes.
+"""Limits checked before data is read, unpacked or decoded: files that would take all memory, or minutes.
 
 Every check raises `LimitError` with the number, the limit and the cure.
 """
@@ -14,17 +14,17 @@ from typing import Any
 
 MAX_PIXELS = 100_000_000
 MAX_SCANS = 100
-"""Most passes of a progressive JPEG over its pixels; encoders make about ten."""
+"""Largest number of passes of a progressive JPEG over its pixels; encoders make about ten."""
 _UNPACKERS: dict[int, Any] = dict.fromkeys((8, 32946, 50013), zlib.decompressobj) | {34925: lzma.LZMADecompressor}
 _LARGEST_RATIO = 1100  # of deflate, which makes 1032 bytes of one
 
 
 class LimitError(ValueError):
-    """Data that is not read, since it would take too much memory or time."""
+    """Data that is not read because it would take too much memory or time."""
 
 
 def most_bytes(max_pixels: int = MAX_PIXELS) -> int:
-    """Return the size of the largest file that is read as an image: 4 bytes a pixel, and 16 MB of anything else."""
+    """Return the size of the largest file that is read as an image: 4 bytes for each pixel, and 16 MB more."""
     return 4 * max_pixels + 2**24
 
 
@@ -34,7 +34,7 @@ def check_file(size: int, max_pixels: int) -> None:
 
 
 def check_tiles(image: Any, encoded: bytes, max_pixels: int) -> None:
-    """Refuse an image of Pillow with tiles that are too large: a decoder unpacks a whole tile, however small the image is."""
+    """Refuse an image with tiles that are too large: a decoder unpacks a whole tile, however small the image is."""
     if image.format == "TIFF":
         area = int(image.tag_v2.get(322, 1)) * int(image.tag_v2.get(323, 1))
     elif image.format == "JPEG2000":  # decoded with 4 bytes a sample, each held twice
@@ -47,7 +47,7 @@ def check_tiles(image: Any, encoded: bytes, max_pixels: int) -> None:
 
 
 def check_bands(page: Any, encoded: bytes, max_pixels: int) -> None:
-    """Refuse a page of tifffile whose bands take more than 4 bytes a pixel, or whose strips unpack to more than they say."""
+    """Refuse a TIFF page whose bands take more than 4 bytes a pixel, or whose strips unpack to more than they declare."""
     limit = 4 * max_pixels
     _check_bytes(page.nbytes, limit, max_pixels, "bands of")
     if page.is_tiled:
@@ -69,14 +69,14 @@ def check_scans(encoded: bytes) -> None:
 
 
 def check_memory(size: int, what: str, cure: str) -> None:
-    """Refuse what would fill more than half of the memory that this process may use."""
+    """Refuse data that would take more than half of the memory that this process may use."""
     memory = usable_memory()
     if size > memory // 2:
         raise LimitError(f"{what} take {size >> 20} MB, more than half of the {memory >> 20} MB of memory: {cure}")
 
 
 def usable_memory() -> int:
-    """Return the bytes that this process may use: the machine's, its container's, or those of `ulimit`."""
+    """Return the bytes of memory that this process may use: the smallest limit of machine, container and `ulimit`."""
     limits = []
     with contextlib.suppress(AttributeError, ValueError, OSError):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,4 +1,4 @@
-"""The loader of a run's batches: its processes, and their troubles in one line each."""
+"""The loader of a run's batches: its processes, and their errors in one line each."""
 
 import atexit
 import contextlib
@@ -38,23 +38,23 @@ _logger = logging.getLogger(__name__)
 
 
 class NamedImages(Protocol):
-    """Samples by (epoch, index), and the name of each image."""
+    """Samples by (epoch, index), with the name of each image."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, key: Key) -> Any: ...
     def name(self, index: int) -> str:
-        """The path of an image, or another name."""
+        """Return the path of an image, or another name."""
         ...
 
 
 class Loader:
-    """A DataLoader whose troubles come as one line: bad images, dead workers, stuck files, small memory.
+    """A DataLoader whose errors are one line: bad images, dead workers, stuck files, too little memory.
 
-    Made by `make_loader`. Iterating gives a `Batch` a step, or what `collate` makes. All troubles come while a batch is waited
-    for, never within a step: what is trained is whole then and can be saved.
+    Made by `make_loader`. Iterating yields a `Batch` for each step, or the result of `collate`. All errors are raised while the
+    run waits for a batch, never within a step: the state of training is then complete and can be saved.
 
     Attributes:
-        bad: Name -> reason of the bad images met so far.
+        bad: Name -> reason of the bad images found so far.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Loader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        """Give the batches.
+        """Yield the batches.
 
         Raises:
             DataError: Too many bad images, a worker died, memory is full, or no batch came in time.
@@ -96,7 +96,7 @@ class Loader:
             return iter(self._loader)
 
     def _next(self, batches: Iterator[Any]) -> Any:
-        """Wait for the next batch; None after the last."""
+        """Wait for the next batch and return it; None after the last."""
         begin = time.monotonic()
         while True:
             try:
@@ -144,11 +144,11 @@ def make_loader(
     Args:
         dataset: The views (`MultiViewDataset`), or other samples with ``collate``.
         sampler: The steps.
-        num_workers: Loading processes; 0 loads in this one.
+        num_workers: Loading processes; 0 loads in this process.
         pin_memory: Pin batches for a CUDA device.
         prefetch_factor: Batches each worker prepares ahead.
-        timeout: Seconds to wait for a batch before it is an error; 0 waits for ever.
-        bad_file: Where bad images are added, a line "path<tab>reason" each.
+        timeout: Seconds to wait for a batch before an error; 0 waits without limit.
+        bad_file: File to which bad images are appended, one line "path<tab>reason" for each.
         collate: Samples -> batch; by default a `Batch` of the views.
 
     Raises:
@@ -184,7 +184,7 @@ def check_shared_memory(needed: int, *, folder: str = "/dev/shm", free: int | No
     Args:
         needed: Bytes.
         folder: Where shared memory is mounted; nothing is checked where it does not exist.
-        free: Bytes free there; asked for if None.
+        free: Free bytes there; None: the system is asked.
 
     Raises:
         DataError: It does not fit.
@@ -199,12 +199,12 @@ def check_shared_memory(needed: int, *, folder: str = "/dev/shm", free: int | No
 
 
 def explain_loader_error(error: BaseException) -> str | None:
-    """One line for an exception that torch's loader raises; None for another."""
+    """Return one line for an exception that torch's loader raises; None for any other exception."""
     return _explain(error) if isinstance(error, DataError) or "DataLoader" in str(error) else None
 
 
 def _explain(error: BaseException) -> str | None:
-    """One line for what can go wrong where a batch is waited for; None for a mistake in the code."""
+    """Return one line for an error that can occur while waiting for a batch; None for a mistake in the code."""
     text = f"{type(error).__name__}: {error}".strip()
     last = text.splitlines()[-1].strip()  # behind a worker's traceback
     if isinstance(error, DataError):
@@ -219,7 +219,7 @@ def _explain(error: BaseException) -> str | None:
 
 
 class _WithSlots(Sampler[list[Any]]):
-    """A sampler that names a free slot of shared memory behind each batch's keys."""
+    """A sampler that adds the number of a free slot of shared memory to each batch's keys."""
 
     def __init__(self, sampler: StepSampler, take: Callable[[], int]) -> None:
         self._sampler, self._take = sampler, take
@@ -233,7 +233,7 @@ class _WithSlots(Sampler[list[Any]]):
 
 
 class _Tracked(Dataset[Any]):
-    """The data set, with a note in shared memory of what each worker is at, and slots there for the batches."""
+    """The data set; in shared memory, the image that each worker is loading, and slots for batches."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ class _Tracked(Dataset[Any]):
             self._at[worker.id] = index
 
     def share_memory(self) -> None:
-        """Take shared memory for a pass over the data; batches of an earlier one keep theirs."""
+        """Allocate shared memory for a pass over the data; batches of an earlier pass keep theirs."""
         number, size = self.slots
         self._at = torch.full((self._num_workers,), -1).share_memory_() if self._num_workers else None
         self._slots = Slots(number, size) if size else None
@@ -278,7 +278,7 @@ class _Tracked(Dataset[Any]):
         return -1 if self._slots is None else self._slots.take()
 
     def collate(self, samples: Sequence[Any]) -> Any:
-        """Make a batch, all of it in shared memory: where there is none, the worker's queue would lose it without a word."""
+        """Make a batch, all of it in shared memory; without free shared memory, the worker's queue would lose it silently."""
         slot = samples[-1] if isinstance(samples[-1], int) else -1
         samples = [sample for sample in samples if not isinstance(sample, int)]
         batch = self._collate(samples) if self._collate else self._stack(samples, slot)
@@ -287,7 +287,7 @@ class _Tracked(Dataset[Any]):
         return batch
 
     def _stack(self, samples: Sequence[Sample], slot: int) -> Batch:
-        """Stack views (B, V, C, H, W), in a slot where that can be."""
+        """Stack views (B, V, C, H, W), in a slot if there is one."""
         views: Any = None if self._slots is None else self._slots.fill(slot, [sample.views for sample in samples])
         if views is None:
             views = default_collate([sample.views for sample in samples])
@@ -308,7 +308,7 @@ def _share(batch: Any) -> None:
 
 
 def _start_worker(_: int) -> None:
-    """Keep signals to a terminal, torchrun or all processes from the workers: the main process ends them once it has saved."""
+    """Ignore signals, which a terminal or torchrun sends to all processes: the main process ends workers once it has saved."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
@@ -318,12 +318,12 @@ def _start_worker(_: int) -> None:
 
 
 def _end_workers() -> None:
-    """Workers ignore SIGTERM, so that without this the exit would wait for them for ever."""
+    """End all workers at exit, which would otherwise wait for ever, since workers ignore SIGTERM."""
     _kill(list(_workers))
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
-    """End workers at once, stuck ones too."""
+    """Kill workers, also those that do not respond."""
     with _quiet_sigchld():
         for worker in workers:
             if worker.is_alive():
@@ -333,7 +333,7 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 @contextlib.contextmanager
 def _quiet_sigchld() -> Iterator[None]:
-    """Leave SIGCHLD as it was: torch's handler raises the death of a worker wherever the main thread is, within a step too."""
+    """Restore SIGCHLD's handler: torch's raises the death of a worker wherever the main thread is, even within a step."""
     main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
     previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
     try:
@@ -356,7 +356,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _read_bad(path: Path | None) -> dict[str, str]:
-    """What an earlier part of the run wrote."""
+    """Read the bad images that an earlier part of the run found."""
     if path is None or not path.exists():
         return {}
     lines = [line.split("\t") for line in path.read_text(encoding="ascii", errors="replace").splitlines()]

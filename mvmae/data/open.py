@@ -22,10 +22,10 @@ _TIMM = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 class DatasetSource(ImageSource):
     """A data set with length and index whose items are images, (image, label, ...) or {"image": ..., "label": ...}.
 
-    Of named columns, the image is `image` or `img`, else the first that holds images or their bytes. Labels are read from
-    its `targets` or `labels` if it has them, or from a label column of Hugging Face's; its own transform should leave images as
-    they are. Streams that have length and index too (litdata, mosaicml-streaming) are read by index, and should be opened
-    before processes join: their length may be one process's part.
+    Of named columns, the image is `image` or `img`, else the first that holds images or their bytes. Labels are read from the
+    data set's `targets` or `labels`, or from a label column of Hugging Face; the data set should not transform images. Streams
+    that also have length and index (litdata, mosaicml-streaming) are read by index. Open them before processes join: their
+    length may be that of one process's part.
 
     Raises:
         TypeError: No length or no index.
@@ -35,8 +35,8 @@ class DatasetSource(ImageSource):
     def __init__(self, dataset: "Dataset[Any]") -> None:
         kind = type(dataset)
         if not hasattr(kind, "__len__") or getattr(kind, "__getitem__", None) in (None, Dataset.__getitem__):
-            cure = "only map-style data sets can resume: give one with __len__ and __getitem__, or save the stream as files"
-            raise TypeError(f"{kind.__name__} has no length or no index, {cure}")
+            cure = "use one with __len__ and __getitem__, with which runs can resume, or save the stream as files"
+            raise TypeError(f"the data set must have a length and an index, got {kind.__name__}: {cure}")
         whole = getattr(dataset, "size", None) if isinstance(dataset, IterableDataset) else None
         size = whole if isinstance(whole, int) else len(dataset)  # type: ignore[arg-type]
         if not size:
@@ -57,7 +57,7 @@ class DatasetSource(ImageSource):
         return self._size
 
     def image(self, index: int) -> ImageLike:
-        """The data set's image.
+        """Return the data set's image.
 
         Raises:
             ValueError: None of the item's columns is one.
@@ -75,21 +75,21 @@ class DatasetSource(ImageSource):
         return image
 
     def name(self, index: int) -> str:
-        """The data set's type and the image's number."""
+        """Return the data set's type and the image's number."""
         return f"{type(self._dataset).__name__}[{index}]"
 
 
 class RepeatedSource(ImageSource):
-    """Every image several times, for a few huge ones: each time it is cropped anew.
+    """Every image several times, with new crops each time, for a few huge images.
 
     Args:
         source: The images.
-        times: How often an epoch holds each.
+        times: How often an epoch holds each image.
     """
 
     def __init__(self, source: ImageSource, times: int) -> None:
         if times < 1:
-            raise ValueError(f"each image is to come {times} times: at least once is expected")
+            raise ValueError(f"times must be at least 1, got {times}")
         super().__init__([])
         self._source, self._times = source, times
         self.class_names, self.problems = source.class_names, source.problems
@@ -99,16 +99,16 @@ class RepeatedSource(ImageSource):
         return len(self._source) * self._times
 
     def image(self, index: int) -> ImageLike:
-        """The source's image."""
+        """Return the source's image."""
         return self._source.image(index % len(self._source))
 
     def name(self, index: int) -> str:
-        """The source's name of it."""
+        """Return the source's name of the image."""
         return self._source.name(index % len(self._source))
 
     @property
     def fingerprint(self) -> str:
-        """The source's, and how often."""
+        """The source's fingerprint, and the number of repetitions."""
         return f"{self._source.fingerprint}x{self._times}"
 
 
@@ -116,7 +116,7 @@ def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, 
     """Open a source of images.
 
     Args:
-        data: `sample`; a folder of images, nested as it may be, with or without `train` and `val` in it; a text list of
+        data: `sample`; a folder of images, flat or nested, with or without `train` and `val` in it; a text list of
             paths (.txt); a file, a folder or a brace pattern of tar, Parquet, Arrow or IDX files; a timm data set name
             with its folder (`torch/cifar10:FOLDER`, `hfds/NAME`); or a torch data set.
         split: "train" or "val".
@@ -126,11 +126,11 @@ def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, 
         SplitError: The data has no such split.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if isinstance(data, (str, os.PathLike)):
         return _open_path(os.fspath(data), split)
     if split != "train":
-        raise SplitError(f"a {type(data).__name__} has no {split} split: give another one")
+        raise SplitError(f"a {type(data).__name__} has no {split} split: pass another data set for it")
     return data if isinstance(data, ImageSource) else DatasetSource(data)
 
 
@@ -143,7 +143,9 @@ def _open_path(data: str, split: str) -> ImageSource:
     folder = split_folder(path, split) if path.is_dir() and not find_archives(path) else path
     archives = find_archives(folder)
     if archives and path.is_dir() and next(scan(folder), None):
-        raise ValueError(f"{folder} holds images and archives ({archives[0].name}, ...): name which")
+        raise ValueError(
+            f"{folder} must hold images or archives, got both ({archives[0].name}, ...): name the archives, or move them"
+        )
     if archives:
         return open_archives(archives, split if folder == path else "train")
     if path.is_dir():
@@ -158,12 +160,12 @@ def _open_path(data: str, split: str) -> ImageSource:
 
 
 def _open_timm(data: str, split: str) -> DatasetSource:
-    """A timm data set by name; not timm's own readers, which pass over bad files without a word."""
+    """Open a timm data set by name, without timm's own readers, which skip bad files silently."""
     from timm.data import create_dataset
 
     name, _, root = data.partition(":")
     if name.startswith("torch/") and not root:
-        raise ValueError(f"{data}: say where it lies, {name}:FOLDER")
+        raise ValueError(f"{data} must name its folder: write {name}:FOLDER")
     error: Exception | None = None
     for candidate in ["train"] if split == "train" else ["validation", "test", "val"]:
         try:

@@ -14,16 +14,16 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillo
 def to_uint8(array: "NDArray[Any]", value_range: tuple[float, float] | None = None) -> Pixels:
     """Scale pixels of any type to 8 bits.
 
-    uint16 maps 0..65535 to 0..255. Other types are taken to lie in the smallest of 0..1 (floats only), 0..255 and
-    0..65535 that holds the largest value, beyond that in 0..maximum. NaN becomes 0.
+    uint16 maps 0..65535 to 0..255. For other types the range is the smallest of 0..1 (floats only), 0..255 and 0..65535 that
+    holds the largest value, else 0..maximum. NaN becomes 0.
 
     Args:
         array: Pixels.
-        value_range: What becomes 0 and 255 instead, for data that fills a part of its type, such as 0..4095 of 12 bits;
-            what lies outside is cut off.
+        value_range: Values that become 0 and 255, for data that uses a part of its type's range, such as 0..4095 for 12
+            bits; values outside are clipped.
 
     Raises:
-        ValueError: Negative values where there is no range.
+        ValueError: Negative values without a range.
     """
     if value_range is not None:
         low, high = value_range
@@ -39,7 +39,7 @@ def to_uint8(array: "NDArray[Any]", value_range: tuple[float, float] | None = No
     values = np.nan_to_num(array.astype(np.float32), copy=False, posinf=0.0, neginf=0.0)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if low < 0:
-        raise ValueError(f"a pixel is {low:g}, expected 0 or more: give the image before it is normalised")
+        raise ValueError(f"pixels must be 0 or more, got {low:g}: pass the image before it is normalised, or value_range")
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         top = 65535.0
     else:
@@ -49,23 +49,25 @@ def to_uint8(array: "NDArray[Any]", value_range: tuple[float, float] | None = No
 
 
 def _rounded(values: "NDArray[np.float32]", factor: float) -> Pixels:
-    """Values times a factor, as bytes; in place, since images can be large."""
+    """Return values times a factor, as bytes; works in place, since images can be large."""
     values *= np.float32(factor)
     scaled: Pixels = np.rint(values, out=values).astype(np.uint8)
     return scaled
 
 
 def channels_last(array: "NDArray[Any]") -> "NDArray[Any]":
-    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C); the shorter of the outer two of three sides is C."""
+    """Convert (H, W), (H, W, C) or (C, H, W) to (H, W, C); C is the shorter of the first and the last side."""
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
-        raise ValueError(f"an array of shape {array.shape} and type {array.dtype}, expected (H, W, C) numbers")
+        raise ValueError(
+            f"an array must be (H, W), (H, W, C) or (C, H, W) numbers, got the shape {array.shape} and the type {array.dtype}"
+        )
     if array.ndim == 2:
         return array[..., None]
     return array.transpose(1, 2, 0) if array.shape[0] < array.shape[2] else array
 
 
 def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE) -> Pixels:
-    """Grey to any number, alpha laid on a background, colour to grey; else the array must hold what was asked for."""
+    """Convert to a number of channels: repeat grey, blend alpha with a background, colour to grey; else they must agree."""
     held = pixels.shape[2]
     if held == channels:
         return pixels
@@ -76,11 +78,11 @@ def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE) -> 
     if held == 3 and channels == 1:
         grey: Pixels = np.rint(pixels @ _LUMA).astype(np.uint8)[..., None]
         return grey
-    raise ValueError(f"the array has {held} channels, expected {channels} (in_chans)")
+    raise ValueError(f"the array must have {channels} channels (in_chans), got {held}")
 
 
 def _laid_on(pixels: Pixels, background: Colour) -> Pixels:
-    """(H, W, C + 1) whose last channel is alpha -> (H, W, C); an opaque pixel stays as it is."""
+    """Blend (H, W, C + 1), whose last channel is alpha, with a background to (H, W, C); opaque pixels do not change."""
     alpha = pixels[..., -1].astype(np.uint16)
     under = background if pixels.shape[2] == 4 else [int(np.rint(np.array(background) @ _LUMA))]
     laid = np.empty_like(pixels[..., :-1])

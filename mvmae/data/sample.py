@@ -21,7 +21,7 @@ class SampleSource(ImageSource):
     """Tiles of 14 photographs, labelled by photograph: 64 of each to train on, 36 others held out.
 
     A photograph is cut into 10 x 10 tiles of its own pixels (30 x 45 to 141 x 141 pixels, most 51 x 51) that share
-    none; which are held out is drawn once, the same for everybody.
+    none. The tiles held out are always the same.
 
     Args:
         split: "train" or "val".
@@ -39,13 +39,13 @@ class SampleSource(ImageSource):
         self.class_names = tuple(Path(name).stem for name in PHOTOGRAPHS)
 
     def box(self, index: int) -> tuple[int, int, int, int]:
-        """Where the tile lies in its photograph: top, left, height, width."""
+        """Return the tile's place in its photograph: top, left, height, width."""
         photograph, tile = self._tiles[index]
         height, width = (side // _GRID for side in self._photographs[photograph].shape[:2])
         return int(tile // _GRID * height), int(tile % _GRID * width), height, width
 
     def image(self, index: int) -> ImageLike:
-        """The tile as an array."""
+        """Return the tile as an array."""
         top, left, height, width = self.box(index)
         photograph = self._photographs[self._tiles[index, 0]]
         tile: Pixels = photograph[top : top + height, left : left + width]

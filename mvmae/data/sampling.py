@@ -1,7 +1,7 @@
-"""Steps of a run -> batches of views, the same whatever the workers, the processes and the step it starts at.
+"""From the steps of a run to batches of views, the same for any number of workers and processes and any first step.
 
 Shapes: B images of this process's part of a step, V views, C channels, H W pixels. A key is (epoch, index): crops
-depend on (seed, epoch, index) alone, which images a step holds on (seed, step) alone.
+depend on (seed, epoch, index) alone, and the images of a step on (seed, step) alone.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ Key = tuple[int, int]
 Loaded = TypeVar("Loaded")
 _MAX_TRIES = 10
 _PAUSES = (0.1, 0.4, 1.0, 2.0)
-"""Seconds to wait for a file system that fails, such as a share that is away for a moment, before an image counts as bad."""
+"""Seconds between attempts if a file system fails, such as a network share, before an image counts as bad."""
 
 
 class DataError(RuntimeError):
-    """Why no more batches come, in one line."""
+    """The reason why there are no more batches, in one line."""
 
 
 class Bad(NamedTuple):
@@ -36,7 +36,7 @@ class Bad(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image's views (V, C, H, W) uint8, its number in the source, and the bad ones it stands for."""
+    """An image's views (V, C, H, W) uint8, its number in the source, and the bad images that it replaces."""
 
     views: Tensor
     number: int
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B images: views (B, V, C, H, W) uint8, indices (B,) long into the source, and the bad images they stand for."""
+    """B images: views (B, V, C, H, W) uint8, indices (B,) long into the source, and the bad images that they replace."""
 
     views: Tensor
     indices: Tensor
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
 
 def sample_seed(*numbers: int) -> int:
-    """A seed from numbers such as (seed, epoch, index): 63 bits of their BLAKE2b hash."""
+    """Return a seed from numbers such as (seed, epoch, index): 63 bits of their BLAKE2b hash."""
     text = ",".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
@@ -60,14 +60,14 @@ def sample_seed(*numbers: int) -> int:
 class MultiViewDataset(Dataset[Sample]):
     """The views of image `index` in epoch `epoch`, from the key (epoch, index).
 
-    A bad image's place is taken by another one that depends on (seed, epoch, index) too. Where the file system or the memory
-    fails, an image is tried again for some seconds before it counts as bad.
+    A bad image is replaced by another one that depends on (seed, epoch, index) too. If the file system or the memory fails,
+    the image is tried again for some seconds before it counts as bad.
 
     Args:
         source: The images.
         transform: (image, generator=) -> (V, C, H, W) uint8, such as `MultiViewTransform`.
-        seed: The run's.
-        max_bad: So many different bad images may be met before `Loader` stops the run.
+        seed: The run's seed.
+        max_bad: Number of different bad images that `Loader` allows before it stops the run.
     """
 
     def __init__(self, source: ImageSource, transform: Callable[..., Tensor], *, seed: int = 0, max_bad: int = 100) -> None:
@@ -77,11 +77,11 @@ class MultiViewDataset(Dataset[Sample]):
         return len(self.source)
 
     def name(self, index: int) -> str:
-        """The name of an image."""
+        """Return the name of an image."""
         return self.source.name(index)
 
     def __getitem__(self, key: Key) -> Sample:
-        """The views of one image, or of the one that stands for it.
+        """Return the views of one image, or of the image that replaces it.
 
         Raises:
             DataError: Ten images in a row are bad.
@@ -112,7 +112,7 @@ class MultiViewDataset(Dataset[Sample]):
 
 
 def try_again(load: Callable[[], Loaded], pauses: Iterator[float] | None = None) -> Loaded:
-    """What `load()` gives; where the file system or the memory fails, it is called again after each pause, in seconds."""
+    """Return `load()`; if the file system or the memory fails, call it again after each pause, in seconds."""
     pauses = iter(_PAUSES) if pauses is None else pauses
     while True:
         try:
@@ -125,7 +125,7 @@ def try_again(load: Callable[[], Loaded], pauses: Iterator[float] | None = None)
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the system has failed, which has numbers for its errors, rather than the image itself, as Pillow tells it."""
+    """Return whether the system has failed, whose errors have numbers, rather than the image itself, as Pillow reports."""
     cause = error.__cause__ if isinstance(error, ImageError) else error
     return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
 
@@ -133,16 +133,16 @@ def _may_pass(error: BaseException) -> bool:
 class StepSampler(Sampler[list[Key]]):
     """This process's part of each step's batch, from any step on.
 
-    Each epoch is one permutation of all images, of which step after step takes the next global batch; what does not
-    fill one is left out. A process takes a contiguous part of it.
+    Each epoch is one permutation of all images; each step takes the next global batch, and images that do not fill a batch
+    are left out. A process takes a contiguous part of each batch.
 
     Args:
         length: Images in the source.
         batch_size: Images per step over all processes.
-        seed: The run's.
-        num_steps: Steps of the whole run; None never ends.
-        start_step: First step to give, counted from 0.
-        rank: This process.
+        seed: The run's seed.
+        num_steps: Steps of the whole run; None: without end.
+        start_step: First step to yield, counted from 0.
+        rank: Number of this process.
         world_size: Number of processes.
 
     Raises:
@@ -161,11 +161,11 @@ class StepSampler(Sampler[list[Key]]):
         world_size: int = 1,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size} processes, expected 0 to {world_size - 1}")
+            raise ValueError(f"rank must be 0 to {world_size - 1} for {world_size} processes, got {rank}")
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch size {batch_size} is not a positive multiple of the {world_size} processes")
+            raise ValueError(f"batch size must be a positive multiple of the {world_size} processes, got {batch_size}")
         if length < batch_size:
-            raise ValueError(f"{length} images are fewer than one batch of {batch_size}: use a smaller batch")
+            raise ValueError(f"batch size must be at most the {length} images, got {batch_size}: use a smaller batch")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.num_steps, self.start_step = num_steps, start_step
         self.rank, self.world_size = rank, world_size

@@ -1,4 +1,4 @@
-"""Shared memory that loading processes fill again and again: fresh pages for every batch cost a fifth of a worker's time."""
+"""Shared memory that loading processes reuse: new pages for every batch cost a fifth of a worker's time."""
 
 import math
 import weakref
@@ -18,12 +18,12 @@ _all: "weakref.WeakValueDictionary[int, Slots]" = weakref.WeakValueDictionary()
 class Slots:
     """Buffers for batches, each free again once nothing refers to the batch that was in it.
 
-    The main process takes a free slot for each batch that it asks for, a worker fills it, the main process makes a tensor of
-    it. Who keeps batches keeps their slots; where none is free, a batch comes through fresh memory instead.
+    The main process takes a free slot for each batch that it requests, a worker fills the slot, and the main process makes a
+    tensor of it. A batch that is kept keeps its slot; without a free slot, a batch uses new memory.
 
     Args:
-        number: of slots.
-        size: bytes of each.
+        number: number of slots.
+        size: bytes of each slot.
     """
 
     def __init__(self, number: int, size: int) -> None:
@@ -36,14 +36,14 @@ class Slots:
         return {"memory": self.memory, "key": self.key}  # all that a worker needs
 
     def take(self) -> int:
-        """Give the number of a slot that is free, -1 where none is."""
+        """Return the number of a free slot, or -1 if there is none."""
         try:
             return self.free.popleft()
         except IndexError:
             return -1
 
     def fill(self, slot: int, tensors: Sequence[Tensor]) -> "Filled | None":
-        """Stack tensors of one shape and type in a slot; None where they do not fit into it."""
+        """Stack tensors of one shape and type in a slot; return None if they do not fit into it."""
         first = tensors[0]
         shape = (len(tensors), *first.shape)
         if slot < 0 or math.prod(shape) * first.element_size() > self.memory.shape[1]:
@@ -52,20 +52,20 @@ class Slots:
         return Filled(self.key, slot, shape, first.dtype)
 
     def tensor(self, filled: "Filled") -> Tensor:
-        """Give what a slot holds, without a copy. The slot is free once no tensor shares this one's memory."""
+        """Return a slot's content, without a copy. The slot is free once no tensor shares this one's memory."""
         row = self.memory[filled.slot].numpy()
         weakref.finalize(row, self.free.append, filled.slot)  # torch keeps the array for as long as its memory is in use
         return _shaped(torch.from_numpy(row), filled.shape, filled.dtype)
 
 
 class Filled:
-    """What a worker sends in place of a tensor: where it lies."""
+    """The place of a tensor in shared memory, which a worker sends instead of the tensor."""
 
     def __init__(self, key: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.key, self.slot, self.shape, self.dtype = key, slot, shape, dtype
 
     def tensor(self) -> Tensor:
-        """Give the tensor, in the main process."""
+        """Return the tensor, in the main process."""
         return _all[self.key].tensor(self)
 
     def pin_memory(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each channel of one's own images.
+"""Mean and standard deviation of each channel of a user's images.
 
 Shapes: C channels, H W pixels of a view.
 """
@@ -26,12 +26,12 @@ class ChannelStatistics(NamedTuple):
 def measure_channels(source: ImageSource, transform: Callable[..., Tensor], *, limit: int = 2000) -> ChannelStatistics:
     """Measure mean and standard deviation over all pixels of a sample of images, the same sample every time.
 
-    Sums are of integers, and so exact in any order. Images that cannot be read are passed over.
+    Sums are integers, and so exact in any order. Images that cannot be read are skipped.
 
     Args:
         source: the images.
-        transform: from an image to (C, H, W) uint8 without anything random, such as `CentreCropTransform`; the same size for
-            all images lets each count the same.
+        transform: from an image to (C, H, W) uint8 without randomness, such as `CentreCropTransform`; with one size for all
+            images, each has the same weight.
         limit: most images to measure.
 
     Raises:
@@ -48,13 +48,12 @@ def measure_channels(source: ImageSource, transform: Callable[..., Tensor], *, l
         total, squares = total.long() + pixels.sum(dim=1), squares.long() + pixels.square().sum(dim=1)
         count, seen = count + pixels.shape[1], seen + 1
     if not seen:
-        raise ValueError(
-            f"none of {len(order)} images can be read, {source.name(int(order[0]))} is one of them: nothing to measure"
-        )
+        raise ValueError(f"at least one image must be readable, got none of {len(order)}: check {source.name(int(order[0]))}")
     mean = total.double() / count
     std = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
     if not std.min() > 0:
         raise ValueError(
-            f"channel {int(std.argmin())} is the same in every pixel of {seen} images: give mean and std, or leave it out"
+            f"each channel must vary, got channel {int(std.argmin())} with the same value in all of {seen} images: "
+            "pass mean and std, or leave the channel out"
         )
     return ChannelStatistics(*(tuple(round(value / 255, 8) for value in values.tolist()) for values in (mean, std)))

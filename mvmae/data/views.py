@@ -1,6 +1,6 @@
-"""V target views of an image from one decode (Section 3.1.1), and the one view that features are taken from.
+"""V target views of an image from one decode (Section 3.1.1), and the one view of which features are computed.
 
-Shapes: V views, C channels, H W pixels of a view. A box is (top, left, height, width) in the image as it is looked at,
+Shapes: V views, C channels, H W pixels of a view. A box is (top, left, height, width) in the image as it is seen,
 after its EXIF orientation. Nothing is normalised here: views are uint8, mean and std are applied on the device.
 """
 
@@ -45,11 +45,11 @@ def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[f
     """Draw a random resized crop: the distribution of torchvision's `RandomResizedCrop.get_params`.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
         scale: Range of the crop's share of the image's area.
         ratio: Range of the crop's width / height, uniform in its logarithm.
-        rng: Where the numbers come from.
+        rng: Source of the random numbers.
 
     Returns:
         The box; after ten draws that do not fit, the largest central one within `ratio`.
@@ -69,11 +69,11 @@ def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[f
 class MultiViewTransform:
     """V random resized crops of an image, each flipped by chance, from one decode (Section 3.1.1; crops as in MAE).
 
-    Called with an image and a `torch.Generator`, it gives (V, C, H, W) uint8 that depend on these two alone. Without a
-    generator one number is drawn from torch's global one.
+    Called with an image and a `torch.Generator`, it returns (V, C, H, W) uint8 that depend on these two alone. Without a
+    generator, one number is drawn from torch's global generator.
 
     Args:
-        image_size: Of a view in pixels; H and W, or one number for both.
+        image_size: Size of a view in pixels; H and W, or one number for both.
         num_views: V.
         scale: Range of a crop's share of the image's area (MAE, since the paper is silent).
         ratio: Range of a crop's width / height.
@@ -85,8 +85,8 @@ class MultiViewTransform:
         decoder: "fast" (simplejpeg where installed), "pillow" (Pillow only), or "pil": the slow reference that decodes
             in full and crops with Pillow's `resize(box=...)`.
         max_pixels: Larger images are refused before they are decoded.
-        value_range: Of images and arrays deeper than 8 bits: what becomes 0 and 255, such as (0, 4095).
-        background: Colour behind transparent pixels where views are grey or RGB, as CSS writes it.
+        value_range: Values that become 0 and 255 in images and arrays deeper than 8 bits, such as (0, 4095).
+        background: Colour behind transparent pixels in grey or RGB views, in CSS notation.
 
     Raises:
         ValueError: An argument out of its range.
@@ -110,15 +110,15 @@ class MultiViewTransform:
         background: str = "white",
     ) -> None:
         if num_views < 1 or in_chans < 1:
-            raise ValueError(f"num_views={num_views} and in_chans={in_chans} must be at least 1")
+            raise ValueError(f"num_views and in_chans must be at least 1, got {num_views} and {in_chans}")
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale is {tuple(scale)}, expected (low, high) with 0 < low <= high <= 1")
+            raise ValueError(f"scale must be (low, high) with 0 < low <= high <= 1, got {tuple(scale)}")
         if not 0 < ratio[0] <= ratio[1]:
-            raise ValueError(f"ratio is {tuple(ratio)}, expected (low, high) with 0 < low <= high")
+            raise ValueError(f"ratio must be (low, high) with 0 < low <= high, got {tuple(ratio)}")
         if not 0 <= flip <= 1:
-            raise ValueError(f"flip is {flip}, expected a probability between 0 and 1")
+            raise ValueError(f"flip must be a probability between 0 and 1, got {flip}")
         if scaled_decode and scaled_decode < 1:
-            raise ValueError(f"scaled_decode is {scaled_decode}, expected at least 1, or None to decode in full")
+            raise ValueError(f"scaled_decode must be at least 1, or None to decode in full, got {scaled_decode}")
         _check_decoder(decoder, in_chans)
         self.image_size = _pair(image_size)
         self.num_views, self.scale, self.ratio, self.flip = num_views, scale, ratio, flip
@@ -128,7 +128,7 @@ class MultiViewTransform:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(V, C, H, W) of what a call gives."""
+        """(V, C, H, W) of a call's result."""
         return self.num_views, self.in_chans, *self.image_size
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
@@ -136,7 +136,7 @@ class MultiViewTransform:
 
         Args:
             image: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W) or an array.
-            generator: Of this sample.
+            generator: Generator of this sample.
 
         Returns:
             (V, C, H, W) uint8.
@@ -167,10 +167,10 @@ class MultiViewTransform:
 
 
 class CentreCropTransform:
-    """The view that features are taken from: shorter side to 256/224 of the size, centre crop; nothing random.
+    """The view of which features are computed: shorter side to 256/224 of the size, centre crop; nothing random.
 
     Args:
-        image_size: Of the view in pixels; H and W, or one number for both.
+        image_size: Size of the view in pixels; H and W, or one number for both.
         crop: Share of the resized image that the crop keeps (224/256, as in MAE's and timm's evaluation).
         in_chans: C, as in `MultiViewTransform`.
         scaled_decode: As in `MultiViewTransform`; None, the default, decodes in full.
@@ -193,7 +193,7 @@ class CentreCropTransform:
         background: str = "white",
     ) -> None:
         if not 0 < crop <= 1:
-            raise ValueError(f"crop is {crop}, expected a share above 0 and at most 1")
+            raise ValueError(f"crop must be a share above 0 and at most 1, got {crop}")
         _check_decoder(decoder, in_chans)
         self.image_size, self.crop, self.in_chans = _pair(image_size), crop, in_chans
         self.scaled_decode, self.decoder, self.max_pixels = scaled_decode, decoder, max_pixels
@@ -255,7 +255,7 @@ def take_views(
 
 
 def choose_reduction(boxes: Sequence[Box], image_size: tuple[int, int], k: float | None) -> int:
-    """The largest of 8, 4, 2, 1 by which an image may shrink and each box keep k times its view's pixels a side."""
+    """Return the largest of 8, 4, 2, 1 by which an image may shrink while each box keeps k times its view's pixels a side."""
     if not k:
         return 1
     spare = min(min(box.height / image_size[0], box.width / image_size[1]) for box in boxes) / k
@@ -263,7 +263,7 @@ def choose_reduction(boxes: Sequence[Box], image_size: tuple[int, int], k: float
 
 
 def snap_box(box: Box, reduction: int, height: int, width: int) -> Box:
-    """The box on the grid of an image that was decoded at 1 / reduction to (height, width)."""
+    """Return the box on the grid of an image that was decoded at 1 / reduction to (height, width)."""
     if reduction == 1:
         return box
     top, left = round(box.top / reduction), round(box.left / reduction)
@@ -272,7 +272,7 @@ def snap_box(box: Box, reduction: int, height: int, width: int) -> Box:
 
 
 def _resize(pixels: Pixels, box: Box, size: tuple[int, int]) -> Tensor:
-    """A crop (C, H, W): copied first, so that torch's kernel for channels-last bytes reads it in one piece."""
+    """Resize a crop to (C, H, W); it is copied first, so that torch's kernel for channels-last bytes reads it in one piece."""
     top, left, height, width = box
     crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)[None]
     return F.interpolate(crop, size, mode="bicubic", antialias=True)[0]
@@ -291,7 +291,7 @@ def _resize_pil(pixels: Pixels, box: Box, size: tuple[int, int]) -> Tensor:
 
 
 def _stored_box(box: Box, image: OpenedImage, transpose: bool, mirror: bool, upend: bool) -> Box:
-    """The box in the image as stored, from the one in the image as looked at."""
+    """Return the box in the image as stored, from the box in the image as seen."""
     height, width = _upright_size(image)
     top = height - box.top - box.height if upend else box.top
     left = width - box.left - box.width if mirror else box.left
@@ -304,19 +304,19 @@ def _upright_size(image: OpenedImage) -> tuple[int, int]:
 
 def _check_decoder(decoder: str, in_chans: int) -> None:
     if decoder not in DECODERS:
-        raise ValueError(f"decoder is {decoder!r}, expected one of {', '.join(DECODERS)}")
+        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
     if in_chans < 1:
-        raise ValueError(f"in_chans is {in_chans}, expected at least 1")
+        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
 
 
 def _check_range(value_range: tuple[float, float] | None) -> tuple[float, float] | None:
     if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
-        raise ValueError(f"value_range is {tuple(value_range)}, expected (low, high) with low < high")
+        raise ValueError(f"value_range must be (low, high) with low < high, got {tuple(value_range)}")
     return value_range
 
 
 def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"image_size is {image_size}, expected a positive number or (H, W)")
+        raise ValueError(f"image_size must be a positive number or (H, W), got {image_size}")
     return pair[0], pair[1]

@@ -1,7 +1,7 @@
 """A plain ViT as the backbone of a detector or of a segmentation network (Tables 3 and 4).
 
 `WindowedViT` runs any plain ViT of timm at the large image sizes of these tasks; `ViTPyramid` makes feature maps at four
-strides of what it gives, under torchvision's conventions.
+strides of its outputs, under torchvision's conventions.
 
 Shapes: B images, C channels, H x W pixels, P patch side, h x w patches, D encoder width, E pyramid width.
 """
@@ -37,16 +37,16 @@ class WindowedViT(nn.Module):
     Args:
         vit: any plain ViT of timm (`check_encoder`), with its drop path.
         image_size: pixels (height and width) that positions are made for; at other sizes they are interpolated.
-        taps: the blocks whose output is given, counted from 0; by default the last of each quarter, (2, 5, 8, 11) of 12.
+        taps: the blocks whose output is returned, counted from 0; by default the last of each quarter, (2, 5, 8, 11) of 12.
         window_size: side of a window in patches (`WindowAttention`), or None for attention over the whole image in all blocks.
         global_blocks: the blocks that attend over the whole image; by default the last of each quarter.
         rel_pos: whether to learn relative positions in each block, zero at first.
-        positions: ``"interpolate"`` resizes the ViT's positions; ``"rebuild"`` makes the fixed sine-cosine table anew (MIMDet),
-            for a ViT that has it.
-        grad_checkpointing: whether to compute each block anew in the backward pass, which takes less memory.
+        positions: ``"interpolate"`` resizes the ViT's positions; ``"rebuild"`` computes the fixed sine-cosine table
+            again (MIMDet), for a ViT that has that table.
+        grad_checkpointing: whether to compute each block again in the backward pass, which saves memory.
 
     Raises:
-        TypeError: if ``vit`` is not a plain ViT, or has another attention than timm's.
+        TypeError: if ``vit`` is not a plain ViT, or its attention is not timm's.
         ValueError: if a block does not exist, or size or positions do not fit.
     """
 
@@ -69,9 +69,9 @@ class WindowedViT(nn.Module):
         self.taps = tuple(quarters if taps is None else taps)
         global_blocks = tuple(quarters if global_blocks is None else global_blocks)
         if not self.taps or not set(self.taps + global_blocks) <= set(range(depth)):
-            raise ValueError(f"taps are {self.taps}, global blocks {global_blocks}: blocks among 0..{depth - 1} are expected")
+            raise ValueError(f"taps and global_blocks must be blocks among 0..{depth - 1}, got {self.taps} and {global_blocks}")
         if window_size is not None and window_size < 1:
-            raise ValueError(f"window_size is {window_size}: at least 1 patch, or None for no windows, is expected")
+            raise ValueError(f"window_size must be at least 1 patch, or None for no windows, got {window_size}")
         self.embed_dim, self.patch_size = int(plain.embed_dim), pair(plain.patch_embed.patch_size)
         self.grid_size = grid_size(pair(image_size), self.patch_size)
         self.grad_checkpointing = grad_checkpointing
@@ -85,7 +85,7 @@ class WindowedViT(nn.Module):
             block.attn = WindowAttention(attention, window=window, positions=extent if rel_pos else None)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Give the maps after the blocks ``taps``, each (B, D, h, w).
+        """Return the maps after the blocks ``taps``, each (B, D, h, w).
 
         Args:
             images: (B, C, H, W), normalised; H and W are multiples of the patch size.
@@ -107,22 +107,24 @@ class WindowedViT(nn.Module):
 
 
 def _positions(vit: VisionTransformer, grid: tuple[int, int], positions: str) -> nn.Parameter:
-    """Give the positions of the patches of a larger grid, (1, h * w, D), without those of prefix tokens."""
+    """Return the positions of the patches of a larger grid, (1, h * w, D), without those of prefix tokens."""
     table = vit.pos_embed.detach()[:, 0 if vit.no_embed_class else vit.num_prefix_tokens :]
     old_grid = vit.patch_embed.grid_size
     if positions == "interpolate":
         table = resample_abs_pos_embed(table, list(grid), list(old_grid), num_prefix_tokens=0)
     elif positions != "rebuild":
-        raise ValueError(f"positions is {positions!r}: 'interpolate' or 'rebuild' is expected")
+        raise ValueError(f"positions must be 'interpolate' or 'rebuild', got {positions!r}")
     elif table.is_meta or torch.allclose(table[0], sincos_table(vit.embed_dim, old_grid).to(table), atol=1e-2):
         table = sincos_table(vit.embed_dim, grid)[None].to(table)
     else:
-        raise ValueError("positions='rebuild' is for the fixed sine-cosine table, this encoder has others: use 'interpolate'")
+        raise ValueError(
+            "positions='rebuild' must have the fixed sine-cosine table, got another table in this encoder: use 'interpolate'"
+        )
     return nn.Parameter(table, requires_grad=vit.pos_embed.requires_grad)
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Group normalisation in 32 groups, or fewer where that leaves less than 8 channels in one."""
+    """Build group normalisation in 32 groups, or in fewer, so that a group has at least 8 channels."""
     return nn.GroupNorm(gcd(channels, min(32, max(channels // 8, 1))), channels)
 
 
@@ -136,14 +138,15 @@ class ViTPyramid(nn.Module):
     - ``"beit"``: ``"li2021"`` without FPN and without ``"pool"``, of the encoder's width, for `UPerHead` (Bao et al. 2021).
 
     Args:
-        trunk: gives the maps after four blocks.
+        trunk: a ViT that returns the maps after four blocks.
         style: see above.
         out_channels: width E of the maps.
-        norm_layer: makes a normalisation of so many channels; by default `group_norm` (``"li2021"``; MIMDet's FPN
-            has batch normalisation over all GPUs), layer normalisation at each place (``"vitdet"``), of the batch (``"beit"``).
+        norm_layer: builds a normalisation for a number of channels; by default `group_norm` (``"li2021"``; MIMDet's FPN has
+            batch normalisation over all GPUs), layer normalisation at each place (``"vitdet"``), batch normalisation
+            (``"beit"``).
 
     Raises:
-        ValueError: if there is no such style, or the trunk has not four taps.
+        ValueError: if there is no such style, or the trunk does not have four taps.
     """
 
     def __init__(
@@ -157,9 +160,9 @@ class ViTPyramid(nn.Module):
         super().__init__()
         norms: dict[str, Callable[[int], nn.Module]] = {"li2021": group_norm, "vitdet": LayerNorm2d, "beit": nn.BatchNorm2d}
         if style not in norms:
-            raise ValueError(f"style is {style!r}: one of {', '.join(map(repr, norms))} is expected")
+            raise ValueError(f"style must be one of {', '.join(map(repr, norms))}, got {style!r}")
         if len(trunk.taps) != 4:
-            raise ValueError(f"the trunk gives {len(trunk.taps)} maps: four taps are expected")
+            raise ValueError(f"the trunk must have 4 taps, got {len(trunk.taps)}")
         norm, width = norm_layer or norms[style], trunk.embed_dim
         half, quarter = (width // 2, width // 4) if style == "vitdet" else (width, width)
         up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
@@ -175,9 +178,9 @@ class ViTPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork([width] * 4, out_channels, norm_layer=norm) if style == "li2021" else None
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Give the maps ``"0"`` to ``"3"``, finest first, (B, E, H / stride, W / stride).
+        """Return the maps ``"0"`` to ``"3"``, finest first, (B, E, H / stride, W / stride).
 
-        Detectors' styles give ``"pool"`` at twice the last stride too, as torchvision's own backbones do.
+        The styles for detectors return ``"pool"`` at twice the last stride too, as torchvision's own backbones do.
 
         Args:
             images: (B, C, H, W), normalised; H and W are multiples of the patch size.

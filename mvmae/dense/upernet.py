@@ -1,4 +1,4 @@
-"""The head of UPerNet, which names every pixel (Xiao et al. 2018; Table 4).
+"""The head of UPerNet, which classifies every pixel (Xiao et al. 2018; Table 4).
 
 Shapes: B images, H x W pixels of the finest map, D width of the maps, E width of the head.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    """Convolution that keeps the size, batch normalisation, ReLU."""
+    """Build a convolution that keeps the size, batch normalisation, ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -36,7 +36,7 @@ class FCNHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give a value for each class, (B, D, H, W) to (B, classes, H, W)."""
+        """Compute the logits of each class, (B, D, H, W) to (B, classes, H, W)."""
         logits: Tensor = self.layers(x)
         return logits
 
@@ -74,17 +74,19 @@ class UPerHead(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, maps: Mapping[str, Tensor]) -> Tensor:
-        """Give a value for each class at the places of the finest map, (B, classes, H, W).
+        """Compute the logits of each class at each place of the finest map, (B, classes, H, W).
 
         Args:
-            maps: (B, D, H / 2^level, W / 2^level), finest first, as `mvmae.dense.ViTPyramid` gives them.
+            maps: (B, D, H / 2^level, W / 2^level), finest first, as `mvmae.dense.ViTPyramid` returns them.
 
         Raises:
             ValueError: if the head is trained on one image at a time: batch normalisation of a map pooled to 1 x 1 needs two.
         """
         *finer, coarsest = maps.values()
         if self.training and len(coarsest) < 2:
-            raise ValueError("UPerHead is trained on 1 image: at least 2 are expected, or its batch normalisation in eval mode")
+            raise ValueError(
+                "UPerHead must be trained on at least 2 images, got 1: use a larger batch, or batch normalisation in eval mode"
+            )
         pooled = [_resize(pool(coarsest), coarsest) for pool in self.pools]
         x = self.bottleneck(torch.cat([coarsest, *pooled], 1))
         levels = [x]

@@ -84,7 +84,7 @@ def join_windows(windows: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _project(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Give q R_h, (..., N, rows), and q R_w, (..., N, columns)."""
+    """Compute q R_h, (..., N, rows), and q R_w, (..., N, columns)."""
     grid = q.unflatten(2, window)
     rel_h = torch.einsum("bnhwd,hkd->bnhwk", grid, _vectors(rel_pos_h, window[0]).to(q.dtype))
     rel_w = torch.einsum("bnhwd,wkd->bnhwk", grid, _vectors(rel_pos_w, window[1]).to(q.dtype))
@@ -92,7 +92,7 @@ def _project(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, window: tuple[int,
 
 
 def _vectors(table: Tensor, size: int) -> Tensor:
-    """Give the vector of each pair of ``size`` places, (size, size, d), from those of all distances, (2 n - 1, d)."""
+    """Return the vector of each pair of ``size`` places, (size, size, d), from those of all distances, (2 n - 1, d)."""
     if len(table) != 2 * size - 1:
         table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
     place = torch.arange(size, device=table.device)
@@ -100,6 +100,6 @@ def _vectors(table: Tensor, size: int) -> Tensor:
 
 
 def _places(window: tuple[int, int], like: Tensor) -> Tensor:
-    """Give [onehot(row), onehot(column)] of each patch in a window, (N, rows + columns)."""
+    """Return [onehot(row), onehot(column)] of each patch in a window, (N, rows + columns)."""
     rows, columns = (torch.eye(size, dtype=like.dtype, device=like.device) for size in window)
     return torch.cat([rows.repeat_interleave(len(columns), 0), columns.repeat(len(rows), 1)], 1)

@@ -1,4 +1,4 @@
-"""Models out of a run and into one: exports for timm, transformers and the Hub, their card, and other people's weights."""
+"""Export models to timm, transformers and the Hub with a model card, and load weights of others."""
 
 from .card import license_warning as license_warning
 from .card import write_card as write_card

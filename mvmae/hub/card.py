@@ -31,13 +31,13 @@ NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|amlr|seer-license")
 
 
 def license_warning(started_from: Mapping[str, str]) -> str | None:
-    """Give a line to warn with where trained weights are not free for all, because those they started from are not.
+    """Return a warning, one line, if the weights that training started from are not free for everybody.
 
     Args:
         started_from: ``weights``, a name, and ``license``, as the Hub spells it.
 
     Returns:
-        None where the weights are free, and where there are none: a run from nothing is its owner's.
+        The warning; None if the weights are free, or if the run started from nothing and so belongs to its owner.
     """
     weights, license = started_from.get("weights"), started_from.get("license", "unknown").lower()
     if not weights:
@@ -52,7 +52,7 @@ def license_warning(started_from: Mapping[str, str]) -> str | None:
 
 
 def code(value: object) -> str:
-    """Quote a text of others for Markdown: in one line, as code, where neither HTML nor Markdown is read."""
+    """Quote somebody else's text for Markdown: as code in one line, in which neither HTML nor Markdown acts."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(value)).strip()
     if not text:
         return "(empty)"  # two backticks alone would open a code span that the next quoted text closes
@@ -76,14 +76,14 @@ def write_card(
 
     Args:
         folder: as `export` wrote it; a ``curves.png`` there is shown.
-        repo: ``owner/name`` of the repository that it is for.
+        repo: ``owner/name`` of the repository that the card is for.
         datasets: names of the images it was trained on, as the Hub has them.
-        license: of the weights, as the Hub spells it; what the export says where None, ``apache-2.0`` where that says nothing.
-        metrics: what was measured on these weights; nothing else belongs here.
-        command: that trained them.
-        commit: of this package.
-        hardware: that it ran on.
-        settings: of the run, of which `PUBLISHED_SETTINGS` are shown.
+        license: licence of the weights, as the Hub spells it; where None, the export's, else ``apache-2.0``.
+        metrics: results measured on these weights, and on no others.
+        command: the command that trained them.
+        commit: the commit of this package.
+        hardware: the machine of the training.
+        settings: settings of the run; the card shows those in `PUBLISHED_SETTINGS`.
 
     Returns:
         The card's path.

@@ -46,7 +46,7 @@ PUBLISHED = [
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Give what rebuilds a `MultiViewMAE`, or a ViT of timm, as JSON and a checkpoint can hold it.
+    """Return what rebuilds a `MultiViewMAE` or a ViT of timm, in types that JSON and a checkpoint can hold.
 
     Raises:
         WeightsError: if JSON cannot hold it.
@@ -61,7 +61,7 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     """Build the untrained model that `describe` described.
 
     Raises:
-        WeightsError: if it describes none.
+        WeightsError: if the description fits no model.
     """
     with building("this description"):
         return MultiViewMAE(**pretraining_arguments(description)) if "encoder" in description else build_encoder(description)
@@ -71,7 +71,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str
     """Load weights that fit a model exactly.
 
     Raises:
-        WeightsError: naming ``source`` and what is missing, unexpected or of another shape; the model is then untouched.
+        WeightsError: with ``source`` and the names that are missing, unexpected or of another shape; the model stays as it was.
     """
     check_weights(weights, model.state_dict(), source=source)
     model.load_state_dict(weights)
@@ -94,30 +94,30 @@ def export(
     """Write a model for everyone: ``config.json`` and ``model.safetensors`` hold its encoder as a plain ViT of timm.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads them where this package is not installed. A classifier
-    head goes along. Of a `MultiViewMAE` the whole is written too, for `MultiViewMAE.from_pretrained`.
+    head is written too, and the whole of a `MultiViewMAE`, for `MultiViewMAE.from_pretrained`.
 
     Args:
         model: a `MultiViewMAE`, or a plain ViT of timm, fine-tuned or not; compiled or in a data-parallel wrapper, too.
         folder: where to write; files there are replaced.
-        mean: of each channel, in 0 to 1, that the images were normalised with; what the encoder's cfg says where None.
-        std: likewise.
-        interpolation: how images are to be resized.
+        mean: mean of each channel, in 0 to 1, by which the images were normalised; where None, the encoder's cfg has it.
+        std: standard deviation of each channel, likewise.
+        interpolation: how to resize images.
         crop_pct: share of the resized image's side that is kept at test time.
         label_names: names of the classes, in the order of the head.
-        license: of the weights, as the Hub spells it, such as ``apache-2.0``; that of the weights it started from where None,
-            else that of the encoder's cfg.
+        license: licence of the weights, as the Hub spells it, such as ``apache-2.0``; where None, that of the weights that
+            training started from, else that of the encoder's cfg.
         started_from: ``weights`` (a name) and ``license`` of what the training started from, if not from nothing, ``repo`` on
             the Hub if known, and ``training``, how they were trained since; the card says so, and a warning where the licence
             does not let everybody use them.
         training: how the weights were trained, for the card, such as "fine-tuned for classification"; that of a
             `MultiViewMAE` where None.
-        background: colour that transparent pixels were laid on, for those who use it.
+        background: colour behind transparent pixels in training, for users of the export.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: if it is not a plain ViT.
+        TypeError: if the model is not a plain ViT.
         ValueError: if mean, std or names do not fit the model.
         WeightsError: if timm could not rebuild the encoder, or a weight is NaN or infinite.
     """
@@ -154,14 +154,16 @@ def _timm_config(
     preprocessing: Mapping[str, Any],
     label_names: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Give a config.json of which timm rebuilds the encoder, and transformers too (so without num_classes in model_args)."""
+    """Return the config.json of which timm and transformers rebuild the encoder (so without num_classes in model_args)."""
     chans, cfg = vit.patch_embed.proj.in_channels, getattr(vit, "pretrained_cfg", None) or {}
     statistics = {"mean": list(mean or cfg.get("mean") or ()), "std": list(std or cfg.get("std") or ())}
     for name, values in statistics.items():
         if len(values) != chans:
-            raise ValueError(f"{name} {values} has {len(values)} numbers: one for each of the {chans} channels is expected")
+            raise ValueError(f"{name} must have one number for each of the {chans} channels, got {len(values)}: {values}")
     if label_names is not None and len(label_names) != vit.num_classes:
-        raise ValueError(f"{len(label_names)} label names do not fit a head of {vit.num_classes} classes")
+        raise ValueError(
+            f"label_names must have one name for each of the {vit.num_classes} classes of the head, got {len(label_names)}"
+        )
     description = describe_encoder(vit)
     return {
         "architecture": description["architecture"],
@@ -199,12 +201,12 @@ def published(folder: str | Path) -> list[Path]:
     """List the files of an exported folder that `push` uploads.
 
     Raises:
-        WeightsError: if there is no export, or one of the files is a link, which could point to anything of its owner's.
+        WeightsError: if there is no export, or one of the files is a link, which could point to any file of the user.
     """
     folder = Path(folder)
     found = [folder / name for name in PUBLISHED if os.path.lexists(folder / name)]
     if folder / WEIGHTS_FILE not in found:
-        raise WeightsError(f"{folder} holds no {WEIGHTS_FILE}: a folder written by mvmae's export is expected")
+        raise WeightsError(f"{folder} holds no {WEIGHTS_FILE}: name a folder that mvmae's export has written")
     for path in found:
         above = {path.parent} - {folder}
         if any(part.is_symlink() for part in {path} | above) or not path.is_file():
@@ -216,10 +218,10 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str =
     """Upload an exported folder to a repository of the Hub, in one commit.
 
     Args:
-        folder: as `export` and `write_card` wrote it; what is not among its `published` files stays where it is.
-        repo: ``owner/name``; created unless it is there.
-        private: create it as a private one.
-        message: of the commit.
+        folder: as `export` and `write_card` wrote it; only its `published` files are uploaded.
+        repo: ``owner/name``; created if it does not exist.
+        private: whether to create a private repository.
+        message: message of the commit.
 
     Returns:
         The commit, for ``hf-hub:owner/name@commit``.

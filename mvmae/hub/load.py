@@ -1,4 +1,4 @@
-"""Weights that others wrote, read into an encoder or a pretraining model: whole, or not at all."""
+"""Load weights of others into an encoder or a pretraining model: completely, or not at all."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def load_encoder(encoder: nn.Module, source: str | Path, *, revision: str | None
     """Load an encoder's weights, resized and adapted to it as timm does.
 
     Args:
-        encoder: a plain ViT of timm, untouched where this fails.
+        encoder: a plain ViT of timm; after an error it is as it was.
         source: a file (safetensors, or PyTorch's with nothing but weights; timm's layout, MAE's, or a pretraining checkpoint
             of this package, with any prefix before the encoder's names), a folder that timm reads, or a repository of the Hub
             that holds ``model.safetensors``.
@@ -36,7 +36,7 @@ def load_encoder(encoder: nn.Module, source: str | Path, *, revision: str | None
 
     Raises:
         TypeError: if the encoder is not a plain ViT.
-        WeightsError: if the weights cannot be had, or do not fit, naming what is missing, unexpected or of another shape.
+        WeightsError: if the weights cannot be found or read, or do not fit, with the names that do not.
     """
     path, encoder = _find(source, WEIGHTS_FILE, revision), unwrap(encoder)
     encoder.load_state_dict(_encoder_weights(read_weights(path), encoder, path))
@@ -46,13 +46,13 @@ def load_pretraining(model: MultiViewMAE, source: str | Path, *, revision: str |
     """Load the weights of a whole pretraining model, with positions resized as timm does.
 
     Args:
-        model: untouched where this fails.
+        model: a pretraining model; after an error it is as it was.
         source: a file (this package's, or MAE's with its decoder, with any prefix before all names), a folder or a repository
             of the Hub that hold ``pretraining.safetensors``.
         revision: branch, tag or commit of the repository.
 
     Raises:
-        WeightsError: if the weights cannot be had, or do not fit, naming what is missing, unexpected or of another shape.
+        WeightsError: if the weights cannot be found or read, or do not fit, with the names that do not.
     """
     path, model = _find(source, in_export(source, PRETRAINING_FILE), revision), cast(MultiViewMAE, unwrap(model))
     weights = plain_names(read_weights(path))
@@ -67,7 +67,7 @@ def load_pretraining(model: MultiViewMAE, source: str | Path, *, revision: str |
     others = {name: value for name, value in weights.items() if not name.startswith("encoder.")}
     if len(others) == len(weights):
         raise WeightsError(
-            f"{path} holds no encoder.* (but {', '.join(list(weights)[:3])}, ...): use load_encoder for an encoder"
+            f"{path} must hold encoder.*, got {', '.join(list(weights)[:3])}, ...: use load_encoder for an encoder"
         )
     encoder = _encoder_weights(weights, model.encoder, path)
     weights = {**{f"encoder.{name}": value for name, value in encoder.items()}, **others}
@@ -104,7 +104,7 @@ def _from_mae(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         table = sincos_table(positions.shape[2], (side, side)).to(positions)
         if side * side + 1 != positions.shape[1] or not torch.allclose(positions[0, 1:], table, atol=1e-4):
             raise WeightsError(
-                f"{path}: decoder_pos_embed is not the fixed sine-cosine table of a square grid, which is all there is here"
+                f"{path}: decoder_pos_embed must be the fixed sine-cosine table of a square grid: load its encoder alone"
             )
     renamed = {}
     for name, value in weights.items():

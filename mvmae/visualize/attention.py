@@ -14,17 +14,17 @@ from ..masked_vit import check_encoder
 
 @torch.no_grad()
 def attention_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
-    """Give the attention weights of each block.
+    """Return the attention weights of each block.
 
     Args:
-        encoder: any plain ViT of timm; put in eval mode meanwhile.
+        encoder: any plain ViT of timm; it is in eval mode during the call.
         images: (B, C, H, W), normalised.
 
     Returns:
-        for each block, first to last, (B, A, N, N): row i says what token i takes from which token, and sums to 1.
+        for each block, first to last, (B, A, N, N): row i holds the share that token i takes from each token, and sums to 1.
 
     Raises:
-        TypeError: if it is not a plain ViT.
+        TypeError: if the encoder is not a plain ViT.
     """
     vit: Any = check_encoder(encoder)
     found: list[Tensor] = []
@@ -51,10 +51,10 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
     """Multiply the blocks' attention, averaged over heads and with the residual connection counted as half.
 
     Args:
-        maps: as `attention_maps` gives them.
+        maps: the result of `attention_maps`.
 
     Returns:
-        (B, N, N): row i says what token i of the last block has from which patch or prefix token, and sums to 1.
+        (B, N, N): row i holds the share that token i of the last block has from each patch and prefix token, and sums to 1.
     """
     total: Tensor | None = None
     for weights in maps:
@@ -62,17 +62,17 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
         mixed.diagonal(dim1=1, dim2=2).add_(0.5)
         total = mixed if total is None else mixed @ total
     if total is None:
-        raise ValueError("there are no attention maps: those of one block or more are expected")
+        raise ValueError("maps must hold the attention of at least one block, got none")
     return total
 
 
 def patch_heat(weights: Tensor, grid: tuple[int, int], *, query: str = "mean") -> Tensor:
-    """Give what each patch contributes.
+    """Return the share that each patch contributes.
 
     Args:
         weights: (B, N, N), rows that sum to 1: of `rollout`, or one block's attention averaged over heads.
         grid: h and w.
-        query: ``"token"`` for what the class token takes from them, ``"mean"`` for what the patches take on average.
+        query: ``"token"``, the share that the class token takes from each patch, or ``"mean"``, the patches' average.
 
     Returns:
         (B, h, w), above 0, with a sum of at most 1.
@@ -82,7 +82,7 @@ def patch_heat(weights: Tensor, grid: tuple[int, int], *, query: str = "mean") -
     """
     prefix = weights.shape[1] - grid[0] * grid[1]
     if query not in ("mean", "token") or (query == "token" and prefix < 1):
-        raise ValueError(f"query is {query!r} with {prefix} prefix tokens: 'mean', or 'token' with at least 1, is expected")
+        raise ValueError(f"query must be 'mean', or 'token' with a prefix token, got {query!r} with {prefix} prefix tokens")
     rows = weights[:, 0] if query == "token" else weights[:, prefix:].mean(dim=1)
     heat: Tensor = rows[:, prefix:].unflatten(1, grid)
     return heat
