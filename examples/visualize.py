@@ -15,7 +15,6 @@ Leaves a PNG for each kind of picture, and its tiles one by one in a folder besi
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from engine.cli import option, run
 from engine.distributed import start_processes
 from engine.ends import Stop
 from engine.log import write_text
-from mvmae.data import ImageError, ImageSource, open_images
+from mvmae.data import ImageSource, open_images
 from mvmae.masked_vit import check_encoder
 from mvmae.metrics import variance_explained
 from mvmae.visualize import (
@@ -47,13 +46,12 @@ from mvmae.visualize import (
     to_unit_range,
 )
 from tasks.backbones import load_backbone
+from tasks.drawn_images import properties, shown, spread, take
 from tasks.inputs import normalize
 from tasks.plots import plot
 from tasks.starting import with_background
 
 DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions", "method")
-GROUPS = 10
-"""Groups of images by brightness, contrast and lit area, equally large."""
 Sheet = dict[str, Any]
 """The arguments of `contact_sheet`."""
 
@@ -104,44 +102,6 @@ def load(config: Config, name: str, device: torch.device) -> Model:
 
 def _size(config: Config) -> tuple[int, int] | None:
     return (config.image_size[0], config.image_size[-1]) if config.image_size else None
-
-
-def take(source: ImageSource, count: int, transform: Any, seed: int) -> tuple[Tensor, Tensor]:
-    """Give up to ``count`` images that can be read, drawn once for each seed, (B, C, H, W) uint8, and labels, -1 for none."""
-    found: list[Tensor] = []
-    labels: list[int] = []
-    for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(found) == count:
-            break
-        try:
-            image, label = source[index]
-            found.append(transform(image))
-            labels.append(-1 if label is None else label)
-        except ImageError as error:
-            print(f"left out: {error}")
-    if not found:
-        raise Stop(f"none of {len(source)} images can be read", 1)
-    return torch.stack(found), torch.tensor(labels)
-
-
-def shown(images: Tensor) -> Tensor:
-    """Give images (B, C, H, W) uint8 in [0, 1]."""
-    return images.float() / 255
-
-
-def spread(images: Tensor, labels: Tensor) -> Tensor:
-    """Return an order (B,) of images (B, C, H, W) to draw: classes take turns, those with colour and contrast first.
-
-    Images without a class stay in their order.
-    """
-    seen: Counter[int] = Counter()
-    colour = (images.amax(1) - images.amin(1)).float().mean((1, 2))
-    scores = torch.stack([colour * images.float().mean(1).std((1, 2)), colour], dim=1)
-    keys = []
-    for label, score in zip(labels.tolist(), (-scores).tolist(), strict=True):
-        keys.append((seen[label], *score) if label >= 0 else (0, 0, 0))
-        seen[label] += 1
-    return torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
 
 
 def draw_attention(models: Sequence[Model], images: Tensor) -> Sheet:
@@ -200,19 +160,6 @@ def draw_neighbours(models: Sequence[Model], images: Tensor, bank: Tensor, k: in
         return {"columns": columns, "titles": titles}
     note = f"Tick: a neighbour of the image's own class; cross: of another class. Of the own class: {', '.join(counts)}."
     return {"columns": columns, "titles": titles, "marks": marks, "note": note}
-
-
-def properties(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Group images (B, C, H, W) uint8 by what can be seen without a model, and by class where all have one; each (B,)."""
-    grey = shown(images).mean(dim=1).flatten(1)
-    lit = grey > 0.1  # leaves a black background out
-    seen = {
-        "brightness": (grey * lit).sum(1) / lit.sum(1).clamp_min(1),
-        "contrast": grey.std(1),
-        "lit area": lit.float().mean(1),
-    }
-    groups = {name: values.argsort().argsort() * GROUPS // len(values) for name, values in seen.items()}
-    return groups if (labels < 0).any() else groups | {"class": labels}
 
 
 @torch.no_grad()

@@ -1,0 +1,64 @@
+"""The images that are drawn: which ones, in which order, and what can be seen on them without a model."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.ends import Stop
+from mvmae.data import ImageError, ImageSource
+
+GROUPS = 10
+"""Groups of images by brightness, contrast and lit area, equally large."""
+
+
+def take(source: ImageSource, count: int, transform: Any, seed: int) -> tuple[Tensor, Tensor]:
+    """Give up to ``count`` images that can be read, drawn once for each seed, (B, C, H, W) uint8, and labels, -1 for none."""
+    found: list[Tensor] = []
+    labels: list[int] = []
+    for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
+        if len(found) == count:
+            break
+        try:
+            image, label = source[index]
+            found.append(transform(image))
+            labels.append(-1 if label is None else label)
+        except ImageError as error:
+            print(f"left out: {error}")
+    if not found:
+        raise Stop(f"none of {len(source)} images can be read", 1)
+    return torch.stack(found), torch.tensor(labels)
+
+
+def shown(images: Tensor) -> Tensor:
+    """Give images (B, C, H, W) uint8 in [0, 1]."""
+    return images.float() / 255
+
+
+def spread(images: Tensor, labels: Tensor) -> Tensor:
+    """Return an order (B,) of images (B, C, H, W) to draw: classes take turns, those with colour and contrast first.
+
+    Images without a class stay in their order.
+    """
+    seen: Counter[int] = Counter()
+    colour = (images.amax(1) - images.amin(1)).float().mean((1, 2))
+    scores = torch.stack([colour * images.float().mean(1).std((1, 2)), colour], dim=1)
+    keys = []
+    for label, score in zip(labels.tolist(), (-scores).tolist(), strict=True):
+        keys.append((seen[label], *score) if label >= 0 else (0, 0, 0))
+        seen[label] += 1
+    return torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+
+
+def properties(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Group images (B, C, H, W) uint8 by what can be seen without a model, and by class where all have one; each (B,)."""
+    grey = shown(images).mean(dim=1).flatten(1)
+    lit = grey > 0.1  # leaves a black background out
+    seen = {
+        "brightness": (grey * lit).sum(1) / lit.sum(1).clamp_min(1),
+        "contrast": grey.std(1),
+        "lit area": lit.float().mean(1),
+    }
+    groups = {name: values.argsort().argsort() * GROUPS // len(values) for name, values in seen.items()}
+    return groups if (labels < 0).any() else groups | {"class": labels}
