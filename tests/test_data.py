@@ -470,7 +470,7 @@ def run_with_noise(body):
         from mvmae.data import MultiViewDataset, StepSampler
         from mvmae.data.folders import ImageSource
         from mvmae.data.loader import make_loader
-        from mvmae.views import MultiViewTransform
+        from mvmae.data.views import MultiViewTransform
 
         class Noise(ImageSource):
             def image(self, index):
