@@ -15,6 +15,7 @@ from running import EXAMPLES, run_processes, run_script
 from mvmae import CentreCropTransform, MultiViewMAE, MultiViewTransform, hub, projection_mlp
 from mvmae.data import AugmentedViews, MultiViewDataset, RepeatedSource, measure_channels, open_images
 from mvmae.hub import license_warning
+from mvmae.hub.export import PRETRAINED
 from mvmae.metrics import linear_cka, mean_cosine
 
 sys.path.append(str(EXAMPLES))
@@ -196,7 +197,7 @@ def test_f45_a_run_from_nothing_claims_no_pretraining_and_warns_of_nothing(
     vit = tiny_vit(num_classes=2)
     save_classifier(vit, tmp_path / "out", ("cat", "dog"), start_of)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    expected = trained or f"{hub.PRETRAINED}, then fine-tuned for classification"
+    expected = trained or f"{PRETRAINED}, then fine-tuned for classification"
     assert config["training"] == expected and "started_from" not in config and caplog.records == []
     card = hub.write_card("out", repo="me/mine").read_text()
     assert f"- Weights: `{expected}`" in card and "**Licence:**" not in card

@@ -145,7 +145,7 @@ def test_f62_of_a_repository_only_safetensors_are_read(tmp_path):
             calls.append(f"create('hf-hub:me/{name}')")
         calls.append("timm.create_model('hf-hub:me/mvmae_vit_tiny_patch16', pretrained=True)")
         for message in said(tmp_path, server.endpoint, *calls):
-            assert "names 'evil.bin' as its weights: of a repository only .safetensors are read" in message
+            assert "names 'evil.bin' as its weights: from a repository only .safetensors are read" in message
         assert not any("evil.bin" in request for request in server.requests)
 
 
