@@ -29,15 +29,13 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine.checkpoint import open_run
-from engine.cli import changeable, inherit, option, run
+from engine.cli import inherit, option, run
 from engine.config import RunConfig
 from engine.distributed import autocast, parallel, start_processes
 from engine.ends import Stop
-from engine.log import Log, write_text
+from engine.log import write_text
 from engine.optim import cosine_schedule
-from engine.run import Course
-from engine.snapshot import restore
+from engine.run import Run
 from mvmae.data import Loader, StepSampler, sample_seed
 from mvmae.hub import describe
 from tasks import labelled
@@ -173,29 +171,22 @@ class FineTuning:
         self.sampler.num_steps = min(self.steps, config.max_steps or self.steps)
         self.schedule = build_schedule(config, self.optimizer, self.sampler.steps_per_epoch)
         self.transform = training_transform(config, self.model)
-        fingerprints = [part.fingerprint for part in (self.data.train, self.data.val)]
-        self.settings = {**dataclasses.asdict(config), "images": fingerprints}
         self.resume_or_start()
 
     def resume_or_start(self) -> None:
         """Take everything back from the newest checkpoint."""
-        state = open_run(self.folder, self.settings, changeable(Config), resume=self.config.resume, processes=self.processes)
-        if state:
-            modules = {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
-            restore(state, self.folder, modules, self.optimizer, {"best": self.best})
-            self.sampler.start_step, self.best = state["step"], state["best"]
-        self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
+        run = Run(self.config, self.processes, [part.fingerprint for part in (self.data.train, self.data.val)])
+        modules = {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
+        self.log = run.take_up(modules, self.optimizer, {"best": self.best}, last=self.sampler.num_steps or 0)
+        self.sampler.start_step, self.best = run.step, run.found["best"] if run.found else self.best
         self.log.say(summary(self.model, self.config.image_size))
         self.log.say(told(self.start))
         self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}{self.clamped}")
-        last = self.sampler.num_steps or 0
-        self.course = Course(self.config, self.folder, self.log, self.processes, self.model, self.state, state, last=last)
+        self.course = run.course(self.about)
 
-    def state(self) -> dict[str, Any]:
-        """Give all that depends on the steps so far, and what an export needs."""
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
-        parts |= {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
-        parts |= {"label_names": list(self.data.class_names), "settings": self.settings}
+    def about(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides weights and options: the best accuracy, and what an export needs."""
+        parts = {"best": self.best, "label_names": list(self.data.class_names)}
         parts |= {"start": self.start, "training": classified(self.start)}
         if isinstance(self.model, VisionTransformer | Eva):
             parts["description"] = describe(self.model)

@@ -26,15 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import open_run
-from engine.cli import changeable, inherit, option, run
+from engine.cli import inherit, option, run
 from engine.config import RunConfig
+from engine.course import Course
 from engine.distributed import Processes, autocast, parallel, start_processes
 from engine.ends import StopSignal
-from engine.log import Log, write_text
+from engine.log import write_text
 from engine.optim import cosine_schedule
-from engine.run import Course
-from engine.snapshot import restore
+from engine.run import Run
 from mvmae.data import StepSampler
 from tasks import labelled
 from tasks.backbones import load_backbone, summary
@@ -180,8 +179,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     """Measure one model, in a folder of its own, and give its results."""
     config = with_background(config, name, config.arch)
     folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
-    settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
-    state = open_run(folder, settings, changeable(Config), resume=config.resume, processes=processes)
+    run = Run(config, processes, [data.train.fingerprint, data.val.fingerprint], folder, model=name)
     torch.manual_seed(config.seed)
     stop.interruptible = True  # a signal may cut the extraction of features
     model = freeze(load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
@@ -203,17 +201,11 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     sampler = StepSampler(length, config.batch_size, seed=config.seed, **group)
     steps = config.epochs * sampler.steps_per_epoch
     sampler.num_steps = min(steps, config.max_steps or steps)
-    if state:
-        restore(state, folder, {"probe": probe}, optimizer)
-        sampler.start_step = state["step"]
-    log = Log(folder, processes.rank, sampler.num_steps, sampler.start_step)
+    log = run.take_up({"probe": probe}, optimizer, last=sampler.num_steps)
+    sampler.start_step = run.step
     log.say(f"{name}: {summary(model, config.image_size)}")
     log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}{clamped}")
-
-    def content() -> dict[str, Any]:
-        return {"probe": probe.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings}
-
-    course = Course(config, folder, log, processes, probe, content, state, last=sampler.num_steps, stop=stop)
+    course = run.course(stop=stop)
     features = batches(config, model, sampler, data, train_set if config.cached else None, processes)
     with course:
         train(config, probe, optimizer, features, sampler, val, processes, course)

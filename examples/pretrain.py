@@ -11,7 +11,6 @@
 The defaults are the paper's, or MAE's where the paper is silent. Add --resume to go on with a run that was cut.
 """
 
-import dataclasses
 import shlex
 import sys
 import time
@@ -25,14 +24,11 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 import mvmae
-from engine.checkpoint import open_run
-from engine.cli import changeable, run
+from engine.cli import run
 from engine.distributed import autocast, parallel, start_processes
 from engine.ends import Stop
-from engine.log import Log
 from engine.optim import cosine_schedule
-from engine.run import Course
-from engine.snapshot import restore
+from engine.run import Run
 from mvmae.data import Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
 from mvmae.hub import describe, export
 from mvmae.metrics import collapse_warning
@@ -134,7 +130,6 @@ class Pretraining:
         self.freeze = Freeze(self.model.encoder, round(config.freeze_epochs * steps_per_epoch))
         self.schedule = cosine_schedule(self.optimizer, self.steps, round(config.warmup_epochs * steps_per_epoch))
         self.description = describe(self.model)
-        self.settings = {**dataclasses.asdict(config), "images": self.source.fingerprint}
         self.monitor = Monitor(
             splits,
             centre,
@@ -153,13 +148,12 @@ class Pretraining:
 
     def resume_or_start(self) -> None:
         """Take everything back from the newest checkpoint, or look at the encoder as it is before."""
-        state = open_run(self.folder, self.settings, changeable(Config), resume=self.config.resume, processes=self.processes)
-        if state:
-            followed = torch.empty(0, self.model.encoder.embed_dim) if state.get("start_features") is not None else None
-            also: dict[str, Any] = {"before": {}, "start_features": followed}
-            restore(state, self.folder, {"model": self.model}, self.optimizer, also)
-            self.sampler.start_step = state["step"]
-        self.log = Log(self.folder, self.processes.rank, self.sampler.num_steps or 0, self.sampler.start_step)
+        run = Run(self.config, self.processes, self.source.fingerprint)
+        found = run.found or {}
+        followed = torch.empty(0, self.model.encoder.embed_dim) if found.get("start_features") is not None else None
+        also: dict[str, Any] = {"before": {}, "start_features": followed}
+        self.log = run.take_up({"model": self.model}, self.optimizer, also, last=self.sampler.num_steps or 0)
+        self.sampler.start_step = run.step
         self.log.say(summary(self.model.encoder))
         listed = f"{len(self.source)} images, listed in {self.listing:.1f} s"
         about = f"{listed}, {self.steps} steps of {self.config.batch_size}, learning rate {self.lr:.3g}"
@@ -167,10 +161,9 @@ class Pretraining:
         self.log.say(f"{self.note}; {self.monitor.note}")
         if self.start:
             self.log.say(told(self.start))
-        self.monitor.start = state["start_features"] if state else None
-        self.before = state["before"] if state else self.look(0)
-        last = self.sampler.num_steps or 0
-        self.course = Course(self.config, self.folder, self.log, self.processes, self.model, self.state, state, last=last)
+        self.monitor.start = found.get("start_features")
+        self.before = found["before"] if found else self.look(0)
+        self.course = run.course(self.about)
 
     def transform(self) -> Callable[..., Tensor]:
         """Make what takes V views of an image."""
@@ -218,12 +211,10 @@ class Pretraining:
                 self.log.say(f"warning: {warning}")
         return found
 
-    def state(self) -> dict[str, Any]:
-        """Give all that depends on the steps so far, and what an export needs."""
-        weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def about(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides weights and options: what an export needs, and the first look."""
         about = {"description": self.description, "mean": self.mean, "std": self.std, "command": shlex.join(sys.argv)}
-        start = {"start": self.start, "start_features": self.monitor.start, "before": self.before}
-        return {**weights, **about, **start, "settings": self.settings}
+        return {**about, "start": self.start, "start_features": self.monitor.start, "before": self.before}
 
 
 def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int) -> mvmae.Losses:

@@ -31,10 +31,10 @@ sys.path.insert(0, str(EXAMPLES))
 from timm.optim import Lars
 
 from engine import checkpoint, locks, snapshot
+from engine.course import Course
 from engine.distributed import Processes
 from engine.ends import Stop
 from engine.log import Log, write_text
-from engine.run import Course
 
 STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
 ALONE = Processes(0, 1, torch.device("cpu"), None)

@@ -19,9 +19,9 @@ from tiny_run import ARGUMENTS, SMALL, end_of, losses, pretrain, start, wait_for
 sys.path.insert(0, str(EXAMPLES))
 
 from engine import checkpoint
+from engine.course import Course
 from engine.distributed import Processes
 from engine.log import Log, printable
-from engine.run import Course
 
 # ---------------------------------------------------------------------------------- signals to every script that trains
 

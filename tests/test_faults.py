@@ -24,10 +24,10 @@ from tiny_run import ARGUMENTS, assert_identical, end_of, losses, pretrain, star
 sys.path.insert(0, str(EXAMPLES))
 
 from engine import checkpoint
+from engine.course import Course
 from engine.distributed import Processes
 from engine.ends import PATIENCE, Stop
 from engine.log import Log
-from engine.run import Course
 
 ROOT = Path(__file__).parents[1]
 STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]

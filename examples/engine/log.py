@@ -3,9 +3,15 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.distributed import Processes
 
 
 class Log:
@@ -120,3 +126,26 @@ def open_outputs() -> None:
 def printable(text: str, keep: str = "") -> str:
     """Show control characters as escapes, which could otherwise change a terminal or forge a line, but for those to keep."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+class Meter:
+    """Means of named numbers over the steps since the last line of the log, kept on the device until then."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self.steps = processes, 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Count one step's numbers, scalars on the device."""
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value.detach() if self.steps else value.detach().clone()
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Give the mean of each over steps and processes, and start again; nothing where no step was counted."""
+        if not self.steps:
+            return {}
+        names, sums = list(self.sums), torch.stack(list(self.sums.values()))
+        values = (self.processes.mean(sums) / self.steps).tolist()
+        self.sums, self.steps = {}, 0
+        return dict(zip(names, values, strict=True))

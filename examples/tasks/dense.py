@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
-from engine.checkpoint import load_checkpoint, open_run, same_everywhere
-from engine.cli import changeable, option
+from engine.checkpoint import load_checkpoint, same_everywhere
+from engine.cli import option
 from engine.config import REQUIRED, RunConfig
 from engine.distributed import Processes, autocast, parallel
 from engine.ends import Stop
-from engine.log import Log
-from engine.run import Course
+from engine.run import Run
 from engine.snapshot import restore
 from mvmae.data import FileSource, Key, NamedImages, StepSampler, make_loader, sample_seed
 from mvmae.dense import WindowedViT
@@ -170,21 +169,14 @@ def fit(
     last = min(config.steps, config.max_steps or config.steps)
     where = {"rank": processes.rank, "world_size": processes.world_size}
     sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **where)
-    settings = {**dataclasses.asdict(config), "images": images}
-    state = open_run(folder, settings, changeable(type(config)), resume=config.resume, processes=processes)
-    if state:
-        restore(state, folder, {"model": model}, optimizer)
-        sampler.start_step = state["step"]
+    run = Run(config, processes, images)
+    log = run.take_up({"model": model}, optimizer, last=last)
+    sampler.start_step = run.step
     pinned = processes.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, collate=collate)
-    log = Log(folder, processes.rank, last, sampler.start_step)
     log.say(f"{config.model}: {summary(trunk, config.image_size)}")
     log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")
-
-    def content() -> dict[str, Any]:
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings}
-
-    course = Course(config, folder, log, processes, model, content, state, last=last)
+    course = run.course()
     model.train()
     trained = parallel(model, processes)
     with course:
