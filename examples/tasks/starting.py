@@ -80,11 +80,7 @@ def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
     """
     if name.startswith("random:"):
         return {}
-    _, file = find_weights(name, arch)
-    if name.startswith("hf-hub:"):
-        config = read_json(locate(name, CONFIG_FILE))
-    else:
-        config = read_json(file.parent / CONFIG_FILE) if file and (file.parent / CONFIG_FILE).is_file() else {}
+    file, config = find_weights(name, arch)[1], _config_beside(name, arch)
     kept, cfg = _texts(config.get("started_from")), _texts(config.get("pretrained_cfg") if config else model.pretrained_cfg)
     license, training = "" if file and not config else cfg.get("license", ""), _texts(config).get("training", "")
     if not kept and not training:
@@ -96,6 +92,13 @@ def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
     if license and not (license_warning(kept) and kept.get("license") != "unknown"):
         kept["license"] = license
     return kept | ({"training": training} if training else {})
+
+
+def _config_beside(name: str, arch: str) -> dict[str, Any]:
+    """Read the config.json that lies beside a model's weights; empty where none does."""
+    file = locate(name, CONFIG_FILE) if name.startswith("hf-hub:") else find_weights(name, arch)[1]
+    described = file and file.with_name(CONFIG_FILE)
+    return read_json(described) if described and described.is_file() else {}
 
 
 def _texts(content: Any) -> dict[str, str]:
@@ -122,10 +125,7 @@ def with_background(config: Config, name: str, arch: str = "") -> Config:
         Stop: if there is no such file or folder.
         ValueError: if it is not a colour.
     """
-    wanted = name.removeprefix("random:")
-    file = locate(wanted, CONFIG_FILE) if wanted.startswith("hf-hub:") else find_weights(wanted, arch)[1]
-    described = file and file.with_name(CONFIG_FILE)
-    own = read_json(described).get("background") if described and described.is_file() else None
+    own = _config_beside(name.removeprefix("random:"), arch).get("background")
     chosen: str = config.background or own or "white"
     colour(chosen)
     return dataclasses.replace(config, background=chosen)
