@@ -31,17 +31,17 @@ from torch import nn
 
 from engine.cli import inherit, option, run
 from engine.config import RunConfig
-from engine.distributed import autocast, parallel, start_processes
+from engine.distributed import Processes, autocast, parallel, start_processes
 from engine.ends import Stop
 from engine.log import write_text
 from engine.optim import cosine_schedule
-from engine.run import Run
-from mvmae.data import Loader, StepSampler, sample_seed
+from engine.run import DROPOUT, Run
+from mvmae.data import StepSampler, sample_seed
 from mvmae.hub import describe
 from tasks import labelled
 from tasks.backbones import add_head, classified, load_backbone, save_classifier, summary
 from tasks.inputs import names
-from tasks.labelled import LabelledConfig, Seeded, open_labelled
+from tasks.labelled import LabelledConfig, Part, Seeded, open_labelled
 from tasks.plots import draw_curves
 from tasks.starting import starting_weights, told, with_background
 
@@ -144,136 +144,106 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_e
     return cosine_schedule(optimizer, config.epochs * steps_per_epoch, warmup_steps, config.min_lr)
 
 
-class FineTuning:
-    """All that a run consists of, set up from its options and a checkpoint, if there is one."""
-
-    def __init__(self, config: Config) -> None:
-        config = with_background(config, config.model, config.arch)
-        self.processes = start_processes(config.device)
-        self.device, self.folder, self.first = self.processes.device, Path(config.output_dir), self.processes.rank == 0
-        self.data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
-        config, self.clamped = labelled.clamp_batch(config, len(self.data.train), 2 * self.processes.world_size)
-        self.config = config
-        if config.batch_size // self.processes.world_size % 2:
-            each = f"--batch-size {config.batch_size} on {self.processes.world_size} processes"
-            raise Stop(f"{each}: mixup needs an even number of images on each")
-        torch.manual_seed(config.seed)
-        options = {"drop_path_rate": config.drop_path}
-        self.model = load_backbone(config.model, arch=config.arch, image_size=config.image_size, **options)
-        self.start = starting_weights(self.model, config.model, config.arch)
-        add_head(self.model, len(self.data.class_names), std=config.head_std)
-        self.model.to(self.device).train()
-        self.ema = ModelEmaV3(self.model, decay=config.ema) if config.ema else None
-        self.optimizer, self.best = build_optimizer(config, self.model), -1.0
-        group = {"rank": self.processes.rank, "world_size": self.processes.world_size}
-        self.sampler = StepSampler(len(self.data.train), config.batch_size, seed=config.seed, **group)
-        self.steps = config.epochs * self.sampler.steps_per_epoch
-        self.sampler.num_steps = min(self.steps, config.max_steps or self.steps)
-        self.schedule = build_schedule(config, self.optimizer, self.sampler.steps_per_epoch)
-        self.transform = training_transform(config, self.model)
-        self.resume_or_start()
-
-    def resume_or_start(self) -> None:
-        """Take everything back from the newest checkpoint."""
-        run = Run(self.config, self.processes, [part.fingerprint for part in (self.data.train, self.data.val)])
-        modules = {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
-        self.log = run.take_up(modules, self.optimizer, {"best": self.best}, last=self.sampler.num_steps or 0)
-        self.sampler.start_step, self.best = run.step, run.found["best"] if run.found else self.best
-        self.log.say(summary(self.model, self.config.image_size))
-        self.log.say(told(self.start))
-        self.log.say(f"{self.data.note}; {self.steps} steps of {self.config.batch_size} on {self.device}{self.clamped}")
-        self.course = run.course(self.about)
-
-    def about(self) -> dict[str, Any]:
-        """Return what a checkpoint holds besides weights and options: the best accuracy, and what an export needs."""
-        parts = {"best": self.best, "label_names": list(self.data.class_names)}
-        parts |= {"start": self.start, "training": classified(self.start)}
-        if isinstance(self.model, VisionTransformer | Eva):
-            parts["description"] = describe(self.model)
-        return parts
-
-    def loader(self) -> Loader:
-        """Load the training images of each step."""
-        options: dict[str, Any] = {"workers": self.config.workers, "max_bad": self.config.max_bad}
-        return labelled.training_loader(self.data.train, self.transform, self.sampler, **options)
-
-    @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
-        """Give top-1 and top-5 accuracy in percent, and the loss, over all validation images; keep the best model."""
-        config, model = self.config, self.model if self.ema is None else self.ema.module
-        labels = torch.as_tensor(self.data.val.labels).to(self.device)
-        counts = torch.zeros(4, dtype=torch.float64, device=self.device)
-        loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
-        model.eval()
-        for images, rows in labelled.each_once(
-            self.data.val, Seeded(model, config.image_size, background=config.background), self.processes, **loading
-        ):
-            with autocast(config.precision, self.device):
-                logits = model(images)
-            counts += labelled.count_right(logits, labels[rows])
-        self.model.train()
-        result = labelled.accuracy(self.processes.mean(counts))
-        self.log.write(step=step, **result)
-        for name, wanted in (("best", result["top1"] > self.best), ("last", step == self.sampler.num_steps)):
-            if self.first and wanted:
-                save_classifier(model, self.folder / name, self.data.class_names, self.start, config.background)
-        self.best = max(self.best, result["top1"])
-        return result
-
-
-def train(run: FineTuning) -> None:
-    """Run the steps, validate and save on the way."""
-    config, sampler, course = run.config, run.sampler, run.course
-    model, per_epoch = parallel(run.model, run.processes), sampler.steps_per_epoch
-    mixup, cross_entropy = build_mixup(config, len(run.data.class_names)), SoftTargetCrossEntropy()
-    labels = torch.as_tensor(run.data.train.labels)
-    for step, batch in course.follow(run.loader()):
-        seed = sample_seed(config.seed, -2, step, run.processes.rank)
-        torch.manual_seed(seed)  # for stochastic depth
-        np.random.seed(seed % 2**32)  # for mixup
-        run.schedule.step_update(step - 1)
-        images, target = batch.views.to(run.device, non_blocking=True), labels[batch.indices].to(run.device)
-        images, target = mixup(images, target)  # (B, C, H, W), (B, classes)
-        with autocast(config.precision, run.device):
+@torch.no_grad()
+def validate(config: Config, model: nn.Module, val: Part, processes: Processes) -> dict[str, float]:
+    """Return top-1 and top-5 accuracy in percent, and the loss, over all validation images."""
+    labels = torch.as_tensor(val.labels).to(processes.device)
+    counts = torch.zeros(4, dtype=torch.float64, device=processes.device)
+    loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
+    training = model.training
+    transform = Seeded(model.eval(), config.image_size, background=config.background)
+    for images, rows in labelled.each_once(val, transform, processes, **loading):
+        with autocast(config.precision, processes.device):
             logits = model(images)
-        loss = cross_entropy(logits.float(), target)
-        loss.backward()
-        if course.accepts(step, {"loss": loss}, partial(names, run.data.train, batch.indices)):
-            if config.clip_grad:
-                nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
-            run.optimizer.step()
-            if run.ema is not None:
-                run.ema.update(run.model)
-        run.optimizer.zero_grad(set_to_none=True)
-        course.report(step, epoch=round(step / per_epoch, 3), lr=max(group["lr"] for group in run.optimizer.param_groups))
-        if step % (config.eval_every * per_epoch) == 0 and step != sampler.num_steps:
-            run.validate(step)
-
-
-def finish(run: FineTuning, start: float) -> None:
-    """Validate, and write the result for people and programs."""
-    config, result = run.config, run.validate(run.sampler.num_steps or 0)
-    run.log.close()
-    if run.first:
-        about = {
-            "model": config.model,
-            "data": config.data,
-            "note": run.data.note,
-            "epochs": config.epochs,
-            "seed": config.seed,
-        }
-        about |= {"started_from": run.start, **result, "best_top1": run.best, "seconds": round(time.monotonic() - start, 1)}
-        write_text(run.folder / "results.json", json.dumps(about, indent=2) + "\n")
-        draw_curves(run.folder / "curves.png", run.log.records(), ("loss", "lr", "top1", "top5", "val_loss"))
-        print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, best top-1 {run.best:.2f} %; see {run.folder}")
+        counts += labelled.count_right(logits, labels[rows])
+    model.train(training)
+    return labelled.accuracy(processes.mean(counts))
 
 
 def main(config: Config) -> None:
-    """Set up, train, write the result."""
-    start, run = time.monotonic(), FineTuning(config)
-    with run.course:
-        train(run)
-    finish(run, start)
+    """Train, validate on the way, write the result for people and programs."""
+    start, processes = time.monotonic(), start_processes(config.device)
+    config = with_background(config, config.model, config.arch)
+    device, folder, first = processes.device, Path(config.output_dir), processes.rank == 0
+    data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
+    config, clamped = labelled.clamp_batch(config, len(data.train), 2 * processes.world_size)
+    if config.batch_size // processes.world_size % 2:
+        each = f"--batch-size {config.batch_size} on {processes.world_size} processes"
+        raise Stop(f"{each}: mixup needs an even number of images on each")
+
+    torch.manual_seed(config.seed)
+    model = load_backbone(config.model, arch=config.arch, image_size=config.image_size, drop_path_rate=config.drop_path)
+    source = starting_weights(model, config.model, config.arch)
+    add_head(model, len(data.class_names), std=config.head_std)
+    model.to(device).train()
+    ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
+    measured: nn.Module = model if ema is None else ema.module
+    mixup, cross_entropy = build_mixup(config, len(data.class_names)), SoftTargetCrossEntropy()
+
+    optimizer = build_optimizer(config, model)
+    group = {"rank": processes.rank, "world_size": processes.world_size}
+    sampler = StepSampler(len(data.train), config.batch_size, seed=config.seed, **group)
+    per_epoch = sampler.steps_per_epoch
+    steps = config.epochs * per_epoch
+    last = sampler.num_steps = min(steps, config.max_steps or steps)
+    schedule = build_schedule(config, optimizer, per_epoch)
+    transform, labels = training_transform(config, model), torch.as_tensor(data.train.labels)
+    loader = labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad)
+
+    about = {"label_names": list(data.class_names), "start": source, "training": classified(source)}
+    if isinstance(model, VisionTransformer | Eva):
+        about["description"] = describe(model)
+    best, averaged = {"top1": -1.0}, {} if ema is None else {"ema": ema.module}
+    run = Run(config, processes, [part.fingerprint for part in (data.train, data.val)])
+    run.take_up(last=last, model=model, optimizer=optimizer, best=best, about=about, **averaged)
+    sampler.start_step = run.step
+    run.log.say(summary(model, config.image_size))
+    run.log.say(told(source))
+    run.log.say(f"{data.note}; {steps} steps of {config.batch_size} on {device}{clamped}")
+
+    def look(step: int) -> dict[str, float]:
+        """Validate and log, and keep the best model and the last."""
+        result = validate(config, measured, data.val, processes)
+        run.log.write(step=step, **result)
+        for name, wanted in (("best", result["top1"] > best["top1"]), ("last", step == last)):
+            if first and wanted:
+                save_classifier(measured, folder / name, data.class_names, source, config.background)
+        best["top1"] = max(best["top1"], result["top1"])
+        return result
+
+    with run:
+        trained = parallel(model, processes)
+        for step, batch in run.batches(loader):
+            seed = sample_seed(config.seed, DROPOUT, step, processes.rank)
+            torch.manual_seed(seed)  # for stochastic depth
+            np.random.seed(seed % 2**32)  # for mixup
+            schedule.step_update(step - 1)
+            images, target = batch.views.to(device, non_blocking=True), labels[batch.indices].to(device)
+            images, target = mixup(images, target)  # (B, C, H, W), (B, classes)
+            with autocast(config.precision, device):
+                logits = trained(images)
+            loss = cross_entropy(logits.float(), target)
+            loss.backward()
+            if run.finite(step, {"loss": loss}, partial(names, data.train, batch.indices)):
+                if config.clip_grad:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+                optimizer.step()
+                if ema is not None:
+                    ema.update(model)
+            optimizer.zero_grad(set_to_none=True)
+            run.report(step, epoch=round(step / per_epoch, 3), lr=max(group["lr"] for group in optimizer.param_groups))
+            if step % (config.eval_every * per_epoch) == 0 and step != last:
+                look(step)
+            run.checkpoint(step)
+
+    result = look(last)
+    run.log.close()
+    if first:
+        numbers = {"model": config.model, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
+        numbers |= {"started_from": source, **result, "best_top1": best["top1"], "seconds": round(time.monotonic() - start, 1)}
+        write_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
+        draw_curves(folder / "curves.png", run.log.records(), ("loss", "lr", "top1", "top5", "val_loss"))
+        print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, best top-1 {best['top1']:.2f} %; see {folder}")
 
 
 if __name__ == "__main__":

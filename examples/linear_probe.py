@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from engine.cli import inherit, option, run
 from engine.config import RunConfig
-from engine.course import Course
 from engine.distributed import Processes, autocast, parallel, start_processes
 from engine.ends import StopSignal
 from engine.log import write_text
@@ -140,34 +139,6 @@ def evaluate(probe: Probe, features: Features, labels: Tensor) -> dict[str, dict
     return {name: labelled.accuracy(total) for name, total in counts.items()}
 
 
-def train(
-    config: Config,
-    probe: Probe,
-    optimizer: torch.optim.Optimizer,
-    steps: Iterator[Step],
-    sampler: StepSampler,
-    val: tuple[Features, Tensor],
-    processes: Processes,
-    course: Course,
-) -> None:
-    """Run the steps: the sum of the heads' losses, so that each head is trained as if it were alone."""
-    per_epoch, log = sampler.steps_per_epoch, course.log
-    schedule = cosine_schedule(optimizer, config.epochs * per_epoch, round(config.warmup_epochs * per_epoch))
-    model = parallel(probe.train(), processes)
-    for step, (features, labels, images) in course.follow(steps):
-        schedule.step_update(step - 1)
-        losses = torch.stack([nn.functional.cross_entropy(logits, labels) for logits in model(features).values()])
-        losses.sum().backward()
-        if course.accepts(step, {"loss": losses[0]}, images):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        course.report(step, epoch=round(step / per_epoch, 3), lr=optimizer.param_groups[0]["lr"])
-        if step % max(per_epoch, config.log_every) == 0 or step == sampler.num_steps:
-            average_statistics(probe, processes)
-            scores = evaluate(probe, *val)
-            log.write(step=step, linear=scores["avg_0"]["top1"], best=max(score["top1"] for score in scores.values()))
-
-
 def average_statistics(probe: Probe, processes: Processes) -> None:
     """Give all processes the same running statistics."""
     for buffer in probe.buffers():
@@ -179,7 +150,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     """Measure one model, in a folder of its own, and give its results."""
     config = with_background(config, name, config.arch)
     folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
-    run = Run(config, processes, [data.train.fingerprint, data.val.fingerprint], folder, model=name)
+    run = Run(config, processes, [data.train.fingerprint, data.val.fingerprint], folder, stop, model=name)
     torch.manual_seed(config.seed)
     stop.interruptible = True  # a signal may cut the extraction of features
     model = freeze(load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
@@ -201,25 +172,40 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     sampler = StepSampler(length, config.batch_size, seed=config.seed, **group)
     steps = config.epochs * sampler.steps_per_epoch
     sampler.num_steps = min(steps, config.max_steps or steps)
-    log = run.take_up({"probe": probe}, optimizer, last=sampler.num_steps)
+    schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * sampler.steps_per_epoch))
+    run.take_up(last=sampler.num_steps, model=probe, optimizer=optimizer)
     sampler.start_step = run.step
-    log.say(f"{name}: {summary(model, config.image_size)}")
-    log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}{clamped}")
-    course = run.course(stop=stop)
-    features = batches(config, model, sampler, data, train_set if config.cached else None, processes)
-    with course:
-        train(config, probe, optimizer, features, sampler, val, processes, course)
+    run.log.say(f"{name}: {summary(model, config.image_size)}")
+    run.log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}{clamped}")
+    with run:
+        trained, per_epoch = parallel(probe.train(), processes), sampler.steps_per_epoch
+        features = batches(config, model, sampler, data, train_set if config.cached else None, processes)
+        for step, (inputs, labels, images) in run.batches(features):
+            schedule.step_update(step - 1)
+            outputs = trained(inputs).values()  # of each head: (B, classes)
+            losses = torch.stack([nn.functional.cross_entropy(logits, labels) for logits in outputs])
+            losses.sum().backward()  # each head is trained as if it were alone
+            if run.finite(step, {"loss": losses[0]}, images):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.report(step, epoch=round(step / per_epoch, 3), lr=optimizer.param_groups[0]["lr"])
+            if step % max(per_epoch, config.log_every) == 0 or step == sampler.num_steps:
+                average_statistics(probe, processes)
+                scores = evaluate(probe, *val)
+                best = max(score["top1"] for score in scores.values())
+                run.log.write(step=step, linear=scores["avg_0"]["top1"], best=best)
+            run.checkpoint(step)
     scores = evaluate(probe, *val)
-    best = max(scores, key=lambda head: scores[head]["top1"])
-    kind, _, number = best.rpartition("_")
-    results |= {"linear": scores["avg_0"]["top1"], "linear_top5": scores["avg_0"]["top5"], "best": scores[best]["top1"]}
-    chosen = {"best_feature": kind, "best_multiple": probe.multiples[int(number)]}
+    chosen = max(scores, key=lambda head: scores[head]["top1"])
+    kind, _, number = chosen.rpartition("_")
+    results |= {"linear": scores["avg_0"]["top1"], "linear_top5": scores["avg_0"]["top5"], "best": scores[chosen]["top1"]}
+    choice = {"best_feature": kind, "best_multiple": probe.multiples[int(number)]}
     about = {"model": name, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
     about |= {"started_from": starting_weights(model, name, config.arch)}
-    about |= {"paper": paper_number(config, name, data), **results, **chosen, "seconds": round(time.monotonic() - start, 1)}
+    about |= {"paper": paper_number(config, name, data), **results, **choice, "seconds": round(time.monotonic() - start, 1)}
     if processes.rank == 0:
         write_text(folder / "results.json", json.dumps(about, indent=2) + "\n")
-        draw_curves(folder / "curves.png", log.records(), ("loss", "lr", "linear", "best"))
+        draw_curves(folder / "curves.png", run.log.records(), ("loss", "lr", "linear", "best"))
     return about
 
 

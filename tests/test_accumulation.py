@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mvmae import MultiViewMAE, backward_in_parts, projection_mlp, random_mask
 
 sys.path.append(str(EXAMPLES))
-import pretrain
 from tasks.inputs import normalize
+from tasks.pretraining import backward
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
 
@@ -83,7 +83,7 @@ def test_every_backward_pass_runs_outside_autocast():
         part.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         backward_in_parts(model, views, 2, mask=mask)
-        pretrain.backward(model, views, mask, 1)
+        backward(model, views, mask, 1)
         assert torch.is_autocast_enabled("cpu")
     assert seen == [False] * 11  # once for the contrast and twice for each part, then once for all four
 
@@ -108,7 +108,7 @@ def test_a_step_copies_no_numbers_to_the_device(parts, chunk_size):
     views = normalize(images, mean, std)
     torch.testing.assert_close(views[:, :, 1], (images[:, :, 1] / 255 - 0.25) / 0.25)
     with Copied() as copied:
-        pretrain.backward(model, normalize(images, mean, std), mask, parts)
+        backward(model, normalize(images, mean, std), mask, parts)
     assert copied.count == 0
     with Copied() as copied:
         torch.tensor(mean)

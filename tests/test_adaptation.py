@@ -1,4 +1,4 @@
-"""Going on from published weights on images of one's own: pretrain.py --preset adapt, and what it asks of the package."""
+"""Going on from published weights on images of one's own: adapt.py, and what it asks of the package."""
 
 import json
 import re
@@ -24,13 +24,13 @@ from tasks.monitor import report
 from tasks.starting import starting_weights, told
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
-ARGUMENTS = ["--preset", "adapt", "--data", "sample", "--output-dir", "run", "--epochs", 2, "--batch-size", 32, "--workers", 0]
+ARGUMENTS = ["--data", "sample", "--output-dir", "run", "--epochs", 2, "--batch-size", 32, "--workers", 0]
 ARGUMENTS += ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2, "--device", "cpu", "--log-every", 1]
 ARGUMENTS += ["--freeze-epochs", 0.15, "--warmup-epochs", 0.1, "--projector", 8]  # four steps of the encoder as it is
 
 
 def adapt(folder, *arguments, **kwargs):
-    return run_script("pretrain.py", *ARGUMENTS, *map(str, arguments), folder=folder, **kwargs)
+    return run_script("adapt.py", *ARGUMENTS, *map(str, arguments), folder=folder, **kwargs)
 
 
 def state_of(folder):
@@ -95,13 +95,13 @@ def test_a_run_cut_at_either_side_of_the_freeze_ends_bit_identical(whole, start,
     moments = left["optimizer"]["state"], right["optimizer"]["state"]
     assert moments[0].keys() == moments[1].keys()
     assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[1] for key in moments[1][i])
-    assert torch.equal(left["start_features"], right["start_features"])
+    assert torch.equal(*(state["monitor"]["start_features"] for state in (left, right)))
     assert lines(tmp_path) == lines(whole[0])
 
 
 def test_two_processes_train_alike_on_either_side_of_the_freeze(whole, start, tmp_path):
     arguments = [*ARGUMENTS, "--encoder", f"local-dir:{start}", "--max-steps", 10, "--monitor-images", 60, "--mean", "auto"]
-    results = run_processes("pretrain.py", *map(str, arguments), folder=tmp_path)
+    results = run_processes("adapt.py", *map(str, arguments), folder=tmp_path)
     assert [result.code for result in results] == [0, 0], results
     here, there = ({line["step"]: line["loss"] for line in lines(folder) if "loss" in line} for folder in (tmp_path, whole[0]))
     assert here == pytest.approx(there, rel=1e-5)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from running import EXAMPLES, run_processes, run_script
-from tiny_run import ARGUMENTS, assert_identical, end_of, pretrain, start, wait_for_steps, write_images
+from tiny_run import ARGUMENTS, assert_identical, end_of, pretrain, run_of, start, wait_for_steps, write_images
 from torch import nn
 
 from mvmae import hub
@@ -31,10 +31,11 @@ sys.path.insert(0, str(EXAMPLES))
 from timm.optim import Lars
 
 from engine import checkpoint, locks, snapshot
-from engine.course import Course
+from engine.config import RunConfig
 from engine.distributed import Processes
 from engine.ends import Stop
-from engine.log import Log, write_text
+from engine.log import write_text
+from engine.run import Run
 
 STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
 ALONE = Processes(0, 1, torch.device("cpu"), None)
@@ -207,8 +208,8 @@ def test_f66_deep_and_circular_and_compressed_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda saved: saved.pop("before"), "before is missing"),
-        (lambda saved: saved.pop("start_features"), "start_features is missing"),
+        (lambda saved: saved["monitor"].pop("before"), "monitor.before is missing"),
+        (lambda saved: saved["monitor"].pop("start_features"), "monitor.start_features is missing"),
         (lambda saved: saved["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer.state.0.exp_avg is (3,)"),
         (lambda saved: saved.update(settings=[1]), "settings is not a dictionary"),
     ],
@@ -289,17 +290,44 @@ def test_f54_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(whole, ima
 # ----------------------------------------------------------------------------------------- beside the steps, and by time
 
 
-class Options:
-    log_every, save_every, save_minutes, skip_nonfinite = 1, 1, 0.0, 0
+class Counter:
+    """Has a state that no module has."""
+
+    def __init__(self):
+        self.count = torch.zeros(())
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
 
 
-def course_of(folder, options=Options, last=4):
-    model, optimizer = trained()
+def test_all_that_a_run_names_is_written_and_comes_back_but_for_what_is_about_it(tmp_path):
+    def begin(resume):
+        model, optimizer = trained()
+        counter, best = Counter(), {"top1": -1.0}
+        config = RunConfig(output_dir=str(tmp_path), save_every=1, save_minutes=0.0, log_every=1, resume=resume)
+        run = Run(config, ALONE, "images")
+        about = {"command": "again" if resume else "first"}
+        run.take_up(last=3, model=model, optimizer=optimizer, about=about, counter=counter, best=best)
+        return run, model, optimizer, counter, best
 
-    def parts():
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": {}}
-
-    return Course(options(), folder, Log(folder, 0, last), ALONE, model, parts, None, last=last)
+    run, model, optimizer, counter, best = begin(resume=False)
+    assert run.found is None and run.step == 0
+    with run:
+        for step, _ in run.batches(range(2)):
+            counter.count, best["top1"] = torch.tensor(7.0 * step), 5.0 * step
+            run.report(step)
+            run.checkpoint(step)
+    found, other, second, back, scores = begin(resume=True)
+    assert found.step == 2 and back.count == 14 and scores == {"top1": 10.0}
+    assert checkpoint.load_checkpoint(tmp_path)["command"] == "first" and found.state()["command"] == "again"
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    moments = [entry["exp_avg"] for entry in optimizer.state.values()]
+    assert all(map(torch.equal, moments, (entry["exp_avg"] for entry in second.state.values())))
+    with found:
+        assert [step for step, _ in found.batches(range(1))] == [3]
 
 
 def test_a_checkpoint_is_written_beside_the_next_steps_as_the_state_was(tmp_path, monkeypatch):
@@ -311,15 +339,16 @@ def test_a_checkpoint_is_written_beside_the_next_steps_as_the_state_was(tmp_path
         save(state, file)
 
     monkeypatch.setattr(torch, "save", slow)
-    course = course_of(tmp_path)
     kept = {}
-    for step, _ in course.follow(range(4)):
-        if step == 2:
-            assert course.saved == 0 and not (tmp_path / "checkpoint.pt").exists()  # step 1 is still being written
-            go.set()
-        with torch.no_grad():
-            kept[step] = [parameter.add_(step).clone() for parameter in course.model.parameters()]
-    assert under_way == [1, 2, 3, 4] and course.saved == 4
+    with run_of(tmp_path, *trained(), last=4) as run:
+        for step, _ in run.batches(range(4)):
+            if step == 2:
+                assert run.writer.saved == 0 and not (tmp_path / "checkpoint.pt").exists()  # step 1 is still being written
+                go.set()
+            with torch.no_grad():
+                kept[step] = [parameter.add_(step).clone() for parameter in run.model.parameters()]
+            run.checkpoint(step)
+    assert under_way == [1, 2, 3, 4] and run.writer.saved == 4
     for name, step in (("checkpoint.pt", 4), ("checkpoint-previous.pt", 3)):
         state = checkpoint.read_checkpoint(tmp_path / name)
         found = [value for key, value in state["model"].items() if "running" not in key and "num" not in key]
@@ -331,25 +360,25 @@ def test_a_write_that_fails_is_told_at_the_next_step_and_at_the_end(tmp_path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    course, told = course_of(tmp_path), []
-    with pytest.raises(Stop, match="the end is not saved, only step 0 is .*No space left on device"):
-        for step, _ in course.follow(range(4)):
-            if course.writing:
-                course.writing[1].exception(60)  # it has ended
+    told, run = [], run_of(tmp_path, *trained(), last=4)
+    with pytest.raises(Stop, match="the end is not saved, only step 0 is .*No space left on device"), run:
+        for step, _ in run.batches(range(4)):
+            if run.writer.writing:
+                run.writer.writing[1].exception(60)  # it has ended
             told.append((step, capsys.readouterr().out.count("is not saved")))
+            run.checkpoint(step)
     assert told[0] == (1, 0) and sum(count for _, count in told) >= 2
 
 
 def test_minutes_make_a_checkpoint_due_as_steps_do(tmp_path, monkeypatch):
-    class Rare(Options):
-        save_every, save_minutes = 1000, 15.0
-
-    now = [0.0]
+    now, saved = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    course, saved = course_of(tmp_path, Rare, last=10), []
-    monkeypatch.setattr(course, "save", lambda step, wait=True: (saved.append(step), setattr(course, "save_time", now[0])))
-    for _ in course.follow(range(10)):
-        now[0] += 300
+    with run_of(tmp_path, *trained(), last=10, save_every=1000, save_minutes=15.0) as run:
+        writer = run.writer
+        monkeypatch.setattr(writer, "save", lambda step, wait=True: (saved.append(step), setattr(writer, "time", now[0])))
+        for step, _ in run.batches(range(10)):
+            now[0] += 300
+            run.checkpoint(step)
     assert saved == [3, 6, 9, 10]  # every fifteen minutes of five a step, and the end
 
 
@@ -371,18 +400,19 @@ def test_f56_a_folder_that_is_deleted_in_the_middle_is_made_again(whole, images,
 
 def test_f56_what_was_saved_and_deleted_is_saved_again_before_the_run_says_so(tmp_path):
     folder = tmp_path / "run"
-    locks.take(folder)
-    course = course_of(folder)
+    run = run_of(folder, *trained(), last=4)
 
     def batches():
         yield 0
-        course.settle(wait=True)
+        run.writer.settle(wait=True)
         shutil.rmtree(folder)
-        course.stop.received = signal.SIGTERM
+        run.stop.received = signal.SIGTERM
         yield 1
 
-    with pytest.raises(Stop, match="stopped after step 1 of 4; step 1 is saved"):
-        list(course.follow(batches()))
+    with pytest.raises(Stop, match="stopped after step 1 of 4; step 1 is saved"), run:
+        for step, _ in run.batches(batches()):
+            run.report(step)
+            run.checkpoint(step)
     assert checkpoint.load_checkpoint(folder)["step"] == 1
 
 

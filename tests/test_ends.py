@@ -14,13 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from running import EXAMPLES, Started, run_script
-from tiny_run import ARGUMENTS, SMALL, end_of, losses, pretrain, start, wait_for_steps, write_images
+from tiny_run import ARGUMENTS, SMALL, end_of, losses, pretrain, run_of, start, wait_for_steps, write_images
 
 sys.path.insert(0, str(EXAMPLES))
 
 from engine import checkpoint
-from engine.course import Course
-from engine.distributed import Processes
 from engine.log import Log, printable
 
 # ---------------------------------------------------------------------------------- signals to every script that trains
@@ -30,11 +28,13 @@ TINY = ["--preset", "toy", "--model-args", "img_size=32 patch_size=8 embed_dim=3
 TINY += ["--toy-images", 12, "--batch-size", 4, "--steps", 40, "--channels", 16, "--pictures", 0]
 SCRIPTS = {
     "pretrain.py": [*ARGUMENTS, "--data", "images/train", "--epochs", 10],
+    "adapt.py": [*ARGUMENTS[2:], "--data", "images/train", "--epochs", 10, "--freeze-epochs", 1, "--no-pretrained"],
     "finetune.py": ["--preset", "quick", "--data", "images", "--batch-size", 8, "--epochs", 10, *ENCODER],
     "linear_probe.py": ["--preset", "quick", "--data", "images", "--batch-size", 8, "--epochs", 10, "--no-cached"],
     "detect.py": [*TINY, "--fc-width", 16],
     "segment.py": [*TINY, "--stride", 32],
 }
+SCRIPTS["adapt.py"] += ["--encoder", "mvmae_vit_tiny_patch16"]
 SCRIPTS["linear_probe.py"] += ["--few-shot", 0, "--models", "random:vit_tiny_patch16_224", "--image-size", 32]
 SIGNALS = {"term": signal.SIGTERM, "hup": signal.SIGHUP, "int": signal.SIGINT}
 TARGETS = ["process", "group", "torchrun", "torchrun and ranks"]
@@ -42,6 +42,7 @@ GRID = [(script, number, target) for script in SCRIPTS for number in SIGNALS for
 THIN = {
     ("pretrain.py", "term", "torchrun and ranks"),
     ("pretrain.py", "hup", "process"),
+    ("adapt.py", "term", "process"),
     ("finetune.py", "int", "group"),
     ("linear_probe.py", "hup", "group"),
     ("detect.py", "term", "group"),
@@ -187,10 +188,6 @@ def test_f53_memory_that_is_used_up_saves(images, tmp_path):
     assert end_of(tmp_path)["step"] == 7
 
 
-class Options:
-    log_every, save_every, save_minutes, skip_nonfinite = 1, 100, 0.0, 0
-
-
 class Broken(Exception):
     """Whatever ends a run."""
 
@@ -199,27 +196,22 @@ class Broken(Exception):
 def test_f53_an_error_saves_the_last_whole_step_and_none_that_is_half_done(tmp_path, where, saved):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     optimizer, states = torch.optim.SGD(model.parameters(), lr=0.1), {}
-
-    def content():
-        return {"model": {name: value.clone() for name, value in model.state_dict().items()}}
-
-    course = Course(
-        Options(), tmp_path, Log(tmp_path, 0, 9), Processes(0, 1, torch.device("cpu"), None), model, content, None, last=9
-    )
-    with pytest.raises(Broken), course:
-        for step, batch in course.follow(torch.randn(9, 4, 2)):
+    run = run_of(tmp_path, model, optimizer, last=9, save_every=100)
+    with pytest.raises(Broken), run:
+        for step, batch in run.batches(torch.randn(9, 4, 2)):
             loss = model(batch).square().sum()
             loss.backward()
             if step == 3 and where == "forward":
                 raise Broken
-            if course.accepts(step, {"loss": loss}, list):
+            if run.finite(step, {"loss": loss}, list):
                 if step == 3 and where == "update":
                     raise Broken
                 optimizer.step()
-            course.report(step)
-            states[step] = content()["model"]
+            run.report(step)
+            states[step] = {name: value.clone() for name, value in model.state_dict().items()}
             if step == 3:
                 raise Broken
+            run.checkpoint(step)
     if saved is None:
         assert not (tmp_path / "checkpoint.pt").exists()
     else:

@@ -19,13 +19,11 @@ import pytest
 import torch
 from PIL import Image
 from running import EXAMPLES, run_processes
-from tiny_run import ARGUMENTS, assert_identical, end_of, losses, pretrain, start, wait_for_steps, write_images
+from tiny_run import ARGUMENTS, assert_identical, end_of, losses, pretrain, run_of, start, wait_for_steps, write_images
 
 sys.path.insert(0, str(EXAMPLES))
 
 from engine import checkpoint
-from engine.course import Course
-from engine.distributed import Processes
 from engine.ends import PATIENCE, Stop
 from engine.log import Log
 
@@ -440,42 +438,33 @@ def test_f14_all_processes_agree_on_what_one_has_met(one_bright, tmp_path):
     assert len(names) == 4 and any("/7.png" in name for name in names)  # of the process that met it alone
 
 
-class Options:
-    log_every, save_every, save_minutes, skip_nonfinite = 1, 1, 0.0, 1
-
-
 def test_f14_a_gradient_alone_leaves_weights_moments_and_statistics_untouched(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    processes = Processes(0, 1, torch.device("cpu"), None)
-
-    def content():
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": {}}
-
-    course = Course(Options(), tmp_path, Log(tmp_path, 0, 3), processes, model, content, None, last=3)
 
     def step(number, x, power):
         loss = (model(x) ** 2).sum() ** power
         loss.backward()
-        accepted = course.accepts(number, {"loss": loss}, lambda: ["a.jpg"])
+        accepted = run.finite(number, {"loss": loss}, lambda: ["a.jpg"])
         if accepted:
             optimizer.step()
         optimizer.zero_grad()
         return accepted
 
-    assert step(1, torch.randn(4, 2), 1)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    moments = [value.clone() for entry in optimizer.state.values() for value in entry.values()]
-    with torch.no_grad():
-        model[1].weight.zero_(), model[1].bias.zero_()  # the loss is 0: the gradient of its root is infinite
-    before |= {"1.weight": torch.zeros(2), "1.bias": torch.zeros(2)}
-    assert not step(2, torch.randn(4, 2) + 9, 0.5)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    after = [value for entry in optimizer.state.values() for value in entry.values()]
-    assert all(map(torch.equal, moments, after)) and course.skipped == 1
-    assert (tmp_path / "nonfinite.txt").read_text() == "step 2: the gradient is not finite\n  'a.jpg'\n"
-    with pytest.raises(Stop, match="step 3: the gradient is not finite"):
-        step(3, torch.randn(4, 2), 0.5)
+    with run_of(tmp_path, model, optimizer, last=3, skip_nonfinite=1) as run:
+        assert step(1, torch.randn(4, 2), 1)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        moments = [value.clone() for entry in optimizer.state.values() for value in entry.values()]
+        with torch.no_grad():
+            model[1].weight.zero_(), model[1].bias.zero_()  # the loss is 0: the gradient of its root is infinite
+        before |= {"1.weight": torch.zeros(2), "1.bias": torch.zeros(2)}
+        assert not step(2, torch.randn(4, 2) + 9, 0.5)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        after = [value for entry in optimizer.state.values() for value in entry.values()]
+        assert all(map(torch.equal, moments, after)) and run.skipped == 1
+        assert (tmp_path / "nonfinite.txt").read_text() == "step 2: the gradient is not finite\n  'a.jpg'\n"
+        with pytest.raises(Stop, match="step 3: the gradient is not finite"):
+            step(3, torch.randn(4, 2), 0.5)
     assert checkpoint.load_checkpoint(tmp_path)["step"] == 2
 
 

@@ -46,7 +46,8 @@ def encode(images):
 
 
 def look(folder, processes, limit=50, encode=encode):
-    monitor = Monitor(open_splits(str(folder)), CentreCropTransform(32), MEAN, STD, limit, processes, drift=True, **LOADING)
+    splits, centre = open_splits(str(folder)), CentreCropTransform(32)
+    monitor = Monitor(splits, centre, MEAN, STD, limit, processes, width=27, drift=True, **LOADING)
     return [monitor.look(encode) for _ in range(2)], monitor.start
 
 

@@ -186,7 +186,7 @@ def test_a_script_imports_tasks_and_engine_and_never_back(path):
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *SHARED], ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_a_file_of_the_examples_is_short_enough_to_read(path):
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= (220 if path.name == "pretrain.py" else 300)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_the_numbers_are_those_of_the_features(whole, folder, monkeypatch):
         with torch.no_grad():
             sets.append((vit.forward_features(images)[:, 1:].mean(1), torch.as_tensor(part.labels)))
     assert result["knn_avg"] == pytest.approx(100 * knn_accuracy(*sets[0], *sets[1]))
-    weight, bias = (state(folder)["probe"][f"heads.avg_0.{name}"] for name in ("weight", "bias"))
+    weight, bias = (state(folder)["model"][f"heads.avg_0.{name}"] for name in ("weight", "bias"))
     right = (sets[1][0] @ weight.T + bias).argmax(1) == sets[1][1]
     assert result["linear"] == pytest.approx(100 * right.float().mean().item())
 
@@ -231,19 +231,19 @@ def test_a_run_killed_and_resumed_ends_bit_identical(place, cached):
     assert cut.code == -signal.SIGKILL and state(place)["step"] == 5
     done = run_script("linear_probe.py", *options, "--resume", "--workers", 0 if cached else 2, folder=place)
     assert done.code == 0 and "resuming run/encoder after step 5" in done.out, done.err
-    assert all(torch.equal(value, state(place)["probe"][key]) for key, value in expected["probe"].items())
+    assert all(torch.equal(value, state(place)["model"][key]) for key, value in expected["model"].items())
     again = json.loads((place / "run" / "results.json").read_text())
     assert {**again[0], "seconds": 0} == {**numbers[0], "seconds": 0}
 
 
 def test_f43_a_checkpoint_that_does_not_fit_is_refused_in_one_line(whole, folder, place):
     saved = state(folder)
-    del saved["probe"]["heads.avg_0.bias"]
+    del saved["model"]["heads.avg_0.bias"]
     saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
     (place / "run" / "encoder").mkdir(parents=True)
     torch.save(saved, place / "run" / "encoder" / "checkpoint.pt")
     done = run_script("linear_probe.py", *RUN, "encoder", "--image-size", 32, "--resume", folder=place)
-    words = "probe.heads.avg_0.bias is missing; optimizer.state.0.momentum_buffer is (3,)"
+    words = "model.heads.avg_0.bias is missing; optimizer.state.0.momentum_buffer is (3,)"
     assert done.code == 2 and words in done.err and done.err.count("\n") == 1
 
 
@@ -253,7 +253,7 @@ def test_two_processes_find_what_one_does(whole, folder, place):
     result = json.loads((place / "run" / "results.json").read_text())[0]
     expected = json.loads((folder / "run" / "results.json").read_text())[0]
     assert result["knn_avg"] == expected["knn_avg"]
-    ours, theirs = state(place)["probe"], state(folder)["probe"]
+    ours, theirs = state(place)["model"], state(folder)["model"]
     assert all(torch.allclose(value, theirs[key], atol=1e-4) for key, value in ours.items())
 
 

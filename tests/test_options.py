@@ -45,10 +45,13 @@ def presets_of(name):
     return getattr(SCRIPTS[name], "PRESETS", {"only": {}})
 
 
+REQUIRED = {"adapt": ("data", "encoder")}
+
+
 def needed(name, *without):
     """The least that a script has to be given, but for some options."""
     names = [field.name for script, field in OPTIONS if script == name]
-    asked = [one for one in names if one in ("data", "model", "models", "run") and one not in without]
+    asked = [one for one in names if one in REQUIRED.get(name, ("data", "model", "models", "run")) and one not in without]
     return [word for one in asked for word in (flag(one), "x")]
 
 
@@ -292,7 +295,7 @@ def test_options_of_a_preset_that_are_typed_stay_typed():
     assert chosen("--preset", "other", "--name", "b") == ("b", 2)
 
 
-TRAINED = ("pretrain", "finetune", "linear_probe", "detect", "segment")
+TRAINED = ("pretrain", "adapt", "finetune", "linear_probe", "detect", "segment")
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -6,6 +6,7 @@ import pty
 import shutil
 import signal
 import struct
+import sys
 import termios
 import threading
 import zlib
@@ -15,8 +16,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from running import run_processes
+from running import EXAMPLES, run_processes
 from tiny_run import ARGUMENTS, SMALL, assert_identical, end_of, losses, pretrain, start, wait_for_steps, write_images
+
+from mvmae import CentreCropTransform
+from mvmae.data import open_images
+
+sys.path.append(str(EXAMPLES))
+from tasks.drawn_images import varied
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,22 @@ def test_a_run_leaves_what_the_readme_promises(whole):
         with Image.open(folder / "run" / picture) as image:
             assert min(image.size) > 100
     assert "timm.create_model(" in result.out and "step 12 " in result.out and "\r" not in result.out + result.err
+
+
+def test_the_reconstructions_are_of_held_out_images_that_an_eye_can_judge():
+    data, centre = open_images("sample", split="val"), CentreCropTransform(48)
+    images = varied(data, centre)
+    assert torch.equal(images, varied(data, centre)) and images.shape == (8, 3, 48, 48)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:256].tolist()
+    best = {}  # of each class, the one with the largest contrast among those that are read
+    for image, label in (data[index] for index in order):
+        view = centre(image)
+        contrast = sum(channel.float().std() for channel in view)
+        best[label] = max(best.get(label, (0, None)), (contrast, view), key=lambda pair: pair[0])
+    shown = [next(label for label, (_, view) in best.items() if torch.equal(view, image)) for image in images]
+    assert len(set(shown)) == 8  # classes
+    grey = {label for label, (_, view) in best.items() if (view.amax(0) == view.amin(0)).all()}
+    assert len(grey) == 6 and not grey & set(shown)  # brick, camera, coins, grass, gravel, moon
 
 
 def test_the_exported_encoder_is_the_trained_one(whole, monkeypatch):

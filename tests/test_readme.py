@@ -176,7 +176,7 @@ def test_the_commands_on_the_sample_run_one_after_the_other(tmp_path):
 PUBLIC = "vit_small_patch14_reg4_dinov2.lvd142m"
 LEAVE_OUT = {"--push owner/name --private": "", PUBLIC: "public"}  # the Hub; `public` is a tiny encoder of the same kind
 ENDS = {  # behind what is typed: a short course of small models on small views
-    "pretrain.py": "--epochs 1 --freeze-epochs 0.3 --warmup-epochs 0.3 --workers 0"
+    "adapt.py": "--epochs 1 --freeze-epochs 0.3 --warmup-epochs 0.3 --workers 0"
     " --decoder-dim 16 --decoder-depth 1 --decoder-heads 2",
     "finetune.py": "--epochs 1 --warmup-epochs 0 --workers 0",
     "linear_probe.py": "--epochs 2 --workers 0",
@@ -229,8 +229,8 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other_on_700_pictures(be
         assert done.code == 0, f"{script} {words}\n{done.out}\n{done.err}"
         said[script] = done.out
     if part == "my-images":
-        assert said.keys() == {"pretrain.py", "linear_probe.py", "finetune.py", "visualize.py", "export.py"}
-        assert "630 images, listed" in said["pretrain.py"] and "k-NN accuracy on held-out images" in said["pretrain.py"]
+        assert said.keys() == {"adapt.py", "linear_probe.py", "finetune.py", "visualize.py", "export.py"}
+        assert "630 images, listed" in said["adapt.py"] and "k-NN accuracy on held-out images" in said["adapt.py"]
         assert "--batch-size 1024 is more than all 630: 630 take its place" in said["linear_probe.py"]
         assert "630 + 70 images of 2 classes" in said["linear_probe.py"] and "630 + 70 images" in said["finetune.py"]
 

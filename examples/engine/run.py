@@ -1,82 +1,266 @@
-"""A run of anything: its folder, opened and locked, and what is trained in it, given its state back."""
+"""A training run of anything: its folder, what its checkpoints hold, what is logged, and what ends it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.checkpoint import open_run
+from engine.checkpoint import machine, open_run
 from engine.cli import changeable
 from engine.config import RunConfig
-from engine.course import Course
 from engine.distributed import Processes
-from engine.ends import StopSignal
-from engine.log import Log
+from engine.ends import Stop, StopSignal
+from engine.log import Log, Meter
 from engine.snapshot import restore
+from engine.writer import Writer
+
+MASKS, DROPOUT = -1, -2
+"""Streams of random numbers for the steps of a run, as in ``sample_seed(seed, DROPOUT, step)``; those of images are epochs."""
+
+Batch = TypeVar("Batch")
 
 
 class Run:
-    """A run's folder, and what is trained in it: opened, taken up from the newest checkpoint, written to the next ones.
+    """A training run, which a script holds and steps through.
+
+        run = Run(config, processes, images.fingerprint)             # its folder is open to this run alone
+        run.take_up(last=last, model=model, optimizer=optimizer)     # all that is trained is as in the newest checkpoint
+        with run:                                                    # whatever error ends it, the last whole step is saved
+            for step, batch in run.batches(loader):                  # a signal ends the run here, when the step is saved
+                ...                                                  # forward and backward pass
+                if run.finite(step, losses, names):                  # else the step is left out, or the run ends
+                    optimizer.step()
+                optimizer.zero_grad()
+                run.report(step, lr=lr)                              # a line of the log where one is due
+                run.checkpoint(step)                                 # a checkpoint where one is due
 
     Args:
         config: options of the script.
         processes: this one and the others.
         images: tells the data of this run from others.
         folder: the run's; ``config.output_dir`` where it is None.
+        stop: catches signals already; where it is None, they are caught from the first step on.
         **settings: what the run depends on besides its options, as plain values.
 
     Attributes:
         found: the checkpoint that the run goes on from, until the steps begin; None for a new run.
         step: the last step of that checkpoint, or 0.
+        log: what the run prints and writes down, from `take_up` on.
 
     Raises:
         Stop: as `open_run` does.
     """
 
     def __init__(
-        self, config: RunConfig, processes: Processes, images: Any, folder: Path | None = None, **settings: Any
+        self,
+        config: RunConfig,
+        processes: Processes,
+        images: Any,
+        folder: Path | None = None,
+        stop: StopSignal | None = None,
+        **settings: Any,
     ) -> None:
         self.config, self.processes, self.folder = config, processes, folder or Path(config.output_dir)
-        self.settings = {**dataclasses.asdict(config), **settings, "images": images}
+        self.settings, self.signals = {**dataclasses.asdict(config), **settings, "images": images}, stop
         free = changeable(type(config))
         self.found = open_run(self.folder, self.settings, free, resume=config.resume, processes=processes)
         self.step: int = self.found["step"] if self.found else 0
+        self.skipped: int = self.found.get("skipped", 0) if self.found else 0
 
     def take_up(
         self,
-        modules: Mapping[str, nn.Module],
-        optimizer: torch.optim.Optimizer,
-        also: Mapping[str, Any] | None = None,
         *,
         last: int,
-    ) -> Log:
-        """Give modules and optimizer what the checkpoint holds of them, if there is one, and begin the log.
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        about: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        """Name what a checkpoint holds, give it back what the newest one holds of it, and begin the log.
 
         Args:
-            modules: by their names in a checkpoint; the first is what is trained, not wrapped.
-            optimizer: of its parameters.
-            also: further parts that the checkpoint must hold, and a value like each.
             last: the last step.
+            model: what is trained, not wrapped.
+            optimizer: of its parameters.
+            about: what others need of a checkpoint, as plain values and tensors: it is written, and not read back.
+            **more: anything with ``state_dict`` and ``load_state_dict``, or a dictionary of plain values.
 
         Raises:
-            Stop: as `restore` does.
+            Stop: if the checkpoint lacks something or does not fit; then nothing is changed.
         """
-        self.modules, self.optimizer, self.last = dict(modules), optimizer, last
+        self.last, self.model, self.about = last, model, dict(about or {})
+        self.parts = {"model": model, "optimizer": optimizer, **more}
         if self.found:
-            restore(self.found, self.folder, modules, optimizer, also)
+            values = {name: part for name, part in more.items() if isinstance(part, dict)}
+            modules = {name: part for name, part in self.parts.items() if name != "optimizer" and name not in values}
+            restore(self.found, self.folder, modules, optimizer, values)
+            for name, part in values.items():
+                part.update(self.found[name])
         self.log = Log(self.folder, self.processes.rank, last, self.step)
-        return self.log
 
-    def course(self, about: Callable[[], Mapping[str, Any]] = dict, stop: StopSignal | None = None) -> Course:
-        """Return the steps to come; ``about`` gives what a checkpoint holds besides modules, optimizer and settings."""
+    def state(self) -> dict[str, Any]:
+        """Return all that a checkpoint holds besides its step."""
+        parts = {name: part if isinstance(part, dict) else part.state_dict() for name, part in self.parts.items()}
+        parts |= {"settings": self.settings, "skipped": self.skipped, "machine": machine(self.processes)}
+        return {**self.about, **parts}
 
-        def state() -> dict[str, Any]:
-            parts = {name: module.state_dict() for name, module in self.modules.items()}
-            return {**parts, "optimizer": self.optimizer.state_dict(), **about(), "settings": self.settings}
-
-        model, found = next(iter(self.modules.values())), self.found
+    def __enter__(self) -> "Run":
+        """Begin the steps."""
         self.found = None  # its memory is free from here on
-        return Course(self.config, self.folder, self.log, self.processes, model, state, found, last=self.last, stop=stop)
+        self.stop, self.meter = self.signals or StopSignal(), Meter(self.processes)
+        self.writer = Writer(self.folder, self.state, self.log, self.processes, self.stop, self.step)
+        self.whole: int | None = self.step  # the step that model and optimizer are at; None while they change
+        self.norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        self.statistics = self.copy_statistics()
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        """Save the last whole step where an error ends the run and that step was not saved or tried yet.
+
+        Raises:
+            Stop: if the end could not be saved.
+        """
+        self.log.close()
+        if error is not None and self.whole not in (None, self.writer.tried):
+            self.restore_statistics()
+            self.stop.saving = True
+            self.writer.save(self.whole)
+            self.log.say(self.writer.kept(self.whole))
+        self.writer.settle(wait=True)
+        if error is None and (failure := self.writer.failure):
+            raise Stop(f"the end is not saved, only step {self.writer.saved} is ({failure}): add --resume after that", 1)
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        """Yield each batch with its step, counted from 1.
+
+        Raises:
+            Stop: in all processes, if a signal has come to one or one cannot load, when the step before is saved.
+        """
+        batches, step = iter(loader), self.step
+        while (batch := self.wait(batches, step)) is not None:
+            step += 1
+            yield step, batch
+
+    def wait(self, batches: Iterator[Batch], step: int) -> Batch | None:
+        """Return the batch after ``step``, None after the last; end the run as `batches` says."""
+        batch, error = None, None
+        self.stop.interruptible = True
+        try:
+            batch = next(batches, None)
+            self.stop.interruptible = False
+        except (Exception, KeyboardInterrupt) as caught:
+            error, self.stop.interruptible = caught, False
+        if step == self.last or not self.processes.any(error is not None or self.stop.received is not None):
+            return batch
+        self.stop.saving = True  # from here to the end
+        self.writer.save_once(step)
+        reason = None if error is None else f"{type(error).__name__}: {error}"
+        ends = self.processes.gather((self.stop.received, reason))  # the others wait here for the save
+        self.log.close()
+        for number in (number for number, _ in ends if number is not None):
+            where = f"after step {step} of {self.last}; {self.writer.kept(step)}" if step else "before the first step"
+            raise Stop(f"stopped {where}", 128 + number) from error
+        if step:
+            self.log.say(self.writer.kept(step))
+        if error is not None:
+            raise error
+        raise Stop(f"another process of this run has ended: {next(reason for _, reason in ends if reason)}", 1)
+
+    def finite(self, step: int, losses: Mapping[str, Tensor], images: Callable[[], Sequence[str]]) -> bool:
+        """Tell whether losses and gradients are finite in all processes, so that the optimizer may take this step.
+
+        Where they are, the losses are counted for the log. Where not, ``nonfinite.txt`` names the batch's images.
+
+        Args:
+            step: counted from 1.
+            losses: scalars of this process, after the backward pass.
+            images: names this process's part of the batch.
+
+        Raises:
+            Stop: if they were not more than ``config.skip_nonfinite`` times, once the state before the step is saved.
+        """
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        numbers = torch.stack([loss.detach().float() for loss in losses.values()] + [nn.utils.get_total_norm(gradients)])
+        finite = numbers.isfinite().tolist()  # the one wait for the device in a step
+        if not self.processes.any(not all(finite)):
+            self.meter.add(losses)
+            self.statistics, self.whole = self.copy_statistics(), None
+            return True
+        self.restore_statistics()
+        wrong = [name for name, good in zip(losses, finite, strict=False) if not good]
+        found = self.processes.gather((wrong[-1:], list(images())))  # the last is the most particular
+        parts = [f"{names[0]} in process {rank}" for rank, (names, _) in enumerate(found) if names] or ["the gradient"]
+        problem = f"step {step}: {', '.join(parts)} is not finite"
+        listed = [name for names, batch in found for name in (batch if names or parts == ["the gradient"] else [])]
+        self.log.append("nonfinite.txt", "\n".join((problem, *(f"  {name!r}" for name in listed))))
+        self.skipped += 1
+        if self.skipped <= self.config.skip_nonfinite:
+            self.log.say(f"warning: {problem}; left out, {self.skipped} of at most {self.config.skip_nonfinite}")
+            return False
+        self.skipped -= 1
+        self.writer.save(step - 1)
+        self.log.close()
+        where = f"{self.folder / 'nonfinite.txt'} names the images"
+        raise Stop(f"{problem}: {where}, step {self.writer.saved} is saved; --skip-nonfinite N leaves out such batches", 1)
+
+    def report(self, step: int, **numbers: float) -> None:
+        """Write these numbers, and the losses' means since the last time, to the log, where that is due: the step is done."""
+        self.whole = step
+        if step % self.config.log_every == 0 or step == self.last:
+            skipped = {"skipped": self.skipped} if self.skipped else {}
+            self.log.write(step=step, **numbers, **self.meter.means(), **skipped)
+
+    def checkpoint(self, step: int) -> None:
+        """Save the run after a whole step where that is due, by steps or by time: beside the next steps, the end at once.
+
+        Raises:
+            Stop: if the state of an earlier step holds NaN or infinity.
+        """
+        self.log.advance(step)
+        self.writer.settle()
+        if step == self.last:
+            self.writer.save(step)
+        elif step % self.config.save_every == 0 or self.writer.minutes() >= (self.config.save_minutes or math.inf):
+            self.writer.save(step, wait=False)
+        if "MVMAE_FAULT" in os.environ:  # tests expect that what is due is saved when they cut the run
+            self.writer.settle(wait=True)
+        inject_fault(step)
+
+    def copy_statistics(self) -> list[list[Tensor]]:
+        """Copy what a forward pass changes: the running statistics of batch normalisation."""
+        return [[buffer.clone() for buffer in norm.buffers()] for norm in self.norms]
+
+    def restore_statistics(self) -> None:
+        """Take back what the forward pass of a batch has changed that does not count."""
+        for norm, kept in zip(self.norms, self.statistics, strict=True):
+            for buffer, old in zip(norm.buffers(), kept, strict=True):
+                buffer.copy_(old)
+
+
+def inject_fault(step: int) -> None:
+    """Do what ``MVMAE_FAULT`` says, which is how tests cut a run, in its first start under torchrun.
+
+    ``kill@STEP``, ``raise@STEP``, ``exit@STEP``, ``long@STEP``, or ``slow`` for time to send a signal.
+    """
+    name, _, when = os.environ.get("MVMAE_FAULT", "").partition("@")
+    if name == "slow":
+        time.sleep(0.3)
+    if when != str(step) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    if name == "long":
+        time.sleep(60)
+    if name == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "raise":
+        raise MemoryError("MVMAE_FAULT")
+    if name == "exit":
+        os._exit(3)

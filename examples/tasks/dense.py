@@ -21,7 +21,7 @@ from engine.cli import option
 from engine.config import REQUIRED, RunConfig
 from engine.distributed import Processes, autocast, parallel
 from engine.ends import Stop
-from engine.run import Run
+from engine.run import DROPOUT, Run
 from engine.snapshot import restore
 from mvmae.data import FileSource, Key, NamedImages, StepSampler, make_loader, sample_seed
 from mvmae.dense import WindowedViT
@@ -170,31 +170,32 @@ def fit(
     where = {"rank": processes.rank, "world_size": processes.world_size}
     sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **where)
     run = Run(config, processes, images)
-    log = run.take_up({"model": model}, optimizer, last=last)
+    run.take_up(last=last, model=model, optimizer=optimizer)
     sampler.start_step = run.step
     pinned = processes.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, collate=collate)
-    log.say(f"{config.model}: {summary(trunk, config.image_size)}")
-    log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")
-    course = run.course()
-    model.train()
-    trained = parallel(model, processes)
-    with course:
-        for step, (keys, batch) in course.follow(zip(sampler, loader, strict=True)):
-            torch.manual_seed(sample_seed(config.seed, -2, step, processes.rank))  # for drop path and the sampling of regions
+    run.log.say(f"{config.model}: {summary(trunk, config.image_size)}")
+    run.log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")
+    trained = parallel(model.train(), processes)
+    with run:
+        for step, (keys, batch) in run.batches(zip(sampler, loader, strict=True)):
+            seed = sample_seed(config.seed, DROPOUT, step, processes.rank)
+            torch.manual_seed(seed)  # for drop path and the sampling of regions
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * group["lr_scale"] * lr_factor(step - 1, config)
             with autocast(config.precision, processes.device):
                 parts = losses(trained, batch)
                 loss = torch.stack(list(parts.values())).sum()
             loss.backward()
-            if course.accepts(step, {"loss": loss, **parts}, partial(names, dataset, keys)):
+            if run.finite(step, {"loss": loss, **parts}, partial(names, dataset, keys)):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            course.report(step, lr=config.lr * lr_factor(step - 1, config))
+            run.report(step, lr=config.lr * lr_factor(step - 1, config))
+            run.checkpoint(step)
     if first:
-        drawn = {name: None for record in log.records() for name in record if name not in ("step", "epoch")}
-        draw_curves(folder / "curves.png", log.records(), drawn)
+        records = run.log.records()
+        drawn = {name: None for record in records for name in record if name not in ("step", "epoch")}
+        draw_curves(folder / "curves.png", records, drawn)
 
 
 def data_folder(config: DenseConfig, processes: Processes) -> Path:

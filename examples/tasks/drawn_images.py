@@ -31,6 +31,17 @@ def take(source: ImageSource, count: int, transform: Any, seed: int) -> tuple[Te
     return torch.stack(found), torch.tensor(labels)
 
 
+def varied(source: ImageSource, transform: Any, count: int = 8, among: int = 256) -> Tensor:
+    """Return the images that an eye can judge best of some of a source, (B, C, H, W) uint8, always the same ones.
+
+    Classes take turns, each with its images of the most varied pixels first.
+    """
+    images, labels = take(source, among, transform, seed=0)
+    order = images.float().std((2, 3)).mean(1).argsort(descending=True, stable=True)
+    images, labels = images[order], labels[order]
+    return images[spread(images, labels)[:count]]
+
+
 def shown(images: Tensor) -> Tensor:
     """Give images (B, C, H, W) uint8 in [0, 1]."""
     return images.float() / 255

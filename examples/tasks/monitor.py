@@ -70,11 +70,13 @@ class Monitor:
         std: of each channel.
         limit: most images of each split; 0 looks at none.
         processes: this one and the others.
+        width: of the features.
         drift: also tell how far the features have moved from those of the first look.
         **loading: as in `labelled.each_once`.
 
     Attributes:
-        start: features of the first look, where drift is followed.
+        before: what the first look found; `look` leaves it to the caller.
+        start: features of the first look (N, D), where drift is followed; none before it.
     """
 
     def __init__(
@@ -85,22 +87,37 @@ class Monitor:
         std: Sequence[float],
         limit: int,
         processes: Processes,
+        *,
+        width: int,
         drift: bool = False,
         **loading: Any,
     ) -> None:
         self.train, self.val, _ = splits
         self.transform, self.mean, self.std, self.limit, self.drift = transform, mean, std, limit, drift
         self.processes, self.loading = processes, loading
-        self.start: Tensor | None = None
+        self.before: dict[str, float] = {}
+        self.start = torch.empty(0, width)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run compares with."""
+        return {"before": self.before, "start_features": self.start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.before, self.start = dict(state["before"]), state["start_features"]
+
+    @property
+    def looked_at(self) -> ImageSource:
+        """The images that are held out, or those that are trained on where none are."""
+        return self.train if self.val is None else self.val
 
     @property
     def note(self) -> str:
         """Which images are looked at."""
         if not self.limit:
             return "no look at the features"
-        looked = self.train if self.val is None else self.val
         about = "that are trained on" if self.val is None else "held out"
-        return f"looks at the features of {min(self.limit, len(looked))} images {about}"
+        return f"looks at the features of {min(self.limit, len(self.looked_at))} images {about}"
 
     @torch.no_grad()
     def look(self, encode: Encode, limit: int = 0) -> dict[str, float]:
@@ -111,7 +128,7 @@ class Monitor:
         if not self.limit:
             return {}
         limit, knn = min(limit or self.limit, self.limit), {}
-        features, labels = self.extract(encode, self.train if self.val is None else self.val, limit)
+        features, labels = self.extract(encode, self.looked_at, limit)
         if self.val is not None:
             bank, known = self.extract(encode, self.train, limit)
             if min(labels.min(), known.min()) >= 0:
@@ -125,7 +142,7 @@ class Monitor:
     def moved(self, features: Tensor) -> dict[str, float]:
         """Compare features with those of the first look: mean cosine and linear CKA, both 1 where nothing has moved."""
         features = features[:MONITORED].cpu()
-        if self.start is None:
+        if not len(self.start):
             self.start = features
             return {}
         count = min(len(self.start), len(features))

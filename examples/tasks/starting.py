@@ -159,10 +159,6 @@ class Freeze:
     def __init__(self, encoder: nn.Module, steps: int) -> None:
         self.trained, self.steps = [p for p in encoder.parameters() if p.requires_grad], steps
 
-    def ends(self, step: int) -> bool:
-        """Tell whether the encoder is set free at this step, counted from 1."""
-        return self.steps > 0 and step == self.steps + 1
-
     def apply(self, step: int) -> None:
         """Freeze the encoder or set it free, as befits this step."""
         for parameter in self.trained:

@@ -1,0 +1,146 @@
+"""Go on training an encoder that exists, on unlabelled images of your own.
+
+  python examples/adapt.py --encoder vit_small_patch16_dinov3 --data path/to/images --output-dir runs/adapted
+      downloads the weights; prints how far the features have moved, and k-NN accuracy where the images have labels
+  python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 20 --freeze-epochs 2 --workers 2
+      minutes on two CPU cores, from the encoder of pretrain.py --preset quick
+
+The method is that of pretrain.py, trained more gently: the encoder stays as it is while the new decoder learns to use it, and
+then its lower layers have smaller learning rates. Add --resume to go on with a run that was cut. examples/README.md tells how
+to choose an encoder, and what to look at.
+"""
+
+import dataclasses
+import shlex
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+
+from engine.cli import inherit, option
+from engine.cli import run as run_script
+from engine.config import REQUIRED
+from engine.distributed import autocast, parallel, start_processes
+from engine.ends import Stop
+from engine.optim import cosine_schedule
+from engine.run import DROPOUT, Run
+from mvmae.data import StepSampler, sample_seed
+from mvmae.hub import describe
+from tasks import pretraining
+from tasks.backbones import summary
+from tasks.inputs import names, normalize
+from tasks.monitor import MONITORED
+from tasks.pretraining import backward, build_model, build_monitor, draw_masks, finish, look, open_data, statistics, view_loader
+from tasks.starting import Freeze, parameter_groups, starting_weights, told
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(pretraining.Config):
+    """All but the layer decay's source is assumed: nobody has published such a recipe."""
+
+    encoder: str = inherit(
+        pretraining.Config, "encoder", REQUIRED, "plain ViT of timm, hf-hub:ID, folder of a run or export, file"
+    )
+    output_dir: str = inherit(pretraining.Config, "output_dir", "runs/adapt")
+    pretrained: bool = option(True, "start from the encoder's weights")
+    freeze_epochs: float = option(  # a random decoder's gradients would spoil the encoder, as a random head's do (LP-FT)
+        5, "epochs in which the encoder stays as it is; as many more warm its learning rate up", at_least=0
+    )
+    layer_decay: float = option(  # low layers hold what all images share (BEiT, MAE fine-tuning: 0.65 to 0.75)
+        0.75, "factor of the learning rate from each layer of the encoder to the one below", above=0, at_most=1
+    )
+    projector: int = (
+        inherit(  # takes the contrastive loss's pull: on the features themselves it undid them (examples/README.md)
+            pretraining.Config,
+            "projector",
+            128,
+            "width of a projection MLP's output before the contrastive loss; 0 for none",
+        )
+    )
+    epochs: float = inherit(  # own images are few; the drift in curves.png shows where to stop
+        pretraining.Config, "epochs", 100, "passes over the images"
+    )
+    warmup_epochs: float = inherit(pretraining.Config, "warmup_epochs", 5, "epochs of linear warm-up")
+    base_lr: float = inherit(  # below pretraining's: the way from good weights is short
+        pretraining.Config, "base_lr", 1e-4, "learning rate for a batch of 256; scaled with the batch"
+    )
+    monitor: int = inherit(pretraining.Config, "monitor", 10)
+
+
+PRESETS: dict[str, dict[str, Any]] = {"adapt": {}}
+
+
+def main(config: Config) -> None:
+    """Adapt the encoder, and leave it and its pictures."""
+    if config.freeze_epochs >= config.epochs:
+        raise Stop(
+            f"--freeze-epochs {config.freeze_epochs:g} leaves nothing of --epochs {config.epochs:g} to train the encoder in"
+        )
+    processes = start_processes(config.device)
+    device, group = processes.device, {"rank": processes.rank, "world_size": processes.world_size}
+
+    # images and model
+    config, images = open_data(config, processes)
+    model = build_model(config, pretrained=config.pretrained).to(device).train()
+    encoder = model.encoder
+    start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
+    mean, std = statistics(config, encoder, images.train)
+    per_epoch = len(images.train) // config.batch_size
+    steps = max(round(config.epochs * per_epoch), 1)
+    last = min(steps, config.max_steps or steps)
+    sampler = StepSampler(len(images.train), config.batch_size, seed=config.seed, num_steps=last, **group)
+    loader = view_loader(config, encoder, images.train, sampler, processes)
+    monitor = build_monitor(config, encoder, images.splits, mean, std, processes, drift=config.pretrained)
+
+    # optimizer
+    lr = config.base_lr * config.batch_size / 256
+    betas, fused = (0.9, config.beta2), device.type == "cuda"
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    optimizer = create_optimizer_v2(groups, opt="adamw", lr=lr, weight_decay=config.weight_decay, betas=betas, fused=fused)
+    freeze = Freeze(encoder, round(config.freeze_epochs * per_epoch))
+    schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
+
+    # run
+    about = {"description": describe(model), "mean": mean, "std": std, "command": shlex.join(sys.argv)}
+    about |= {"start": start}
+    run = Run(config, processes, images.train.fingerprint)
+    run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about)
+    sampler.start_step = run.step
+    run.log.say(summary(encoder))
+    course = f"{steps} steps of {config.batch_size}, learning rate {lr:.3g}, on {device}"
+    run.log.say(f"{images.listed}, {course}{images.clamped}")
+    run.log.say(f"{images.splits.note}; {monitor.note}")
+    run.log.say(told(start))
+    if run.found is None:
+        monitor.before = look(monitor, model, run.log, 0)
+
+    with run:
+        for step, batch in run.batches(loader):
+            if step in (run.step + 1, freeze.steps + 1):  # what is trained is wrapped anew
+                freeze.apply(step)
+                trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
+            schedule.step_update(step - 1)
+            freeze.scale_rates(optimizer, step)
+            views = normalize(batch.views.to(device, non_blocking=True), mean, std)  # (B, V, C, H, W)
+            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # if the encoder has any
+            with autocast(config.precision, device):
+                losses = backward(trained, views, draw_masks(config, encoder, step, processes), config.accumulate)
+            if run.finite(step, losses._asdict(), partial(names, images.train, batch.indices)):
+                if config.clip_grad:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
+            if config.monitor and step % (config.monitor * per_epoch) == 0 and step != last:
+                look(monitor, model, run.log, step, MONITORED)
+            run.checkpoint(step)
+
+    after = look(monitor, model, run.log, last)
+    if processes.rank == 0:
+        finish(config, model, run.log, monitor, after, start)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, PRESETS, __doc__)
