@@ -112,7 +112,7 @@ def measure_loader(config: Config, folder: Path) -> dict[str, Any]:
         naive = Naive(paths, config.image_size)
         ways = {
             f"one decode, {decoder}": mvmae.MultiViewTransform(config.image_size, decoder=decoder)
-            for decoder in ("fast", "pillow", "pil")
+            for decoder in ("fast", "pillow")
         }
         timed: dict[str, Callable[[], object]] = {"two decodes, torchvision": partial(load_all, naive.load, paths)}
         timed |= {way: partial(load_all, transform, paths) for way, transform in ways.items()}

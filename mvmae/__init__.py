@@ -1,17 +1,15 @@
 """Multi-View Masked Autoencoder: timm-compatible encoders and their pretraining.
 
-``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its modules, such as ``mvmae.hub``, are imported when
-they are first asked for.
+``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its rooms, such as ``mvmae.hub``, and the transforms of
+``mvmae.data`` are imported when they are first asked for.
 """
 
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .accumulation import Losses as Losses
 from .accumulation import backward_in_parts as backward_in_parts
-from .data import CentreCropTransform as CentreCropTransform
-from .data import MultiViewTransform as MultiViewTransform
 from .decoder import MAEDecoder as MAEDecoder
 from .encoders import create_model as create_model
 from .losses import NTXentLoss as NTXentLoss
@@ -27,10 +25,17 @@ from .patches import patchify as patchify
 from .patches import unpatchify as unpatchify
 from .weights import WeightsError as WeightsError
 
+if TYPE_CHECKING:
+    from .data import CentreCropTransform as CentreCropTransform
+    from .data import MultiViewTransform as MultiViewTransform
+
 __version__ = "0.1.0.dev0"
+_OF_DATA = ("CentreCropTransform", "MultiViewTransform")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OF_DATA:
+        return getattr(import_module(f"{__name__}.data"), name)
     module = f"{__name__}.{name}"
     try:
         return import_module(module)
@@ -41,4 +46,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(module.name for module in iter_modules(__path__))})
+    return sorted({*globals(), *_OF_DATA, *(module.name for module in iter_modules(__path__))})

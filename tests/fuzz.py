@@ -42,7 +42,7 @@ from tasks.backbones import load_backbone
 
 LIMIT = 20  # seconds for one file
 PLACE = Path(tempfile.mkdtemp())
-VIEWS = {decoder: MultiViewTransform(16, decoder=decoder) for decoder in ("fast", "pillow", "pil")}
+VIEWS = {decoder: MultiViewTransform(16, decoder=decoder) for decoder in ("fast", "pillow")}
 
 
 def pictures():

@@ -20,10 +20,12 @@ from PIL import Image
 from mvmae.data import ImageError, open_images
 from mvmae.data import loader as loading
 from mvmae.data import sampling as data
+from mvmae.data import workers as processes
 from mvmae.data.folders import FileSource, ImageSource, Names
-from mvmae.data.loader import check_shared_memory, explain_loader_error, make_loader
+from mvmae.data.loader import explain_loader_error, make_loader
 from mvmae.data.sampling import DataError, MultiViewDataset, StepSampler, sample_seed
 from mvmae.data.views import MultiViewTransform
+from mvmae.data.workers import check_shared_memory
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
@@ -381,7 +383,7 @@ def test_what_a_signals_handler_raises_ends_the_wait_for_a_stuck_file():
     with pytest.raises(KeyboardInterrupt):
         list(batches)
     signal.signal(signal.SIGALRM, previous)
-    loading._end_workers()  # as at the end of the process
+    processes._end_workers()  # as at the end of the process
     assert multiprocessing.active_children() == []
 
 
@@ -506,7 +508,7 @@ def test_too_little_shared_memory_is_refused_at_the_start_with_what_is_needed(mo
     check_shared_memory(1, free=2)
     check_shared_memory(1 << 60, folder="/nowhere")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(processes.shutil, "disk_usage", lambda _: usage)
     if os.path.isdir("/dev/shm"):
         with pytest.raises(DataError, match="/dev/shm has 0 MB free"):
             loader(Arrays(), num_workers=2)

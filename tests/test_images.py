@@ -207,7 +207,7 @@ def test_both_jpeg_decoders_agree():
 
 
 def test_pillow_decodes_where_simplejpeg_is_absent(monkeypatch):
-    monkeypatch.setattr(images, "simplejpeg", None)
+    monkeypatch.setattr(images.jpeg, "simplejpeg", None)
     assert open_image(encode(photograph())).decode().shape == (64, 96, 3)
 
 

@@ -55,6 +55,7 @@ def imports(tree: ast.AST, module: str, inside: bool = False) -> Iterator[tuple[
             own = name.removeprefix("mvmae") if name.split(".")[0] == "mvmae" else name
             yield node, own if own.startswith(".") else own.split(".")[0], inside
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_optional(node)
+        function |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         yield from imports(node, module, inside or function)
 
 
@@ -264,6 +265,15 @@ def test_importing_the_package_imports_no_extra_and_nothing_that_is_not_re_expor
     loaded = {name.removeprefix("mvmae.") for name in new if name.startswith("mvmae.")}
     doors = {name.removesuffix(".__init__") for name in reached("__init__")}
     assert loaded == doors | {name.rpartition(".")[0] for name in doors} - {""}
+    assert loaded and not loaded & ROOMS.keys(), "a room is imported by those who use it"
+
+
+def test_the_transforms_are_public_names_although_their_room_is_imported_later():
+    code = "import sys, mvmae; print(*{*dir(mvmae)} & {'MultiViewTransform'}, 'mvmae.data' in sys.modules);"
+    code += "from mvmae import CentreCropTransform, MultiViewTransform; import mvmae.data as data;"
+    code += "print(CentreCropTransform is mvmae.CentreCropTransform is data.CentreCropTransform);"
+    code += "print(MultiViewTransform is mvmae.MultiViewTransform is data.MultiViewTransform)"
+    assert run_python(code) == ["MultiViewTransform", "False", "True", "True"]
 
 
 def test_a_module_is_imported_when_it_is_first_asked_for():

@@ -35,7 +35,6 @@ from mvmae.data import (
 
 Config = TypeVar("Config", bound=Any)
 HELD_OUT = 10  # one image of so many is held out of data that comes without a validation split
-UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF orientation: Image.Transpose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,10 +219,8 @@ def posterize_to_a_bit(image: Image.Image, bits: int, **options: Any) -> Image.I
 def to_pil(image: ImageLike, channels: int = 3, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Decode an image, upright."""
     opened = open_image(image)
-    pixels = opened.decode(channels=channels, background=background)
-    picture = Image.fromarray(pixels if channels > 1 else pixels[..., 0])
-    turn = UPRIGHT.get(opened.orientation)
-    return picture if turn is None else picture.transpose(Image.Transpose(turn))
+    pixels = opened.upright(opened.decode(channels=channels, background=background))
+    return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
 
 
 class InOrder(StepSampler):

@@ -89,9 +89,7 @@ class Config(RunConfig):
     seed: int = inherit(RunConfig, "seed", 0, "seed of weights, order, crops and masks")
     compile: bool = option(False, "run the model through torch.compile", may_change=True)
     grad_checkpointing: bool = option(False, "keep fewer activations and compute them again", may_change=True)
-    loader: str = option(
-        "fast", "fast; pillow, without simplejpeg; pil, the slow reference", ["fast", "pillow", "pil"], may_change=True
-    )
+    loader: str = option("fast", "fast; or pillow, without simplejpeg", ["fast", "pillow"], may_change=True)
     max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0, may_change=True)
     save_every: int = inherit(RunConfig, "save_every", 100_000)
     monitor: int = option(

@@ -17,14 +17,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, UnidentifiedImageError
 
+from . import jpeg
 from .limits import MAX_PIXELS as MAX_PIXELS
 from .limits import check_bands, check_file, check_scans, check_tiles
-from .pixels import WHITE, Colour, Pixels, channels_last, to_uint8, with_channels
-
-try:
-    import simplejpeg
-except ImportError:  # an optional decoder, from the `train` extra
-    simplejpeg = None
+from .pixels import WHITE, Colour, Pixels, channels_last, pillow_pixels, to_uint8, with_channels
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | torch.Tensor | NDArray[Any]"
 
@@ -34,8 +30,6 @@ EXTENSIONS = frozenset(
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that Pillow may find in a file, whatever its name; none (such as EPS) that another program draws."""
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-_DEEP = ("I", "F")  # Pillow's modes of more than 8 bits, `I;16` and its kin included
 _logger = logging.getLogger(__name__)
 
 
@@ -90,6 +84,23 @@ class OpenedImage:
             raise ImageError(self.name, _reason(error)) from error
         return _orientation(self._image)
 
+    @property
+    def turn(self) -> tuple[bool, bool, bool]:
+        """How the image as stored becomes the image as seen: whether to transpose, then flip left-right, then up-down."""
+        orientation = self.orientation
+        return orientation >= 5, orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width of the image as seen."""
+        return (self.width, self.height) if self.turn[0] else (self.height, self.width)
+
+    def upright(self, pixels: Pixels) -> Pixels:
+        """Return what `decode` returns as it is seen, by EXIF orientation."""
+        transpose, mirror, upend = self.turn
+        pixels = pixels.transpose(1, 0, 2) if transpose else pixels
+        return pixels[:: -1 if upend else 1, :: -1 if mirror else 1]
+
     def decode(
         self,
         *,
@@ -143,15 +154,16 @@ class OpenedImage:
         if other and self._encoded is not None and self._image.format == "TIFF":  # Pillow drops nameless bands
             return with_channels(to_uint8(_read_tiff(self._encoded, self._max_pixels), value_range), channels, background)
         if self.reducible and self._encoded is not None:
-            _refuse_zero_tail(self._encoded, self.name)
+            if zeros := jpeg.zero_tail(self._encoded):
+                raise ImageError(self.name, f"cut: it ends in {zeros} zero bytes, without JPEG's end-of-image marker")
             check_scans(self._encoded)
-            if decoder == "fast" and simplejpeg is not None and channels in (1, 3) and self._image.mode in ("L", "RGB"):
+            if decoder == "fast" and jpeg.can_decode(channels, self._image.mode):
                 try:
-                    return _decode_simplejpeg(self._encoded, channels, size, reduction)
-                except ValueError as error:  # strict: also for harmless warnings, so Pillow has the last word
+                    return jpeg.decode(self._encoded, channels, size, reduction)
+                except ValueError as error:  # Pillow has the last word
                     _logger.debug("%s: simplejpeg: %s; trying Pillow", self.name, error)
             self._image.draft("L" if channels == 1 else None, (self.width // reduction, self.height // reduction))
-        return _pillow_pixels(self._image, channels, value_range, background)
+        return pillow_pixels(self._image, channels, value_range, background)
 
 
 def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
@@ -205,7 +217,7 @@ def _open(source: ImageLike, name: str, max_pixels: int) -> OpenedImage:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _open_bytes(bytes(source), name, max_pixels)
     if isinstance(source, Image.Image):
-        encoded = _reread(source)
+        encoded = jpeg.reread(source)
         return OpenedImage(name, source) if encoded is None else _open_bytes(encoded, name, max_pixels)
     if isinstance(source, torch.Tensor):
         if source.ndim not in (2, 3):
@@ -265,20 +277,6 @@ def _read_tiff(encoded: bytes, max_pixels: int) -> "NDArray[Any]":
         return channels_last(page.asarray())
 
 
-def _reread(image: Image.Image) -> bytes | None:
-    """Return the bytes of a JPEG that the caller has opened but not decoded, so that the image stays as it was."""
-    if getattr(image, "format", None) not in ("JPEG", "MPO") or not getattr(image, "tile", None):
-        return None
-    file = getattr(image, "fp", None)
-    if file is None or file.closed or getattr(image, "decoderconfig", ()) not in ((), None):
-        return None
-    position = file.tell()
-    file.seek(0)
-    encoded: bytes = file.read()
-    file.seek(position)
-    return encoded if encoded[:2] == b"\xff\xd8" else None
-
-
 def _orientation(image: Image.Image) -> int:
     if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
         return 1
@@ -287,43 +285,6 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # a broken EXIF block does not make a bad picture
         return 1
     return value if value in range(1, 9) else 1
-
-
-def _refuse_zero_tail(encoded: bytes, name: str) -> None:
-    """Refuse a half-written JPEG whose rest is zeros, which libjpeg decodes to grey silently."""
-    if encoded.endswith(bytes(64)):
-        body = encoded.rstrip(b"\0")
-        if not body.endswith(b"\xff\xd9"):
-            zeros = len(encoded) - len(body)
-            raise ImageError(name, f"cut: it ends in {zeros} zero bytes, without JPEG's end-of-image marker")
-
-
-def _decode_simplejpeg(encoded: bytes, channels: int, size: tuple[int, int], reduction: int) -> Pixels:
-    # simplejpeg without min_height and min_width does not scale
-    least = {"min_height": size[0], "min_width": size[1], "min_factor": reduction} if reduction > 1 else {}
-    pixels: Pixels = simplejpeg.decode_jpeg(encoded, "GRAY" if channels == 1 else "RGB", strict=True, **least)
-    if pixels.shape[:2] != size:
-        raise ValueError(f"decoded to {pixels.shape[:2]}, expected {size}")
-    return pixels
-
-
-def _pillow_pixels(image: Image.Image, channels: int, value_range: tuple[float, float] | None, background: Colour) -> Pixels:
-    if image.mode.startswith(_DEEP):
-        return with_channels(to_uint8(np.asarray(image)[..., None], value_range), channels)
-    if channels in (1, 3) and image.has_transparency_data:
-        laid = np.asarray(image.convert("RGBA"))
-        if laid[..., 3].min() < 255:
-            return with_channels(laid, channels, background)
-    if channels not in _MODES:
-        raise ValueError(
-            f"the image must have {channels} channels (in_chans), got {len(image.getbands())} of mode {image.mode}"
-        )
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")
-    if image.mode != _MODES[channels] and not (image.mode == "CMYK" and channels == 4):
-        image = image.convert(_MODES[channels])
-    pixels: Pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def _reason(error: Exception) -> str:

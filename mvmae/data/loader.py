@@ -1,39 +1,31 @@
 """The loader of a run's batches: its processes, and their errors in one line each."""
 
-import atexit
-import contextlib
 import logging
 import math
 import multiprocessing
 import os
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from .sampling import Bad, Batch, DataError, Key, Sample, StepSampler, try_again
-from .shared_memory import Filled, Slots
+from .workers import SMALLER, check_shared_memory, end_at_exit, kill, quiet_sigchld, start_worker, started
 
 _DIED = "a loading worker died (out of memory?): "
-_SMALLER = "use fewer workers, a smaller prefetch_factor or batch"
 _CURES = {  # words of an error -> what it means and what to do
     "Too many open files": "too many files are open: raise `ulimit -n`, or use fewer workers",
-    "File too large": f"a batch is larger than a file may be: raise `ulimit -f`, or {_SMALLER}",
-    "shared memory": f"shared memory is full: {_SMALLER}, or `docker run --shm-size`",
-    "MemoryError": f"no memory is left to load images: {_SMALLER}",
-    "DefaultCPUAllocator": f"no memory is left to load images: {_SMALLER}",
+    "File too large": f"a batch is larger than a file may be: raise `ulimit -f`, or {SMALLER}",
+    "shared memory": f"shared memory is full: {SMALLER}, or `docker run --shm-size`",
+    "MemoryError": f"no memory is left to load images: {SMALLER}",
+    "DefaultCPUAllocator": f"no memory is left to load images: {SMALLER}",
 }
 _TURN = 1.0  # seconds between two looks at the workers and at the clock
-_workers: WeakSet[BaseProcess] = WeakSet()
 _logger = logging.getLogger(__name__)
 
 
@@ -79,20 +71,22 @@ class Loader:
                 batches = self._start()
             finally:
                 workers = set(multiprocessing.active_children()) - others
-                _workers.update(workers)
+                started.update(workers)
             while (batch := self._next(batches)) is not None:
-                yield self._receive(batch)
+                if isinstance(batch, Batch):
+                    self._report(batch.bad)
+                yield batch
         except Exception as error:
             reason = _explain(error)
             if reason is None:
                 raise
             at = "" if isinstance(error, DataError) else self._tracked.in_flight()
-            _kill(workers)
+            kill(workers)
             raise DataError(reason + at) from error
 
     def _start(self) -> Iterator[Any]:
         self._tracked.share_memory()
-        with _quiet_sigchld():
+        with quiet_sigchld():
             return iter(self._loader)
 
     def _next(self, batches: Iterator[Any]) -> Any:
@@ -106,13 +100,6 @@ class Loader:
                     raise
             if time.monotonic() > begin + self._timeout:
                 raise DataError(f"no batch came in time ({self._timeout:g} s){self._tracked.in_flight()}")
-
-    def _receive(self, batch: Any) -> Any:
-        if not isinstance(batch, Batch):
-            return batch
-        self._report(batch.bad)
-        views: Tensor | Filled = batch.views
-        return batch._replace(views=views.tensor()) if isinstance(views, Filled) else batch
 
     def _report(self, bad: Sequence[Bad]) -> None:
         for name, reason in bad:
@@ -154,48 +141,25 @@ def make_loader(
     Raises:
         DataError: /dev/shm is too small for the workers.
     """
-    ahead = prefetch_factor * num_workers
-    tracked = _Tracked(dataset, sampler, num_workers, collate)
+    tracked = _Tracked(dataset, num_workers, collate)
     if num_workers:
         shape = getattr(getattr(dataset, "transform", None), "shape", None)  # (V, C, H, W)
         size = math.prod(shape) * (sampler.batch_size // sampler.world_size) if shape else 0
-        tracked.slots = ahead + 2, size  # one that is given and one that is trained on
-        check_shared_memory(size * (ahead + 2))
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)  # after multiprocessing's own hook, so that it runs before it
+        check_shared_memory(size * (prefetch_factor * num_workers + 2))  # one that is given and one that is trained on
+        end_at_exit()
     loader = DataLoader(
         tracked,
-        batch_sampler=tracked.sampler,
+        batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=tracked.collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),
-        worker_init_fn=_start_worker if num_workers else None,
+        worker_init_fn=start_worker if num_workers else None,
         prefetch_factor=prefetch_factor if num_workers else None,
         timeout=_TURN if num_workers else 0,
     )
     max_bad = getattr(dataset, "max_bad", 0)
     return Loader(loader, tracked, timeout=timeout, max_bad=max_bad, bad_file=Path(bad_file) if bad_file else None)
-
-
-def check_shared_memory(needed: int, *, folder: str = "/dev/shm", free: int | None = None) -> None:  # noqa: S108
-    """Refuse to start workers whose batches would not fit into shared memory.
-
-    Args:
-        needed: Bytes.
-        folder: Where shared memory is mounted; nothing is checked where it does not exist.
-        free: Free bytes there; None: the system is asked.
-
-    Raises:
-        DataError: It does not fit.
-    """
-    if free is None:
-        if not os.path.isdir(folder):
-            return
-        free = shutil.disk_usage(folder).free
-    if needed > free:
-        numbers = f"{folder} has {free >> 20} MB free, batches under way need {(needed >> 20) + 1} MB"
-        raise DataError(f"{numbers}: {_SMALLER}, or `docker run --shm-size`")
 
 
 def explain_loader_error(error: BaseException) -> str | None:
@@ -218,42 +182,14 @@ def _explain(error: BaseException) -> str | None:
     return _DIED + last.partition(": ")[2] if died else None
 
 
-class _WithSlots(Sampler[list[Any]]):
-    """A sampler that adds the number of a free slot of shared memory to each batch's keys."""
-
-    def __init__(self, sampler: StepSampler, take: Callable[[], int]) -> None:
-        self._sampler, self._take = sampler, take
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        for keys in self._sampler:
-            yield [*keys, self._take()]
-
-
 class _Tracked(Dataset[Any]):
-    """The data set; in shared memory, the image that each worker is loading, and slots for batches."""
+    """The data set; in shared memory, the image that each worker is loading."""
 
-    def __init__(
-        self,
-        dataset: NamedImages,
-        sampler: StepSampler,
-        num_workers: int,
-        collate: Callable[[list[Any]], Any] | None,
-    ) -> None:
-        self._dataset, self._num_workers, self._collate = dataset, num_workers, collate
+    def __init__(self, dataset: NamedImages, num_workers: int, collate: Callable[[list[Any]], Any] | None) -> None:
+        self._dataset, self._num_workers, self._collate = dataset, num_workers, collate or _stack
         self._at: Tensor | None = None
-        self._slots: Slots | None = None
-        self.slots = 0, 0  # number, bytes
-        self.sampler = _WithSlots(sampler, self._take) if num_workers else sampler
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "sampler": None}  # for workers
-
-    def __getitem__(self, key: Key | int) -> Any:
-        if isinstance(key, int):
-            return key  # a slot's number
+    def __getitem__(self, key: Key) -> Any:
         worker = get_worker_info()
         self._note(worker, key[1])
         try:
@@ -269,34 +205,25 @@ class _Tracked(Dataset[Any]):
             self._at[worker.id] = index
 
     def share_memory(self) -> None:
-        """Allocate shared memory for a pass over the data; batches of an earlier pass keep theirs."""
-        number, size = self.slots
+        """Allocate shared memory for a pass over the data; an earlier pass keeps its own."""
         self._at = torch.full((self._num_workers,), -1).share_memory_() if self._num_workers else None
-        self._slots = Slots(number, size) if size else None
 
-    def _take(self) -> int:
-        return -1 if self._slots is None else self._slots.take()
-
-    def collate(self, samples: Sequence[Any]) -> Any:
+    def collate(self, samples: list[Any]) -> Any:
         """Make a batch, all of it in shared memory; without free shared memory, the worker's queue would lose it silently."""
-        slot = samples[-1] if isinstance(samples[-1], int) else -1
-        samples = [sample for sample in samples if not isinstance(sample, int)]
-        batch = self._collate(samples) if self._collate else self._stack(samples, slot)
+        batch = self._collate(samples)
         if get_worker_info() is not None:
             _share(batch)
         return batch
 
-    def _stack(self, samples: Sequence[Sample], slot: int) -> Batch:
-        """Stack views (B, V, C, H, W), in a slot if there is one."""
-        views: Any = None if self._slots is None else self._slots.fill(slot, [sample.views for sample in samples])
-        if views is None:
-            views = default_collate([sample.views for sample in samples])
-        indices = torch.tensor([sample.number for sample in samples])
-        return Batch(views, indices, [bad for sample in samples for bad in sample.bad])
-
     def in_flight(self) -> str:
         at = [] if self._at is None else [int(index) for index in self._at if index >= 0]
         return f"; being loaded: {', '.join(repr(self._dataset.name(index)) for index in at)}" if at else ""
+
+
+def _stack(samples: Sequence[Sample]) -> Batch:
+    indices = torch.tensor([sample.number for sample in samples])
+    views = default_collate([sample.views for sample in samples])  # (B, V, C, H, W); a worker stacks in shared memory
+    return Batch(views, indices, [bad for sample in samples for bad in sample.bad])
 
 
 def _share(batch: Any) -> None:
@@ -305,42 +232,6 @@ def _share(batch: Any) -> None:
     elif isinstance(batch, Mapping | list | tuple):
         for part in batch.values() if isinstance(batch, Mapping) else batch:
             _share(part)
-
-
-def _start_worker(_: int) -> None:
-    """Ignore signals, which a terminal or torchrun sends to all processes: the main process ends workers once it has saved."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _end_workers() -> None:
-    """End all workers at exit, which would otherwise wait for ever, since workers ignore SIGTERM."""
-    _kill(list(_workers))
-
-
-def _kill(workers: Iterable[BaseProcess]) -> None:
-    """Kill workers, also those that do not respond."""
-    with _quiet_sigchld():
-        for worker in workers:
-            if worker.is_alive():
-                worker.kill()
-            worker.join(5)
-
-
-@contextlib.contextmanager
-def _quiet_sigchld() -> Iterator[None]:
-    """Restore SIGCHLD's handler: torch's raises the death of a worker wherever the main thread is, even within a step."""
-    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
 
 def _escape(text: str) -> str:

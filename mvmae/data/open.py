@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from .archives import class_names, find_archives, find_columns, open_archives
+from .archives import find_archives, open_archives
 from .decode import ImageLike
 from .folders import SPLITS, FileSource, ImageSource, SplitError, open_folder, open_list, scan, split_folder
 from .sample import SampleSource
+from .tables import class_names, find_columns
 
 __all__ = ["DatasetSource", "FileSource", "ImageSource", "RepeatedSource", "SplitError", "open_images"]
 

@@ -1,13 +1,16 @@
-"""Pixels that come as arrays, of any type and layout -> (H, W, C) uint8."""
+"""Pixels of arrays of any type and layout, and of Pillow images -> (H, W, C) uint8."""
 
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Colour: TypeAlias = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_DEEP = ("I", "F")  # Pillow's modes of more than 8 bits, `I;16` and its kin included
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's convert("L")
 
 
@@ -79,6 +82,26 @@ def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE) -> 
         grey: Pixels = np.rint(pixels @ _LUMA).astype(np.uint8)[..., None]
         return grey
     raise ValueError(f"the array must have {channels} channels (in_chans), got {held}")
+
+
+def pillow_pixels(image: Image.Image, channels: int, value_range: tuple[float, float] | None, background: Colour) -> Pixels:
+    """Convert a Pillow image to a number of channels (4: RGBA, or CMYK unchanged), deep modes as `to_uint8` does."""
+    if image.mode.startswith(_DEEP):
+        return with_channels(to_uint8(np.asarray(image)[..., None], value_range), channels)
+    if channels in (1, 3) and image.has_transparency_data:
+        laid = np.asarray(image.convert("RGBA"))
+        if laid[..., 3].min() < 255:
+            return with_channels(laid, channels, background)
+    if channels not in _MODES:
+        raise ValueError(
+            f"the image must have {channels} channels (in_chans), got {len(image.getbands())} of mode {image.mode}"
+        )
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")
+    if image.mode != _MODES[channels] and not (image.mode == "CMYK" and channels == 4):
+        image = image.convert(_MODES[channels])
+    pixels: Pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def _laid_on(pixels: Pixels, background: Colour) -> Pixels:

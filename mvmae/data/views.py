@@ -9,27 +9,14 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from .decode import MAX_PIXELS, ImageLike, OpenedImage, colour, open_image
 from .pixels import WHITE, Colour, Pixels
 
-DECODERS = ("fast", "pillow", "pil")
-# EXIF orientation -> how the stored image becomes the one looked at: transpose, then flip left-right, flip up-down
-_ORIENT = {
-    1: (False, False, False),
-    2: (False, True, False),
-    3: (False, True, True),
-    4: (False, False, True),
-    5: (True, False, False),
-    6: (True, True, False),
-    7: (True, True, True),
-    8: (True, False, True),
-}
+DECODERS = ("fast", "pillow")
 
 
 class Box(NamedTuple):
@@ -66,7 +53,52 @@ def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[f
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-class MultiViewTransform:
+class _BoxTransform:
+    """The options that both transforms have, and the views of an opened image by them."""
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        in_chans: int,
+        scaled_decode: float | None,
+        decoder: str,
+        max_pixels: int,
+        value_range: tuple[float, float] | None,
+        background: str,
+    ) -> None:
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"image_size must be a positive number or (H, W), got {image_size}")
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+        if scaled_decode and scaled_decode < 1:
+            raise ValueError(f"scaled_decode must be at least 1, or None to decode in full, got {scaled_decode}")
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
+        if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
+            raise ValueError(f"value_range must be (low, high) with low < high, got {tuple(value_range)}")
+        self.image_size = (size[0], size[1])
+        self.in_chans, self.scaled_decode, self.decoder = in_chans, scaled_decode or None, decoder
+        self.max_pixels, self.value_range, self.background = max_pixels, value_range, colour(background)
+
+    def _open(self, image: ImageLike) -> OpenedImage:
+        return open_image(image, max_pixels=self.max_pixels)
+
+    def _take(self, image: OpenedImage, boxes: Sequence[Box], flips: Sequence[bool]) -> Tensor:
+        return take_views(
+            image,
+            boxes,
+            flips,
+            self.image_size,
+            channels=self.in_chans,
+            scaled_decode=self.scaled_decode,
+            decoder=self.decoder,
+            value_range=self.value_range,
+            background=self.background,
+        )
+
+
+class MultiViewTransform(_BoxTransform):
     """V random resized crops of an image, each flipped by chance, from one decode (Section 3.1.1; crops as in MAE).
 
     Called with an image and a `torch.Generator`, it returns (V, C, H, W) uint8 that depend on these two alone. Without a
@@ -82,8 +114,7 @@ class MultiViewTransform:
         in_chans: C: 1 (grey), 3 (RGB), 4 (RGBA or CMYK as stored), any number for arrays.
         scaled_decode: k: a JPEG is decoded at 1/2, 1/4 or 1/8 while every crop keeps k times its view's pixels a side;
             None or 0 decodes in full.
-        decoder: "fast" (simplejpeg where installed), "pillow" (Pillow only), or "pil": the slow reference that decodes
-            in full and crops with Pillow's `resize(box=...)`.
+        decoder: "fast" (simplejpeg where installed), or "pillow" (Pillow only).
         max_pixels: Larger images are refused before they are decoded.
         value_range: Values that become 0 and 255 in images and arrays deeper than 8 bits, such as (0, 4095).
         background: Colour behind transparent pixels in grey or RGB views, in CSS notation.
@@ -117,14 +148,8 @@ class MultiViewTransform:
             raise ValueError(f"ratio must be (low, high) with 0 < low <= high, got {tuple(ratio)}")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability between 0 and 1, got {flip}")
-        if scaled_decode and scaled_decode < 1:
-            raise ValueError(f"scaled_decode must be at least 1, or None to decode in full, got {scaled_decode}")
-        _check_decoder(decoder, in_chans)
-        self.image_size = _pair(image_size)
-        self.num_views, self.scale, self.ratio, self.flip = num_views, scale, ratio, flip
-        self.same_crop, self.in_chans, self.max_pixels = same_crop, in_chans, max_pixels
-        self.scaled_decode, self.decoder = scaled_decode or None, decoder
-        self.value_range, self.background = _check_range(value_range), colour(background)
+        super().__init__(image_size, in_chans, scaled_decode, decoder, max_pixels, value_range, background)
+        self.num_views, self.scale, self.ratio, self.flip, self.same_crop = num_views, scale, ratio, flip, same_crop
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -141,19 +166,8 @@ class MultiViewTransform:
         Returns:
             (V, C, H, W) uint8.
         """
-        opened = open_image(image, max_pixels=self.max_pixels)
-        boxes, flips = self.draw(*_upright_size(opened), generator=generator)
-        return take_views(
-            opened,
-            boxes,
-            flips,
-            self.image_size,
-            channels=self.in_chans,
-            scaled_decode=self.scaled_decode,
-            decoder=self.decoder,
-            value_range=self.value_range,
-            background=self.background,
-        )
+        opened = self._open(image)
+        return self._take(opened, *self.draw(*opened.upright_size, generator=generator))
 
     def draw(self, height: int, width: int, *, generator: torch.Generator | None = None) -> tuple[list[Box], list[bool]]:
         """Draw the V boxes, and whether each is flipped, for an image of this size."""
@@ -166,7 +180,7 @@ class MultiViewTransform:
         return boxes * repeats, flips * repeats
 
 
-class CentreCropTransform:
+class CentreCropTransform(_BoxTransform):
     """The view of which features are computed: shorter side to 256/224 of the size, centre crop; nothing random.
 
     Args:
@@ -194,29 +208,17 @@ class CentreCropTransform:
     ) -> None:
         if not 0 < crop <= 1:
             raise ValueError(f"crop must be a share above 0 and at most 1, got {crop}")
-        _check_decoder(decoder, in_chans)
-        self.image_size, self.crop, self.in_chans = _pair(image_size), crop, in_chans
-        self.scaled_decode, self.decoder, self.max_pixels = scaled_decode, decoder, max_pixels
-        self.value_range, self.background = _check_range(value_range), colour(background)
+        super().__init__(image_size, in_chans, scaled_decode, decoder, max_pixels, value_range, background)
+        self.crop = crop
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Take the view of one image, (C, H, W) uint8; `generator` is not used."""
-        opened = open_image(image, max_pixels=self.max_pixels)
-        height, width = _upright_size(opened)
+        opened = self._open(image)
+        height, width = opened.upright_size
         side = min(height / self.image_size[0], width / self.image_size[1]) * self.crop  # source pixels a view's pixel
         h, w = (max(1, round(side * size)) for size in self.image_size)
         box = Box((height - h) // 2, (width - w) // 2, h, w)
-        return take_views(
-            opened,
-            [box],
-            [False],
-            self.image_size,
-            channels=self.in_chans,
-            scaled_decode=self.scaled_decode,
-            decoder=self.decoder,
-            value_range=self.value_range,
-            background=self.background,
-        )[0]
+        return self._take(opened, [box], [False])[0]
 
 
 def take_views(
@@ -236,18 +238,16 @@ def take_views(
     Returns:
         (V, C, H, W) uint8.
     """
-    transpose, mirror, upend = _ORIENT[image.orientation]
-    stored = [_stored_box(box, image, transpose, mirror, upend) for box in boxes]
+    transpose, mirror, upend = image.turn
+    stored = [_stored_box(box, image) for box in boxes]
     size = (image_size[1], image_size[0]) if transpose else image_size
-    reduction = choose_reduction(stored, size, scaled_decode) if image.reducible and decoder != "pil" else 1
-    library = "fast" if decoder == "fast" else "pillow"
+    reduction = choose_reduction(stored, size, scaled_decode) if image.reducible else 1
     pixels = image.decode(
-        channels=channels, reduction=reduction, decoder=library, value_range=value_range, background=background
+        channels=channels, reduction=reduction, decoder=decoder, value_range=value_range, background=background
     )
-    resize = _resize_pil if decoder == "pil" else _resize
     views = torch.empty(len(boxes), channels, *image_size, dtype=torch.uint8)
     for view, box, flip in zip(views, stored, flips, strict=True):
-        crop = resize(pixels, snap_box(box, reduction, pixels.shape[0], pixels.shape[1]), size)
+        crop = _resize(pixels, snap_box(box, reduction, pixels.shape[0], pixels.shape[1]), size)
         dims = [-1] * (mirror != flip) + [-2] * upend
         crop = crop.mT if transpose else crop
         view.copy_(crop.flip(dims) if dims else crop)
@@ -278,45 +278,9 @@ def _resize(pixels: Pixels, box: Box, size: tuple[int, int]) -> Tensor:
     return F.interpolate(crop, size, mode="bicubic", antialias=True)[0]
 
 
-def _resize_pil(pixels: Pixels, box: Box, size: tuple[int, int]) -> Tensor:
-    """The same by Pillow, band by band where it has no such mode."""
-    top, left, height, width = box
-    bands = [pixels] if pixels.shape[2] == 3 else np.split(pixels, pixels.shape[2], axis=2)
-    resized = []
-    for band in bands:
-        image = Image.fromarray(band if band.shape[2] == 3 else band[..., 0])
-        image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-        resized.append(np.array(image).reshape(*size, -1))
-    return torch.from_numpy(np.concatenate(resized, axis=2)).permute(2, 0, 1)
-
-
-def _stored_box(box: Box, image: OpenedImage, transpose: bool, mirror: bool, upend: bool) -> Box:
+def _stored_box(box: Box, image: OpenedImage) -> Box:
     """Return the box in the image as stored, from the box in the image as seen."""
-    height, width = _upright_size(image)
+    (transpose, mirror, upend), (height, width) = image.turn, image.upright_size
     top = height - box.top - box.height if upend else box.top
     left = width - box.left - box.width if mirror else box.left
     return Box(left, top, box.width, box.height) if transpose else Box(top, left, box.height, box.width)
-
-
-def _upright_size(image: OpenedImage) -> tuple[int, int]:
-    return (image.width, image.height) if _ORIENT[image.orientation][0] else (image.height, image.width)
-
-
-def _check_decoder(decoder: str, in_chans: int) -> None:
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
-    if in_chans < 1:
-        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
-
-
-def _check_range(value_range: tuple[float, float] | None) -> tuple[float, float] | None:
-    if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
-        raise ValueError(f"value_range must be (low, high) with low < high, got {tuple(value_range)}")
-    return value_range
-
-
-def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
-    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"image_size must be a positive number or (H, W), got {image_size}")
-    return pair[0], pair[1]
