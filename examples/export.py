@@ -26,7 +26,7 @@ from engine.checkpoint import load_checkpoint
 from engine.cli import option, run
 from engine.ends import Stop
 from mvmae import MultiViewMAE, hub
-from mvmae.weights import replace_file
+from mvmae.files import replace_file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from .accumulation import Losses as Losses
 from .accumulation import backward_in_parts as backward_in_parts
 from .decoder import MAEDecoder as MAEDecoder
 from .encoders import create_model as create_model
+from .files import WeightsError as WeightsError
 from .losses import NTXentLoss as NTXentLoss
 from .losses import ReconstructionLoss as ReconstructionLoss
 from .masked_vit import encode_visible as encode_visible
@@ -23,7 +24,6 @@ from .model import MultiViewOutput as MultiViewOutput
 from .model import projection_mlp as projection_mlp
 from .patches import patchify as patchify
 from .patches import unpatchify as unpatchify
-from .weights import WeightsError as WeightsError
 
 if TYPE_CHECKING:
     from .data import CentreCropTransform as CentreCropTransform

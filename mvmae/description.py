@@ -13,8 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .encoders import TIMM_NAMES, SinCosVisionTransformer
+from .files import WeightsError, building, check_sizes, first_line
 from .masked_vit import PlainViT, check_encoder, unwrap
-from .weights import WeightsError, building, check_sizes, first_line
 
 DEFAULT_NAME = "vit_base_patch16_224"
 REGULARISERS = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from .decoder import MAEDecoder
 from .description import describe_pretraining, pretraining_arguments
 from .encoders import SinCosVisionTransformer
+from .files import building
 from .losses import LossOn, NTXentLoss, ReconstructionLoss
 from .masked_vit import check_encoder, encode_visible
 from .masking import Mask, num_visible, random_mask
 from .patches import grid_size, patchify
 from .timm_weights import plain_names
-from .weights import building, check_weights, read_pretraining, write_pretraining
+from .weights import check_weights, read_pretraining, write_pretraining
 
 Pool = Literal["avg", "token"]
 

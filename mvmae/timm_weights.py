@@ -14,7 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
-from .weights import WEIGHTS_FILE, WeightsError, check_weights, first_line, locate, read_weights
+from .files import WEIGHTS_FILE, WeightsError, first_line, locate
+from .weights import check_weights, read_weights
 
 HUB_OWNER = ""  # who keeps the published weights on the Hub; empty while there are none
 _logger = logging.getLogger(__name__)

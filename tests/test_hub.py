@@ -24,7 +24,8 @@ from hub_server import Hub, Repo
 
 import mvmae
 from mvmae import hub
-from mvmae.weights import WeightsError, read_weights, sha256
+from mvmae.files import WeightsError, sha256
+from mvmae.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
 TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.distributed import Processes
+from mvmae.files import write_text as write_text
 
 
 class Log:
@@ -75,15 +76,6 @@ class Log:
         """Take the bar away."""
         if self.bar is not None:
             self.bar.close()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by one with this text, whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.unlink(missing_ok=True)
-    with unfinished.open("x") as file:  # a new file: no link is followed
-        file.write(text)
-    os.replace(unfinished, path)
 
 
 class Output:

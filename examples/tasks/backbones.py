@@ -18,9 +18,10 @@ from torch import nn
 
 from engine.ends import Stop
 from mvmae.encoders import check_source
+from mvmae.files import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json
 from mvmae.hub import export
 from mvmae.timm_weights import checkpoint_filter
-from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
+from mvmae.weights import check_weights, read_weights
 
 
 def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:

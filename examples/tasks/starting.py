@@ -13,9 +13,9 @@ import mvmae
 from engine.ends import Stop
 from mvmae.data import colour
 from mvmae.encoders import check_source
+from mvmae.files import CONFIG_FILE, first_line, locate, read_json
 from mvmae.hub import license_warning, load_encoder
 from mvmae.masked_vit import check_encoder
-from mvmae.weights import CONFIG_FILE, first_line, locate, read_json
 from tasks.backbones import create_encoder, find_weights
 
 Config = TypeVar("Config", bound=Any)

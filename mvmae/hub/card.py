@@ -6,16 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..weights import (
-    CONFIG_FILE,
-    PRETRAINING_FILE,
-    PRETRAINING_FOLDER,
-    WEIGHTS_FILE,
-    locate,
-    read_config,
-    replace_file,
-    sha256,
-)
+from ..files import CONFIG_FILE, WEIGHTS_FILE, locate, read_config, sha256, write_text
+from ..weights import PRETRAINING_FILE, PRETRAINING_FOLDER
 
 CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
@@ -135,5 +127,5 @@ def write_card(
         "## Files\n\n" + "\n".join(f"- {name}: sha256 {value}" for name, value in files.items()),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    replace_file(folder / CARD_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(folder / CARD_FILE, text)
     return folder / CARD_FILE

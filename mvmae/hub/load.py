@@ -9,11 +9,12 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from ..files import WEIGHTS_FILE, WeightsError, first_line, locate
 from ..masked_vit import check_encoder, unwrap
 from ..model import MultiViewMAE
 from ..patches import sincos_table
 from ..timm_weights import checkpoint_filter, encoder_prefix, plain_names
-from ..weights import PRETRAINING_FILE, WEIGHTS_FILE, WeightsError, check_weights, first_line, in_export, locate, read_weights
+from ..weights import PRETRAINING_FILE, check_weights, in_export, read_weights
 
 MAE_NAMES = {
     "mask_token": "decoder.mask_token",
