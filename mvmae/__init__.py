@@ -21,9 +21,9 @@ from .masking import num_visible as num_visible
 from .masking import random_mask as random_mask
 from .model import MultiViewMAE as MultiViewMAE
 from .model import MultiViewOutput as MultiViewOutput
-from .model import projection_mlp as projection_mlp
 from .patches import patchify as patchify
 from .patches import unpatchify as unpatchify
+from .projector import projection_mlp as projection_mlp
 
 if TYPE_CHECKING:
     from .data import CentreCropTransform as CentreCropTransform

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..description import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
 from ..files import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, hub_causes, write_json
-from ..masked_vit import PlainViT, check_encoder, unwrap
+from ..masked_vit import PlainViT, check_encoder
 from ..model import MultiViewMAE
-from ..timm_weights import plain_names
 from ..weights import PRETRAINING_CONFIG, PRETRAINING_FILE, PRETRAINING_FOLDER, check_weights, write_pretraining, write_weights
+from ..wrappers import plain_names, unwrap
 from .card import CARD_FILE, license_warning
 from .card import write_card as write_card
 from .load import load_encoder as load_encoder

@@ -10,11 +10,12 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..files import WEIGHTS_FILE, WeightsError, first_line, locate
-from ..masked_vit import check_encoder, unwrap
+from ..masked_vit import check_encoder
 from ..model import MultiViewMAE
 from ..patches import sincos_table
-from ..timm_weights import checkpoint_filter, encoder_prefix, plain_names
+from ..timm_weights import checkpoint_filter, encoder_prefix
 from ..weights import PRETRAINING_FILE, check_weights, in_export, read_weights
+from ..wrappers import plain_names, unwrap
 
 MAE_NAMES = {
     "mask_token": "decoder.mask_token",
