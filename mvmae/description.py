@@ -1,7 +1,7 @@
 """Models as data: the name under which timm knows a ViT, the arguments in which it differs, and what is built around it."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -18,17 +18,19 @@ from .wrappers import unwrap
 
 DEFAULT_NAME = "vit_base_patch16_224"
 REGULARISERS = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-OPTIONS = (
-    "decoder_dim",
-    "decoder_depth",
-    "decoder_heads",
-    "mask_ratio",
-    "loss_weight",
-    "temperature",
-    "pool",
-    "norm_pix",
-    "loss_on",
-)  # of MultiViewMAE
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "decoder_dim": lambda model: model.decoder.embed.out_features,
+    "decoder_depth": lambda model: len(model.decoder.blocks),
+    "decoder_heads": lambda model: model.decoder.blocks[0].attn.num_heads if len(model.decoder.blocks) else 1,
+    "mask_ratio": lambda model: model.mask_ratio,
+    "loss_weight": lambda model: model.loss_weight,
+    "temperature": lambda model: model.contrastive_loss.temperature,
+    "gather": lambda model: model.contrastive_loss.gather,
+    "chunk_size": lambda model: model.contrastive_loss.chunk_size,
+    "pool": lambda model: model.pool,
+    "norm_pix": lambda model: model.reconstruction_loss.norm_pix,
+    "loss_on": lambda model: model.reconstruction_loss.loss_on,
+}  # keyword arguments of MultiViewMAE, and where it holds them
 RUN_TIME = ("device", "dtype", "num_classes", "weight_init", "fix_init")  # not what the weights are
 
 
@@ -101,23 +103,10 @@ def describe_pretraining(model: nn.Module) -> dict[str, Any]:
         WeightsError: if JSON cannot hold the encoder.
     """
     encoder: Any = model.encoder
-    decoder: Any = model.decoder
-    reconstruction: Any = model.reconstruction_loss
-    contrastive: Any = model.contrastive_loss
     return {
         "encoder": describe_encoder(check_encoder(unwrap(encoder)), plain=False),
         "projector": describe_projector(model.get_submodule("projector")),
-        "options": {
-            "decoder_dim": decoder.embed.out_features,
-            "decoder_depth": len(decoder.blocks),
-            "decoder_heads": decoder.blocks[0].attn.num_heads if len(decoder.blocks) else 1,
-            "mask_ratio": model.mask_ratio,
-            "loss_weight": model.loss_weight,
-            "temperature": contrastive.temperature,
-            "pool": model.pool,
-            "norm_pix": reconstruction.norm_pix,
-            "loss_on": reconstruction.loss_on,
-        },
+        "options": {name: value(model) for name, value in OPTIONS.items()},
     }
 
 
@@ -135,10 +124,10 @@ def pretraining_arguments(description: Mapping[str, Any], projector: nn.Module |
         encoder, head, options = dict(description["encoder"]), description["projector"], dict(description["options"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"this does not describe a pretraining model: {first_line(error)}") from error
-    unknown = sorted(set(options) - set(OPTIONS))
+    unknown = sorted(options.keys() - OPTIONS)
     if unknown:
         raise WeightsError(f"the pretraining options {', '.join(unknown)} are unknown: upgrade mvmae")
-    check_sizes(options, "the pretraining model")
+    check_sizes({name: value for name, value in options.items() if name != "chunk_size"}, "the pretraining model")
     projector = build_projector(head) if projector is None else projector
     return {"encoder": build_encoder(encoder), "projector": projector, **options}
 

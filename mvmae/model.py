@@ -82,8 +82,10 @@ class MultiViewMAE(nn.Module):
             class token), or ``"token"``, the class token.
         projector: applied to the pooled latents before Eq. 4; none in the paper. Any module from (N, D) to (N, any width),
             such as `projection_mlp`.
-        norm_pix: see `ReconstructionLoss`.
-        loss_on: see `ReconstructionLoss`.
+        norm_pix: see `ReconstructionLoss`, like ``loss_on``.
+        loss_on: likewise.
+        gather: see `NTXentLoss`, like ``chunk_size``.
+        chunk_size: likewise.
 
     Raises:
         TypeError: if the encoder is not a plain ViT of timm.
@@ -104,6 +106,8 @@ class MultiViewMAE(nn.Module):
         projector: nn.Module | None = None,
         norm_pix: bool = True,
         loss_on: LossOn = "masked",
+        gather: bool = True,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         vit = check_encoder(timm.create_model(encoder) if isinstance(encoder, str) else encoder)
@@ -132,7 +136,7 @@ class MultiViewMAE(nn.Module):
         )
         self.projector = projector if projector is not None else nn.Identity()
         self.reconstruction_loss = ReconstructionLoss(norm_pix=norm_pix, loss_on=loss_on)
-        self.contrastive_loss = NTXentLoss(temperature)
+        self.contrastive_loss = NTXentLoss(temperature, gather=gather, chunk_size=chunk_size)
         self.mask_ratio = mask_ratio
         self.loss_weight = loss_weight
         self.pool = pool

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import inspect
 import json
 import os
 import pickle
@@ -481,7 +482,10 @@ def test_a_model_with_any_projector_is_exported_and_comes_back(kind, tmp_path, c
 
 def test_every_option_of_a_pretraining_model_comes_back(tmp_path):
     options = {"mask_ratio": 0.6, "loss_weight": 0.5, "temperature": 0.2, "pool": "token", "norm_pix": False, "loss_on": "all"}
+    options |= {"gather": False, "chunk_size": 30_000}
     decoder = {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 6}
+    keywords = inspect.signature(mvmae.MultiViewMAE).parameters.keys() - {"encoder", "projector"}
+    assert options.keys() | decoder.keys() == keywords, "a new option: try it here"
     model = mvmae.MultiViewMAE(timm.create_model("mvmae_vit_tiny_patch16", **TINY), **options, **decoder)
     model.save_pretrained(tmp_path)
     other = mvmae.MultiViewMAE.from_pretrained(tmp_path)
@@ -489,6 +493,7 @@ def test_every_option_of_a_pretraining_model_comes_back(tmp_path):
     assert {key: getattr(other, key) for key in ("mask_ratio", "loss_weight", "pool")} == {
         key: options[key] for key in ("mask_ratio", "loss_weight", "pool")
     }
+    assert (other.contrastive_loss.gather, other.contrastive_loss.chunk_size) == (False, 30_000)
     assert hub.describe(other)["options"] == options | decoder
     rebuilt = hub.build(json.loads(json.dumps(hub.describe(model))))
     assert str(rebuilt) == str(model)
@@ -709,6 +714,7 @@ def test_f66_a_description_of_no_model_is_refused_in_one_line(tmp_path):
     changes: list[tuple[str, Any]] = [("encoder", 3), ("options", 3), ("projector", "x"), ("projector", [48, 10**9, 8])]
     changes += [("projector", [{"layer": "Module"}]), ("projector", [{"layer": "Linear", "in_features": 10**9}])]
     changes += [("projector", [48, -1]), ("options", {"decoder_depth": 3_000_000}), ("options", {"decoder_heads": 0})]
+    changes += [("options", {"chunk_size": "x"}), ("options", {"chunk_size": -1})]
     changes += [("options", {"decoder_dim": "x"}), ("encoder", {"architecture": "vit_tiny_patch16_224", "model_args": 3})]
     changes += [
         ("encoder", whole["encoder"] | {"model_args": {"depth": 3_000_000}}),
