@@ -35,7 +35,7 @@ from engine.checkpoint import check_same
 from engine.cli import changeable, option, parse, run, within_cores
 from engine.distributed import Processes, start_processes
 from engine.ends import BEFORE, Stop
-from engine.log import write_text
+from mvmae.files import write_json, write_text
 from tasks.comparison import MEASURES, draw, markdown, summarise
 from tasks.pretraining import build_model
 from tasks.timing import count_flops
@@ -207,7 +207,7 @@ def run_arm(planned: Planned, processes: Processes) -> None:
         return
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "settings.json", json.dumps(planned.settings, indent=2) + "\n")
+        write_json(folder / "settings.json", planned.settings)
     for name, chosen in planned.scripts.items():
         _call(SCRIPTS[name], chosen, processes)
     result: dict[str, Any] = {"arm": planned.arm.name, "options": planned.arm.options, "seed": planned.seed}
@@ -219,7 +219,7 @@ def run_arm(planned: Planned, processes: Processes) -> None:
         result |= {"knn": probed["knn_avg"], "linear": probed["linear"], "rank": probed["rank_avg"]}
     result["seconds"] = None if begun else round(time.monotonic() - start)
     if processes.rank == 0:
-        write_text(planned.numbers, json.dumps(result, indent=2) + "\n")
+        write_json(planned.numbers, result)
 
 
 def _call(script: Any, chosen: Any, processes: Processes) -> None:
@@ -273,7 +273,7 @@ def main(config: Config) -> None:
         if not any(row["runs"] for rows in found.values() for row in rows):
             raise Stop(f"no run in {folder} is done")
         text = markdown(found)
-        write_text(folder / "ablation.json", json.dumps(found, indent=1) + "\n")
+        write_json(folder / "ablation.json", found)
         write_text(folder / "ablation.md", text + "\n")
         draw(folder / "ablation.png", found)
         print(f"accuracy in percent; in brackets the difference to ours of the same seeds with its 95 % interval\n\n{text}")

@@ -10,7 +10,6 @@ alone. The figures go to benchmark.json.
 """
 
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from engine.cli import option, run
 from engine.distributed import autocast, start_processes
 from engine.ends import Stop
 from mvmae.data import FORMATS, MultiViewDataset, StepSampler, make_loader, open_images
+from mvmae.files import write_json
 from tasks.backbones import create_encoder
 from tasks.timing import Products, clock, count_flops, peak_memory_mb, show
 
@@ -259,7 +259,7 @@ def main(config: Config) -> None:
                 results[part] = measure()
     path = Path(config.output_dir) / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(path, results)
     print(f"\nwritten to {path}")
 
 

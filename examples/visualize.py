@@ -14,7 +14,6 @@ Leaves a PNG for each kind of picture, and its tiles one by one in a folder besi
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,8 @@ import mvmae
 from engine.cli import option, run
 from engine.distributed import start_processes
 from engine.ends import Stop
-from engine.log import write_text
 from mvmae.data import ImageSource, open_images
+from mvmae.files import write_json
 from mvmae.masked_vit import check_encoder
 from mvmae.metrics import variance_explained
 from mvmae.visualize import (
@@ -179,7 +178,7 @@ def write_shares(folder: Path, models: Sequence[Model], bank: Tensor, labels: Te
         axis.set(ylabel="share of the features' variance", ylim=(0, 1), title=f"{len(bank)} images")
         axis.yaxis.set_major_formatter("{x:.0%}")
         axis.legend()
-    write_text(folder / "shares.json", json.dumps({"images": len(bank), "shares": found}, indent=2) + "\n")
+    write_json(folder / "shares.json", {"images": len(bank), "shares": found})
     print(f"{folder / 'shares'}.png and .json")
 
 

@@ -1,4 +1,4 @@
-"""Measures of features: k-NN accuracy and explained variance with labels; rank, alignment, uniformity, collapse without.
+"""Measures of features: k-NN accuracy and explained variance with labels; rank, uniformity, collapse without.
 
 Two more compare the features of the same images before and after further training.
 
@@ -139,23 +139,6 @@ def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
     sigma = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p: Tensor = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny)
     return float(torch.special.entr(p).sum().exp())
-
-
-def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> float:
-    """Compute how far apart two views of an image lie: mean of |x - y|^alpha (Wang & Isola, 2020); 0 is best.
-
-    Args:
-        x: features of one view, (N, D), of any length: they are normalised here.
-        y: features of the other view of the same images, in the same order, (N, D).
-        alpha: exponent (theirs: 2).
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if x.shape != y.shape:
-        raise ValueError(f"features of the two views must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-    _check_features(x)
-    return float((_unit(x) - _unit(y)).norm(dim=1).pow(alpha).mean())
 
 
 def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> float:

@@ -34,8 +34,8 @@ from engine import checkpoint, locks, snapshot
 from engine.config import RunConfig
 from engine.distributed import Processes
 from engine.ends import Stop
-from engine.log import write_text
 from engine.run import Run
+from mvmae.files import write_text
 
 STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
 ALONE = Processes(0, 1, torch.device("cpu"), None)

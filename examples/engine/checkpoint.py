@@ -18,8 +18,8 @@ import torch
 from engine import locks
 from engine.distributed import Processes
 from engine.ends import Stop
-from engine.log import write_text
 from engine.snapshot import is_plain, named_tensors, not_finite
+from mvmae.files import first_line, write_json
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 PARTS = frozenset({"step", "settings", "optimizer"})
@@ -125,8 +125,7 @@ def read_checkpoint(path: Path, parts: frozenset[str] = frozenset()) -> dict[str
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what torch makes of damaged bytes can be anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} is damaged or cut short: {reason}") from error
+        raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
     if damaged:
         raise ValueError(f"{path} is damaged: wrong checksum of {damaged!r}")
     if not isinstance(state, dict):
@@ -193,7 +192,7 @@ def open_run(
             if name == PREVIOUS and os.path.lexists(folder / NEWEST):  # else the next save would put it over the good one
                 os.replace(folder / NEWEST, folder / DAMAGED)
                 changed.append(f"{NEWEST} is kept as {DAMAGED}")
-            write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+            write_json(folder / "config.json", settings)
         except OSError as error:
             raise Stop(f"cannot write to the output folder {folder}: {error.strerror}") from error
         if state:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.distributed import Processes
-from mvmae.files import write_text as write_text
+from mvmae.files import write_text
 
 
 class Log:

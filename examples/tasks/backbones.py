@@ -47,7 +47,7 @@ def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
         raise
     except Exception as error:  # timm checks few of its arguments
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        reason = f"it takes no {unknown[1]}" if unknown else f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"it takes no {unknown[1]}" if unknown else first_line(error)
         raise Stop(f"{name} cannot be built{f' with {arguments!r}' if arguments else ''}: {reason}") from error
     return model
 
