@@ -1,7 +1,12 @@
 """Multi-View Masked Autoencoder: timm-compatible encoders and their pretraining.
 
 ``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its rooms, such as ``mvmae.hub``, and the transforms of
-``mvmae.data`` are imported when they are first asked for.
+``mvmae.data`` are imported when they are first asked for. Where to read:
+
+- the method, in the order of the paper: ``model`` (Eqs. 1 to 7), ``patches``, ``masking``, ``masked_vit``, ``decoder``,
+  ``losses`` with ``gradients``, ``projector``, ``accumulation``, ``metrics``;
+- its encoders and their files: ``encoders``, ``timm_weights``, ``description``, ``weights``, ``files``, ``wrappers``;
+- what stands around the method: ``data``, ``dense``, ``visualize``, ``hub``.
 """
 
 from importlib import import_module

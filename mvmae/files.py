@@ -29,7 +29,7 @@ WEIGHTS_FILES = (
     "*.pth",
     "*.pth.tar",
     "*.bin",
-)  # of which timm takes the first that a folder holds
+)  # in the order in which timm looks for them in a folder
 HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -202,7 +202,7 @@ def building(what: str) -> Iterator[None]:
         yield
     except WeightsError:
         raise
-    except Exception as error:  # what timm makes of arguments of any kind can be anything
+    except Exception as error:  # timm can raise anything for wrong arguments
         raise WeightsError(f"no model can be built from {what} ({first_line(error)})") from error
 
 

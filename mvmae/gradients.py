@@ -1,4 +1,4 @@
-"""Steps of the contrastive loss with a backward pass of their own: for less memory, for its type, for several processes.
+"""Steps of the contrastive loss with their own backward pass, for memory, numeric types and several processes.
 
 Shapes: B images of this process, N images of all processes, V views, D width of a latent.
 """

@@ -168,7 +168,8 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
 def variance_explained(features: Tensor, groups: Tensor) -> float:
     """Compute the share of the features' variance that lies between groups of images, in 0 to 1 (the correlation ratio).
 
-    For groups by class it is high where classes are told apart; for groups by brightness, where the features are mostly that.
+    For groups by class it is high where the features separate classes; for groups by brightness, where the features follow
+    brightness most.
     G groups drawn at random give about (G - 1) / (N - 1).
 
     Args:

@@ -1,4 +1,4 @@
-"""The projection head between the pooled latents and Eq. 4, which the paper does not have, and any such head as data."""
+"""The projection head before Eq. 4 (the paper has none), and how a file describes one."""
 
 import logging
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ReLU: (),
     nn.SiLU: (),
     nn.Tanh: (),
-}  # of which projectors are made, and the arguments that their attributes tell
+}  # layers that a file can describe, and their arguments, each an attribute of the layer
 
 _logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ def _mlp(widths: Sequence[int]) -> nn.Sequential:
 
 
 def describe_projector(projector: nn.Module) -> list[Any] | str | None:
-    """Return what rebuilds a projector, in types that JSON can hold: the widths of an MLP, or its layers, or None for none.
+    """Return what rebuilds a projector, in types that JSON can hold: the widths of an MLP, its layers, or None.
 
-    Where neither is enough, the name of its class, with a warning.
+    Where neither is enough, return the name of its class and log a warning.
     """
     if isinstance(projector, nn.Identity):
         return None

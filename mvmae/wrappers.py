@@ -1,4 +1,4 @@
-"""What torch puts around a model, or leaves out of it: compilation, data parallelism, sharding, the meta device."""
+"""What torch.compile, data parallelism, FSDP and the meta device need from a model."""
 
 import re
 from collections.abc import Callable, Mapping

@@ -275,7 +275,7 @@ def test_own_images_deep_oblong_few_and_changed_by_a_function(tmp_path):
     assert cfg["input_size"] == [1, 24, 40]
     assert cfg["mean"] == pytest.approx([0.5], abs=0.02) and 0.05 < cfg["std"][0] < 0.3
     wrong = adapt(tmp_path, *arguments, "--transform", "mine:invent", "--output-dir", "other")
-    assert wrong.code == 2 and "--transform mine:invent" in wrong.err and "module:function is expected" in wrong.err
+    assert wrong.code == 2 and "--transform must be module:function" in wrong.err and "got mine:invent" in wrong.err
 
 
 def test_a_file_of_weights_needs_its_architecture(start, tmp_path):

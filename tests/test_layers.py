@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -294,6 +295,11 @@ def test_a_module_is_imported_when_it_is_first_asked_for():
     assert not hasattr(mvmae, "nothing")
     with pytest.raises(ImportError, match="nothing"):
         exec("from mvmae import nothing")
+
+
+def test_the_docstring_of_the_package_names_every_module():
+    named = re.findall(r"``(\w+)``", (mvmae.__doc__ or "").partition("Where to read:")[2])
+    assert sorted(named) == sorted([*(root_modules() - {"__init__"}), *(set(ROOMS) - {""})])
 
 
 def test_the_top_level_of_the_repository_holds_what_it_should():

@@ -1,4 +1,4 @@
-"""From a model to a folder that timm, transformers and `mvmae` load, to the Hub, and back from other people's files."""
+"""From a model to a folder that timm, transformers and `mvmae` load, and from there to the Hub."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Load weights of others into an encoder or a pretraining model: completely, or not at all."""
+"""Load other people's weights into an encoder or a pretraining model: completely, or not at all."""
 
 import math
 from collections.abc import Mapping
