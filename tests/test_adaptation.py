@@ -322,7 +322,7 @@ def test_every_trained_parameter_is_in_one_group(name, monkeypatch):
         (["--encoder", "swin_tiny_patch4_window7_224", "--no-pretrained"], ["SwinTransformer", "windows"]),
         (["--encoder", "no/such.safetensors"], ["there is no file or folder no/such.safetensors"]),
         (["--encoder", "local-dir:no/such"], ["no/such"]),
-        (["--mean", "automatic"], ["--mean 'automatic'", "auto"]),
+        (["--mean", "automatic"], ["--mean must be numbers, or auto alone, got 'automatic'"]),
         (["--crops-per-image", "0"], ["--crops-per-image", "at least 1"]),
         (["--freeze-epochs", "2"], ["--freeze-epochs 2", "--epochs 2"]),
         (["--value-range", "9", "3"], ["--value-range must be low and high, got 9.0 3.0"]),
