@@ -35,7 +35,7 @@ from engine.checkpoint import check_same
 from engine.cli import changeable, option, parse, run, within_cores
 from engine.distributed import Processes, start_processes
 from engine.ends import BEFORE, Stop
-from engine.log import write_text
+from mvmae.files import write_json, write_text
 from tasks.comparison import MEASURES, draw, markdown, summarise
 from tasks.pretraining import build_model
 from tasks.timing import count_flops
@@ -110,7 +110,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def settings(config: Config, arm: Arm, *more: str) -> pretrain.Config:
-    """Give the options of an arm's pretraining."""
+    """Return the options of an arm's pretraining."""
     arguments = ["--data", config.data, *shlex.split(config.pretrain), *shlex.split(arm.options), *more]
     return parse(pretrain.Config, pretrain.PRESETS, None, arguments)
 
@@ -151,19 +151,19 @@ class Planned(NamedTuple):
 
     @property
     def numbers(self) -> Path:
-        """The file that holds its numbers when it is done."""
+        """The file with the numbers of the finished run."""
         return self.folder / "ablation.json"
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The options that its numbers depend on, as JSON has them."""
+        """The options on which its numbers depend, as JSON."""
         found = {name: dataclasses.asdict(chosen) for name, chosen in self.scripts.items()}
         kept = {name: {k: v for k, v in options.items() if k not in FREE[name]} for name, options in found.items()}
         return dict(json.loads(json.dumps(kept)))
 
 
 def plan(config: Config, arm: Arm, seed: int) -> Planned:
-    """Give the options of an arm's scripts, and refuse a folder that holds this run with other ones.
+    """Return the options of an arm's scripts, and refuse a folder that holds this run with other ones.
 
     A run is named by what it has otherwise than ours, so that tables share the runs that they have in common.
     """
@@ -187,7 +187,7 @@ def plan(config: Config, arm: Arm, seed: int) -> Planned:
 
 
 def refuse_other_settings(planned: Planned) -> None:
-    """Stop where a run's folder holds what other options have given, by their names."""
+    """Stop if the folder of a run holds results of other options, and name these options."""
     path, given = planned.folder / "settings.json", planned.settings
     stored = json.loads(path.read_text()) if path.exists() else {} if planned.numbers.exists() else given
     for name in SCRIPTS:
@@ -201,13 +201,13 @@ def refuse_other_settings(planned: Planned) -> None:
 
 
 def run_arm(planned: Planned, processes: Processes) -> None:
-    """Pretrain and measure, unless an earlier call has; a run that an earlier call began goes on, and has no seconds then."""
+    """Pretrain and measure, unless an earlier call has. A run that an earlier call began is resumed, and not timed."""
     folder, begun, start = planned.folder, planned.folder.exists(), time.monotonic()
     if processes.any(planned.numbers.exists()):
         return
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "settings.json", json.dumps(planned.settings, indent=2) + "\n")
+        write_json(folder / "settings.json", planned.settings)
     for name, chosen in planned.scripts.items():
         _call(SCRIPTS[name], chosen, processes)
     result: dict[str, Any] = {"arm": planned.arm.name, "options": planned.arm.options, "seed": planned.seed}
@@ -219,11 +219,11 @@ def run_arm(planned: Planned, processes: Processes) -> None:
         result |= {"knn": probed["knn_avg"], "linear": probed["linear"], "rank": probed["rank_avg"]}
     result["seconds"] = None if begun else round(time.monotonic() - start)
     if processes.rank == 0:
-        write_text(planned.numbers, json.dumps(result, indent=2) + "\n")
+        write_json(planned.numbers, result)
 
 
 def _call(script: Any, chosen: Any, processes: Processes) -> None:
-    """Run a script's main; signals do what they did at the start until it takes them. All processes wait for what it writes."""
+    """Run a script's main, with the signal handlers of the start; all processes wait for the files that it writes."""
     for number, action in BEFORE.items():
         signal.signal(number, action)
     script.main(within_cores(chosen))
@@ -231,7 +231,7 @@ def _call(script: Any, chosen: Any, processes: Processes) -> None:
 
 
 def done_runs(config: Config, arm: Arm) -> list[dict[str, Any]]:
-    """Give the results of an arm's runs that are done."""
+    """Return the results of an arm's finished runs."""
     runs = [plan(config, arm, seed) for seed in config.seeds]
     return [json.loads(planned.numbers.read_text()) for planned in runs if planned.numbers.exists()]
 
@@ -250,7 +250,7 @@ def tables(config: Config) -> dict[str, Any]:
 
 
 def main(config: Config) -> None:
-    """Run what is not done yet, then write and print the tables."""
+    """Do the runs that are missing, then write and print the tables."""
     tuned, probed = ("" if line == "none" else line for line in (config.finetune, config.probe))
     config = dataclasses.replace(config, finetune=tuned, probe=probed)
     check_lines(config)
@@ -271,9 +271,9 @@ def main(config: Config) -> None:
     if processes.rank == 0:
         found = tables(config)
         if not any(row["runs"] for rows in found.values() for row in rows):
-            raise Stop(f"no run in {folder} is done")
+            raise Stop(f"no run in {folder} has finished: call again without --collect")
         text = markdown(found)
-        write_text(folder / "ablation.json", json.dumps(found, indent=1) + "\n")
+        write_json(folder / "ablation.json", found)
         write_text(folder / "ablation.md", text + "\n")
         draw(folder / "ablation.png", found)
         print(f"accuracy in percent; in brackets the difference to ours of the same seeds with its 95 % interval\n\n{text}")

@@ -10,7 +10,6 @@ alone. The figures go to benchmark.json.
 """
 
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from engine.cli import option, run
 from engine.distributed import autocast, start_processes
 from engine.ends import Stop
 from mvmae.data import FORMATS, MultiViewDataset, StepSampler, make_loader, open_images
+from mvmae.files import write_json
 from tasks.backbones import create_encoder
 from tasks.timing import Products, clock, count_flops, peak_memory_mb, show
 
@@ -81,7 +81,7 @@ class Naive(Dataset[Tensor]):
         return self.load(self.paths[index])
 
     def load(self, path: Path) -> Tensor:
-        """Give two views of a file."""
+        """Return two views of a file."""
         views: list[Tensor] = []
         for _ in range(2):
             with Image.open(path, formats=FORMATS) as image:
@@ -94,13 +94,13 @@ def image_sets(config: Config, folder: Path) -> dict[str, list[Path]]:
     if config.data == "sample":
         return {"500x375": photographs(folder, (500, 375), 24), "3000x2000": photographs(folder, (3000, 2000), 3)}
     if not Path(config.data).is_dir():
-        raise Stop(f"no such folder: {config.data}; a folder of photographs, or sample, is expected")
+        raise Stop(f"--data must be a folder of photographs, or sample, got {config.data}: there is no such folder")
     source = open_images(config.data)
     return {config.data: [Path(source.name(i)).absolute() for i in range(min(len(source), 200))]}
 
 
 def load_all(load: Callable[[Path], object], paths: Sequence[Path]) -> None:
-    """Load one after the other."""
+    """Load the images one after the other."""
     for path in paths:
         load(path)
 
@@ -208,7 +208,7 @@ def measure_model(config: Config, device: torch.device) -> dict[str, Any]:
 def vitmae_step(
     config: Config, views: Tensor, device: torch.device, step: Callable[[Callable[[], Tensor]], None]
 ) -> Callable[[], None]:
-    """Give a training step of transformers' ViTMAE (forward and backward) on both views, as images of their own."""
+    """Return a training step of transformers' ViTMAE (forward and backward) on both views, as images of their own."""
     try:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
     except ImportError as error:
@@ -231,7 +231,7 @@ def measure_contrast(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def measure_large_contrast(device: torch.device) -> dict[str, float]:
-    """Give the memory that NT-Xent takes beyond its 2 x 32 768 latents of width 768, forward and backward."""
+    """Measure the memory that NT-Xent takes beyond its 2 x 32 768 latents of width 768, forward and backward."""
     z = torch.randn(32768, 2, 768, device=device, requires_grad=True)
     before, start = peak_memory_mb(device), time.perf_counter()
     mvmae.NTXentLoss()(z).backward()
@@ -241,7 +241,7 @@ def measure_large_contrast(device: torch.device) -> dict[str, float]:
 
 
 def main(config: Config) -> None:
-    """Measure what was asked for."""
+    """Make the requested measurements."""
     torch.set_num_threads(config.threads)
     device = start_processes(config.device).device
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "torch": torch.__version__, "device": str(device)}
@@ -259,7 +259,7 @@ def main(config: Config) -> None:
                 results[part] = measure()
     path = Path(config.output_dir) / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(path, results)
     print(f"\nwritten to {path}")
 
 

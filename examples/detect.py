@@ -35,8 +35,8 @@ from engine.cli import option, run
 from engine.config import REQUIRED
 from engine.distributed import Processes, autocast, start_processes
 from engine.ends import Stop
-from engine.log import write_text
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
+from mvmae.files import write_json, write_text
 from mvmae.visualize import contact_sheet, to_pillow
 from tasks.coco import CocoData, evaluate, to_coco
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
@@ -268,7 +268,7 @@ def main(config: Config) -> None:
     if processes.rank == 0:
         write_text(folder / "detections.json", json.dumps(detections))
         results = evaluate(val.truth, detections, val.image_ids)
-        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_json(folder / "results.json", results)
         if config.pictures:
             draw_predictions(folder / "predictions.png", config, model, val, processes.device)
         for kind, numbers in results.items():

@@ -26,7 +26,7 @@ from engine.checkpoint import load_checkpoint
 from engine.cli import option, run
 from engine.ends import Stop
 from mvmae import MultiViewMAE, hub
-from mvmae.weights import replace_file
+from mvmae.files import replace_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Config:
 def build_model(state: Mapping[str, Any]) -> nn.Module:
     """Build the model of a checkpoint, untrained, from its description."""
     if not isinstance(state.get("description"), dict):
-        raise Stop("the checkpoint does not say which model it is of: a run of pretrain.py or finetune.py is expected")
+        raise Stop("the checkpoint must say which model it holds: name a run of pretrain.py or finetune.py")
     return hub.build(state["description"])
 
 
 def without_folders(command: str) -> str:
-    """Leave the last name of each path of this machine that a command holds."""
+    """Return a command with each path of this machine reduced to its last name."""
     return re.sub(r"(?<![^\s='\":])[~/.][^\s'\"]*/(?=[^\s/])", "", command)
 
 
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
         raise Stop(f"{folder} is a link, and what it points to could be overwritten: remove it, or give --output-dir")
     state = load_checkpoint(source)
     if state is None:
-        raise Stop(f"{source} holds no checkpoint.pt: the folder of a run is expected")
+        raise Stop(f"{source} holds no checkpoint.pt: name the folder of a run")
     model, started_from = build_model(state), {str(key): str(value) for key, value in (state.get("start") or {}).items()}
     license = config.license or started_from.get("license") or "apache-2.0"
     hub.load_weights(model, state["model"], source=source / "checkpoint.pt")

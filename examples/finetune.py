@@ -12,7 +12,6 @@ quick only crops and flips, for little data.
 """
 
 import dataclasses
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -33,10 +32,10 @@ from engine.cli import inherit, option, run
 from engine.config import RunConfig
 from engine.distributed import Processes, autocast, parallel, start_processes
 from engine.ends import Stop
-from engine.log import write_text
 from engine.optim import cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae.data import StepSampler, sample_seed
+from mvmae.files import write_json
 from mvmae.hub import describe
 from tasks import labelled
 from tasks.backbones import add_head, classified, load_backbone, save_classifier, summary
@@ -241,7 +240,7 @@ def main(config: Config) -> None:
     if first:
         numbers = {"model": config.model, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
         numbers |= {"started_from": source, **result, "best_top1": best["top1"], "seconds": round(time.monotonic() - start, 1)}
-        write_text(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
+        write_json(folder / "results.json", numbers)
         draw_curves(folder / "curves.png", run.log.records(), ("loss", "lr", "top1", "top5", "val_loss"))
         print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, best top-1 {best['top1']:.2f} %; see {folder}")
 

@@ -15,7 +15,6 @@ validation images, and so chosen by them.
 """
 
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,10 +29,10 @@ from engine.cli import inherit, option, run
 from engine.config import RunConfig
 from engine.distributed import Processes, autocast, parallel, start_processes
 from engine.ends import StopSignal
-from engine.log import write_text
 from engine.optim import cosine_schedule
 from engine.run import Run
 from mvmae.data import StepSampler
+from mvmae.files import write_json, write_text
 from tasks import labelled
 from tasks.backbones import load_backbone, summary
 from tasks.inputs import names
@@ -204,7 +203,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     about |= {"started_from": starting_weights(model, name, config.arch)}
     about |= {"paper": paper_number(config, name, data), **results, **choice, "seconds": round(time.monotonic() - start, 1)}
     if processes.rank == 0:
-        write_text(folder / "results.json", json.dumps(about, indent=2) + "\n")
+        write_json(folder / "results.json", about)
         draw_curves(folder / "curves.png", run.log.records(), ("loss", "lr", "linear", "best"))
     return about
 
@@ -225,7 +224,7 @@ def main(config: Config) -> None:
     results = [probe_model(config, name, data, processes, stop) for name in config.models]
     if processes.rank == 0:
         text = table(results)
-        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_json(folder / "results.json", results)
         write_text(folder / "results.md", text + "\n")
         print(f"accuracy in percent on {data.note}\n\n{text}\n\nsee {folder}")
 

@@ -14,7 +14,6 @@ Any folder of images/{training,validation} and annotations/{training,validation}
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 
 from engine.cli import option, run
 from engine.distributed import Processes, autocast, start_processes
-from engine.log import write_text
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
+from mvmae.files import write_json
 from mvmae.visualize import contact_sheet
 from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
@@ -222,7 +221,7 @@ def main(config: Config) -> None:
     counts = evaluate(config, model, val, prepare, processes)
     if processes.rank == 0:
         results = scores(counts, val.names)
-        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_json(folder / "results.json", results)
         if config.pictures:
             draw_predictions(folder / "predictions.png", config, model, val, prepare)
         for name, numbers in results["classes"].items():

@@ -14,7 +14,6 @@ Leaves a PNG for each kind of picture, and its tiles one by one in a folder besi
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,8 @@ import mvmae
 from engine.cli import option, run
 from engine.distributed import start_processes
 from engine.ends import Stop
-from engine.log import write_text
 from mvmae.data import ImageSource, open_images
+from mvmae.files import write_json
 from mvmae.masked_vit import check_encoder
 from mvmae.metrics import variance_explained
 from mvmae.visualize import (
@@ -77,7 +76,7 @@ class Config:
 
 
 class Model(NamedTuple):
-    """A model by its name, with what it takes its images by."""
+    """A model, its name, and the mean and standard deviation of its images."""
 
     name: str
     vit: Any
@@ -145,7 +144,7 @@ def draw_neighbours(models: Sequence[Model], images: Tensor, bank: Tensor, k: in
     marks: list[list[bool] | None] = [None]
     columns, titles, others = [shown(images)], ["image"], bank[count:]
     if len(others) < k:
-        raise Stop(f"--neighbours {k} of {len(others)} other images: more images, or a smaller --count, are needed")
+        raise Stop(f"--neighbours must be at most {len(others)}, the other images, got {k}: give more, or a smaller --count")
     for model in models:
         features = torch.cat([model.vit(model.prepare(part)) for part in bank.split(64)])
         cosines, rows = (x.cpu() for x in nearest(features[:count], features[count:], k))
@@ -179,7 +178,7 @@ def write_shares(folder: Path, models: Sequence[Model], bank: Tensor, labels: Te
         axis.set(ylabel="share of the features' variance", ylim=(0, 1), title=f"{len(bank)} images")
         axis.yaxis.set_major_formatter("{x:.0%}")
         axis.legend()
-    write_text(folder / "shares.json", json.dumps({"images": len(bank), "shares": found}, indent=2) + "\n")
+    write_json(folder / "shares.json", {"images": len(bank), "shares": found})
     print(f"{folder / 'shares'}.png and .json")
 
 
@@ -197,7 +196,7 @@ def draw_reconstructions(runs: Sequence[tuple[Model, mvmae.MultiViewMAE]], image
 
 
 def _note(runs: Sequence[tuple[Model, mvmae.MultiViewMAE]]) -> str:
-    """Return what the pictures of these runs do not show of the predictions; by name where the runs differ in it."""
+    """Return a note on what the pictures of these runs leave out of the predictions; one for each run where they differ."""
     notes = {_short(model.name): reconstruction_note(mae) for model, mae in runs}
     same = len(set(notes.values())) == 1
     return next(iter(notes.values())) if same else "\n".join(f"{name}: {note}" for name, note in notes.items())
@@ -221,7 +220,7 @@ def draw_method(model: Model, mae: mvmae.MultiViewMAE, source: ImageSource, coun
 
 
 def _short(name: str) -> str:
-    """Give a name that fits over a picture."""
+    """Shorten a name so that it fits over a picture."""
     shown = ("random:" if name.startswith("random:") else "") + Path(name.removeprefix("random:")).name
     return shown if len(shown) <= 24 else shown[:21] + "..."
 
@@ -238,7 +237,7 @@ def write(folder: Path, kind: str, sheet: Sheet) -> None:
 
 
 def main(config: Config) -> None:
-    """Draw what is asked for."""
+    """Draw the requested pictures."""
     config = with_background(config, config.models[0], config.arch)
     device, folder = start_processes(config.device).device, Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +245,7 @@ def main(config: Config) -> None:
     models = [load(config, name, device) for name in config.models]
     size, chans = models[0].vit.patch_embed.img_size, models[0].vit.patch_embed.proj.in_channels
     if any((model.vit.patch_embed.img_size, model.vit.patch_embed.proj.in_channels) != (size, chans) for model in models):
-        raise Stop("the models take images of other sizes or channels: give --image-size, or draw them one by one")
+        raise Stop("all models must take images of the same size and channels: give --image-size, or draw them one by one")
     pixels: dict[str, Any] = {"in_chans": chans, "background": config.background}
     bank, labels = take(source, config.bank, mvmae.CentreCropTransform(size, **pixels), config.seed)
     bank = bank.to(device)
@@ -272,7 +271,7 @@ def main(config: Config) -> None:
 
 
 def is_run(name: str) -> bool:
-    """Tell whether a name is a folder of pretrain.py with a decoder in it."""
+    """Return whether a name is the folder of a run of pretrain.py, whose model has a decoder."""
     return (Path(name) / "encoder" / "pretraining").is_dir()
 
 

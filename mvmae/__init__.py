@@ -1,7 +1,12 @@
 """Multi-View Masked Autoencoder: timm-compatible encoders and their pretraining.
 
 ``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its rooms, such as ``mvmae.hub``, and the transforms of
-``mvmae.data`` are imported when they are first asked for.
+``mvmae.data`` are imported when they are first asked for. Where to read:
+
+- the method, in the order of the paper: ``model`` (Eqs. 1 to 7), ``patches``, ``masking``, ``masked_vit``, ``decoder``,
+  ``losses`` with ``gradients``, ``projector``, ``accumulation``, ``metrics``;
+- its encoders and their files: ``encoders``, ``timm_weights``, ``description``, ``weights``, ``files``, ``wrappers``;
+- what stands around the method: ``data``, ``dense``, ``visualize``, ``hub``.
 """
 
 from importlib import import_module
@@ -12,6 +17,7 @@ from .accumulation import Losses as Losses
 from .accumulation import backward_in_parts as backward_in_parts
 from .decoder import MAEDecoder as MAEDecoder
 from .encoders import create_model as create_model
+from .files import WeightsError as WeightsError
 from .losses import NTXentLoss as NTXentLoss
 from .losses import ReconstructionLoss as ReconstructionLoss
 from .masked_vit import encode_visible as encode_visible
@@ -20,10 +26,9 @@ from .masking import num_visible as num_visible
 from .masking import random_mask as random_mask
 from .model import MultiViewMAE as MultiViewMAE
 from .model import MultiViewOutput as MultiViewOutput
-from .model import projection_mlp as projection_mlp
 from .patches import patchify as patchify
 from .patches import unpatchify as unpatchify
-from .weights import WeightsError as WeightsError
+from .projector import projection_mlp as projection_mlp
 
 if TYPE_CHECKING:
     from .data import CentreCropTransform as CentreCropTransform

@@ -1,9 +1,7 @@
 """Models as data: the name under which timm knows a ViT, the arguments in which it differs, and what is built around it."""
 
 import inspect
-import logging
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -13,36 +11,27 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .encoders import TIMM_NAMES, SinCosVisionTransformer
-from .masked_vit import PlainViT, check_encoder, unwrap
-from .weights import WeightsError, building, check_sizes, first_line
+from .files import WeightsError, building, check_sizes, first_line
+from .masked_vit import PlainViT, check_encoder
+from .projector import build_projector, describe_projector
+from .wrappers import unwrap
 
 DEFAULT_NAME = "vit_base_patch16_224"
 REGULARISERS = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-OPTIONS = (
-    "decoder_dim",
-    "decoder_depth",
-    "decoder_heads",
-    "mask_ratio",
-    "loss_weight",
-    "temperature",
-    "pool",
-    "norm_pix",
-    "loss_on",
-)  # of MultiViewMAE
-LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("in_features", "out_features"),
-    nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
-    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
-    nn.Dropout: ("p",),
-    nn.GELU: ("approximate",),
-    nn.Identity: (),
-    nn.ReLU: (),
-    nn.SiLU: (),
-    nn.Tanh: (),
-}  # of which projectors are made, and the arguments that their attributes tell
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "decoder_dim": lambda model: model.decoder.embed.out_features,
+    "decoder_depth": lambda model: len(model.decoder.blocks),
+    "decoder_heads": lambda model: model.decoder.blocks[0].attn.num_heads if len(model.decoder.blocks) else 1,
+    "mask_ratio": lambda model: model.mask_ratio,
+    "loss_weight": lambda model: model.loss_weight,
+    "temperature": lambda model: model.contrastive_loss.temperature,
+    "gather": lambda model: model.contrastive_loss.gather,
+    "chunk_size": lambda model: model.contrastive_loss.chunk_size,
+    "pool": lambda model: model.pool,
+    "norm_pix": lambda model: model.reconstruction_loss.norm_pix,
+    "loss_on": lambda model: model.reconstruction_loss.loss_on,
+}  # keyword arguments of MultiViewMAE, and where it holds them
 RUN_TIME = ("device", "dtype", "num_classes", "weight_init", "fix_init")  # not what the weights are
-
-_logger = logging.getLogger(__name__)
 
 
 def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
@@ -114,23 +103,10 @@ def describe_pretraining(model: nn.Module) -> dict[str, Any]:
         WeightsError: if JSON cannot hold the encoder.
     """
     encoder: Any = model.encoder
-    decoder: Any = model.decoder
-    reconstruction: Any = model.reconstruction_loss
-    contrastive: Any = model.contrastive_loss
     return {
         "encoder": describe_encoder(check_encoder(unwrap(encoder)), plain=False),
-        "projector": _describe_projector(model.get_submodule("projector")),
-        "options": {
-            "decoder_dim": decoder.embed.out_features,
-            "decoder_depth": len(decoder.blocks),
-            "decoder_heads": decoder.blocks[0].attn.num_heads if len(decoder.blocks) else 1,
-            "mask_ratio": model.mask_ratio,
-            "loss_weight": model.loss_weight,
-            "temperature": contrastive.temperature,
-            "pool": model.pool,
-            "norm_pix": reconstruction.norm_pix,
-            "loss_on": reconstruction.loss_on,
-        },
+        "projector": describe_projector(model.get_submodule("projector")),
+        "options": {name: value(model) for name, value in OPTIONS.items()},
     }
 
 
@@ -148,59 +124,12 @@ def pretraining_arguments(description: Mapping[str, Any], projector: nn.Module |
         encoder, head, options = dict(description["encoder"]), description["projector"], dict(description["options"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"this does not describe a pretraining model: {first_line(error)}") from error
-    unknown = sorted(set(options) - set(OPTIONS))
+    unknown = sorted(options.keys() - OPTIONS)
     if unknown:
         raise WeightsError(f"the pretraining options {', '.join(unknown)} are unknown: upgrade mvmae")
-    check_sizes(options, "the pretraining model")
-    projector = _build_projector(head) if projector is None else projector
+    check_sizes({name: value for name, value in options.items() if name != "chunk_size"}, "the pretraining model")
+    projector = build_projector(head) if projector is None else projector
     return {"encoder": build_encoder(encoder), "projector": projector, **options}
-
-
-def mlp(widths: Sequence[int]) -> nn.Sequential:
-    """Build linear layers of the given widths, with a ReLU between two of them."""
-    layers: list[nn.Module] = []
-    for in_dim, out_dim in pairwise(widths):
-        layers += [nn.Linear(in_dim, out_dim), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _describe_projector(projector: nn.Module) -> list[Any] | str | None:
-    if isinstance(projector, nn.Identity):
-        return None
-    linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
-    widths = [linear.in_features for linear in linears[:1]] + [linear.out_features for linear in linears]
-    layers = [
-        {"layer": type(layer).__name__, **{name: getattr(layer, name) for name in LAYERS.get(type(layer), ())}}
-        | ({"bias": layer.bias is not None} if isinstance(layer, nn.Linear | nn.LayerNorm) else {})
-        for layer in projector.children()
-    ]
-    for described in (widths, layers):
-        try:
-            rebuilt = _build_projector(described)
-        except WeightsError:
-            continue
-        if repr(rebuilt) == repr(projector) and rebuilt.state_dict().keys() == projector.state_dict().keys():
-            return described
-    kind = type(projector).__name__
-    _logger.warning("the projector, a %s, cannot be described in a file: give it to from_pretrained as projector=...", kind)
-    return kind
-
-
-def _build_projector(described: Any) -> Any:
-    if described is None:
-        return None
-    if isinstance(described, str):
-        raise WeightsError(f"the projector, a {described[:80]}, cannot be built from a file: pass one like it as projector=...")
-    with building(f"the projector {str(described)[:200]}"):
-        if all(isinstance(width, int) for width in described):
-            check_sizes({"projector": described}, "the pretraining model")
-            return mlp(described)
-        layers = []
-        for arguments in map(dict, described):
-            kind = next(kind for kind in LAYERS if kind.__name__ == arguments["layer"])
-            check_sizes(arguments, "the projector")
-            layers.append(kind(**{name: value for name, value in arguments.items() if name != "layer"}))
-        return nn.Sequential(*layers)
 
 
 def _on_meta(name: str, args: Mapping[str, Any]) -> PlainViT:

@@ -11,9 +11,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .files import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, locate, read_config
 from .patches import sincos_table
 from .timm_weights import checkpoint_filter, find_weights
-from .weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, locate, read_config, read_weights
+from .weights import read_weights
 
 TIMM_NAMES = {
     "mvmae_vit_tiny_patch16": "vit_tiny_patch16_224",

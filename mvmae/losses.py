@@ -6,10 +6,9 @@ Shapes: B images of this process, N images of all processes, V views, L patches,
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .gradients import gather_latents, products, unit_length
 from .patches import normalize_patches
 
 LossOn = Literal["masked", "all"]
@@ -135,61 +134,6 @@ class NTXentLoss(nn.Module):
         return f"temperature={self.temperature}, gather={self.gather}, chunk_size={self.chunk_size}"
 
 
-def unit_length(z: Tensor, shortest: float) -> Tensor:
-    """Divide latents by their lengths, or by ``shortest`` where they are shorter: `F.normalize` for less memory.
-
-    Args:
-        z: (..., D).
-        shortest: above 0.
-    """
-    result: Tensor = _UnitLength.apply(z, shortest)
-    return result
-
-
-class _UnitLength(torch.autograd.Function):
-    """`F.normalize` with less memory: its own backward pass holds five tensors of the input's size, this one holds one."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor, shortest: float) -> Tensor:
-        unit: Tensor = z / z.norm(dim=-1, keepdim=True).clamp_min(shortest)
-        return unit
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, ctx.shortest = inputs
-        ctx.save_for_backward(z, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        z, unit = ctx.saved_tensors
-        with torch.autocast(z.device.type, enabled=False):
-            length = z.norm(dim=-1, keepdim=True)
-            along = torch.einsum("...d,...d->...", grads[0], unit)[..., None].masked_fill(length < ctx.shortest, 0)
-            return torch.addcmul(grads[0], unit, along, value=-1).div_(length.clamp_min(ctx.shortest)), None
-
-
-class _Products(torch.autograd.Function):
-    """``a @ b.mT``, whose gradients have the type of its factors, also where the backward pass runs under autocast."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return a @ b.mT
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        with torch.autocast(a.device.type, enabled=False):
-            return _Products.apply(grads[0], b.mT), _Products.apply(grads[0].mT, a.mT)
-
-
 def mean_positive_similarity(z: Tensor) -> Tensor:
     """Compute, for every view, the mean cosine to the other views of its image: the numerator of Eq. 4.
 
@@ -199,7 +143,7 @@ def mean_positive_similarity(z: Tensor) -> Tensor:
     Returns:
         (B, V).
     """
-    similarity: Tensor = _Products.apply(z, z.view_as(z))  # (B, V, V); torch.compile refuses the same tensor twice
+    similarity = products(z, z.view_as(z))  # (B, V, V)
     own = similarity.diagonal(dim1=1, dim2=2)
     return (similarity.sum(dim=2) - own) / (z.shape[1] - 1)
 
@@ -219,7 +163,7 @@ def log_denominator(latents: Tensor, anchors: slice, temperature: float) -> Tens
 
 
 def _logits_without_self(latents: Tensor, anchors: slice, temperature: float) -> Tensor:
-    logits: Tensor = _Products.apply(latents[anchors], latents) / temperature
+    logits = products(latents[anchors], latents) / temperature
     rows = torch.arange(len(logits), device=logits.device)
     return logits.index_put_((rows, rows + anchors.start), logits.new_full((), -torch.inf))
 
@@ -256,37 +200,3 @@ class _ChunkedLogDenominator(torch.autograd.Function):
                 total[chunk].addmm_(weights, latents)
                 total.addmm_(weights.T, latents[chunk])
         return total, None, None, None
-
-
-class _AllGather(torch.autograd.Function):
-    """Concatenate a tensor over all processes; the gradient of a part is the sum of all processes' gradients for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        ctx.size = len(x)
-        return torch.cat(parts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        start = dist.get_rank() * ctx.size
-        return total[start : start + ctx.size]
-
-
-def gather_latents(z: Tensor) -> tuple[Tensor, int]:
-    """Collect the latents of all processes, with gradient, in the order of their ranks.
-
-    Args:
-        z: (B, V, D), of this process.
-
-    Returns:
-        (N, V, D), and where this process's first image stands in it. Without processes: ``z`` and 0.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return z, 0
-    gathered: Tensor = _AllGather.apply(z)
-    return gathered, dist.get_rank() * len(z)

@@ -32,17 +32,6 @@ REASONS = {
 }  # the start of a class's name -> what is in the way
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put around it."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
 def check_encoder(vit: nn.Module) -> PlainViT:
     """Return ``vit`` if `encode_visible` can run it.
 

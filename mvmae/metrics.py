@@ -1,4 +1,4 @@
-"""Measures of features: k-NN accuracy and explained variance with labels; rank, alignment, uniformity, collapse without.
+"""Measures of features: k-NN accuracy and explained variance with labels; rank, uniformity, collapse without.
 
 Two more compare the features of the same images before and after further training.
 
@@ -141,23 +141,6 @@ def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
     return float(torch.special.entr(p).sum().exp())
 
 
-def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> float:
-    """Compute how far apart two views of an image lie: mean of |x - y|^alpha (Wang & Isola, 2020); 0 is best.
-
-    Args:
-        x: features of one view, (N, D), of any length: they are normalised here.
-        y: features of the other view of the same images, in the same order, (N, D).
-        alpha: exponent (theirs: 2).
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if x.shape != y.shape:
-        raise ValueError(f"features of the two views must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-    _check_features(x)
-    return float((_unit(x) - _unit(y)).norm(dim=1).pow(alpha).mean())
-
-
 def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> float:
     """Compute how evenly features cover the sphere: log mean of exp(-t |x - y|^2) over all pairs (Wang & Isola, 2020).
 
@@ -185,7 +168,8 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
 def variance_explained(features: Tensor, groups: Tensor) -> float:
     """Compute the share of the features' variance that lies between groups of images, in 0 to 1 (the correlation ratio).
 
-    For groups by class it is high where classes are told apart; for groups by brightness, where the features are mostly that.
+    For groups by class it is high where the features separate classes; for groups by brightness, where the features follow
+    brightness most.
     G groups drawn at random give about (G - 1) / (N - 1).
 
     Args:

@@ -3,9 +3,8 @@
 Shapes: B images, V views, C channels, H x W pixels, P patch side, L patches, K visible, T prefix tokens, D encoder width.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import timm
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from .decoder import MAEDecoder
 from .description import describe_pretraining, pretraining_arguments
 from .encoders import SinCosVisionTransformer
+from .files import building
 from .losses import LossOn, NTXentLoss, ReconstructionLoss
 from .masked_vit import check_encoder, encode_visible
 from .masking import Mask, num_visible, random_mask
 from .patches import grid_size, patchify
-from .timm_weights import plain_names
-from .weights import building, check_weights, read_pretraining, write_pretraining
+from .weights import check_weights, read_pretraining, write_pretraining
+from .wrappers import as_forward, plain_names, restore_buffers
 
 Pool = Literal["avg", "token"]
 
@@ -82,8 +82,10 @@ class MultiViewMAE(nn.Module):
             class token), or ``"token"``, the class token.
         projector: applied to the pooled latents before Eq. 4; none in the paper. Any module from (N, D) to (N, any width),
             such as `projection_mlp`.
-        norm_pix: see `ReconstructionLoss`.
-        loss_on: see `ReconstructionLoss`.
+        norm_pix: see `ReconstructionLoss`, like ``loss_on``.
+        loss_on: likewise.
+        gather: see `NTXentLoss`, like ``chunk_size``.
+        chunk_size: likewise.
 
     Raises:
         TypeError: if the encoder is not a plain ViT of timm.
@@ -104,6 +106,8 @@ class MultiViewMAE(nn.Module):
         projector: nn.Module | None = None,
         norm_pix: bool = True,
         loss_on: LossOn = "masked",
+        gather: bool = True,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         vit = check_encoder(timm.create_model(encoder) if isinstance(encoder, str) else encoder)
@@ -132,12 +136,12 @@ class MultiViewMAE(nn.Module):
         )
         self.projector = projector if projector is not None else nn.Identity()
         self.reconstruction_loss = ReconstructionLoss(norm_pix=norm_pix, loss_on=loss_on)
-        self.contrastive_loss = NTXentLoss(temperature)
+        self.contrastive_loss = NTXentLoss(temperature, gather=gather, chunk_size=chunk_size)
         self.mask_ratio = mask_ratio
         self.loss_weight = loss_weight
         self.pool = pool
         self._freeze_what_is_not_trained()
-        self.register_load_state_dict_post_hook(_restore_buffers)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(restore_buffers)  # type: ignore[no-untyped-call]
 
     def init_weights(self) -> None:
         """Initialise all weights and buffers, also after ``to_empty``; a projector by the default of each of its layers."""
@@ -207,7 +211,7 @@ class MultiViewMAE(nn.Module):
             tokens = encode_visible(self.encoder, images, mask)  # (B * V, T + K, D)
             return tokens, self.pool_tokens(tokens)
 
-        tokens, z = _as_forward(self.encoder, encode_and_pool, views.flatten(0, 1), mask)
+        tokens, z = as_forward(self.encoder, encode_and_pool, views.flatten(0, 1), mask)
         batch_and_views = views.shape[:2]
         return Latents(tokens, z.unflatten(0, batch_and_views), self.projector(z).unflatten(0, batch_and_views))
 
@@ -266,39 +270,5 @@ class MultiViewMAE(nn.Module):
         def encode_and_pool(images: Tensor) -> Tensor:
             return self.pool_tokens(self.encoder.forward_features(images))
 
-        features: Tensor = _as_forward(self, _as_forward, self.encoder, encode_and_pool, images)
+        features: Tensor = as_forward(self, as_forward, self.encoder, encode_and_pool, images)
         return features
-
-
-def _as_forward(module: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """Run a function as a module's forward, because FSDP gathers the weights of a module only for its forward."""
-    if not hasattr(module, "unshard"):  # which FSDP's fully_shard adds
-        return function(*args)
-    if not hasattr(module, "run"):
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
-        module.run = lambda function, *args: function(*args)
-        register_fsdp_forward_method(module, "run")
-    return module.run(function, *args)
-
-
-def _restore_buffers(model: nn.Module, _: Any) -> None:
-    """Compute buffers that no checkpoint holds: they are undefined after ``to_empty``, and meta after ``assign=True``."""
-    device = next(model.parameters()).device
-    for module in model.modules():
-        if fill := getattr(module, "init_non_persistent_buffers", None):
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_meta:
-                    setattr(module, name, torch.empty_like(buffer, device=device))
-            fill()
-
-
-def projection_mlp(in_dim: int, hidden_dim: int = 2048, out_dim: int = 256) -> nn.Sequential:
-    """Build the projection head of SimCLR (Chen et al., 2020): linear, ReLU, linear. The paper has none.
-
-    Args:
-        in_dim: width D of the encoder.
-        hidden_dim: width between the two layers.
-        out_dim: width of the vectors that are compared.
-    """
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))

@@ -56,7 +56,7 @@ def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid_size: tuple[int, int], in_chans: int) -> Tensor:
-    """Put patches back together, the inverse of `patchify`.
+    """Join patches to images again, the inverse of `patchify`.
 
     Args:
         patches: (B, L, Ph * Pw * C).

@@ -14,7 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
-from .weights import WEIGHTS_FILE, WeightsError, check_weights, first_line, locate, read_weights
+from .files import WEIGHTS_FILE, WeightsError, first_line, locate
+from .weights import check_weights, read_weights
+from .wrappers import plain_names
 
 HUB_OWNER = ""  # who keeps the published weights on the Hub; empty while there are none
 _logger = logging.getLogger(__name__)
@@ -70,14 +72,6 @@ def _check_encoder_weights(weights: dict[str, Tensor], model: "VisionTransformer
     if proj in weights and weights[proj].shape[2:] == expected[proj].shape[2:]:
         expected[proj] = expected[proj][:, :1].expand(-1, weights[proj].shape[1], -1, -1)
     check_weights(weights, expected, source="the checkpoint")
-
-
-def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights by their names without the prefixes of torch's wrappers."""
-    return {
-        re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name): value
-        for name, value in weights.items()
-    }
 
 
 def encoder_prefix(weights: Mapping[str, Any]) -> str:

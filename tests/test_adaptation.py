@@ -275,7 +275,7 @@ def test_own_images_deep_oblong_few_and_changed_by_a_function(tmp_path):
     assert cfg["input_size"] == [1, 24, 40]
     assert cfg["mean"] == pytest.approx([0.5], abs=0.02) and 0.05 < cfg["std"][0] < 0.3
     wrong = adapt(tmp_path, *arguments, "--transform", "mine:invent", "--output-dir", "other")
-    assert wrong.code == 2 and "--transform mine:invent" in wrong.err and "module:function is expected" in wrong.err
+    assert wrong.code == 2 and "--transform must be module:function" in wrong.err and "got mine:invent" in wrong.err
 
 
 def test_a_file_of_weights_needs_its_architecture(start, tmp_path):
@@ -322,7 +322,7 @@ def test_every_trained_parameter_is_in_one_group(name, monkeypatch):
         (["--encoder", "swin_tiny_patch4_window7_224", "--no-pretrained"], ["SwinTransformer", "windows"]),
         (["--encoder", "no/such.safetensors"], ["there is no file or folder no/such.safetensors"]),
         (["--encoder", "local-dir:no/such"], ["no/such"]),
-        (["--mean", "automatic"], ["--mean 'automatic'", "auto"]),
+        (["--mean", "automatic"], ["--mean must be numbers, or auto alone, got 'automatic'"]),
         (["--crops-per-image", "0"], ["--crops-per-image", "at least 1"]),
         (["--freeze-epochs", "2"], ["--freeze-epochs 2", "--epochs 2"]),
         (["--value-range", "9", "3"], ["--value-range must be low and high, got 9.0 3.0"]),

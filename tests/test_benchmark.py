@@ -38,7 +38,7 @@ def test_wrong_parts_and_folders_are_named(tmp_path):
     result = run_script("benchmark.py", "--parts", "everything", folder=tmp_path)
     assert result.code == 2 and "--parts: invalid choice: 'everything'" in result.err
     result = run_script("benchmark.py", "--parts", "loader", "--data", "nowhere", folder=tmp_path)
-    assert result.code == 2 and "no such folder: nowhere" in result.err
+    assert result.code == 2 and "--data must be a folder of photographs, or sample, got nowhere" in result.err
 
 
 @pytest.mark.parametrize(

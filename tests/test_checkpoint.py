@@ -34,8 +34,8 @@ from engine import checkpoint, locks, snapshot
 from engine.config import RunConfig
 from engine.distributed import Processes
 from engine.ends import Stop
-from engine.log import write_text
 from engine.run import Run
+from mvmae.files import write_text
 
 STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
 ALONE = Processes(0, 1, torch.device("cpu"), None)
@@ -513,7 +513,7 @@ def test_f56_a_checkpoint_that_is_a_link_to_nowhere_is_no_start_at_0(half, image
     assert refused.code == 2 and "no checkpoint in run can be read" in refused.err
 
 
-NAMES = [".lock", "log.jsonl", "config.json", "checkpoint.pt.unfinished", "config.json.unfinished", "encoder", "nonfinite.txt"]
+NAMES = [".lock", "log.jsonl", "config.json", "checkpoint.pt.unfinished", "encoder", "nonfinite.txt"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, "bad_files.txt"])
@@ -530,7 +530,8 @@ def test_f59_a_link_in_the_run_s_folder_is_not_written_through(tmp_path, name):
 def test_f59_links_that_come_later_are_replaced_and_not_followed(tmp_path):
     target = tmp_path / "precious"
     target.write_text("precious")
-    for name in ("checkpoint.pt", "checkpoint-previous.pt", "checkpoint.pt.unfinished", "a.json", "a.json.unfinished"):
+    unfinished = ("checkpoint.pt.unfinished", f".a.json.{os.getpid()}.part")
+    for name in ("checkpoint.pt", "checkpoint-previous.pt", "a.json", *unfinished):
         (tmp_path / name).symlink_to(target)
     checkpoint.save_checkpoint(tmp_path, {"step": 1})
     write_text(tmp_path / "a.json", "new")

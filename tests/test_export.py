@@ -98,7 +98,7 @@ def test_f62_an_export_asks_the_hub_for_nothing_that_a_checkpoint_names(tmp_path
         online = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         done = run_script("export.py", "--run", "run", folder=tmp_path, env=online)
         assert server.requests == []
-    assert done.code == 2 and "does not say which model it is of" in done.err
+    assert done.code == 2 and "must say which model it holds" in done.err
 
 
 @pytest.mark.parametrize("state", [None, {"model": {}, "settings": {}}, {"model": {}, "description": {"architecture": "x"}}])

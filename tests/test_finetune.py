@@ -300,7 +300,7 @@ def test_the_same_command_takes_any_model(place, name):
         (["--batch-size", 7], "mixup needs an even number"),
         (["--model", "vit_tny_patch16_224"], "did you mean vit_tiny_patch16_224"),
         (["--data", "encoder"], "no images"),
-        (["--data", "images/train/c(250, 40, 40)"], "has no labels"),
+        (["--data", "images/train/c(250, 40, 40)"], "must have labels, got none"),
         (["--model", "images"], "images holds no encoder"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import inspect
 import json
 import os
 import pickle
@@ -24,7 +25,8 @@ from hub_server import Hub, Repo
 
 import mvmae
 from mvmae import hub
-from mvmae.weights import WeightsError, read_weights, sha256
+from mvmae.files import WeightsError, sha256
+from mvmae.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
 TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -118,6 +120,7 @@ def test_f60_what_others_wrote_is_quoted_in_the_card_and_paths_stay_at_home(weig
     started = {"weights": weights, "license": EVIL, "training": EVIL}
     hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, started_from=started, training=EVIL)
     settings = {"data": "/home/me/secret", "model": "/home/me", "epochs": 3, "encoder_args": EVIL}
+    settings |= {"an_option_of_tomorrow": 0.1, "crop_scale": [0.2, 1.0], "files": ["/home/me"], "workers": 7}
     path = hub.write_card(
         tmp_path, repo="me/x", command=EVIL, commit=EVIL, hardware=EVIL, datasets=[EVIL], metrics={EVIL: 1.0}, settings=settings
     )
@@ -126,7 +129,9 @@ def test_f60_what_others_wrote_is_quoted_in_the_card_and_paths_stay_at_home(weig
     outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", outside)
     assert "<" not in outside and "99.9" not in outside and "http" not in outside and "\x1b" not in text
     assert text.count("\n## Measured") == 1
-    assert '"epochs": 3' in text and "/home/me" not in text
+    shown = json.loads(re.findall(r"(?ms)^```json\n(.*?)^```$", text)[0])
+    assert shown == {"epochs": 3, "encoder_args": EVIL, "an_option_of_tomorrow": 0.1, "crop_scale": [0.2, 1.0]}
+    assert "/home/me" not in text
 
 
 def test_f62_of_a_repository_only_safetensors_are_read(tmp_path):
@@ -480,7 +485,10 @@ def test_a_model_with_any_projector_is_exported_and_comes_back(kind, tmp_path, c
 
 def test_every_option_of_a_pretraining_model_comes_back(tmp_path):
     options = {"mask_ratio": 0.6, "loss_weight": 0.5, "temperature": 0.2, "pool": "token", "norm_pix": False, "loss_on": "all"}
+    options |= {"gather": False, "chunk_size": 30_000}
     decoder = {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 6}
+    keywords = inspect.signature(mvmae.MultiViewMAE).parameters.keys() - {"encoder", "projector"}
+    assert options.keys() | decoder.keys() == keywords, "a new option: try it here"
     model = mvmae.MultiViewMAE(timm.create_model("mvmae_vit_tiny_patch16", **TINY), **options, **decoder)
     model.save_pretrained(tmp_path)
     other = mvmae.MultiViewMAE.from_pretrained(tmp_path)
@@ -488,6 +496,7 @@ def test_every_option_of_a_pretraining_model_comes_back(tmp_path):
     assert {key: getattr(other, key) for key in ("mask_ratio", "loss_weight", "pool")} == {
         key: options[key] for key in ("mask_ratio", "loss_weight", "pool")
     }
+    assert (other.contrastive_loss.gather, other.contrastive_loss.chunk_size) == (False, 30_000)
     assert hub.describe(other)["options"] == options | decoder
     rebuilt = hub.build(json.loads(json.dumps(hub.describe(model))))
     assert str(rebuilt) == str(model)
@@ -708,6 +717,7 @@ def test_f66_a_description_of_no_model_is_refused_in_one_line(tmp_path):
     changes: list[tuple[str, Any]] = [("encoder", 3), ("options", 3), ("projector", "x"), ("projector", [48, 10**9, 8])]
     changes += [("projector", [{"layer": "Module"}]), ("projector", [{"layer": "Linear", "in_features": 10**9}])]
     changes += [("projector", [48, -1]), ("options", {"decoder_depth": 3_000_000}), ("options", {"decoder_heads": 0})]
+    changes += [("options", {"chunk_size": "x"}), ("options", {"chunk_size": -1})]
     changes += [("options", {"decoder_dim": "x"}), ("encoder", {"architecture": "vit_tiny_patch16_224", "model_args": 3})]
     changes += [
         ("encoder", whole["encoder"] | {"model_args": {"depth": 3_000_000}}),

@@ -130,7 +130,7 @@ def test_fewer_images_are_drawn_once_and_a_part_of_more(tmp_path):
 def test_data_without_classes_is_refused(tmp_path):
     write_classes(tmp_path / "one", {"ant": 3})
     for folder in (tmp_path / "one", tmp_path / "one" / "ant"):
-        with pytest.raises(Stop, match="has no labels|has a single class"):
+        with pytest.raises(Stop, match="must have labels|must have two or more classes"):
             open_labelled(str(folder))
 
 

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvmae import MultiViewMAE, NTXentLoss, ReconstructionLoss, random_mask
-from mvmae.losses import gather_latents, log_denominator, unit_length
+from mvmae.gradients import gather_latents, unit_length
+from mvmae.losses import log_denominator
 
 
 def slow_nt_xent(z, temperature):

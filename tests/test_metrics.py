@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 from mvmae.metrics import (
-    alignment,
     collapse_warning,
     effective_rank,
     knn_accuracy,
@@ -133,21 +132,16 @@ def test_effective_rank_counts_directions():
     assert effective_rank(torch.zeros(10, 4)) == 1
 
 
-def test_alignment_and_uniformity_follow_their_equations():
-    x, y = torch.randn(50, 8), torch.randn(50, 8)
-    unit_x, unit_y = F.normalize(x), F.normalize(y)
-    for alpha in (1.0, 2.0):
-        expected = (unit_x - unit_y).norm(p=2, dim=1).pow(alpha).mean()
-        assert alignment(3 * x, y, alpha=alpha) == pytest.approx(expected.item(), rel=1e-5)
+def test_uniformity_follows_its_equation():
+    x = torch.randn(50, 8)
+    unit_x = F.normalize(x)
     for t in (2.0, 0.5):
         expected = torch.pdist(unit_x, p=2).pow(2).mul(-t).exp().mean().log()  # the code of Wang and Isola
         assert uniformity(5 * x, t=t) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_alignment_and_uniformity_at_their_ends():
+def test_uniformity_at_its_ends():
     x = torch.randn(2000, 128)
-    assert alignment(x, 2 * x) == pytest.approx(0, abs=1e-10)
-    assert alignment(x, -x) == pytest.approx(4, rel=1e-6)
     assert uniformity(torch.ones(100, 8)) == pytest.approx(0, abs=1e-6)
     assert uniformity(x) == pytest.approx(-4, abs=0.1)
 
@@ -171,7 +165,6 @@ def test_an_untrained_encoder_has_not_collapsed(tiny_vit):
         (lambda: effective_rank(torch.zeros(0, 4)), "N >= 1"),
         (lambda: effective_rank(torch.full((5, 4), math.nan)), "NaN or infinite"),
         (lambda: uniformity(torch.ones(1, 4)), "N >= 2"),
-        (lambda: alignment(torch.ones(2, 4), torch.ones(3, 4)), "must have the same shape"),
     ],
 )
 def test_label_free_metrics_refuse(call, message):

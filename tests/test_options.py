@@ -264,7 +264,7 @@ def test_none_leaves_a_measure_of_an_ablation_out_and_its_lines_are_read_first(t
 
     ran = []
     monkeypatch.setattr(ablate, "run_arm", lambda planned, processes: ran.append(set(planned.scripts)))
-    with pytest.raises(Stop, match="is done"):
+    with pytest.raises(Stop, match="has finished"):
         ablate.main(config("--preset", "fashion", "--finetune", "none", "--tables", "contrast"))
     assert ran == [{"pretrain", "probe"}] * 2
     for typed, message in (

@@ -340,8 +340,8 @@ def test_images_are_grouped_by_brightness_contrast_and_lit_area():
     ("arguments", "words"),
     [
         (["--draw", "atention"], "--draw: invalid choice"),
-        (["--count", 11], "--neighbours 5 of 1 other images"),
-        (["--models", "depth1", "random:vit_tiny_patch16_224"], "images of other sizes or channels"),
+        (["--count", 11], "--neighbours must be at most 1, the other images, got 5"),
+        (["--models", "depth1", "random:vit_tiny_patch16_224"], "images of the same size and channels"),
         (["--models", "random:resnet18"], "plain ViT"),
         (["--data", "nowhere"], "nowhere"),
     ],

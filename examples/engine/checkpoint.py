@@ -1,4 +1,4 @@
-"""State of a run on the disk: written whole or not at all, checked when read, the one before kept."""
+"""Checkpoints of a run on the disk: written as a whole or not at all, checked when read, the previous one kept."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ import torch
 from engine import locks
 from engine.distributed import Processes
 from engine.ends import Stop
-from engine.log import write_text
 from engine.snapshot import is_plain, named_tensors, not_finite
+from mvmae.files import first_line, write_json
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 PARTS = frozenset({"step", "settings", "optimizer"})
@@ -94,7 +94,7 @@ def load_checkpoint(folder: Path, parts: frozenset[str] = frozenset()) -> dict[s
 
 
 def _newest(folder: Path, parts: frozenset[str]) -> tuple[dict[str, Any] | None, str]:
-    """Read the newest checkpoint that is whole, and give its name too."""
+    """Return the newest checkpoint that is whole, and the name of its file."""
     reasons = []
     for name in (NEWEST, PREVIOUS):
         if os.path.lexists(folder / name):  # a link to nowhere counts: a run must not start at 0 for it
@@ -125,12 +125,11 @@ def read_checkpoint(path: Path, parts: frozenset[str] = frozenset()) -> dict[str
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what torch makes of damaged bytes can be anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} is damaged or cut short: {reason}") from error
+        raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
     if damaged:
         raise ValueError(f"{path} is damaged: wrong checksum of {damaged!r}")
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint: a dictionary is expected, it holds {type(state).__name__}")
+        raise ValueError(f"{path} is not a checkpoint: it must hold a dictionary, got {type(state).__name__}")
     if missing := parts - {key for key in state if isinstance(key, str)}:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
     if odd := next((name for name, value in named_tensors(state) if not is_plain(value)), ""):
@@ -193,7 +192,7 @@ def open_run(
             if name == PREVIOUS and os.path.lexists(folder / NEWEST):  # else the next save would put it over the good one
                 os.replace(folder / NEWEST, folder / DAMAGED)
                 changed.append(f"{NEWEST} is kept as {DAMAGED}")
-            write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+            write_json(folder / "config.json", settings)
         except OSError as error:
             raise Stop(f"cannot write to the output folder {folder}: {error.strerror}") from error
         if state:
@@ -218,7 +217,7 @@ def same_everywhere(folder: Path, state: Mapping[str, Any] | None, processes: Pr
 
 
 def machine(processes: Processes) -> dict[str, Any]:
-    """Tell what the last bits of a result depend on, besides the settings."""
+    """Return what the last bits of a result depend on, besides the settings."""
     cpus, cuda = Path("/proc/cpuinfo"), processes.device.type == "cuda"
     names = re.findall(r"^model name\s*: (.+)$", cpus.read_text() if cpus.exists() else "", re.MULTILINE)
     processor = f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 class Processes(NamedTuple):
-    """This process among all that run the script, and the device it computes on."""
+    """This process among all processes of the run, and its device."""
 
     rank: int
     world_size: int
@@ -22,7 +22,7 @@ class Processes(NamedTuple):
     control: Any
 
     def any(self, flag: bool) -> bool:
-        """Tell whether the flag is set in any process: the same answer in all of them, with no wait for the device."""
+        """Return whether the flag is set in any process: the same answer in all of them, without waiting for the device."""
         if self.control is None:
             return flag
         votes = torch.tensor(int(flag))
@@ -30,7 +30,7 @@ class Processes(NamedTuple):
         return bool(votes)
 
     def gather(self, item: Item) -> list[Item]:
-        """Give the items of all processes to all of them, in the order of the ranks."""
+        """Return the items of all processes, in the order of the ranks, in each process."""
         if self.world_size == 1:
             return [item]
         items: list[Any] = [None] * self.world_size

@@ -1,4 +1,4 @@
-"""A run's folder: made, locked against other runs, and kept so where somebody deletes it or its lock."""
+"""The folder of a run: created, locked against other runs, and restored if somebody deletes it or its lock."""
 
 import contextlib
 import fcntl
@@ -61,7 +61,7 @@ def lock(folder: Path) -> None:
 
 
 def keep(folder: Path) -> None:
-    """Make a folder that this process has locked, and its lock, again where they were deleted.
+    """Restore a folder that this process has locked, and its lock, if they were deleted.
 
     Raises:
         Stop: if another run has taken the folder meanwhile.
@@ -84,7 +84,7 @@ def _close(descriptors: Collection[int]) -> None:
 
 
 def _let_go() -> None:
-    """Close in a loading process what it inherits: it may outlive this process, whose lock ends with this process alone."""
+    """Close the inherited files in a loading process, which may outlive this one: the lock ends with this process."""
     for descriptors in _held.values():
         _close(descriptors)
     _held.clear()

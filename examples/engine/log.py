@@ -1,4 +1,4 @@
-"""What a script prints and writes down: lines that end no run, ``log.jsonl``, files of text that are whole."""
+"""What a script prints and logs: standard output that cannot end a run, ``log.jsonl``, a progress bar, means of losses."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.distributed import Processes
+from mvmae.files import write_text
 
 
 class Log:
@@ -50,7 +51,7 @@ class Log:
         self.say("  ".join(shown))
 
     def append(self, name: str, text: str) -> None:
-        """Add lines to a file of the folder; where that fails, say so and go on, and end what was cut at the next time."""
+        """Add lines to a file of the folder. A failure prints a warning; a line that it cut is ended at the next call."""
         if self.silent:
             return
         try:
@@ -72,22 +73,13 @@ class Log:
             self.bar.refresh()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by one with this text, whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.unlink(missing_ok=True)
-    with unfinished.open("x") as file:  # a new file: no link is followed
-        file.write(text)
-    os.replace(unfinished, path)
-
-
 class Output:
-    """A stream that ends no run: where it cannot be written to, or is closed, what is printed is lost and no more.
+    """A stream that cannot end a run: if it is closed or fails, the printed text is lost, and nothing else happens.
 
     Args:
         stream: standard output or error; None where it is closed.
@@ -106,7 +98,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Print what is printed so far."""
+        """Flush the stream."""
         with suppress(OSError, ValueError, AttributeError):
             self.stream.flush()
 
@@ -124,7 +116,7 @@ def open_outputs() -> None:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Show control characters as escapes, which could otherwise change a terminal or forge a line, but for those to keep."""
+    """Return a text with control characters, which could change a terminal or forge a line, as escapes, except ``keep``."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -142,7 +134,7 @@ class Meter:
         self.steps += 1
 
     def means(self) -> dict[str, float]:
-        """Give the mean of each over steps and processes, and start again; nothing where no step was counted."""
+        """Return the mean of each number over steps and processes, and start again; nothing if no step was counted."""
         if not self.steps:
             return {}
         names, sums = list(self.sums), torch.stack(list(self.sums.values()))

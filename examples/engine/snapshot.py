@@ -1,4 +1,4 @@
-"""The state of a run in memory: copied to the host, checked as a whole before anything of a run is changed, taken back."""
+"""The state of a run in memory: copied to the host, compared as a whole with a run, and only then loaded into it."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -38,13 +38,13 @@ def named_tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def is_plain(value: Tensor) -> bool:
-    """Tell whether a tensor holds all its numbers in the host's memory: not sparse, not quantized, not stretched, not meta."""
+    """Return whether a tensor holds all its numbers in the host's memory: not sparse, quantized, expanded or meta."""
     dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized and not value.is_nested
     return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def not_finite(state: Any) -> str:
-    """Name the first tensor of a state that holds NaN or infinity; empty where none does."""
+    """Return the name of the first tensor of a state that holds NaN or infinity; empty if there is none."""
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return next((name for name, value in named_tensors(state) if value.dtype in kinds and not value.isfinite().all()), "")
 
@@ -87,8 +87,8 @@ def differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
 
     Args:
         found: the state.
-        expected: what it is to be like. A tensor without rows stands for any number of rows, an empty dictionary for any
-            dictionary of numbers.
+        expected: a state like the one that is required. A tensor without rows stands for any number of rows, an empty
+            dictionary for any dictionary of numbers.
         name: of the state in the lines.
 
     Yields:
@@ -140,7 +140,7 @@ def _optimizer_differences(found: Mapping[str, Any], optimizer: torch.optim.Opti
 
 
 def _kept(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer keeps of a parameter, tried on one of its own."""
+    """Return what an optimizer keeps of a parameter, found by a step of a copy on a small parameter."""
     twin = copy.copy(optimizer)
     parameter = nn.Parameter(torch.ones(2, device=optimizer.param_groups[0]["params"][0].device))
     parameter.grad = torch.ones_like(parameter)

@@ -1,4 +1,4 @@
-"""Any model by name: with its weights or without, with a head or without, and written so that timm loads it."""
+"""Any model by name, with or without its weights and a head, and written so that timm loads it."""
 
 import ast
 import copy
@@ -18,9 +18,10 @@ from torch import nn
 
 from engine.ends import Stop
 from mvmae.encoders import check_source
+from mvmae.files import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json
 from mvmae.hub import export
 from mvmae.timm_weights import checkpoint_filter
-from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
+from mvmae.weights import check_weights, read_weights
 
 
 def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
@@ -42,11 +43,11 @@ def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
         raise Stop(f"timm has no model {name!r}, and it is no folder: {cure}")
     try:
         model: nn.Module = timm.create_model(name, **typed, **options)
-    except (RuntimeError, OSError):  # weights that cannot be had
+    except (RuntimeError, OSError):  # weights that cannot be loaded
         raise
     except Exception as error:  # timm checks few of its arguments
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        reason = f"it takes no {unknown[1]}" if unknown else f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"it takes no {unknown[1]}" if unknown else first_line(error)
         raise Stop(f"{name} cannot be built{f' with {arguments!r}' if arguments else ''}: {reason}") from error
     return model
 
@@ -60,11 +61,11 @@ def timm_arguments(text: str) -> dict[str, Any]:
     try:
         return {key: ast.literal_eval(value) for key, value in (part.split("=", 1) for part in text.split())}
     except (ValueError, SyntaxError, TypeError, RecursionError) as error:
-        raise Stop(f"arguments {text!r} are not of the form 'patch_size=8 embed_dim=128'") from error
+        raise Stop(f"arguments for timm must be like 'patch_size=8 embed_dim=128', got {text!r}") from error
 
 
 def summary(model: Any, image_size: int = 0) -> str:
-    """Say what a model really is: its architecture, its parameters, the images and patches that it takes.
+    """Return a line about a model as it was built: architecture, parameters, size of images and patches.
 
     Args:
         model: of timm, or a part of one.
@@ -94,7 +95,7 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
         options: for timm, such as ``drop_path_rate``; those that the model does not have are left out.
 
     Raises:
-        Stop: if there is no such model, or its weights cannot be had or do not fit.
+        Stop: if there is no such model, or its weights cannot be loaded or do not fit.
     """
     wanted, untrained = name.removeprefix("random:"), name.startswith("random:")
     architecture, file = find_weights(wanted, arch)
@@ -109,7 +110,7 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
     except Stop:
         raise
     except Exception as error:  # what timm makes of a config can be anything
-        raise Stop(f"{wanted} cannot be had ({first_line(error)}); random:{wanted} is a model without weights") from error
+        raise Stop(f"{wanted} cannot be loaded ({first_line(error)}): random:{wanted} is the model without weights") from error
     if getattr(getattr(model, "patch_embed", None), "num_patches", 1) == 0:
         raise Stop(f"images of {kept['img_size']} pixels are smaller than a patch of {wanted}: use a larger --image-size")
     if file is not None and not untrained:
@@ -118,20 +119,20 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
 
 
 def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
-    """Give what timm is to build, and the local file of its weights, if there is one.
+    """Return the name of the model that timm builds, and the local file of its weights, if there is one.
 
     Args:
         name: as `load_backbone` takes it, without ``random:``.
         arch: likewise.
 
     Raises:
-        Stop: if there is no such file or folder, or it does not tell its architecture.
+        Stop: if there is no such file or folder, or its architecture is unknown.
     """
     path = Path(name.removeprefix("local-dir:"))
     if path.is_dir():
         folder = next((path / part for part in ("encoder", "best", "") if _is_export(path / part)), None)
         if folder is None:
-            raise Stop(f"{path} holds no encoder: a run that has ended, or {CONFIG_FILE} and {WEIGHTS_FILE}, is expected")
+            raise Stop(f"{path} holds no encoder: name a run that has ended, or a folder of {CONFIG_FILE} and {WEIGHTS_FILE}")
         check_source(f"local-dir:{folder}", weights=False)
         return f"local-dir:{folder}", locate(folder, WEIGHTS_FILE)
     if path.is_file():
@@ -145,7 +146,7 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
 
 
 def _near(path: Path) -> str:
-    """Ask whether a path that is like this one, and exists, is meant."""
+    """Return a question with similar paths that exist; empty if there are none."""
     missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
     found = [str(other) for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
     near = [Path(other) / path.relative_to(missing) for other in difflib.get_close_matches(str(missing), found)]
@@ -173,7 +174,7 @@ def load_weights(model: Any, file: Path) -> None:
 
 
 def add_head(model: Any, num_classes: int, *, std: float) -> None:
-    """Put a fresh classifier on a model: for a ViT on the mean of the patch tokens, through a fresh norm (MAE).
+    """Add a new classifier to a model: for a ViT on the mean of the patch tokens, through a fresh norm (MAE).
 
     Args:
         model: without a head.
@@ -195,7 +196,7 @@ def add_head(model: Any, num_classes: int, *, std: float) -> None:
 
 
 def classified(start: Mapping[str, str]) -> str:
-    """Say how weights with a classifier were trained from what `starting_weights` told, for the export."""
+    """Return how weights with a classifier were trained, for the export, from the result of `starting_weights`."""
     return "fine-tuned for classification" if start else "trained for classification from random weights"
 
 

@@ -16,7 +16,7 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def summarise(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], measure: str) -> dict[str, Any] | None:
-    """Give mean and deviation over seeds, and the mean difference to ours with the half width of its 95 % interval.
+    """Compute mean and deviation over seeds, and the mean difference to ours with the half width of its 95 % interval.
 
     Differences are between runs of the same seed.
     """
@@ -34,7 +34,7 @@ def summarise(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]],
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Set the tables: for each measure mean, deviation over seeds, difference to ours with its 95 % interval."""
+    """Format the tables as Markdown: for each measure mean, deviation over seeds, difference to ours with its 95 % interval."""
     lines = []
     for table, rows in found.items():
         columns = {table: [row["arm"] for row in rows]}

@@ -23,9 +23,10 @@ from engine.distributed import Processes, autocast, parallel
 from engine.ends import Stop
 from engine.run import DROPOUT, Run
 from engine.snapshot import restore
-from mvmae.data import FileSource, Key, NamedImages, StepSampler, make_loader, sample_seed
+from mvmae.data import FileSource, NamedImages, StepSampler, make_loader, sample_seed
 from mvmae.dense import WindowedViT
 from tasks.backbones import load_backbone, summary, timm_arguments
+from tasks.inputs import names
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 
@@ -126,11 +127,6 @@ def lr_factor(step: int, config: DenseConfig) -> float:
     return factor
 
 
-def names(dataset: NamedImages, keys: Iterable[Key]) -> list[str]:
-    """Give the paths of a batch's images."""
-    return [dataset.name(index) for _, index in keys]
-
-
 def fit(
     config: DenseConfig,
     model: nn.Module,
@@ -187,7 +183,7 @@ def fit(
                 parts = losses(trained, batch)
                 loss = torch.stack(list(parts.values())).sum()
             loss.backward()
-            if run.finite(step, {"loss": loss, **parts}, partial(names, dataset, keys)):
+            if run.finite(step, {"loss": loss, **parts}, partial(names, dataset, [index for _, index in keys])):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.report(step, lr=config.lr * lr_factor(step - 1, config))

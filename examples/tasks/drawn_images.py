@@ -1,4 +1,4 @@
-"""The images that are drawn: which ones, in which order, and what can be seen on them without a model."""
+"""The images of the pictures: their choice, their order, and properties that need no model."""
 
 from collections import Counter
 from typing import Any
@@ -14,7 +14,7 @@ GROUPS = 10
 
 
 def take(source: ImageSource, count: int, transform: Any, seed: int) -> tuple[Tensor, Tensor]:
-    """Give up to ``count`` images that can be read, drawn once for each seed, (B, C, H, W) uint8, and labels, -1 for none."""
+    """Return up to ``count`` readable images, drawn once for each seed, (B, C, H, W) uint8, and labels, -1 for none."""
     found: list[Tensor] = []
     labels: list[int] = []
     for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
@@ -43,7 +43,7 @@ def varied(source: ImageSource, transform: Any, count: int = 8, among: int = 256
 
 
 def shown(images: Tensor) -> Tensor:
-    """Give images (B, C, H, W) uint8 in [0, 1]."""
+    """Return uint8 images (B, C, H, W) as floats in [0, 1]."""
     return images.float() / 255
 
 

@@ -1,4 +1,4 @@
-"""What goes into a run: the views of other people's images, and the statistics of their channels."""
+"""The input of a run: views of the images, and the statistics of their channels."""
 
 import functools
 import importlib
@@ -12,17 +12,17 @@ from torch import Tensor
 
 import mvmae
 from engine.ends import Stop
-from mvmae.data import AugmentedViews, ImageSource, RepeatedSource, measure_channels
+from mvmae.data import AugmentedViews, ImageSource, NamedImages, RepeatedSource, measure_channels
 
 
 def repeated(source: ImageSource, crops_per_image: int) -> ImageSource:
-    """Give each image of a source so many times."""
+    """Return a source that holds each image ``crops_per_image`` times."""
     return RepeatedSource(source, crops_per_image) if crops_per_image != 1 else source
 
 
-def names(source: ImageSource, indices: Tensor) -> list[str]:
-    """Give the names of a batch's images."""
-    return [source.name(index) for index in indices.tolist()]
+def names(source: ImageSource | NamedImages, indices: Iterable[int] | Tensor) -> list[str]:
+    """Return the names of a batch's images."""
+    return [source.name(int(index)) for index in indices]
 
 
 def channel_statistics(
@@ -31,7 +31,7 @@ def channel_statistics(
     source: ImageSource,
     centre: mvmae.CentreCropTransform,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Give the mean and standard deviation of each channel: the user's, measured on the images, or the encoder's.
+    """Return the mean and standard deviation of each channel: the user's, measured on the images, or the encoder's.
 
     Args:
         typed: ``mean`` and ``std`` as the user gave them: numbers, "auto", or nothing.
@@ -50,19 +50,19 @@ def channel_statistics(
             values = measured[name]
         words = [value for value in values if isinstance(value, str)]
         if words:
-            raise Stop(f"--{name} {words[0]!r} is neither a number nor auto alone")
+            raise Stop(f"--{name} must be numbers, or auto alone, got {words[0]!r}")
         chosen[name] = tuple(float(value) for value in values)
     mean, std = chosen["mean"], chosen["std"]
     if len(mean) != centre.in_chans or len(std) != centre.in_chans:
         raise Stop(
-            f"--in-chans {centre.in_chans} does not go with {len(mean)} means and {len(std)} standard deviations: "
+            f"--in-chans {centre.in_chans} must have as many means and standard deviations, got {len(mean)} and {len(std)}: "
             f"give --mean and --std {centre.in_chans} numbers each, in units of the whole range (0 to 1), or auto"
         )
     return mean, std
 
 
 def augmented(transform: mvmae.MultiViewTransform, name: str) -> Callable[..., Tensor]:
-    """Let a function of the user's own change each view.
+    """Return a transform whose views a function of the user changes.
 
     Args:
         transform: takes the views.
@@ -79,17 +79,17 @@ def augmented(transform: mvmae.MultiViewTransform, name: str) -> Callable[..., T
     try:
         augment: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise Stop(f"--transform {name}: {error}; module:function is expected, in a file of the current folder") from error
+        raise Stop(f"--transform must be module:function, in a file of the current folder, got {name} ({error})") from error
     return AugmentedViews(transform, augment)
 
 
 def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
-    """Turn uint8 images (..., C, H, W) into float32 ones with the given mean and standard deviation, in units of 255."""
+    """Normalise uint8 images (..., C, H, W) to float32 by mean and standard deviation in units of the whole range, 255."""
     mean, std = (_per_channel(tuple(x), images.device) for x in (mean, std))
     return images.float().div_(255).sub_(mean).div_(std)
 
 
 @functools.cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Copy values to the device, (C, 1, 1): once, since the copy waits for all that the device has still to do."""
+    """Copy values to the device, (C, 1, 1); once, because a copy waits until the device has finished its work."""
     return torch.tensor(values, device=device)[:, None, None]

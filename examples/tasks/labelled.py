@@ -34,7 +34,7 @@ from mvmae.data import (
 )
 
 Config = TypeVar("Config", bound=Any)
-HELD_OUT = 10  # one image of so many is held out of data that comes without a validation split
+HELD_OUT = 10  # one in 10 images is held out of data without a validation split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,12 @@ class Part(ImageSource):
 
     @property
     def fingerprint(self) -> str:
-        """That of the source, how many images are taken, and where from."""
+        """The fingerprint of the source, with the number of images and their places."""
         return f"{self.source.fingerprint}:{len(self)}:{int(self.indices.sum())}"
 
 
 class Splits(NamedTuple):
-    """Images to train on, images held out if there are any, and what is to be said about them."""
+    """Images to train on, held-out images if there are any, and a note on them for the log."""
 
     train: ImageSource
     val: ImageSource | None
@@ -97,7 +97,7 @@ class Splits(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """Training and validation images of the same classes, and what is to be said about them."""
+    """Training and validation images of the same classes, and a note on them for the log."""
 
     train: Part
     val: Part
@@ -135,14 +135,14 @@ def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> L
     """
     train, val, note = open_splits(data)
     if train.labels is None:
-        raise Stop(f"{data} has no labels: a folder for each class, or another labelled data set, is expected")
+        raise Stop(f"{data} must have labels, got none: use a folder for each class, or another labelled data set")
     if val is None:
-        raise Stop(f"{data} has a single class, or a single image of each: two or more are expected")
+        raise Stop(f"{data} must have two or more classes and images of each, got a single one: add some")
     if val.labels is None:
-        raise Stop(f"the validation split of {data} has no labels")
+        raise Stop(f"the validation split of {data} must have labels, got none: use a folder for each class")
     classes = torch.cat([torch.as_tensor(part.labels) for part in (train, val)]).unique()
     if len(classes) < 2:
-        raise Stop(f"{data} has a single class: two or more are expected")
+        raise Stop(f"{data} must have two or more classes, got one: add images of another")
     known = train.class_names
     names = tuple(known[i] if len(known) > int(classes[-1]) else str(i) for i in classes.tolist())
     first, second = (
@@ -167,7 +167,7 @@ def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(length: int, limit: int = 0) -> Tensor:
-    """Draw at most ``limit`` of so many images, all where 0: the same always, and some of those of a larger limit."""
+    """Draw at most ``limit`` images, all if it is 0: always the same ones, a subset of those of a larger limit."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(0))[: limit or None]
 
 
@@ -224,7 +224,7 @@ def to_pil(image: ImageLike, channels: int = 3, background: tuple[int, int, int]
 
 
 class InOrder(StepSampler):
-    """Every image once, in order: of this process every one of ``world_size``, ``share`` at a time."""
+    """Every image once, in order: each process takes one in ``world_size``, ``share`` at a time."""
 
     def __init__(self, length: int, share: int, processes: Processes) -> None:
         self.length, self.share, self.seed = length, share, 0
@@ -255,7 +255,7 @@ def training_loader(
 def each_once(
     source: ImageSource, transform: Callable[..., Tensor], processes: Processes, *, batch_size: int, **loading: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give this process's share of the images, (B, C, H, W), and where they stand, (B,); those that cannot be read lack.
+    """Yield this process's share of the images, (B, C, H, W), and their positions, (B,), without unreadable images.
 
     Args:
         source: the images.
@@ -271,7 +271,7 @@ def each_once(
 
 
 def count_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Give, as float64: how many are right, how many are among the five likeliest, the summed loss, and how many there are."""
+    """Return four float64 sums: top-1 hits, top-5 hits, loss, and number of images."""
     right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
     counts = [right[:, 0].sum(), right.any(dim=1).sum(), loss, torch.tensor(len(labels), device=labels.device)]
@@ -279,6 +279,6 @@ def count_right(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(counts: Tensor) -> dict[str, float]:
-    """Turn what `count_right` gave, summed over batches and processes, into percent."""
+    """Compute percentages from the results of `count_right`, summed over batches and processes."""
     top1, top5, loss, total = counts.tolist()
     return {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "val_loss": loss / total}

@@ -1,4 +1,4 @@
-"""What the features of an encoder are worth while it is pretrained: k-NN accuracy, effective rank, uniformity, drift."""
+"""The quality of an encoder's features while it is pretrained: k-NN accuracy, effective rank, uniformity, drift."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -71,7 +71,7 @@ class Monitor:
         limit: most images of each split; 0 looks at none.
         processes: this one and the others.
         width: of the features.
-        drift: also tell how far the features have moved from those of the first look.
+        drift: also report how far the features have moved since the first look.
         **loading: as in `labelled.each_once`.
 
     Attributes:
@@ -113,7 +113,7 @@ class Monitor:
 
     @property
     def note(self) -> str:
-        """Which images are looked at."""
+        """A line about the images."""
         if not self.limit:
             return "no look at the features"
         about = "that are trained on" if self.val is None else "held out"
@@ -121,7 +121,7 @@ class Monitor:
 
     @torch.no_grad()
     def look(self, encode: Encode, limit: int = 0) -> dict[str, float]:
-        """Give ``effective_rank`` and ``uniformity`` of at most ``limit`` images, always the same ones.
+        """Compute ``effective_rank`` and ``uniformity`` of at most ``limit`` images, always the same ones.
 
         And ``knn`` (percent) where there are labels, ``similarity`` and ``cka`` (see `moved`) where drift is followed.
         """
@@ -161,7 +161,7 @@ class Monitor:
 
 
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[str]:
-    """Give lines on what a run has done to the features: how far they moved, and what they were and are worth.
+    """Return lines on what a run has done to the features: how far they moved, and what they were and are worth.
 
     Args:
         before: the first look.

@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def plot(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[tuple[Any, Any]]:
-    """Give a figure and its axes (rows, columns) to draw on, then write it to ``path``."""
+    """Yield a figure and its axes (rows, columns) to draw on, then write the figure to ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")

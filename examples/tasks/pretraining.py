@@ -147,7 +147,7 @@ def build_model(config: Config, *, pretrained: bool = False) -> mvmae.MultiViewM
         in_chans=config.in_chans,
     )
     encoder.set_grad_checkpointing(config.grad_checkpointing)
-    model = mvmae.MultiViewMAE(
+    return mvmae.MultiViewMAE(
         encoder,
         decoder_dim=config.decoder_dim,
         decoder_depth=config.decoder_depth,
@@ -159,9 +159,8 @@ def build_model(config: Config, *, pretrained: bool = False) -> mvmae.MultiViewM
         projector=mvmae.projection_mlp(encoder.embed_dim, out_dim=config.projector) if config.projector else None,
         norm_pix=config.norm_pix,
         loss_on=config.loss_on,  # type: ignore[arg-type]
+        gather=config.gather,
     )
-    model.contrastive_loss.gather = config.gather
-    return model
 
 
 def pixel_options(config: Config) -> dict[str, Any]:

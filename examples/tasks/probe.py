@@ -1,4 +1,4 @@
-"""A frozen model: its features of labelled images, what they tell at once, and the linear layers to be trained on them.
+"""A frozen model: its features of labelled images, their measures, and linear layers that are trained on them.
 
 Shapes: N images, B of a batch, D width of a feature.
 """
@@ -25,7 +25,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def pooled(model: Any, images: Tensor) -> Features:
-    """Give features (B, D) in float32: mean patch token and class token of a transformer, else the pooled map."""
+    """Compute features (B, D) in float32: mean patch token and class token of a transformer, else the pooled map."""
     tokens, prefix = model.forward_features(images), getattr(model, "num_prefix_tokens", None)
     if tokens.ndim != 3 or prefix is None:
         return {"avg": model.forward_head(tokens, pre_logits=True).float()}
@@ -37,7 +37,7 @@ def pooled(model: Any, images: Tensor) -> Features:
 def measure(
     train: tuple[Features, Tensor], val: tuple[Features, Tensor], *, neighbours: int, few_shot: Sequence[int]
 ) -> dict[str, float]:
-    """Give, for each kind of feature, effective rank, k-NN accuracy, and accuracy with few labels: mean and deviation."""
+    """Compute, for each kind of feature, effective rank, k-NN accuracy, and accuracy with few labels: mean and deviation."""
     results: dict[str, float] = {}
     for kind in val[0]:
         bank, queries = train[0][kind], val[0][kind]
@@ -52,7 +52,7 @@ def measure(
 
 
 def few_label_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, shots: int, seed: int) -> float:
-    """Give the accuracy in percent of logistic regression on ``shots`` images of each class, of features of unit length."""
+    """Compute the accuracy in percent of logistic regression on ``shots`` images of each class, of features of unit length."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     members = [order[labels[order] == label][:shots] for label in labels.unique()]
     rows = torch.cat(members)
@@ -62,7 +62,7 @@ def few_label_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labe
 
 
 def logistic_regression(x: Tensor, labels: Tensor, num_classes: int, *, decay: float) -> tuple[Tensor, Tensor]:
-    """Minimise the mean cross-entropy + decay / 2 * |weight|^2; give weight (classes, D) and bias (classes,)."""
+    """Minimise the mean cross-entropy + decay / 2 * |weight|^2; return weight (classes, D) and bias (classes,)."""
     weight = x.new_zeros(num_classes, x.shape[1]).requires_grad_()
     bias = x.new_zeros(num_classes).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
@@ -103,7 +103,7 @@ class Probe(nn.Module):
                 nn.init.zeros_(head.bias)
 
     def forward(self, features: Features) -> Features:
-        """Give the logits (B, classes) of every layer."""
+        """Compute the logits (B, classes) of every layer."""
         normed = {kind: self.norms[kind](x) if kind in self.norms else x for kind, x in features.items()}
         return {name: head(normed[name.rpartition("_")[0]]) for name, head in self.heads.items()}
 
@@ -121,7 +121,7 @@ def head_optimizer(probe: Probe, name: str, *, lr: float) -> torch.optim.Optimiz
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Set results in Markdown; a cell is empty where there is no number."""
+    """Format results as a Markdown table; a cell is empty where there is no number."""
     shots = dict.fromkeys(key for result in results for key in result if re.fullmatch(r"shot\d+_avg", key))
     columns = {"model": "model", "knn_avg": "k-NN", "linear": "linear", "best": "best", "paper": "linear, the paper's"}
     columns |= {key: f"{key[4:-4]} a class" for key in shots} | {"rank_avg": "effective rank"}

@@ -1,4 +1,4 @@
-"""Drawn shapes, a data set to try detection and segmentation on without any data at all."""
+"""A data set of drawn shapes, to try detection and segmentation without images of your own."""
 
 import json
 import math

@@ -13,9 +13,9 @@ import mvmae
 from engine.ends import Stop
 from mvmae.data import colour
 from mvmae.encoders import check_source
+from mvmae.files import CONFIG_FILE, first_line, locate, read_json
 from mvmae.hub import license_warning, load_encoder
 from mvmae.masked_vit import check_encoder
-from mvmae.weights import CONFIG_FILE, first_line, locate, read_json
 from tasks.backbones import create_encoder, find_weights
 
 Config = TypeVar("Config", bound=Any)
@@ -41,7 +41,7 @@ def start_encoder(
         in_chans: channels; weights are adapted to them as timm does.
 
     Raises:
-        Stop: if there is no such model or file, or the weights cannot be had.
+        Stop: if there is no such model or file, or the weights cannot be loaded.
         TypeError: if it is not a plain ViT.
         WeightsError: if the weights do not fit.
     """
@@ -58,7 +58,7 @@ def start_encoder(
     except (Stop, TypeError):  # TypeError: no plain ViT
         raise
     except Exception as error:  # what timm makes of a config can be anything
-        raise Stop(f"{name} cannot be had ({first_line(error)})") from error
+        raise Stop(f"{name} cannot be loaded ({first_line(error)})") from error
     check_encoder(encoder)
     if pretrained and file is not None:
         load_encoder(encoder, file)
@@ -66,7 +66,7 @@ def start_encoder(
 
 
 def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
-    """Say which weights a run starts from, how they were trained and what licence they are under, for exports and cards.
+    """Return which weights a run starts from, how they were trained and their licence, for exports and cards.
 
     Args:
         model: as `load_backbone` built it.
@@ -106,7 +106,7 @@ def _texts(content: Any) -> dict[str, str]:
 
 
 def told(start: Mapping[str, str]) -> str:
-    """Say where a run's weights come from and what their licence asks, in one line."""
+    """Return a line about the origin of a run's weights and what their licence asks."""
     if not start:
         return "from random weights"
     about = start.get("weights") or f"weights {start.get('training', '')}"
@@ -132,7 +132,7 @@ def with_background(config: Config, name: str, arch: str = "") -> Config:
 
 
 def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Group all trained parameters: the encoder's layers each with its share of the learning rate, the new parts with all.
+    """Group all trained parameters: each layer of the encoder with a share of the learning rate, new parts with all of it.
 
     A layer's share, which timm's schedule applies, is ``layer_decay`` times that of the layer above (BEiT; MAE's fine-tuning).
     """

@@ -26,7 +26,7 @@ def count_flops(step: Callable[[], object]) -> int:
 def clock(
     paths: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, units: float = 1.0
 ) -> dict[str, dict[str, float]]:
-    """Time functions in turn; give for each its median seconds, and units a second, and the ratio to the first, per round."""
+    """Time functions in turn; return for each its median seconds, units per second, and ratio to the first, by round."""
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     for turn in range(rounds + 1):  # the first is a warm-up
         for name, path in paths.items():
@@ -68,7 +68,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def alone(self, device: torch.device) -> Callable[[], None]:
-        """Give a function that runs the same products, in their order, and nothing else."""
+        """Return a function that runs the same products, in their order, and nothing else."""
         operands = {key: tuple(torch.randn(s, device=device).to(key[2]) for s in key[:2]) for key in set(self.shapes)}
         results = {key: operands[key][0] @ operands[key][1] for key in operands}
 
@@ -80,7 +80,7 @@ class Products(TorchDispatchMode):
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Give the most memory that was in use so far: of the device, or of this process on the CPU."""
+    """Return the largest amount of memory used so far: of the device, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,4 +1,4 @@
-"""Export models to timm, transformers and the Hub with a model card, and load weights of others."""
+"""Export models to timm, transformers and the Hub with a model card, and load other people's weights."""
 
 from .card import license_warning as license_warning
 from .card import write_card as write_card

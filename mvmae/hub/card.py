@@ -6,27 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..weights import (
-    CONFIG_FILE,
-    PRETRAINING_FILE,
-    PRETRAINING_FOLDER,
-    WEIGHTS_FILE,
-    locate,
-    read_config,
-    replace_file,
-    sha256,
-)
+from ..files import CONFIG_FILE, WEIGHTS_FILE, locate, read_config, sha256, write_text
+from ..weights import PRETRAINING_FILE, PRETRAINING_FOLDER
 
 CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
-SETTINGS = """
-accumulate augment background base_lr batch_size beta2 clip_grad color_jitter crop_scale crops_per_image cutmix
-decoder_depth decoder_dim decoder_heads drop_path ema encoder_args epochs erasing freeze_epochs gather head_std
-image_size in_chans layer_decay loss_on loss_weight lr mask_ratio max_steps mean min_lr mix_prob mixup norm_pix
-num_views pool precision pretrained projector same_crop seed smoothing std switch_prob temperature value_range
-warmup_epochs weight_decay
-"""
-PUBLISHED_SETTINGS = frozenset(SETTINGS.split())  # of a run; the others name places on the machine it ran on
+PUBLISHED_TEXTS = ("augment", "background", "encoder_args", "loss_on", "mean", "pool", "precision", "std")
+"""Settings of a run in words that the card shows besides its numbers; others can name places on the machine it ran on."""
+RUNNING = ("log_every", "max_bad", "monitor", "monitor_images", "other_data", "resume", "save_every", "save_minutes", "workers")
+"""Settings of a run that its weights do not depend on."""
 NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|amlr|seer-license")
 
 
@@ -60,6 +48,12 @@ def code(value: object) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
+def _is_published(key: str, value: Any) -> bool:
+    values = value if isinstance(value, list | tuple) else [value]
+    numbers = key not in RUNNING and all(isinstance(each, int | float) for each in values)
+    return numbers or key in PUBLISHED_TEXTS
+
+
 def write_card(
     folder: str | Path,
     *,
@@ -83,7 +77,7 @@ def write_card(
         command: the command that trained them.
         commit: the commit of this package.
         hardware: the machine of the training.
-        settings: settings of the run; the card shows those in `PUBLISHED_SETTINGS`.
+        settings: settings of the run; the card shows numbers, except `RUNNING`, and of words those in `PUBLISHED_TEXTS`.
 
     Returns:
         The card's path.
@@ -107,7 +101,7 @@ def write_card(
     warning = license_warning(started)
     made = {"Images": ", ".join(datasets), "Command": command, "Commit": commit, "Hardware": hardware}
     made = {"Weights": config.get("training", ""), **made}
-    shown = {key: value for key, value in (settings or {}).items() if key in PUBLISHED_SETTINGS}
+    shown = {key: value for key, value in (settings or {}).items() if _is_published(key, value)}
     files = {
         name: sha256(folder / name)
         for name in (WEIGHTS_FILE, f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}")
@@ -135,5 +129,5 @@ def write_card(
         "## Files\n\n" + "\n".join(f"- {name}: sha256 {value}" for name, value in files.items()),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    replace_file(folder / CARD_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(folder / CARD_FILE, text)
     return folder / CARD_FILE

@@ -1,4 +1,4 @@
-"""From a model to a folder that timm, transformers and `mvmae` load, to the Hub, and back from other people's files."""
+"""From a model to a folder that timm, transformers and `mvmae` load, and from there to the Hub."""
 
 import logging
 import os
@@ -10,23 +10,11 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from ..description import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
-from ..masked_vit import PlainViT, check_encoder, unwrap
+from ..files import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, hub_causes, write_json
+from ..masked_vit import PlainViT, check_encoder
 from ..model import MultiViewMAE
-from ..timm_weights import plain_names
-from ..weights import (
-    CONFIG_FILE,
-    PRETRAINING_CONFIG,
-    PRETRAINING_FILE,
-    PRETRAINING_FOLDER,
-    WEIGHTS_FILE,
-    WeightsError,
-    building,
-    check_weights,
-    hub_causes,
-    write_json,
-    write_pretraining,
-    write_weights,
-)
+from ..weights import PRETRAINING_CONFIG, PRETRAINING_FILE, PRETRAINING_FOLDER, check_weights, write_pretraining, write_weights
+from ..wrappers import plain_names, unwrap
 from .card import CARD_FILE, license_warning
 from .card import write_card as write_card
 from .load import load_encoder as load_encoder

@@ -1,4 +1,4 @@
-"""Load weights of others into an encoder or a pretraining model: completely, or not at all."""
+"""Load other people's weights into an encoder or a pretraining model: completely, or not at all."""
 
 import math
 from collections.abc import Mapping
@@ -9,11 +9,13 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from ..masked_vit import check_encoder, unwrap
+from ..files import WEIGHTS_FILE, WeightsError, first_line, locate
+from ..masked_vit import check_encoder
 from ..model import MultiViewMAE
 from ..patches import sincos_table
-from ..timm_weights import checkpoint_filter, encoder_prefix, plain_names
-from ..weights import PRETRAINING_FILE, WEIGHTS_FILE, WeightsError, check_weights, first_line, in_export, locate, read_weights
+from ..timm_weights import checkpoint_filter, encoder_prefix
+from ..weights import PRETRAINING_FILE, check_weights, in_export, read_weights
+from ..wrappers import plain_names, unwrap
 
 MAE_NAMES = {
     "mask_token": "decoder.mask_token",

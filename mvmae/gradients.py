@@ -1,0 +1,112 @@
+"""Steps of the contrastive loss with their own backward pass, for memory, numeric types and several processes.
+
+Shapes: B images of this process, N images of all processes, V views, D width of a latent.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def unit_length(z: Tensor, shortest: float) -> Tensor:
+    """Divide latents by their lengths, or by ``shortest`` where they are shorter: `F.normalize` for less memory.
+
+    Args:
+        z: (..., D).
+        shortest: above 0.
+    """
+    result: Tensor = _UnitLength.apply(z, shortest)
+    return result
+
+
+class _UnitLength(torch.autograd.Function):
+    """`F.normalize` with less memory: its own backward pass holds five tensors of the input's size, this one holds one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, shortest: float) -> Tensor:
+        unit: Tensor = z / z.norm(dim=-1, keepdim=True).clamp_min(shortest)
+        return unit
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, ctx.shortest = inputs
+        ctx.save_for_backward(z, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        z, unit = ctx.saved_tensors
+        with torch.autocast(z.device.type, enabled=False):
+            length = z.norm(dim=-1, keepdim=True)
+            along = torch.einsum("...d,...d->...", grads[0], unit)[..., None].masked_fill(length < ctx.shortest, 0)
+            return torch.addcmul(grads[0], unit, along, value=-1).div_(length.clamp_min(ctx.shortest)), None
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Compute ``a @ b.mT``, whose gradients have the type of its factors, also where the backward pass runs under autocast.
+
+    Args:
+        a: (..., M, D).
+        b: (..., N, D), another tensor than ``a``: torch.compile refuses the same twice.
+
+    Returns:
+        (..., M, N).
+    """
+    result: Tensor = _Products.apply(a, b)
+    return result
+
+
+class _Products(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        with torch.autocast(a.device.type, enabled=False):
+            return _Products.apply(grads[0], b.mT), _Products.apply(grads[0].mT, a.mT)
+
+
+def gather_latents(z: Tensor) -> tuple[Tensor, int]:
+    """Collect the latents of all processes, with gradient, in the order of their ranks.
+
+    Args:
+        z: (B, V, D), of this process.
+
+    Returns:
+        (N, V, D), and where this process's first image stands in it. Without processes: ``z`` and 0.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return z, 0
+    gathered: Tensor = _AllGather.apply(z)
+    return gathered, dist.get_rank() * len(z)
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate a tensor over all processes; the gradient of a part is the sum of all processes' gradients for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        ctx.size = len(x)
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        start = dist.get_rank() * ctx.size
+        return total[start : start + ctx.size]
