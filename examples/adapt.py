@@ -32,7 +32,8 @@ from tasks import pretraining
 from tasks.backbones import summary
 from tasks.inputs import names, normalize
 from tasks.monitor import MONITORED
-from tasks.pretraining import backward, build_model, build_monitor, draw_masks, finish, look, open_data, statistics, view_loader
+from tasks.outcome import build_monitor, finish, look
+from tasks.pretraining import backward, build_model, draw_masks, open_data, statistics, view_loader
 from tasks.starting import Freeze, parameter_groups, starting_weights, told
 
 
@@ -45,27 +46,23 @@ class Config(pretraining.Config):
     )
     output_dir: str = inherit(pretraining.Config, "output_dir", "runs/adapt")
     pretrained: bool = option(True, "start from the encoder's weights")
-    freeze_epochs: float = option(  # a random decoder's gradients would spoil the encoder, as a random head's do (LP-FT)
+    # a random decoder's gradients would spoil the encoder, as a random head's do (LP-FT)
+    freeze_epochs: float = option(
         5, "epochs in which the encoder stays as it is; as many more warm its learning rate up", at_least=0
     )
-    layer_decay: float = option(  # low layers hold what all images share (BEiT, MAE fine-tuning: 0.65 to 0.75)
+    # low layers hold what all images share (BEiT, MAE fine-tuning: 0.65 to 0.75)
+    layer_decay: float = option(
         0.75, "factor of the learning rate from each layer of the encoder to the one below", above=0, at_most=1
     )
-    projector: int = (
-        inherit(  # takes the contrastive loss's pull: on the features themselves it undid them (examples/README.md)
-            pretraining.Config,
-            "projector",
-            128,
-            "width of a projection MLP's output before the contrastive loss; 0 for none",
-        )
+    # takes the contrastive loss's pull: on the features themselves it undid them (examples/README.md)
+    projector: int = inherit(
+        pretraining.Config, "projector", 128, "width of a projection MLP's output before the contrastive loss; 0 for none"
     )
-    epochs: float = inherit(  # own images are few; the drift in curves.png shows where to stop
-        pretraining.Config, "epochs", 100, "passes over the images"
-    )
+    # own images are few; the drift in curves.png shows where to stop
+    epochs: float = inherit(pretraining.Config, "epochs", 100, "passes over the images")
     warmup_epochs: float = inherit(pretraining.Config, "warmup_epochs", 5, "epochs of linear warm-up")
-    base_lr: float = inherit(  # below pretraining's: the way from good weights is short
-        pretraining.Config, "base_lr", 1e-4, "learning rate for a batch of 256; scaled with the batch"
-    )
+    # below pretraining's: the way from good weights is short
+    base_lr: float = inherit(pretraining.Config, "base_lr", 1e-4, "learning rate for a batch of 256; scaled with the batch")
     monitor: int = inherit(pretraining.Config, "monitor", 10)
 
 
@@ -103,16 +100,15 @@ def main(config: Config) -> None:
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
 
     # run
-    about = {"description": describe(model), "mean": mean, "std": std, "command": shlex.join(sys.argv)}
-    about |= {"start": start}
+    about = {"description": describe(model), "mean": mean, "std": std, "command": shlex.join(sys.argv), "start": start}
     run = Run(config, processes, images.train.fingerprint)
     run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about)
     sampler.start_step = run.step
     run.log.say(summary(encoder))
+    run.log.say(told(start))
     course = f"{steps} steps of {config.batch_size}, learning rate {lr:.3g}, on {device}"
     run.log.say(f"{images.listed}, {course}{images.clamped}")
     run.log.say(f"{images.splits.note}; {monitor.note}")
-    run.log.say(told(start))
     if run.found is None:
         monitor.before = look(monitor, model, run.log, 0)
 

@@ -27,8 +27,9 @@ from mvmae.hub import describe
 from tasks.backbones import summary
 from tasks.inputs import names, normalize
 from tasks.monitor import MONITORED
+from tasks.outcome import build_monitor, finish, look
 from tasks.pretraining import Config as Config
-from tasks.pretraining import backward, build_model, build_monitor, draw_masks, finish, look, open_data, statistics, view_loader
+from tasks.pretraining import backward, build_model, draw_masks, open_data, statistics, view_loader
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -80,6 +81,7 @@ def main(config: Config) -> None:
     run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about)
     sampler.start_step = run.step
     run.log.say(summary(encoder))
+    run.log.say("from random weights")
     course = f"{steps} steps of {config.batch_size}, learning rate {lr:.3g}, on {device}"
     run.log.say(f"{images.listed}, {course}{images.clamped}")
     run.log.say(f"{images.splits.note}; {monitor.note}")

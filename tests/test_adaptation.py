@@ -1,5 +1,6 @@
 """Going on from published weights on images of one's own: adapt.py, and what it asks of the package."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -19,6 +20,9 @@ from mvmae.hub.export import PRETRAINED
 from mvmae.metrics import linear_cka, mean_cosine
 
 sys.path.append(str(EXAMPLES))
+import adapt as adapt_script
+import pretrain
+from engine.cli import parse
 from tasks.backbones import save_classifier
 from tasks.monitor import report
 from tasks.starting import starting_weights, told
@@ -57,6 +61,17 @@ def whole(tmp_path_factory, start):
     result = adapt(folder, "--encoder", f"local-dir:{start}", "--max-steps", 10, "--monitor-images", 60, "--mean", "auto")
     assert result.code == 0, result.err
     return folder, result
+
+
+def test_the_defaults_train_an_existing_encoder_gently_and_pretraining_has_no_such_options():
+    given = ["--data", "x", "--encoder", "y"]
+    chosen = dataclasses.asdict(parse(adapt_script.Config, adapt_script.PRESETS, None, given))
+    plain = dataclasses.asdict(parse(pretrain.Config, pretrain.PRESETS, None, given))
+    own = {"pretrained": True, "freeze_epochs": 5, "layer_decay": 0.75}
+    changed = {"output_dir": "runs/adapt", "projector": 128, "epochs": 100, "warmup_epochs": 5, "base_lr": 1e-4, "monitor": 10}
+    assert chosen == plain | own | changed and not own.keys() & plain.keys()
+    with pytest.raises(ValueError, match="--encoder must be given"):
+        parse(adapt_script.Config, adapt_script.PRESETS, None, given[:2])
 
 
 def encoder_moved(folder, start):

@@ -1,0 +1,99 @@
+"""What a pretraining run shows: what its features are worth on the way, and at the end its encoder and its pictures.
+
+Shapes: B images, C channels, H x W pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mvmae
+from engine.distributed import Processes
+from engine.log import Log
+from mvmae.hub import export
+from mvmae.metrics import collapse_warning
+from mvmae.visualize import reconstruction_picture
+from tasks.drawn_images import varied
+from tasks.inputs import normalize
+from tasks.labelled import Splits
+from tasks.monitor import Monitor, report
+from tasks.plots import draw_curves
+from tasks.pretraining import Config, centre_crop
+
+CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "similarity", "cka", "lr")
+
+
+def build_monitor(
+    config: Config,
+    encoder: Any,
+    splits: Splits,
+    mean: Sequence[float],
+    std: Sequence[float],
+    processes: Processes,
+    *,
+    drift: bool = False,
+) -> Monitor:
+    """Return what looks at the features of held-out images; with ``drift``, also at how far they have moved."""
+    return Monitor(
+        splits,
+        centre_crop(config, encoder),
+        mean,
+        std,
+        config.monitor_images,
+        processes,
+        width=encoder.embed_dim,
+        drift=drift,
+        batch_size=min(config.batch_size, 256 * processes.world_size),
+        workers=config.workers,
+        max_bad=config.max_bad,
+        bad_file=Path(config.output_dir) / "bad_files.txt",
+    )
+
+
+def look(monitor: Monitor, model: mvmae.MultiViewMAE, log: Log, step: int, limit: int = 0) -> dict[str, float]:
+    """Log what the encoder's features are worth now, and warn where they have collapsed."""
+    found = monitor.look(model.eval().features, limit)
+    model.train()
+    if found:
+        log.write(step=step, **found)
+        if warning := collapse_warning(found["effective_rank"]):
+            log.say(f"warning: {warning}")
+    return found
+
+
+def finish(
+    config: Config,
+    model: mvmae.MultiViewMAE,
+    log: Log,
+    monitor: Monitor,
+    after: Mapping[str, float],
+    start: Mapping[str, str] | None = None,
+) -> None:
+    """Write the encoder and the pictures, and say how to load it and how good it is.
+
+    Args:
+        config: options of the run.
+        model: as it is trained.
+        log: of the run.
+        monitor: which holds the first look, and the images to draw: those looked at, or training images where none are.
+        after: the last look.
+        start: which weights the run started from (`starting_weights`); none where it is None.
+    """
+    folder, mean, std, start = Path(config.output_dir), monitor.mean, monitor.std, start or {}
+    options = {"background": config.background, "started_from": start, "license": start.get("license", "")}
+    export(model, folder / "encoder", mean=mean, std=std, **options)  # type: ignore[arg-type]
+    draw_curves(folder / "curves.png", log.records(), CURVES)
+    images = varied(monitor.looked_at if monitor.limit else monitor.train, monitor.transform).to(
+        next(model.parameters()).device
+    )
+    views = normalize(images, mean, std)[:, None]  # (B, 1, C, H, W)
+    generator = torch.Generator().manual_seed(config.seed)
+    picture = reconstruction_picture(model, views, mean=mean, std=std, generator=generator)
+    picture.save(folder / "reconstructions.png")
+    log.close()
+    print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}")
+    print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')
+    for line in report(monitor.before, after):
+        print(line)
