@@ -386,7 +386,7 @@ def test_minutes_make_a_checkpoint_due_as_steps_do(tmp_path, monkeypatch):
 
 
 def test_f56_a_folder_that_is_deleted_in_the_middle_is_made_again(whole, images, tmp_path):
-    process = start(tmp_path, images, *STEPS, env={"MVMAE_FAULT": "slow"})
+    process = start(tmp_path, images, *STEPS, fault="slow")
     wait_for_steps(process, tmp_path, 6)
     shutil.rmtree(tmp_path / "run")
     time.sleep(0.1)
@@ -417,7 +417,7 @@ def test_f56_what_was_saved_and_deleted_is_saved_again_before_the_run_says_so(tm
 
 
 def test_f56_a_lock_that_is_deleted_still_keeps_a_second_run_out(images, tmp_path):
-    first = start(tmp_path, images, *STEPS, env={"MVMAE_FAULT": "slow"})
+    first = start(tmp_path, images, *STEPS, fault="slow")
     wait_for_steps(first, tmp_path, 2)
     (tmp_path / "run" / ".lock").unlink()
     second = pretrain(tmp_path, images, *STEPS, "--resume")

@@ -354,7 +354,7 @@ def test_what_is_drawn_leaves_the_objects_as_they_are():
 
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
     arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
-    killed = run_script("detect.py", *arguments, folder=tmp_path, env={"MVMAE_FAULT": "kill@3"})
+    killed = run_script("detect.py", *arguments, folder=tmp_path, fault="kill@3")
     assert killed.code == -9
     again = run_script("detect.py", *arguments, "--workers", 1, "--resume", folder=tmp_path)
     assert again.code == 0, again.err

@@ -161,7 +161,7 @@ def test_the_temperature_reaches_the_contrastive_loss(images, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_killed_and_resumed_ends_bit_identical(whole, images, tmp_path, workers):
     arguments = ["--max-steps", 12, "--workers", workers, "--save-every", 5]
-    cut = pretrain(tmp_path, images, *arguments, env={"MVMAE_FAULT": "kill@6"})
+    cut = pretrain(tmp_path, images, *arguments, fault="kill@6")
     assert cut.code == -signal.SIGKILL and end_of(tmp_path)["step"] == 5
     resumed = pretrain(tmp_path, images, *arguments, "--resume")
     assert resumed.code == 0 and "resuming run after step 5" in resumed.out
@@ -171,7 +171,7 @@ def test_a_run_killed_and_resumed_ends_bit_identical(whole, images, tmp_path, wo
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_first(whole, images, tmp_path, number):
-    started = start(tmp_path, images, "--max-steps", 12, "--workers", 0, env={"MVMAE_FAULT": "slow"})
+    started = start(tmp_path, images, "--max-steps", 12, "--workers", 0, fault="slow")
     wait_for_steps(started, tmp_path, 2)
     os.kill(started.pid, number)
     result = started.finish()
@@ -211,8 +211,7 @@ def test_on_a_terminal_a_bar_shows(images, tmp_path):
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    slow = {"env": {"MVMAE_FAULT": "slow"}, "terminal": os.ttyname(follower)}
-    started = start(tmp_path, images, "--max-steps", 3, "--workers", 0, **slow)
+    started = start(tmp_path, images, "--max-steps", 3, "--workers", 0, fault="slow", terminal=os.ttyname(follower))
     assert started.finish().code == 0
     os.close(follower)  # nobody writes any more: the reader comes to the end
     reader.join()

@@ -292,7 +292,7 @@ def test_a_legend_names_the_classes_that_occur_and_what_is_left_out(monkeypatch,
 
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
     arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
-    killed = run_script("segment.py", *arguments, folder=tmp_path, env={"MVMAE_FAULT": "kill@3"})
+    killed = run_script("segment.py", *arguments, folder=tmp_path, fault="kill@3")
     assert killed.code == -9
     again = run_script("segment.py", *arguments, "--workers", 1, "--resume", folder=tmp_path)
     assert again.code == 0, again.err
