@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from running import EXAMPLES, run_processes, run_script
-from tiny_run import ARGUMENTS, assert_identical, end_of, pretrain, run_of, start, wait_for_steps, write_images
+from tiny_run import ARGUMENTS, STEPS, assert_identical, end_of, pretrain, run_of, start, wait_for_steps
 from torch import nn
 
 from mvmae import hub
@@ -37,21 +37,7 @@ from engine.ends import Stop
 from engine.log import write_text
 from engine.run import Run
 
-STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
 ALONE = Processes(0, 1, torch.device("cpu"), None)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, images):
-    """Twelve steps in one go."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert pretrain(folder, images, *STEPS).code == 0
-    return folder
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from running import EXAMPLES, run_processes, with_fault
-from tiny_run import ARGUMENTS, assert_identical, end_of, losses, pretrain, run_of, start, wait_for_steps, write_images
+from tiny_run import ARGUMENTS, STEPS, assert_identical, end_of, losses, pretrain, run_of, start, wait_for_steps, write_images
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -28,20 +28,6 @@ from engine.ends import PATIENCE, Stop
 from engine.log import Log
 
 ROOT = Path(__file__).parents[1]
-STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, images):
-    """Twelve steps in one go: three epochs of four."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert pretrain(folder, images, *STEPS).code == 0
-    return folder
 
 
 def processes_under(folder):
