@@ -48,6 +48,25 @@ def tiny_vit() -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 32 images, only to be read; one for each process of pytest."""
+    from tiny_run import write_images
+
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """A folder in which `pretrain` took `STEPS` of `tiny_run` in one go, only to be read: run, and printed.txt."""
+    from tiny_run import STEPS, pretrain
+
+    folder = tmp_path_factory.mktemp("whole")
+    printed = folder / "printed.txt"
+    assert pretrain(folder, images, *STEPS, terminal=printed).code == 0, printed.read_text()
+    return folder
+
+
 @pytest.fixture
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Runs `fn(*args)` in two gloo processes: `two_processes(fn, *args)` gives `[result of rank 0, of rank 1]`.

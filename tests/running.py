@@ -1,4 +1,7 @@
-"""Runs the scripts of examples/ in processes of their own, which start from a server that has imported torch already."""
+"""Runs the scripts of examples/ in processes of their own, which start from a server that has imported torch already.
+
+``python tests/running.py FAULT SCRIPT ...`` runs a script with a fault, for a launcher that starts commands.
+"""
 
 import atexit
 import contextlib
@@ -26,16 +29,19 @@ class Finished(NamedTuple):
 
 
 class Started:
-    """A script that runs, with what it prints in files; ``patch`` is a function of a test file that it calls first."""
+    """A script that runs, with what it prints in files; ``patch`` is a function of a test file that it calls first.
 
-    def __init__(self, script, arguments, folder, env=None, terminal=None, patch=None):
+    ``fault`` is what befalls it, as `inject` has it.
+    """
+
+    def __init__(self, script, arguments, folder, env=None, terminal=None, patch=None, fault=None):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [self.folder / f"{os.getpid()}-{time.monotonic_ns()}.{kind}" for kind in ("out", "err")]
         self.files = [Path(terminal)] * 2 if terminal else names
         arguments = [str(EXAMPLES / script), *map(str, arguments)]
         self.process = _context.Process(
-            target=_run, args=(arguments, str(folder), env or {}, list(map(str, self.files)), patch)
+            target=_run, args=(arguments, str(folder), env or {}, list(map(str, self.files)), patch, fault)
         )
         self.process.start()
         self.pid = self.process.pid
@@ -52,12 +58,12 @@ class Started:
         return [file.read_text() if file.is_file() else "" for file in self.files]
 
 
-def run_script(script, *arguments, folder, env=None, timeout=900, patch=None):
-    """Run ``examples/<script>`` in ``folder`` to its end."""
-    return Started(script, arguments, folder, env, patch=patch).finish(timeout)
+def run_script(script, *arguments, folder, timeout=900, **options):
+    """Run ``examples/<script>`` in ``folder`` to its end; ``options`` are those of `Started`."""
+    return Started(script, arguments, folder, **options).finish(timeout)
 
 
-def run_processes(script, *arguments, folder, count=2, timeout=900, envs=(), folders=()):
+def run_processes(script, *arguments, folder, count=2, timeout=900, faults=(), folders=()):
     """Run a script as torchrun would, in ``count`` processes that find each other on this machine, each in its folder."""
     import socket
 
@@ -67,13 +73,56 @@ def run_processes(script, *arguments, folder, count=2, timeout=900, envs=(), fol
     group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in range(count):
-        own = envs[rank] if envs else {}
-        env = {key: str(value) for key, value in {**group, **own, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        started.append(Started(script, arguments, folders[rank] if folders else folder, env))
+        env = {key: str(value) for key, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        fault = faults[rank] if faults else None
+        started.append(Started(script, arguments, folders[rank] if folders else folder, env, fault=fault))
     return [process.finish(timeout) for process in started]
 
 
-def _run(arguments, folder, env, files, patch):
+def with_fault(fault, script):
+    """What Python is started with for a script with a fault, where a launcher or a shell starts it."""
+    return [__file__, fault, EXAMPLES / script]
+
+
+def after_each_step(act):
+    """Call ``act(step)`` in this process when a step is whole and its checkpoint, where one is due, is written."""
+    from engine.run import Run
+
+    checkpoint = Run.checkpoint
+
+    def checkpoint_and_act(run, step):
+        checkpoint(run, step)
+        run.writer.settle(wait=True)
+        act(step)
+
+    Run.checkpoint = checkpoint_and_act
+
+
+def inject(fault):
+    """Let a fault befall this process: ``kill@STEP``, ``raise@STEP``, ``exit@STEP``, ``long@STEP``, or ``slow`` at each step.
+
+    Under torchrun in the first start alone, but for ``slow``.
+    """
+    name, _, when = fault.partition("@")
+
+    def act(step):
+        if name == "slow":  # time to send a signal
+            time.sleep(0.3)
+        if when != str(step) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            return
+        if name == "long":
+            time.sleep(60)
+        if name == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "raise":
+            raise MemoryError("no room for a step")
+        if name == "exit":
+            os._exit(3)
+
+    after_each_step(act)
+
+
+def _run(arguments, folder, env, files, patch, fault):
     os.environ.update(env, PYTHONWARNINGS="default")
     os.chdir(folder)
     for number, file in zip((1, 2), files, strict=True):
@@ -91,6 +140,8 @@ def _run(arguments, folder, env, files, patch):
         torch.set_num_threads(1)
         if patch is not None:
             patch()
+        if fault is not None:
+            inject(fault)
         runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -102,3 +153,10 @@ def _run(arguments, folder, env, files, patch):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+if __name__ == "__main__":
+    fault, *sys.argv = sys.argv[1:]
+    sys.path[0] = str(EXAMPLES)
+    inject(fault)
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -46,7 +46,7 @@ def arguments(photographs, *more):
 
 def test_an_ablation_that_was_killed_goes_on_where_it_was(photographs, tmp_path):
     given = arguments(photographs, "--finetune", FINETUNE)
-    killed = run_script("ablate.py", *given, folder=tmp_path, env={"MVMAE_FAULT": "kill@7"})  # ours has 9 steps
+    killed = run_script("ablate.py", *given, folder=tmp_path, fault="kill@7")  # ours has 9 steps
     assert killed.code == -signal.SIGKILL
     assert not list(tmp_path.rglob("ablation.json")) and (tmp_path / "ablation/ours-seed0/checkpoint.pt").exists()
     result = run_script("ablate.py", *given, folder=tmp_path, timeout=900)

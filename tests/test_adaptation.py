@@ -102,7 +102,7 @@ def test_the_encoder_stays_bit_for_bit_while_the_new_parts_warm_up(start, tmp_pa
 def test_a_run_cut_at_either_side_of_the_freeze_ends_bit_identical(whole, start, tmp_path, killed):
     arguments = ["--encoder", f"local-dir:{start}", "--max-steps", 10, "--monitor-images", 60, "--mean", "auto"]
     arguments += ["--save-every", killed - 1]
-    assert adapt(tmp_path, *arguments, env={"MVMAE_FAULT": f"kill@{killed}"}).code == -signal.SIGKILL
+    assert adapt(tmp_path, *arguments, fault=f"kill@{killed}").code == -signal.SIGKILL
     resumed = adapt(tmp_path, *arguments, "--resume")
     assert resumed.code == 0, resumed.err
     left, right = state_of(tmp_path), state_of(whole[0])

@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from running import EXAMPLES, run_processes, run_script
-from tiny_run import ARGUMENTS, assert_identical, end_of, pretrain, run_of, start, wait_for_steps, write_images
+from tiny_run import ARGUMENTS, STEPS, assert_identical, end_of, pretrain, run_of, start, wait_for_steps
 from torch import nn
 
 from mvmae import hub
@@ -37,21 +37,7 @@ from engine.ends import Stop
 from engine.run import Run
 from mvmae.files import write_text
 
-STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
 ALONE = Processes(0, 1, torch.device("cpu"), None)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, images):
-    """Twelve steps in one go."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert pretrain(folder, images, *STEPS).code == 0
-    return folder
 
 
 @pytest.fixture
@@ -386,7 +372,7 @@ def test_minutes_make_a_checkpoint_due_as_steps_do(tmp_path, monkeypatch):
 
 
 def test_f56_a_folder_that_is_deleted_in_the_middle_is_made_again(whole, images, tmp_path):
-    process = start(tmp_path, images, *STEPS, env={"MVMAE_FAULT": "slow"})
+    process = start(tmp_path, images, *STEPS, fault="slow")
     wait_for_steps(process, tmp_path, 6)
     shutil.rmtree(tmp_path / "run")
     time.sleep(0.1)
@@ -417,7 +403,7 @@ def test_f56_what_was_saved_and_deleted_is_saved_again_before_the_run_says_so(tm
 
 
 def test_f56_a_lock_that_is_deleted_still_keeps_a_second_run_out(images, tmp_path):
-    first = start(tmp_path, images, *STEPS, env={"MVMAE_FAULT": "slow"})
+    first = start(tmp_path, images, *STEPS, fault="slow")
     wait_for_steps(first, tmp_path, 2)
     (tmp_path / "run" / ".lock").unlink()
     second = pretrain(tmp_path, images, *STEPS, "--resume")

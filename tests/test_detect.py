@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image, ImageColor
 from running import EXAMPLES, run_processes, run_script
+from tiny_run import assert_unfit_checkpoints_are_refused, end_of
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 sys.path.insert(0, str(EXAMPLES))
@@ -318,10 +319,6 @@ def whole(tmp_path_factory):
     return place
 
 
-def end_of(place):
-    return torch.load(place / "run" / "checkpoint.pt", weights_only=True)
-
-
 def test_a_run_leaves_its_numbers_detections_and_pictures(whole):
     names = {path.name for path in (whole / "run").iterdir()}
     expected = {"config.json", "log.jsonl", "checkpoint.pt", "curves.png", "detections.json", "results.json", "predictions.png"}
@@ -354,7 +351,7 @@ def test_what_is_drawn_leaves_the_objects_as_they_are():
 
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
     arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
-    killed = run_script("detect.py", *arguments, folder=tmp_path, env={"MVMAE_FAULT": "kill@3"})
+    killed = run_script("detect.py", *arguments, folder=tmp_path, fault="kill@3")
     assert killed.code == -9
     again = run_script("detect.py", *arguments, "--workers", 1, "--resume", folder=tmp_path)
     assert again.code == 0, again.err
@@ -365,17 +362,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, t
 
 
 def test_f43_a_checkpoint_that_does_not_fit_is_refused_in_one_line(whole, tmp_path):
-    saved = torch.load(whole / "run/checkpoint.pt", weights_only=True)
-    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
-    (tmp_path / "run").mkdir()
-    torch.save(saved, tmp_path / "run/checkpoint.pt")
-    arguments = ["--preset", "toy", *SMALL, "--output-dir", "run"]
-    result = run_script("detect.py", *arguments, "--resume", folder=tmp_path)
-    assert result.code == 2 and "optimizer.state.0.exp_avg is (3,)" in result.err and result.err.count("\n") == 1
-    del saved["model"]
-    torch.save(saved, tmp_path / "run/checkpoint.pt")
-    result = run_script("detect.py", *arguments, "--evaluate", folder=tmp_path)
-    assert result.code == 2 and "model is missing" in result.err and result.err.count("\n") == 1
+    assert_unfit_checkpoints_are_refused(whole, tmp_path, "detect.py", "--preset", "toy", *SMALL, "--output-dir", "run")
 
 
 def test_evaluation_alone_gives_the_numbers_of_the_end(whole):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import EXAMPLES, Started, run_script
+from running import EXAMPLES, Started, run_script, with_fault
 from tiny_run import ARGUMENTS, SMALL, end_of, losses, pretrain, run_of, start, wait_for_steps, write_images
 
 sys.path.insert(0, str(EXAMPLES))
@@ -74,9 +74,9 @@ def test_f51_a_signal_saves_has_its_exit_code_and_leaves_no_process(labelled, tm
     arguments += ["--save-every", 100]
     printed = tmp_path / "printed.txt"
     if target in ("process", "group"):
-        process = Started(script, arguments, tmp_path, {"MVMAE_FAULT": "slow"}, terminal=printed, patch=os.setsid)
+        process = Started(script, arguments, tmp_path, terminal=printed, patch=os.setsid, fault="slow")
     else:
-        process = torchrun(tmp_path, printed, EXAMPLES / script, *arguments)
+        process = torchrun(tmp_path, printed, *with_fault("slow", script), *arguments)
     logs = wait_until(lambda: [log for log in tmp_path.rglob("log.jsonl") if log.read_text().count("\n") > 1], 120)
     assert logs, printed.read_text()
     ranks = [process.pid]
@@ -102,7 +102,7 @@ def test_f51_a_signal_saves_has_its_exit_code_and_leaves_no_process(labelled, tm
 def torchrun(folder, printed, *arguments):
     """Two processes under the real torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MVMAE_FAULT": "slow"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with printed.open("w") as file:
         return subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=environment, start_new_session=True)
 
@@ -162,7 +162,7 @@ def test_f53_sigterm_while_loading_hangs_saves(images, tmp_path, workers):
 
 
 def test_f53_a_folder_that_goes_for_good_saves(images, tmp_path):
-    process = start(tmp_path, images, *STEPS, "--workers", 1, env={"MVMAE_FAULT": "slow"})
+    process = start(tmp_path, images, *STEPS, "--workers", 1, fault="slow")
     wait_for_steps(process, tmp_path, 2)
     images.rename(tmp_path / "away")
     result = process.finish()
@@ -182,8 +182,8 @@ def test_f53_too_many_bad_images_save(images, tmp_path):
 
 
 def test_f53_memory_that_is_used_up_saves(images, tmp_path):
-    result = pretrain(tmp_path, images, *STEPS, env={"MVMAE_FAULT": "raise@7"})
-    assert result.code == 1 and "error: the memory is used up (MVMAE_FAULT): use a smaller --batch-size" in result.err
+    result = pretrain(tmp_path, images, *STEPS, fault="raise@7")
+    assert result.code == 1 and "error: the memory is used up (no room for a step): use a smaller --batch-size" in result.err
     assert "Traceback" not in result.err and "step 7 is saved: add --resume to go on" in result.out
     assert end_of(tmp_path)["step"] == 7
 

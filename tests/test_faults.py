@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import EXAMPLES, run_processes
-from tiny_run import ARGUMENTS, assert_identical, end_of, losses, pretrain, run_of, start, wait_for_steps, write_images
+from running import EXAMPLES, run_processes, with_fault
+from tiny_run import ARGUMENTS, STEPS, assert_identical, end_of, losses, pretrain, run_of, start, wait_for_steps, write_images
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -28,20 +28,6 @@ from engine.ends import PATIENCE, Stop
 from engine.log import Log
 
 ROOT = Path(__file__).parents[1]
-STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, images):
-    """Twelve steps in one go: three epochs of four."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert pretrain(folder, images, *STEPS).code == 0
-    return folder
 
 
 def processes_under(folder):
@@ -280,7 +266,7 @@ def test_f13_a_checkpoint_without_its_parts_is_none(whole, images, tmp_path):
 
 
 def test_f7_a_second_signal_after_a_while_ends_the_run_at_once(images, tmp_path):
-    process = start(tmp_path, images, *STEPS, "--workers", 1, env={"MVMAE_FAULT": "long@2"})
+    process = start(tmp_path, images, *STEPS, "--workers", 1, fault="long@2")
     wait_for_steps(process, tmp_path, 2)
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(PATIENCE + 0.5)
@@ -291,7 +277,7 @@ def test_f7_a_second_signal_after_a_while_ends_the_run_at_once(images, tmp_path)
 
 
 def test_f51_the_same_signal_again_within_seconds_or_in_a_save_is_one(images, tmp_path):
-    process = start(tmp_path, images, *STEPS, "--workers", 1, env={"MVMAE_FAULT": "slow"}, patch=signal_during_slow_saves)
+    process = start(tmp_path, images, *STEPS, "--workers", 1, fault="slow", patch=signal_during_slow_saves)
     wait_for_steps(process, tmp_path, 2)
     for _ in range(3):
         os.kill(process.pid, signal.SIGTERM)
@@ -314,7 +300,7 @@ def signal_during_slow_saves():
 
 
 def test_f51_a_hangup_is_left_alone_under_nohup(images, tmp_path):
-    process = start(tmp_path, images, *STEPS, env={"MVMAE_FAULT": "slow"}, patch=ignore_hangups)
+    process = start(tmp_path, images, *STEPS, fault="slow", patch=ignore_hangups)
     wait_for_steps(process, tmp_path, 2)
     os.kill(process.pid, signal.SIGHUP)
     assert process.finish().code == 0 and end_of(tmp_path)["step"] == 12
@@ -357,7 +343,7 @@ def signal_in_the_first_save():
 
 
 def test_f7_a_signal_during_a_save_lets_it_end(whole, images, tmp_path):
-    result = pretrain(tmp_path, images, *STEPS, patch=signal_in_the_first_save, env={"MVMAE_FAULT": "slow"})
+    result = pretrain(tmp_path, images, *STEPS, patch=signal_in_the_first_save, fault="slow")
     assert result.code == 128 + signal.SIGTERM and end_of(tmp_path)["step"] in range(5, 12)
     assert pretrain(tmp_path, images, *STEPS, "--resume").code == 0
     assert_identical(end_of(tmp_path), end_of(whole))
@@ -375,7 +361,7 @@ def test_f7_a_signal_in_the_last_step_is_success(whole, images, tmp_path):
 def test_f9_three_cuts_in_one_epoch_and_one_at_its_border(whole, images, tmp_path):
     steps = [*STEPS, "--save-every", 1, "--resume"]
     for cut in (5, 6, 7, 8):
-        result = pretrain(tmp_path, images, *steps, env={"MVMAE_FAULT": f"kill@{cut}"})
+        result = pretrain(tmp_path, images, *steps, fault=f"kill@{cut}")
         assert result.code == -signal.SIGKILL and end_of(tmp_path)["step"] == cut
     assert pretrain(tmp_path, images, *steps).code == 0
     assert_identical(end_of(tmp_path), end_of(whole))
@@ -474,17 +460,17 @@ def test_f14_a_gradient_alone_leaves_weights_moments_and_statistics_untouched(tm
 @pytest.mark.parametrize("fault", ["kill", "raise", "exit"])
 def test_f24_the_others_end_with_the_cause_when_one_process_does(images, tmp_path, fault):
     given = ["--data", images, "--output-dir", "run", *ARGUMENTS, *STEPS]
-    results = run_processes("pretrain.py", *given, folder=tmp_path, envs=[{}, {"MVMAE_FAULT": f"{fault}@7"}])
+    results = run_processes("pretrain.py", *given, folder=tmp_path, faults=[None, f"{fault}@7"])
     assert results[0].code == 1 and "error: another process of this run has ended" in results[0].err
     assert "Traceback" not in results[0].err and "--resume" in results[0].err
     assert results[1].code == {"kill": -signal.SIGKILL, "raise": 1, "exit": 3}[fault]
     assert end_of(tmp_path)["step"] == 7
 
 
-def torchrun(folder, images, *arguments, options=(), env=None):
+def torchrun(folder, images, fault, options=(), env=None):
     """Two processes under the real torchrun, each with a loading process."""
-    given = ["--data", images, "--output-dir", "run", *ARGUMENTS, *STEPS, "--workers", 1, "--resume", *arguments]
-    return in_a_group(folder, *launcher(*options), EXAMPLES / "pretrain.py", *given, env=env)
+    given = ["--data", images, "--output-dir", "run", *ARGUMENTS, *STEPS, "--workers", 1, "--resume"]
+    return in_a_group(folder, *launcher(*options), *with_fault(fault, "pretrain.py"), *given, env=env)
 
 
 def launcher(*options):
@@ -508,7 +494,7 @@ DENSE += ["--channels", 16, "--pictures", 0, "--output-dir", "run"]
 def test_f40_sigterm_in_detection_and_segmentation_saves(tmp_path, script, more, launch):
     if script == "detect.py":
         pytest.importorskip("pycocotools", reason="pycocotools is not installed")
-    process = in_a_group(tmp_path, *launch, EXAMPLES / script, *DENSE, *more, env={"MVMAE_FAULT": "slow"})
+    process = in_a_group(tmp_path, *launch, *with_fault("slow", script), *DENSE, *more)
     wait_for_lines(process, tmp_path, 2)
     if launch:
         process.send_signal(signal.SIGTERM)
@@ -529,7 +515,7 @@ def wait_for_lines(process, folder, count):
 
 
 def test_f6_sigterm_to_torchrun_saves_and_leaves_no_process(whole, images, tmp_path):
-    process = torchrun(tmp_path, images, env={"MVMAE_FAULT": "slow"})
+    process = torchrun(tmp_path, images, "slow")
     wait_for_lines(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(900) != 0
@@ -544,7 +530,7 @@ def test_f6_sigterm_to_torchrun_saves_and_leaves_no_process(whole, images, tmp_p
 
 def test_f24_torchrun_starts_a_killed_process_again(whole, images, tmp_path):
     fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else gloo and nccl find addresses of the ended processes
-    process = torchrun(tmp_path, images, options=["--max-restarts", "3"], env={"MVMAE_FAULT": "kill@7", **fresh})
+    process = torchrun(tmp_path, images, "kill@7", options=["--max-restarts", "3"], env=fresh)
     assert process.wait(900) == 0, (tmp_path / "torchrun.txt").read_text()
     assert re.search("resuming run after step [57]", (tmp_path / "torchrun.txt").read_text())  # 7 where one outlives the other
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
@@ -562,7 +548,7 @@ def test_f25_images_that_do_not_divide_among_processes(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 def test_f26_a_loading_process_that_is_killed(images, tmp_path):
-    process = start(tmp_path, images, *STEPS, "--workers", 2, "--save-every", 1, env={"MVMAE_FAULT": "slow"})
+    process = start(tmp_path, images, *STEPS, "--workers", 2, "--save-every", 1, fault="slow")
     wait_for_steps(process, tmp_path, 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(pid) for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -576,7 +562,7 @@ def test_f26_a_loading_process_that_is_killed(images, tmp_path):
 
 
 def test_f35_two_runs_in_one_folder(whole, images, tmp_path):
-    first = start(tmp_path, images, *STEPS, env={"MVMAE_FAULT": "slow"})
+    first = start(tmp_path, images, *STEPS, fault="slow")
     wait_for_steps(first, tmp_path, 6)
     os.kill(first.pid, signal.SIGSTOP)  # so that it still runs, and no step is taken, however long the second needs
     second = pretrain(tmp_path, images, *STEPS, "--resume")

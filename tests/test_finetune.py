@@ -243,7 +243,7 @@ def test_averaged_weights_are_averaged(place):
 
 def test_a_run_killed_and_resumed_ends_bit_identical(whole, folder, place):
     arguments = [*RUN, "--ema", 0.5, "--save-every", 5]
-    cut = run_script("finetune.py", *arguments, folder=place, env={"MVMAE_FAULT": "kill@8"})
+    cut = run_script("finetune.py", *arguments, folder=place, fault="kill@8")
     assert cut.code == -signal.SIGKILL and state(place)["step"] == 5
     done = run_script("finetune.py", *arguments, "--workers", 2, "--resume", folder=place)
     assert done.code == 0 and "resuming run after step 5" in done.out, done.err

@@ -227,7 +227,7 @@ def test_a_run_killed_and_resumed_ends_bit_identical(place, cached):
     assert run_script("linear_probe.py", *options, folder=place).code == 0
     expected, numbers = state(place), json.loads((place / "run" / "results.json").read_text())
     (place / "run").rename(place / "before")
-    cut = run_script("linear_probe.py", *options, folder=place, env={"MVMAE_FAULT": "kill@7"})
+    cut = run_script("linear_probe.py", *options, folder=place, fault="kill@7")
     assert cut.code == -signal.SIGKILL and state(place)["step"] == 5
     done = run_script("linear_probe.py", *options, "--resume", "--workers", 0 if cached else 2, folder=place)
     assert done.code == 0 and "resuming run/encoder after step 5" in done.out, done.err
@@ -317,7 +317,7 @@ def test_fewer_images_than_a_batch_make_the_batch_and_its_rate(place, cached, im
     next((some / "train").glob("*/0.png")).write_bytes(b"no image")
     options = ["--batch-size", 1024, "--warmup-epochs", 0, "--base-lr", 3, "--epochs", 2, "--save-every", 1, cached]
     options += ["--data", "some", "--log-every", 1]
-    cut = run_script("linear_probe.py", *RUN, "encoder", *options, folder=place, env={"MVMAE_FAULT": "kill@1"})
+    cut = run_script("linear_probe.py", *RUN, "encoder", *options, folder=place, fault="kill@1")
     assert cut.code == -signal.SIGKILL
     done = run_script("linear_probe.py", *RUN, "encoder", *options, "--resume", folder=place)
     assert done.code == 0, done.err

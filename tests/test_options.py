@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import EXAMPLES, run_script
-from tiny_run import pretrain, write_images
+from tiny_run import pretrain
 
 sys.path.insert(0, str(EXAMPLES))
 import ablate
@@ -28,11 +28,6 @@ from tasks.backbones import summary
 
 SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
 OPTIONS = [(name, field) for name, script in SCRIPTS.items() for field in dataclasses.fields(script.Config)]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def kind_of(name, field):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from running import EXAMPLES, run_processes, run_script
+from tiny_run import assert_unfit_checkpoints_are_refused
 from torch import nn
 
 sys.path.insert(0, str(EXAMPLES))
@@ -292,7 +293,7 @@ def test_a_legend_names_the_classes_that_occur_and_what_is_left_out(monkeypatch,
 
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
     arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
-    killed = run_script("segment.py", *arguments, folder=tmp_path, env={"MVMAE_FAULT": "kill@3"})
+    killed = run_script("segment.py", *arguments, folder=tmp_path, fault="kill@3")
     assert killed.code == -9
     again = run_script("segment.py", *arguments, "--workers", 1, "--resume", folder=tmp_path)
     assert again.code == 0, again.err
@@ -302,17 +303,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, t
 
 
 def test_f43_a_checkpoint_that_does_not_fit_is_refused_in_one_line(whole, tmp_path):
-    saved = torch.load(whole / "run/checkpoint.pt", weights_only=True)
-    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
-    (tmp_path / "run").mkdir()
-    torch.save(saved, tmp_path / "run/checkpoint.pt")
-    arguments = ["--preset", "toy", *SMALL, "--output-dir", "run"]
-    result = run_script("segment.py", *arguments, "--resume", folder=tmp_path)
-    assert result.code == 2 and "optimizer.state.0.exp_avg is (3,)" in result.err and result.err.count("\n") == 1
-    del saved["model"]
-    torch.save(saved, tmp_path / "run/checkpoint.pt")
-    result = run_script("segment.py", *arguments, "--evaluate", folder=tmp_path)
-    assert result.code == 2 and "model is missing" in result.err and result.err.count("\n") == 1
+    assert_unfit_checkpoints_are_refused(whole, tmp_path, "segment.py", "--preset", "toy", *SMALL, "--output-dir", "run")
 
 
 def test_evaluation_alone_gives_the_numbers_of_the_end_and_of_other_scales(whole):

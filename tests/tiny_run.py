@@ -1,4 +1,4 @@
-"""A pretraining run of seconds, and what it leaves."""
+"""A pretraining run of seconds, and what it leaves; checks of what any run leaves."""
 
 import json
 import time
@@ -6,7 +6,7 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from running import Started
+from running import Started, run_script
 
 SMALL = "patch_size=8 embed_dim=32 depth=1 num_heads=2"
 ARGUMENTS = ["--preset", "quick", "--encoder-args", SMALL, "--image-size", 32, "--decoder-dim", 16, "--decoder-depth", 1]
@@ -24,6 +24,8 @@ ARGUMENTS += [
     "--warmup-epochs",
     1,
 ]
+STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
+"""Three epochs of four steps with 32 images."""
 
 
 def write_images(folder, count=32):
@@ -81,3 +83,15 @@ def assert_identical(left, right):
     assert [name for name in left["model"] if not torch.equal(left["model"][name], right["model"][name])] == []
     moments = [state["optimizer"]["state"] for state in (left, right)]
     assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
+
+
+def assert_unfit_checkpoints_are_refused(whole, folder, script, *arguments):
+    """Resume from a moment of another shape, and evaluate without a model, in ``folder``: each ends in one line."""
+    saved = end_of(whole)
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    (folder / "run").mkdir()
+    for option, words in (("--resume", "optimizer.state.0.exp_avg is (3,)"), ("--evaluate", "model is missing")):
+        torch.save(saved, folder / "run" / "checkpoint.pt")
+        result = run_script(script, *arguments, option, folder=folder)
+        assert result.code == 2 and words in result.err and result.err.count("\n") == 1, result.err
+        saved.pop("model", None)

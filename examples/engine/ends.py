@@ -5,11 +5,14 @@ import os
 import signal
 import time
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+"""What ends a run; Windows has the first two alone."""
 BEFORE = {number: signal.getsignal(number) for number in SIGNALS}
 """What the signals do until a run catches them."""
 PATIENCE = 5.0
 """Seconds in which a repeated signal is the same one, and which a batch may still take after a signal."""
+TIMER = hasattr(signal, "setitimer")
+"""Whether a wait for a batch can be cut short then; on Windows it cannot."""
 
 
 class Stop(Exception):
@@ -22,14 +25,15 @@ class Stop(Exception):
 
 def end_process(code: int) -> None:
     """Exit at once, with no clean-up of threads and process groups, which could wait for others for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for the next line
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for the next line
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(code)
 
 
 class StopSignal:
-    """Catches SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that a run can finish its step and save.
+    """Catches `SIGNALS`, so that a run can finish its step and save.
 
     A repeat within `PATIENCE` seconds, or during a save, is the same signal: torchrun passes on what its processes have
     received already. A later one ends the run at once.
@@ -44,14 +48,16 @@ class StopSignal:
         self.received: int | None = None
         self.since, self.interruptible, self.saving = 0.0, True, False
         for number in SIGNALS:
-            if number != signal.SIGHUP or BEFORE[number] != signal.SIG_IGN:  # nohup
+            if number.name != "SIGHUP" or BEFORE[number] != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._receive)
-        signal.signal(signal.SIGALRM, self._interrupt)
+        if TIMER:
+            signal.signal(signal.SIGALRM, self._interrupt)
 
     def _receive(self, number: int, _: object) -> None:
         if self.received is None:
             self.received, self.since = number, time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+            if TIMER:
+                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         elif time.monotonic() > self.since + PATIENCE and not self.saving:
             end_process(128 + number)
 

@@ -1,16 +1,18 @@
 """The folder of a run: created, locked against other runs, and restored if somebody deletes it or its lock."""
 
 import contextlib
-import fcntl
+import importlib.util
 import os
 import socket
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from engine.ends import Stop
 
 _held: dict[Path, tuple[int, int]] = {}  # the open folder and the open lock file of each run of this process
+_filelocks: dict[Path, Any] = {}  # on Windows, the lock of each run of this process
 
 
 def take(folder: Path, replaced: Collection[str] = ()) -> None:
@@ -36,12 +38,17 @@ def take(folder: Path, replaced: Collection[str] = ()) -> None:
 def lock(folder: Path) -> None:
     """Keep other runs out of a folder while this process lives; the lock ends with the process, however that ends.
 
-    Both the folder is locked, which deleting ``.lock`` does not undo, and ``.lock``, which other machines see.
+    Both the folder is locked, which deleting ``.lock`` does not undo, and ``.lock``, which other machines see. On Windows,
+    which locks no folders, ``.lock`` is locked alone.
 
     Raises:
-        Stop: if another process holds it, with its number and its machine.
+        Stop: if another process holds it, with its number and its machine, which are not known on Windows.
         OSError: if ``.lock`` cannot be written.
     """
+    if importlib.util.find_spec("fcntl") is None:
+        return _lock_file(folder)
+    import fcntl
+
     _close(_held.pop(folder, ()))
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     _held[folder] = os.open(folder, os.O_RDONLY), file
@@ -60,8 +67,21 @@ def lock(folder: Path) -> None:
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
+def _lock_file(folder: Path) -> None:
+    """Lock ``.lock`` on Windows, where no process can delete what another has open."""
+    from filelock import FileLock, Timeout  # on other systems, two processes can hold its lock where the file is deleted
+
+    try:
+        if folder not in _filelocks:
+            held = FileLock(folder / ".lock")
+            held.acquire(timeout=0)
+            _filelocks[folder] = held
+    except Timeout as error:
+        raise Stop(f"{folder} is in use by another process: choose another --output-dir") from error
+
+
 def keep(folder: Path) -> None:
-    """Restore a folder that this process has locked, and its lock, if they were deleted.
+    """Restore a folder that this process has locked, and its lock, if they were deleted, which Windows does not allow.
 
     Raises:
         Stop: if another run has taken the folder meanwhile.
@@ -90,4 +110,5 @@ def _let_go() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

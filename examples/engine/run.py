@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-import os
-import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -231,9 +228,6 @@ class Run:
             self.writer.save(step)
         elif step % self.config.save_every == 0 or self.writer.minutes() >= (self.config.save_minutes or math.inf):
             self.writer.save(step, wait=False)
-        if "MVMAE_FAULT" in os.environ:  # tests expect that what is due is saved when they cut the run
-            self.writer.settle(wait=True)
-        inject_fault(step)
 
     def copy_statistics(self) -> list[list[Tensor]]:
         """Copy what a forward pass changes: the running statistics of batch normalisation."""
@@ -244,23 +238,3 @@ class Run:
         for norm, kept in zip(self.norms, self.statistics, strict=True):
             for buffer, old in zip(norm.buffers(), kept, strict=True):
                 buffer.copy_(old)
-
-
-def inject_fault(step: int) -> None:
-    """Do what ``MVMAE_FAULT`` says, which is how tests cut a run, in its first start under torchrun.
-
-    ``kill@STEP``, ``raise@STEP``, ``exit@STEP``, ``long@STEP``, or ``slow`` for time to send a signal.
-    """
-    name, _, when = os.environ.get("MVMAE_FAULT", "").partition("@")
-    if name == "slow":
-        time.sleep(0.3)
-    if when != str(step) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        return
-    if name == "long":
-        time.sleep(60)
-    if name == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if name == "raise":
-        raise MemoryError("MVMAE_FAULT")
-    if name == "exit":
-        os._exit(3)

@@ -1,6 +1,6 @@
 """What a step costs: its operations counted, things timed in turn, and its matrix products alone."""
 
-import resource
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -80,9 +80,13 @@ class Products(TorchDispatchMode):
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the largest amount of memory used so far: of the device, or of this process on the CPU."""
+    """Return the largest amount of memory used so far: of the device, or of this process on the CPU; NaN on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
