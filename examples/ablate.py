@@ -1,19 +1,20 @@
-"""Measure what each part of the method is worth: Tables 5 and 6, and the choices that the paper leaves open.
+r"""Measure what each part of the method is worth: Tables 5 and 6 of the paper, and the choices that the paper leaves open.
 
   python examples/ablate.py --preset fashion --data path/to/fashion-mnist
-      Table 6 on Fashion-MNIST with three seeds: pretrain, fine-tune, probe; 0.9 hours of runs (see RESULTS.md)
+      Table 6 on Fashion-MNIST with three seeds: pretraining, fine-tuning, probing; 0.9 hours of runs (see RESULTS.md)
   python examples/ablate.py --preset paper --data path/to/imagenet --tables table6 mask_ratio loss_weight decoder_depth
-      the paper's: 200 epochs of pretraining and 100 of fine-tuning for each of 16 arms, months of one GPU (not measured)
+      the paper's ablations: 200 epochs of pretraining, 100 of fine-tuning for each of 16 variants; months of one GPU (not
+      measured)
   torchrun --nproc-per-node 2 examples/ablate.py --preset fashion --data path/to/fashion-mnist --tables negatives
-      negatives of the whole batch against those of each process's own images
+      negatives from the whole batch against negatives from each process's own images
   python examples/ablate.py --preset fashion --data path/to/fashion-mnist --tables contrast --output-dir runs/ablate-longer \
-    --pretrain "--preset quick --epochs 2 --warmup-epochs 0.2 --workers 1 --monitor-images 0"
-      what the contrastive loss is worth when all arms train four times as long
+      --pretrain "--preset quick --epochs 2 --warmup-epochs 0.2 --workers 1 --monitor-images 0"
+      the worth of the contrastive loss when all variants train four times as long
 
-Every run is pretrain.py, finetune.py and linear_probe.py, in a folder of its own. Call again to go on with what was cut, or
-with other seeds; calls for different seeds may run side by side. Numbers that other options have given are refused: use another
---output-dir then. By default all arms cost the same FLOPs: an arm that costs half of ours for an image sees twice the images.
-Leaves ablation.json with every run, ablation.md and ablation.png.
+Every run calls pretrain.py, finetune.py and linear_probe.py, and has a folder of its own. Repeat the command to continue after
+an interruption, or with other seeds; commands for different seeds may run side by side. Results of other options in the same
+folder are refused: choose another --output-dir. By default all variants cost the same FLOPs: a variant that costs half as much
+per image sees twice as many images. The output folder then holds ablation.json, with every run, ablation.md and ablation.png.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ from engine.distributed import Processes, start_processes
 from engine.ends import BEFORE, Stop
 from mvmae.files import write_json, write_text
 from tasks.comparison import MEASURES, draw, markdown, summarise
-from tasks.pretraining import build_model
+from tasks.method import build_model
 from tasks.timing import count_flops
 
 
@@ -86,21 +87,37 @@ TABLES: dict[str, list[Arm]] = {
 @dataclasses.dataclass(frozen=True)
 class Config:
     data: str = option(
-        dataclasses.MISSING, "labelled images: a folder of class folders, IDX files, a timm data set, or sample", path=True
+        dataclasses.MISSING,
+        "labelled images: class folders, IDX or Parquet files, a timm data set, or sample: scikit-image's photographs",
+        path=True,
+        section="Data",
     )
-    output_dir: str = option("runs/ablate", "folder for the results, with a folder for each run", path=True)
-    tables: tuple[str, ...] = option(("table6",), "comparisons to make", TABLES)
-    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the runs of each arm", at_least=0)
-    budget: str = option("flops", "what all arms have the same of: FLOPs, or images seen", ["flops", "images"])
-    pretrain: str = option("", "options of pretrain.py for all arms")
-    finetune: str = option("none", "options of finetune.py; none leaves fine-tuning out")
-    probe: str = option("none", "options of linear_probe.py; none leaves k-NN and linear probe out")
-    collect: bool = option(False, "only write the tables of the runs that are done")
+    output_dir: str = option("runs/ablate", "folder for the results, with one folder for each run", path=True, section="Run")
+    tables: tuple[str, ...] = option(
+        ("table6",),
+        "comparisons to make: the paper's Tables 5 and 6, choices it leaves open, negatives per process, no contrastive loss",
+        TABLES,
+        section="Measurements",
+    )
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds, with each of which every variant is run once", at_least=0)
+    budget: str = option(
+        "flops", "quantity that is equal for all variants; flops: FLOPs of training, images: images seen", ["flops", "images"]
+    )
+    pretrain: str = option("", "options of pretrain.py for all variants, in quotation marks", empty="none")
+    finetune: str = option("none", "options of finetune.py, in quotation marks; none: no fine-tuning")
+    probe: str = option("none", "options of linear_probe.py, in quotation marks; none: no k-NN and no linear probe")
+    collect: bool = option(False, "write the tables of the finished runs and start no further run")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"pretrain": "--epochs 200 --batch-size 512", "finetune": "--preset paper", "probe": "none"},
+    "paper": {
+        "help": "the paper's ablations: 200 epochs of pretraining, 100 of fine-tuning",
+        "pretrain": "--epochs 200 --batch-size 512",
+        "finetune": "--preset paper",
+        "probe": "none",
+    },
     "fashion": {
+        "help": "short runs of a small ViT, made for Fashion-MNIST",
         "pretrain": "--preset quick --epochs 0.5 --warmup-epochs 0.05 --workers 1 --monitor-images 0",
         "finetune": "--preset quick --epochs 10 --warmup-epochs 1 --eval-every 10 --train-images 1000 --val-images 5000"
         " --workers 0",

@@ -1,20 +1,19 @@
-"""Go on training an encoder that exists, on unlabelled images of your own.
+"""Continue the training of an existing encoder, on unlabelled images of your own.
 
   python examples/adapt.py --encoder vit_small_patch16_dinov3 --data path/to/images --output-dir runs/adapted
-      downloads the weights; prints how far the features have moved, and k-NN accuracy where the images have labels
+      downloads the weights; prints how far the features have moved, and the k-NN accuracy if the images have labels
   python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 20 --freeze-epochs 2 --workers 2
-      minutes on two CPU cores, from the encoder of pretrain.py --preset quick
+      takes minutes on two CPU cores, and starts from the encoder of pretrain.py --preset quick
 
-The method is that of pretrain.py, trained more gently: the encoder stays as it is while the new decoder learns to use it, and
-then its lower layers have smaller learning rates. Add --resume to go on with a run that was cut. examples/README.md tells how
-to choose an encoder, and what to look at.
+The method is that of pretrain.py, trained more gently: the encoder is frozen while the new decoder learns to use it, and then
+its lower layers have smaller learning rates. Add --resume to continue an interrupted run. examples/README.md tells how to
+choose an encoder, and what to look at.
 """
 
 import dataclasses
 import shlex
 import sys
 from functools import partial
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -28,45 +27,54 @@ from engine.optim import cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae.data import StepSampler, sample_seed
 from mvmae.hub import describe
-from tasks import pretraining
+from tasks import method
 from tasks.backbones import summary
 from tasks.inputs import names, normalize
+from tasks.method import build_model
 from tasks.monitor import MONITORED
 from tasks.outcome import build_monitor, finish, look
-from tasks.pretraining import backward, build_model, draw_masks, open_data, statistics, view_loader
+from tasks.pretraining import backward, draw_masks, open_data, statistics, view_loader
 from tasks.starting import Freeze, parameter_groups, starting_weights, told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(pretraining.Config):
+class Config(method.Config):
     """All but the layer decay's source is assumed: nobody has published such a recipe."""
 
     encoder: str = inherit(
-        pretraining.Config, "encoder", REQUIRED, "plain ViT of timm, hf-hub:ID, folder of a run or export, file"
+        method.Config,
+        "encoder",
+        REQUIRED,
+        "encoder to start from, a plain ViT: timm name, hf-hub:ID, folder of a run or export, or file of weights",
     )
-    output_dir: str = inherit(pretraining.Config, "output_dir", "runs/adapt")
-    pretrained: bool = option(True, "start from the encoder's weights")
+    output_dir: str = inherit(method.Config, "output_dir", "runs/adapt")
+    pretrained: bool = option(
+        True, "start from the weights of --encoder; --no-pretrained: from random weights, for comparison", section="Model"
+    )
     # a random decoder's gradients would spoil the encoder, as a random head's do (LP-FT)
     freeze_epochs: float = option(
-        5, "epochs in which the encoder stays as it is; as many more warm its learning rate up", at_least=0
+        5,
+        "epochs at the start with a frozen encoder, whose learning rate then warms up over as many; 0: no freezing",
+        at_least=0,
+        section="Optimization",
     )
     # low layers hold what all images share (BEiT, MAE fine-tuning: 0.65 to 0.75)
     layer_decay: float = option(
-        0.75, "factor of the learning rate from each layer of the encoder to the one below", above=0, at_most=1
+        0.75,
+        "factor of the learning rate from each layer of the encoder to the one below; 1: one rate for all (BEiT)",
+        above=0,
+        at_most=1,
     )
     # takes the contrastive loss's pull: on the features themselves it undid them (examples/README.md)
     projector: int = inherit(
-        pretraining.Config, "projector", 128, "width of a projection MLP's output before the contrastive loss; 0 for none"
+        method.Config, "projector", 128, "output width of an MLP between the features and the contrastive loss; 0: no MLP"
     )
     # own images are few; the drift in curves.png shows where to stop
-    epochs: float = inherit(pretraining.Config, "epochs", 100, "passes over the images")
-    warmup_epochs: float = inherit(pretraining.Config, "warmup_epochs", 5, "epochs of linear warm-up")
+    epochs: float = inherit(method.Config, "epochs", 100, "number of passes over the images")
+    warmup_epochs: float = inherit(method.Config, "warmup_epochs", 5, "epochs of linear warm-up of the learning rate")
     # below pretraining's: the way from good weights is short
-    base_lr: float = inherit(pretraining.Config, "base_lr", 1e-4, "learning rate for a batch of 256; scaled with the batch")
-    monitor: int = inherit(pretraining.Config, "monitor", 10)
-
-
-PRESETS: dict[str, dict[str, Any]] = {"adapt": {}}
+    base_lr: float = inherit(method.Config, "base_lr", 1e-4, "learning rate for a batch of 256; it is scaled with the batch")
+    monitor: int = inherit(method.Config, "monitor", 10)
 
 
 def main(config: Config) -> None:
@@ -139,4 +147,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, PRESETS, __doc__)
+    run_script(main, Config, {}, __doc__)

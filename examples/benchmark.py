@@ -1,12 +1,15 @@
-"""Measure how fast images are loaded and how fast the model trains, each against what it could be, in one run.
+"""Measure how fast images load and how fast the model trains, each against what is possible, in one run.
 
-  python examples/benchmark.py --threads 1                                 about 10 minutes on one CPU core
-  python examples/benchmark.py --parts model --batch-size 256 --precision bf16          on a CUDA device
+  python examples/benchmark.py --threads 1
+      takes about 10 minutes on one CPU core
+  python examples/benchmark.py --parts model --batch-size 256 --precision bf16
+      training steps on a CUDA device
   python examples/benchmark.py --parts loader --data path/to/photographs --workers 8
+      loading of your own photographs
 
-Machines drift, so every figure that matters is a ratio to something timed in turn with it in the same process:
-loading against torchvision's two full decodes and against decoding alone, a training step against its own matrix products
-alone. The figures go to benchmark.json.
+The speed of a machine drifts, so every result that matters is a ratio of two things timed in turn in the same process: loading
+to torchvision's two full decodes and to decoding alone, a training step to its matrix products alone. Results go to
+benchmark.json in the output folder.
 """
 
 import dataclasses
@@ -39,18 +42,29 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    parts: tuple[str, ...] = option(("loader", "workers", "model", "contrast"), "what to measure", PARTS)
-    data: str = option("sample", "photographs: a folder, or sample for some that come with scikit-image", path=True)
-    output_dir: str = option("runs/benchmark", "folder for benchmark.json", path=True)
-    encoder: str = option("mvmae_vit_base_patch16", "any plain ViT of timm", path=True)
-    image_size: int = option(224, "side of a view in pixels", at_least=1)
-    batch_size: int = option(8, "images of a training step", at_least=1)
-    rounds: int = option(5, "times that everything is timed, in turn; medians count", at_least=1)
-    threads: int = option(1, "threads of torch, on the CPU", at_least=1)
-    workers: int = option(2, "loading processes", at_least=0)
-    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
-    precision: str = option("float32", "numbers of the model", ["float32", "bf16"])
-    against: str = option("", "vitmae times transformers' ViTMAE on the same images too", ["", "vitmae"])
+    parts: tuple[str, ...] = option(
+        ("loader", "workers", "model", "contrast"),
+        "measurements to make: loading in one process, in worker processes, training steps, NT-Xent's time, NT-Xent's memory",
+        PARTS,
+        section="Measurements",
+    )
+    data: str = option(
+        "sample", "folder of photographs to load, or sample: photographs of scikit-image", path=True, section="Data"
+    )
+    output_dir: str = option("runs/benchmark", "folder for benchmark.json", path=True, section="Run")
+    encoder: str = option("mvmae_vit_base_patch16", "timm name of the encoder, a plain ViT", path=True, section="Model")
+    image_size: int = option(224, "side of a view in pixels", at_least=1, section="Data")
+    batch_size: int = option(8, "number of images per training step", at_least=1, section="Measurements")
+    rounds: int = option(5, "number of rounds in which everything is timed in turn; the median counts", at_least=1)
+    threads: int = option(1, "number of threads of torch on the CPU", at_least=1)
+    workers: int = option(2, "number of processes that load images", at_least=0)
+    device: str = option("auto", "device to run on; auto: CUDA if available, else CPU", ["auto", "cpu", "cuda"], section="Run")
+    precision: str = option(
+        "float32", "precision of the training step; bf16: under autocast", ["float32", "bf16"], section="Measurements"
+    )
+    against: str = option(
+        "none", "implementation to time as well; vitmae: ViTMAE of transformers on the same images", ["none", "vitmae"]
+    )
 
 
 def photographs(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
@@ -190,7 +204,7 @@ def measure_model(config: Config, device: torch.device) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(device)
     ways: dict[str, Callable[[], object]] = {"matrix products alone": products.alone(device), "step": ours}
     ways["plain step"] = lambda: step(lambda: plain_loss(model, views, mask))
-    if config.against:
+    if config.against != "none":
         ways["transformers' ViTMAE, one view"] = vitmae_step(config, views, device, step)
     timed = clock(ways, config.rounds, device, config.batch_size)
     results: dict[str, Any] = {"timed": timed, "flops_per_image": flops, "share_of_floor": timed["step"]["times_the_first"]}
@@ -264,4 +278,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, {"paper": {}}, __doc__)
+    run(main, Config, {}, __doc__)

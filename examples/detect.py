@@ -1,14 +1,15 @@
-"""Detect and segment objects: Mask R-CNN on COCO (Table 3).
+"""Detect and segment objects: Mask R-CNN on COCO (Table 3 of the paper).
 
   python examples/detect.py --preset toy
-      drawn shapes, minutes on two CPU cores; mask AP50 above 40
+      takes minutes on two CPU cores, on drawn shapes; the mask AP50 is above 40
   torchrun --nproc-per-node 8 examples/detect.py --data path/to/coco --model runs/paper --output-dir runs/coco
-      100 epochs with the recipe of Li et al. (2021), days on 8 GPUs (not measured); the paper reports 51.3 box AP and 45.6
-      mask AP after its pretraining, MAE's are 50.3 and 44.9. No published run reaches 50 AP on torchvision's Mask R-CNN.
+      100 epochs with the recipe of Li et al. (2021): days on 8 GPUs (not measured); the paper reports 51.3 box AP and 45.6 mask
+      AP, and 50.3 and 44.9 for MAE; no published run with torchvision's Mask R-CNN reaches 50 box AP
   python examples/detect.py --data path/to/coco --model runs/paper --output-dir runs/coco --evaluate
-      AP of the newest checkpoint alone
+      measures the AP of the newest checkpoint without training
 
-Add --resume to go on with a run that was cut. Leaves results.json (12 + 12 numbers), detections.json and predictions.png.
+Add --resume to continue an interrupted run. The output folder then holds results.json (12 numbers for boxes, 12 for masks),
+detections.json and predictions.png.
 """
 
 import dataclasses
@@ -49,17 +50,34 @@ TILE = 256  # pixels that a picture is wide at least
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
-    style: str = option(REQUIRED, "pyramid", ["li2021", "vitdet"])
-    positions: str = option(REQUIRED, "rebuild the sine-cosine table, or interpolate any positions", ["rebuild", "interpolate"])
-    scale: tuple[float, float] = option((0.1, 2.0), "range of the large-scale jitter", above=0, lengths=(2,))
-    channels: int = option(256, "width of pyramid and heads", at_least=1)
-    head_convs: int = option(4, "convolutions in the box head and in the mask head", at_least=0)
+    style: str = option(
+        REQUIRED,
+        "feature pyramid; li2021: on four blocks, as Li et al. (2021), vitdet: on the last block, as ViTDet",
+        ["li2021", "vitdet"],
+        section="Heads",
+    )
+    positions: str = option(
+        REQUIRED,
+        "way to positions for the larger image; rebuild: a new sine-cosine table, interpolate: the encoder's own, resized",
+        ["rebuild", "interpolate"],
+        section="Model",
+    )
+    scale: tuple[float, float] = option(
+        (0.1, 2.0),
+        "factor of the random resize before the crop, large-scale jitter",
+        above=0,
+        lengths=(2,),
+        section="Augmentation",
+    )
+    channels: int = option(256, "width of the feature pyramid and of the heads", at_least=1, section="Heads")
+    head_convs: int = option(4, "number of convolutions in the box head and in the mask head", at_least=0)
     fc_width: int = option(1024, "width of the linear layer in the box head", at_least=1)
-    proposals: int = option(1000, "regions kept after the first stage", at_least=1)
-    regions: int = option(512, "regions of an image that the second stage is trained on", at_least=1)
+    proposals: int = option(1000, "number of regions per image that the first stage proposes", at_least=1)
+    regions: int = option(512, "number of regions per image that train the second stage", at_least=1)
 
 
 LI2021: dict[str, Any] = {
+    "help": "the recipe of Li et al. (2021), which the paper follows: 100 epochs of COCO",
     "output_dir": "runs/detect",
     "model": "mvmae_vit_base_patch16",
     "model_args": "",
@@ -82,10 +100,11 @@ LI2021: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "li2021": LI2021,
-    "li2021-50": LI2021 | {"steps": 92_188},
-    "li2021-25": LI2021 | {"steps": 46_094},
+    "li2021-50": LI2021 | {"help": "the same for 50 epochs", "steps": 92_188},
+    "li2021-25": LI2021 | {"help": "the same for 25 epochs", "steps": 46_094},
     "vitdet": LI2021
     | {
+        "help": "the recipe of ViTDet: 100 epochs of COCO",
         "style": "vitdet",
         "positions": "interpolate",
         "window_size": 14,
@@ -96,6 +115,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "toy": LI2021
     | {
+        "help": "drawn shapes and a tiny ViT: minutes on two CPU cores",
         "data": "toy",
         "output_dir": "runs/detect-toy",
         "model": "random:mvmae_vit_tiny_patch16",

@@ -1,12 +1,12 @@
-"""Write a run's model for timm, transformers and the Hub, and upload it on request.
+"""Write the model of a run for timm, transformers and the Hub, and upload it on request.
 
   python examples/export.py --run runs/quick
-      seconds; writes runs/quick/encoder, which timm.create_model("local-dir:runs/quick/encoder", pretrained=True) loads
+      takes seconds; writes runs/quick/encoder, which timm.create_model loads as local-dir:runs/quick/encoder
   python examples/export.py --run runs/paper --datasets imagenet-1k --push owner/name --private
-      uploads it in one commit, to a repository that only its owner sees until it is made public on the Hub
+      also uploads it in one commit, to a repository that only its owner sees until the owner makes it public on the Hub
 
-Takes the newest checkpoint, of a run that has ended or not. A fine-tuned run brings its head and the names of its classes.
-The model card says what the run recorded and no more.
+The weights are those of the newest checkpoint, whether the run has ended or not. A fine-tuned model keeps its head and the
+names of its classes. The model card states what the run recorded and nothing else.
 """
 
 import dataclasses
@@ -31,17 +31,22 @@ from mvmae.files import replace_file
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    run: str = option(dataclasses.MISSING, "folder of the run", path=True)
-    output_dir: str = option("", "folder to write; the run's encoder/ where it is empty", path=True)
-    push: str = option("", "owner/name of a repository on the Hub to upload to; none where it is empty")
-    private: bool = option(False, "create that repository as a private one")
-    datasets: tuple[str, ...] = option((), "names of the images, as the Hub has them, for the card")
-    license: str = option("", "licence of the weights; that of the weights the run started from where empty, else apache-2.0")
-    hardware: str = option("", "hardware that the run used, for the card")
-    command: str = option("", "command that started the run, for the card; what the checkpoint says where it is empty")
-    commit: str = option(
-        "", "commit of this package that the run used, for the card; what the checkpoint says where it is empty"
+    run: str = option(dataclasses.MISSING, "folder of the run", path=True, section="Run")
+    output_dir: str = option("", "folder to write", empty="encoder/ in the folder of the run", path=True)
+    push: str = option(
+        "",
+        "name of the repository on the Hub to upload to, as owner/name",
+        empty="no upload",
+        section="Model card and upload",
     )
+    private: bool = option(False, "create the repository as a private one")
+    datasets: tuple[str, ...] = option((), "names of the data sets, as on the Hub, for the card", empty="none")
+    license: str = option(
+        "", "licence of the weights", empty="that of the weights the run started from, if any, else apache-2.0"
+    )
+    hardware: str = option("", "hardware that the run used, for the card", empty="not mentioned")
+    command: str = option("", "command that started the run, for the card", empty="the one in the checkpoint")
+    commit: str = option("", "commit of this package that the run used, for the card", empty="the one in the checkpoint")
 
 
 def build_model(state: Mapping[str, Any]) -> nn.Module:
@@ -125,4 +130,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, {"default": {}}, __doc__)
+    run(main, Config, {}, __doc__)

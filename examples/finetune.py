@@ -1,14 +1,12 @@
-"""Fine-tune a model on labelled images (Section 4.1.2, Table 1).
+"""Fine-tune a model on labelled images (Section 4.1.2 and Table 1 of the paper).
 
   python examples/finetune.py --preset quick --data sample --model runs/quick
-      two minutes on one CPU core; ends with the accuracy on held-out tiles: 91.7, 90.7, 91.1 % for the seeds 0, 1, 2
+      takes two minutes on one CPU core; prints the accuracy on held-out tiles: 91.7, 90.7, 91.1 % for the seeds 0, 1, 2
   torchrun --nproc-per-node 8 examples/finetune.py --data path/to/imagenet --model runs/paper --output-dir runs/paper-finetune
-      the paper's setting: 100 epochs of ViT-B/16, estimated at 11 to 19 hours of one H100 that images are loaded fast enough
-      for (not measured); the paper's accuracy is 84.3 % after 1600 epochs of pretraining, 83.2 % after 800
+      the paper's run: 100 epochs of ViT-B/16, estimated at 11 to 19 hours of one H100 if images load fast enough (not
+      measured); the paper reports 84.3 % after 1600 epochs of pretraining, 83.2 % after 800
 
-Any model of timm can be fine-tuned: --model takes a name, hf-hub:ID, a run's folder, local-dir:FOLDER or a file of weights;
-random: before it starts from untrained weights. The defaults are the paper's, or MAE's ViT-B fine-tuning where it is silent;
-quick only crops and flips, for little data.
+Any timm model can be fine-tuned. The defaults are the paper's, or those of MAE's ViT-B where the paper gives none.
 """
 
 import dataclasses
@@ -48,42 +46,63 @@ from tasks.starting import starting_weights, told, with_background
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(LabelledConfig):
     model: str = option(
-        dataclasses.MISSING, "timm name, hf-hub:ID, run or export folder, file of weights; random: before it", path=True
+        dataclasses.MISSING,
+        "model to train: timm name, hf-hub:ID, folder of a run or export, file of weights; random:NAME is untrained",
+        path=True,
+        section="Model",
     )
     output_dir: str = inherit(RunConfig, "output_dir", "runs/finetune")
-    background: str = option("", "colour behind transparent pixels, such as white or #808080; the model's own, or white")
-    epochs: int = option(100, "passes over the images (paper)", at_least=1)
-    warmup_epochs: float = option(5, "epochs of linear warm-up (MAE)", at_least=0)
-    batch_size: int = option(512, "images of a step over all processes (paper)", at_least=1)
-    base_lr: float = option(5e-4, "learning rate for a batch of 256; scaled with the batch (MAE)", at_least=0)
-    min_lr: float = option(1e-6, "learning rate at the end (MAE)", at_least=0)
-    layer_decay: float = option(0.65, "factor of the learning rate from each layer to the one below (MAE)", above=0, at_most=1)
+    drop_path: float = option(
+        0.1, "rate of stochastic depth in the last block, rising from 0 in the first (MAE)", at_least=0, below=1
+    )
+    head_std: float = option(2e-5, "standard deviation of the head's initial weights (MAE)", above=0)
+    background: str = option(
+        "", "colour behind transparent pixels, a name or #RRGGBB", empty="the model's own, else white", section="Data"
+    )
+    epochs: int = option(100, "number of passes over the images (paper)", at_least=1, section="Optimization")
+    warmup_epochs: float = option(5, "epochs of linear warm-up of the learning rate (MAE)", at_least=0)
+    batch_size: int = option(512, "number of images per step, over all processes (paper)", at_least=1)
+    base_lr: float = option(5e-4, "learning rate for a batch of 256; it is scaled with the batch (MAE)", at_least=0)
+    min_lr: float = option(1e-6, "learning rate at the end of the schedule (MAE)", at_least=0)
+    layer_decay: float = option(
+        0.65, "factor of the learning rate from each layer to the one below; 1: one rate for all (MAE)", above=0, at_most=1
+    )
     weight_decay: float = option(
-        0.05, "weight decay of AdamW, not on 1-D parameters, positions and class token (MAE)", at_least=0
+        0.05, "weight decay of AdamW; 1-D parameters, positions and class token have none (MAE)", at_least=0
     )
     beta2: float = option(0.999, "beta2 of AdamW; beta1 is 0.9 (MAE)", at_least=0, below=1)
-    clip_grad: float = option(0.0, "largest norm of the gradient; 0 does not clip (MAE)", at_least=0)
-    drop_path: float = option(0.1, "rate of stochastic depth at the last block, rising from 0 (MAE)", at_least=0, below=1)
-    head_std: float = option(2e-5, "deviation of the head's first weights (MAE)", above=0)
-    crop_scale: tuple[float, float] = option(
-        (0.08, 1.0), "share of the image's area that a crop covers (MAE)", above=0, at_most=1, lengths=(2,)
+    clip_grad: float = option(0.0, "maximum norm of the gradient; 0: no clipping (MAE)", at_least=0)
+    smoothing: float = option(0.1, "label smoothing; 0: none (MAE)", at_least=0, below=1)
+    ema: float = option(
+        0.0, "decay of an average of the weights, which is evaluated and kept instead; 0: no average (MAE)", at_least=0, below=1
     )
-    augment: str = option("rand-m9-mstd0.5-inc1", "RandAugment as timm writes it (paper; strength: MAE); none for none")
-    color_jitter: float = option(0.0, "strength of colour jitter (MAE)", at_least=0)
-    erasing: float = option(0.25, "probability of random erasing, with noise (MAE)", at_least=0, at_most=1)
-    mixup: float = option(0.8, "alpha of mixup, 0 for none (paper: 0.8, taken as MAE's alpha)", at_least=0)
-    cutmix: float = option(1.0, "alpha of cutmix, 0 for none (MAE)", at_least=0)
-    mix_prob: float = option(1.0, "probability that a batch is mixed (MAE)", at_least=0, at_most=1)
-    switch_prob: float = option(0.5, "probability of cutmix rather than mixup (MAE)", at_least=0, at_most=1)
-    smoothing: float = option(0.1, "label smoothing (MAE)", at_least=0, below=1)
-    ema: float = option(0.0, "decay of averaged weights, which are evaluated then; 0 for none (MAE)", at_least=0, below=1)
+    crop_scale: tuple[float, float] = option(
+        (0.08, 1.0),
+        "share of the image's area that a crop covers (MAE)",
+        above=0,
+        at_most=1,
+        lengths=(2,),
+        section="Augmentation",
+    )
+    augment: str = option(
+        "rand-m9-mstd0.5-inc1", "RandAugment policy in timm's notation; none: no RandAugment (strength: MAE; paper)"
+    )
+    color_jitter: float = option(0.0, "strength of colour jitter; 0: no jitter (MAE)", at_least=0)
+    erasing: float = option(
+        0.25, "probability that noise replaces a part of an image, random erasing (MAE)", at_least=0, at_most=1
+    )
+    mixup: float = option(0.8, "alpha of mixup, which the paper calls its probability; 0: no mixup (paper, MAE)", at_least=0)
+    cutmix: float = option(1.0, "alpha of CutMix; 0: no CutMix (MAE)", at_least=0)
+    mix_prob: float = option(1.0, "probability that mixup or CutMix mixes a batch (MAE)", at_least=0, at_most=1)
+    switch_prob: float = option(0.5, "probability of CutMix rather than mixup for a batch (MAE)", at_least=0, at_most=1)
     save_every: int = inherit(RunConfig, "save_every", 10_000)
-    eval_every: int = option(1, "epochs between validations", at_least=1, may_change=True)
+    eval_every: int = option(1, "epochs between two validations", at_least=1, may_change=True, section="Evaluation")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": {"help": "the paper's fine-tuning of ViT-B/16: 100 epochs, with MAE's values where the paper gives none"},
     "quick": {
+        "help": "20 epochs with random crops and flips only, for small data",
         "output_dir": "runs/quick-finetune",
         "epochs": 20,
         "warmup_epochs": 2,

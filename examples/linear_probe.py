@@ -1,17 +1,16 @@
-"""Measure frozen features of models on labelled images: linear probe (Section 4.1.3, Table 2), k-NN, few labels.
+"""Measure the frozen features of models on labelled images: linear probe, k-NN, few labels (Section 4.1.3, Table 2).
 
   python examples/linear_probe.py --preset quick --data sample --models runs/quick random:runs/quick
-      under a minute on two CPU cores; prints a table, a line for each model
+      takes under a minute on two CPU cores; prints a table with a line for each model
   torchrun --nproc-per-node 8 examples/linear_probe.py --data path/to/imagenet --models runs/paper --output-dir runs/paper-probe
-      the paper's setting: 100 epochs of a linear layer on ViT-B/16, estimated at 4 to 7 hours of one H100 (not measured);
-      the paper's accuracy is 76.7 % after 1600 epochs of pretraining
+      the paper's run: 100 epochs of a linear layer on ViT-B/16, estimated at 4 to 7 hours of one H100 (not measured); the paper
+      reports 76.7 % after 1600 epochs of pretraining
   python examples/linear_probe.py --cached --data path/to/imagenet --models vit_base_patch16_224.mae
-      centre crops instead of random ones: features are extracted once, minutes instead of hours
+      extracts features once, from centre crops instead of random ones: minutes instead of hours
 
-Any model of timm can be measured: a name, hf-hub:ID, a run's folder, local-dir:FOLDER or a file of weights; random: before it
-takes it untrained. The linear layers of all learning rates, on the mean patch token and on the class token, are trained at
-once on the same features. "linear" is the mean patch token at the recipe's own learning rate; "best" is the best of all on the
-validation images, and so chosen by them.
+Any timm model can be measured. One linear layer for each learning rate of --sweep, on the mean patch token and on the class
+token, is trained on the same features at the same time. In the table, "linear" is the layer on the mean patch token with the
+recipe's own learning rate. "best" is the best layer on the validation images: it is chosen on them, and so too high.
 """
 
 import dataclasses
@@ -46,40 +45,75 @@ from tasks.starting import starting_weights, with_background
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(LabelledConfig):
     models: tuple[str, ...] = option(
-        dataclasses.MISSING, "timm names, hf-hub:ID, run or export folders, files of weights", path=True, may_change=True
+        dataclasses.MISSING,
+        "models to measure: timm names, hf-hub:ID, folders of runs or exports, files of weights; random:NAME is untrained",
+        path=True,
+        may_change=True,
+        section="Model",
     )
     output_dir: str = inherit(
-        RunConfig, "output_dir", "runs/linear-probe", "folder for the results, with a folder for each model"
+        RunConfig, "output_dir", "runs/linear-probe", "folder for the results, with one folder for each model"
     )
-    background: str = option("", "colour behind transparent pixels, such as white or #808080; each model's own, or white")
-    cached: bool = option(False, "train on features of centre crops, extracted once")
-    epochs: int = option(100, "passes over the images (paper)", at_least=1)
-    warmup_epochs: float = option(0, "epochs of linear warm-up (MoCo v3; MAE: 10)", at_least=0)
-    batch_size: int = option(1024, "images of a step over all processes (paper)", at_least=1)
-    base_lr: float = option(3.0, "learning rate for a batch of 256; scaled with the batch (MoCo v3; MAE: 0.1)", at_least=0)
-    sweep: tuple[float, ...] = option((0.1, 0.3, 1.0, 3.0, 10.0), "multiples of the learning rate to train as well", above=0)
-    optimizer: str = option("sgd", "SGD (MoCo v3) or LARS (MAE), momentum 0.9, no weight decay", ["sgd", "lars"])
-    batch_norm: bool = option(False, "normalise each feature over the batch first, without affine part (MAE)")
-    head_std: float = option(0.01, "deviation of the head's first weights (MoCo v3, MAE)", above=0)
+    background: str = option(
+        "", "colour behind transparent pixels, a name or #RRGGBB", empty="each model's own, else white", section="Data"
+    )
+    cached: bool = option(
+        False, "extract features of centre crops once and train on them; --no-cached: new random crops in each epoch"
+    )
+    epochs: int = option(100, "number of passes over the images (paper)", at_least=1, section="Optimization")
+    warmup_epochs: float = option(0, "epochs of linear warm-up of the learning rate (MAE: 10; MoCo v3)", at_least=0)
+    batch_size: int = option(1024, "number of images per step, over all processes (paper)", at_least=1)
+    base_lr: float = option(
+        3.0, "learning rate for a batch of 256; it is scaled with the batch (MAE: 0.1; MoCo v3)", at_least=0
+    )
+    sweep: tuple[float, ...] = option(
+        (0.1, 0.3, 1.0, 3.0, 10.0), "multiples of the learning rate, each of which also trains a linear layer", above=0
+    )
+    optimizer: str = option(
+        "sgd", "optimizer, with momentum 0.9 and without weight decay; sgd: MoCo v3, lars: MAE", ["sgd", "lars"]
+    )
+    batch_norm: bool = option(
+        False, "normalise each feature over the batch before the linear layer, as MAE does", section="Model"
+    )
+    head_std: float = option(0.01, "standard deviation of the linear layer's initial weights (MoCo v3, MAE)", above=0)
     crop_scale: tuple[float, float] = option(
-        (0.08, 1.0), "share of the image's area that a crop covers (MoCo v3, MAE)", above=0, at_most=1, lengths=(2,)
+        (0.08, 1.0),
+        "share of the image's area that a random crop covers (MoCo v3, MAE)",
+        above=0,
+        at_most=1,
+        lengths=(2,),
+        section="Data",
     )
-    neighbours: int = option(20, "neighbours of the k-NN test (DINO); 0 for no test", at_least=0)
+    neighbours: int = option(
+        20, "number of neighbours of the k-NN classifier; 0: no k-NN (DINO)", at_least=0, section="Evaluation"
+    )
     few_shot: tuple[int, ...] = option(
-        (1, 2, 5), "labelled images a class for a classifier on few labels; 0 for none", at_least=0
+        (1, 2, 5), "numbers of labelled images per class for classifiers on few labels; 0: no such classifier", at_least=0
     )
-    seed: int = inherit(RunConfig, "seed", 0, "seed of weights, order and crops")
+    seed: int = inherit(RunConfig, "seed", 0, "seed of the random numbers: weights, order of images, crops")
     precision: str = inherit(
-        RunConfig, "precision", "auto", "bf16 or float32 in the backbone: auto is bf16 on CUDA, float32 elsewhere"
+        RunConfig, "precision", "auto", "precision of the models measured; auto: bf16 on CUDA, float32 on a CPU"
     )
     save_every: int = inherit(RunConfig, "save_every", 1000)
     log_every: int = inherit(RunConfig, "log_every", 50)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "mocov3": {},
-    "mae": {"warmup_epochs": 10, "base_lr": 0.1, "optimizer": "lars", "batch_norm": True},
-    "quick": {"output_dir": "runs/quick-probe", "cached": True, "batch_size": 128, "workers": 0},
+    "mocov3": {"help": "MoCo v3's recipe, which the paper follows: 100 epochs of SGD"},
+    "mae": {
+        "help": "MAE's recipe: LARS and batch normalisation",
+        "warmup_epochs": 10,
+        "base_lr": 0.1,
+        "optimizer": "lars",
+        "batch_norm": True,
+    },
+    "quick": {
+        "help": "features extracted once, from centre crops: a minute on two CPU cores for --data sample",
+        "output_dir": "runs/quick-probe",
+        "cached": True,
+        "batch_size": 128,
+        "workers": 0,
+    },
 }
 PAPER = {"vit_base_patch16_224.mae": 68.0, "vit_base_patch16_224.dino": 78.2, "mvmae_vit_base_patch16.in1k": 76.7}  # Table 2
 IMAGENET = (1_281_167, 50_000, 1000)

@@ -1,13 +1,13 @@
-"""Pretrain an encoder on unlabelled images (Section 4.1.1).
+"""Pretrain an encoder on unlabelled images (Section 4.1.1 of the paper).
 
   python examples/pretrain.py --data sample --preset quick
-      minutes on two CPU cores; prints k-NN accuracy on held-out tiles before and after
+      takes minutes on two CPU cores; prints the k-NN accuracy on held-out tiles before and after
   torchrun --nproc-per-node 8 examples/pretrain.py --data path/to/imagenet --output-dir runs/paper --workers 12
-      the paper's run: 1600 epochs of ViT-B/16, estimated at 120 to 215 hours of one H100 (not measured); the paper's
-      fine-tuning accuracy after it is 84.3 %, its linear probe 76.7 %
+      the paper's run: 1600 epochs of ViT-B/16, estimated at 120 to 215 hours of one H100 (not measured); after it the paper
+      reports 84.3 % for fine-tuning and 76.7 % for the linear probe
 
-The defaults are the paper's, or MAE's where the paper is silent. Add --resume to go on with a run that was cut. To go on from
-the weights of an encoder that exists, on images of your own, use adapt.py.
+The defaults are the paper's, or MAE's where the paper gives none. Add --resume to continue an interrupted run. To continue from
+the weights of an existing encoder, on images of your own, use adapt.py.
 """
 
 import shlex
@@ -26,14 +26,16 @@ from mvmae.data import StepSampler, sample_seed
 from mvmae.hub import describe
 from tasks.backbones import summary
 from tasks.inputs import names, normalize
+from tasks.method import Config as Config
+from tasks.method import build_model
 from tasks.monitor import MONITORED
 from tasks.outcome import build_monitor, finish, look
-from tasks.pretraining import Config as Config
-from tasks.pretraining import backward, build_model, draw_masks, open_data, statistics, view_loader
+from tasks.pretraining import backward, draw_masks, open_data, statistics, view_loader
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": {"help": "the paper's run: ViT-B/16 at 224 pixels, 1600 epochs"},
     "quick": {
+        "help": "a small ViT at 48 pixels, 30 epochs: minutes on two CPU cores",
         "output_dir": "runs/quick",
         "encoder": "mvmae_vit_tiny_patch16",
         "encoder_args": "patch_size=8 embed_dim=128 depth=4 num_heads=4",

@@ -1,16 +1,17 @@
-r"""Name every pixel: UPerNet on ADE20K (Table 4).
+r"""Name the class of every pixel: UPerNet on ADE20K (Table 4 of the paper).
 
   python examples/segment.py --preset toy
-      drawn shapes, a minute on two CPU cores; mIoU above 70
+      takes a minute on two CPU cores, on drawn shapes; the mIoU is above 70
   torchrun --nproc-per-node 8 examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper --output-dir runs/ade
-      160 000 steps with BEiT's recipe, about a day on 8 GPUs (not measured); the paper reports 50.2 mIoU after its pretraining,
-      mmsegmentation's run of MAE reaches 48.1
+      160 000 steps with BEiT's recipe: about a day on 8 GPUs (not measured); the paper reports 50.2 mIoU; mmsegmentation
+      reaches 48.1 with MAE's weights
   python examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper --output-dir runs/ade --evaluate \
       --ratios 0.5 0.75 1 1.25 1.5 1.75 --flip-test
-      mIoU of the newest checkpoint alone, here over several scales
+      measures the mIoU of the newest checkpoint without training, here averaged over image sizes and mirror images
 
-Any folder of images/{training,validation} and annotations/{training,validation} with 8-bit label maps will do, with
---num-classes. Add --resume to go on with a run that was cut. Leaves results.json (with every class) and predictions.png.
+Other data needs the folders images/{training,validation} and annotations/{training,validation}, 8-bit label maps, and
+--num-classes. Add --resume to continue an interrupted run. The output folder then holds results.json, with every class, and
+predictions.png.
 """
 
 import dataclasses
@@ -37,18 +38,23 @@ from tasks.starting import with_background
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
-    num_classes: int = option(150, "number of classes", at_least=1, at_most=255)
-    reduce_zero_label: bool = option(True, "leave label 0 out and count the others from 0 (ADE20K)")
-    channels: int = option(768, "width of UPerNet's head (BEiT)", at_least=1)
-    aux_channels: int = option(256, "width of the auxiliary head", at_least=1)
-    aux_weight: float = option(0.4, "weight of the auxiliary loss", at_least=0)
-    ratio: tuple[float, float] = option((0.5, 2.0), "range of the random resize", above=0, lengths=(2,))
-    stride: int = option(341, "pixels between the windows of the test", at_least=1)
-    ratios: tuple[float, ...] = option((1.0,), "sizes of the test", above=0)
-    flip_test: bool = option(False, "test on the mirrored image too")
+    num_classes: int = option(150, "number of classes (ADE20K)", at_least=1, at_most=255, section="Data")
+    reduce_zero_label: bool = option(True, "ignore pixels of label 0 and number the other classes from 0 (ADE20K)")
+    channels: int = option(768, "width of the UPerNet head (BEiT)", at_least=1, section="Heads")
+    aux_channels: int = option(256, "width of the auxiliary head (BEiT)", at_least=1)
+    aux_weight: float = option(0.4, "weight of the auxiliary head's loss (BEiT)", at_least=0)
+    ratio: tuple[float, float] = option(
+        (0.5, 2.0), "factor of the random resize before the crop (BEiT)", above=0, lengths=(2,), section="Augmentation"
+    )
+    stride: int = option(
+        341, "number of pixels between two windows of the sliding-window test (BEiT)", at_least=1, section="Evaluation"
+    )
+    ratios: tuple[float, ...] = option((1.0,), "factors of the image size in the test, whose predictions are averaged", above=0)
+    flip_test: bool = option(False, "average the predictions of each test image and its mirror image")
 
 
 BEIT: dict[str, Any] = {
+    "help": "BEiT's recipe, which the paper follows: 160 000 steps on ADE20K",
     "output_dir": "runs/segment",
     "model": "mvmae_vit_base_patch16",
     "model_args": "",
@@ -71,6 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "beit": BEIT,
     "toy": BEIT
     | {
+        "help": "drawn shapes and a tiny ViT: a minute on two CPU cores",
         "data": "toy",
         "output_dir": "runs/segment-toy",
         "model": "random:mvmae_vit_tiny_patch16",

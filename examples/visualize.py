@@ -1,8 +1,8 @@
-"""Draw what a model looks at (Fig. 2), what it rebuilds (Fig. 8), and what its features tell apart or stand for.
+"""Draw what a model attends to (Fig. 2), what it reconstructs (Fig. 8), and what its features tell apart.
 
   python examples/visualize.py --data sample --models runs/quick random:runs/quick
-      attention, PCA of the patches' features, nearest neighbours, which share of the features' variance goes with brightness,
-      contrast, lit area and class of an image (short cuts of a contrastive loss show here), and reconstructions of pretrain.py
+      attention; PCA of patch features; nearest neighbours; shares of the features' variance that brightness, contrast, lit area
+      and class explain, where shortcuts of a contrastive loss show; reconstructions, for runs of pretrain.py
   python examples/visualize.py --data path/to/images --models vit_small_patch14_dinov2.lvd142m --image-size 224 448
       any plain ViT of timm, at any size
   python examples/visualize.py --data sample --models runs/depth4 runs/depth8 --draw reconstructions
@@ -10,7 +10,7 @@
   python examples/visualize.py --data sample --models runs/quick --draw method
       the figure of the method: an image, its views, their masks, their reconstructions
 
-Leaves a PNG for each kind of picture, and its tiles one by one in a folder beside it.
+The output folder then holds a PNG for each kind of picture, and beside it a folder with its tiles one by one.
 """
 
 import dataclasses
@@ -55,24 +55,35 @@ Sheet = dict[str, Any]
 """The arguments of `contact_sheet`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    data: str = option(dataclasses.MISSING, "images: what pretrain.py takes", path=True)
-    models: tuple[str, ...] = option(
-        dataclasses.MISSING, "timm names, hf-hub:ID, runs, exports, files; random: before it", path=True
+    data: str = option(
+        dataclasses.MISSING,
+        "images: a folder, a list of paths (.txt), tar, Parquet, Arrow or IDX files, a timm data set, or sample: "
+        "photographs of scikit-image",
+        path=True,
+        section="Data",
     )
-    output_dir: str = option("runs/pictures", "folder for the pictures", path=True)
-    draw: tuple[str, ...] = option(DRAWINGS[:5], "kinds of pictures", DRAWINGS)
-    arch: str = option("", "timm name of the model of a lone file of weights")
     image_size: tuple[int, ...] = option(
-        (), "side of an image in pixels, or height and width; the first model's own", at_least=1, lengths=(1, 2)
+        (), "side in pixels, or height and width", at_least=1, lengths=(1, 2), empty="the first model's own"
     )
-    background: str = option("", "colour behind transparent pixels, such as white or #808080; the first model's own, or white")
-    count: int = option(6, "images to draw", at_least=1)
-    bank: int = option(500, "most images for neighbours and shares", at_least=1)
-    neighbours: int = option(5, "neighbours to draw", at_least=1)
-    seed: int = option(0, "seed of the choice of images, of untrained weights and of masks", at_least=0)
-    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"])
+    background: str = option(
+        "", "colour behind transparent pixels, a name or #RRGGBB", empty="the first model's own, else white"
+    )
+    models: tuple[str, ...] = option(
+        dataclasses.MISSING,
+        "models to draw: timm names, hf-hub:ID, folders of runs or exports, files of weights; random:NAME is untrained",
+        path=True,
+        section="Model",
+    )
+    arch: str = option("", "timm name of the model, if a file of weights has no config.json beside it", empty="none")
+    draw: tuple[str, ...] = option(DRAWINGS[:5], "kinds of pictures to draw", DRAWINGS, section="Pictures")
+    count: int = option(6, "number of images to draw", at_least=1)
+    bank: int = option(500, "maximum number of images for the neighbours and the shares of variance", at_least=1)
+    neighbours: int = option(5, "number of neighbours to draw", at_least=1)
+    output_dir: str = option("runs/pictures", "folder for the pictures", path=True, section="Run")
+    seed: int = option(0, "seed of the random numbers: choice of images, untrained weights, masks", at_least=0)
+    device: str = option("auto", "device to run on; auto: CUDA if available, else CPU", ["auto", "cpu", "cuda"])
 
 
 class Model(NamedTuple):
@@ -281,4 +292,4 @@ def pretrained(name: str) -> mvmae.MultiViewMAE:
 
 
 if __name__ == "__main__":
-    run(main, Config, {"all": {}}, __doc__)
+    run(main, Config, {}, __doc__)

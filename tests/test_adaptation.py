@@ -340,7 +340,7 @@ def test_every_trained_parameter_is_in_one_group(name, monkeypatch):
         (["--mean", "automatic"], ["--mean must be numbers, or auto alone, got 'automatic'"]),
         (["--crops-per-image", "0"], ["--crops-per-image", "at least 1"]),
         (["--freeze-epochs", "2"], ["--freeze-epochs 2", "--epochs 2"]),
-        (["--value-range", "9", "3"], ["--value-range must be low and high, got 9.0 3.0"]),
+        (["--value-range", "9", "3"], ["--value-range must be two numbers, low and high, got 9 3"]),
     ],
 )
 def test_what_cannot_be_is_one_line(start, tmp_path, arguments, words):

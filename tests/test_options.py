@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import re
+import shlex
 import sys
 import typing
 
@@ -20,9 +21,10 @@ sys.path.insert(0, str(EXAMPLES))
 import ablate
 import finetune
 import pretrain as pretraining
-from engine.cli import changeable, flag, option, parse, run
+from engine.cli import changeable, flag, inherit, option, parse, run
 from engine.config import RunConfig
 from engine.ends import Stop
+from engine.help import SECTIONS, sections
 from tasks import backbones, starting
 from tasks.backbones import summary
 
@@ -37,7 +39,12 @@ def kind_of(name, field):
 
 
 def presets_of(name):
-    return getattr(SCRIPTS[name], "PRESETS", {"only": {}})
+    return getattr(SCRIPTS[name], "PRESETS", {})
+
+
+def chosen_presets(name):
+    """What asks for each preset of a script; nothing, once, where a script has none."""
+    return [["--preset", preset] for preset in presets_of(name)] or [[]]
 
 
 REQUIRED = {"adapt": ("data", "encoder")}
@@ -111,8 +118,8 @@ def test_f42_every_number_has_a_range_and_every_preset_is_in_it():
     free -= {(name, field.name) for name, field in OPTIONS if field.metadata["bounds"]}
     assert {one for _, one in free} == {"value_range"}
     for name, script in SCRIPTS.items():
-        for preset in presets_of(name):
-            plain, typed = parse(script.Config, presets_of(name), None, ["--preset", preset, *needed(name)]), []
+        for preset in chosen_presets(name):
+            plain, typed = parse(script.Config, presets_of(name), None, [*preset, *needed(name)]), []
             for one, value in dataclasses.asdict(plain).items():
                 if isinstance(value, bool):
                     typed.append(flag(one) if value else flag(f"no_{one}"))
@@ -120,7 +127,7 @@ def test_f42_every_number_has_a_range_and_every_preset_is_in_it():
                     typed += [flag(one), *map(str, value)] if value else []
                 else:
                     typed.append(f"{flag(one)}={value}")
-            assert parse(script.Config, presets_of(name), None, ["--preset", preset, *typed]) == plain
+            assert parse(script.Config, presets_of(name), None, [*preset, *typed]) == plain
 
 
 @pytest.mark.parametrize(
@@ -156,8 +163,8 @@ def test_f42_a_script_ends_in_one_line_and_exit_code_2(script, arguments, words,
         (["--epoch", "3"], "there is no option --epoch: did you mean --epochs?"),
         (["--log-evry=3"], "did you mean --log-every"),
         (["more"], "'more' belongs to no option"),
-        (["--crop-scale", "0.2"], "--crop-scale must be low and high, got 0.2"),
-        (["--crop-scale", "1", "0.2"], "--crop-scale must be low and high, got 1.0 0.2"),
+        (["--crop-scale", "0.2"], "--crop-scale must be two numbers, low and high, got 0.2"),
+        (["--crop-scale", "1", "0.2"], "--crop-scale must be two numbers, low and high, got 1 0.2"),
         (["--image-size", "1", "2", "3"], "--image-size must be 1 or 2 numbers, got 1 2 3"),
         (["--preset", "adpt"], "--preset: invalid choice: 'adpt'"),
         (["--output-dir", "~nobody-of-this-name/x"], "names no user's home"),
@@ -181,7 +188,7 @@ def test_f56_the_home_is_put_for_a_tilde_in_every_path(monkeypatch):
                     assert value in (f"{before}/somebody/x", (f"{before}/somebody/x",)), (name, field.name)
             else:
                 assert not field.metadata["path"]
-    typed = parse(SCRIPTS["export"].Config, {"only": {}}, None, ["--run", "x", "--command", "~/python a"])
+    typed = parse(SCRIPTS["export"].Config, {}, None, ["--run", "x", "--command", "~/python a"])
     assert typed.command == "~/python a"
 
 
@@ -204,7 +211,7 @@ def test_the_first_lines_of_a_run_say_what_is_trained(images, tmp_path):
     assert result.code == 0, result.err
     first, second = result.out.splitlines()[:2]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert first == f"--workers 1000000: {cores} load images, one for each processor core of this machine"
+    assert first == f"--workers 1000000 is more than this machine's processor cores: {cores} processes load images"
     number = sum(p.numel() for p in timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0).parameters())
     assert second == (
         f"vit_tiny_patch16_224, {number / 1e6:.2f} M parameters, 2 blocks of width 192, "
@@ -275,7 +282,7 @@ def test_none_leaves_a_measure_of_an_ablation_out_and_its_lines_are_read_first(t
 def test_options_of_a_preset_that_are_typed_stay_typed():
     @dataclasses.dataclass(frozen=True)
     class Config:
-        name: str = option("a", "name")
+        name: str = option("a", "name", section="Run")
         size: int = option(1, "size", at_least=1, belongs_to="name")
 
     presets = {"plain": {}, "other": {"name": "b", "size": 2}}
@@ -302,9 +309,131 @@ def test_the_options_of_a_run_are_the_same_in_every_script_that_trains(name):
     assert changeable(RunConfig) < changeable(config)
 
 
+def help_of(name, monkeypatch, capsys, *typed, columns=100):
+    """What a script prints for ``--help``."""
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        patch.setattr(sys, "argv", [f"{name}.py"])
+        with pytest.raises(SystemExit):
+            parse(SCRIPTS[name].Config, presets_of(name), SCRIPTS[name].__doc__, [*typed, "--help"])
+    return capsys.readouterr().out
+
+
+def options_in(text):
+    """The words about each option in a help, by its flag, and the titles of the sections with the options in them."""
+    found, titles, flags = {}, {}, []
+    for line in text.partition("\noptions:\n")[2].partition("\npresets,")[0].splitlines():
+        if title := re.fullmatch(r"([A-Z][\w ]*):", line):
+            flags = titles.setdefault(title[1], [])
+        elif option := re.match(r"  (--[\w-]+)(?:, --no-[\w-]+)?((?: [\w{},.\[\]-]+)*)(.*)", line):
+            flags.append(option[1])
+            found[option[1]] = option[3]
+        elif line.startswith("   ") and found:
+            found[flags[-1] if flags else next(iter(found))] += f" {line.strip()}"
+    return {name: " ".join(words.split()) for name, words in found.items()}, titles
+
+
+def told_default(words):
+    return re.search(r"default: ([^;]*?)(?: \(.*\))?\]$", words)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_option_stands_in_a_section_and_its_help_begins_with_a_word(name, monkeypatch, capsys):
+    words, titles = options_in(help_of(name, monkeypatch, capsys))
+    config = SCRIPTS[name].Config
+    wanted = {flag(field.name) for script, field in OPTIONS if script == name}
+    assert {one for flags in titles.values() for one in flags} == wanted
+    assert sum(map(len, titles.values())) == len(wanted)
+    assert set(titles) <= set(SECTIONS) and list(titles) == sorted(titles, key=SECTIONS.index)
+    for one in wanted:
+        assert re.match(r"[A-Za-z]{2,}", words[one]), (one, words[one])
+        told = config.__dataclass_fields__[one[2:].replace("-", "_")].metadata["help"]
+        assert set(re.findall(r"\w+", told)) <= set(re.findall(r"\w+", words[one])), (one, words[one])
+        assert "()" not in words[one] and "''" not in words[one] and "{," not in words[one]
+        assert (told_default(words[one]) is None) == (one in titles.get("Required", [])), (one, words[one])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_the_defaults_of_the_preset_that_is_asked_for(name, monkeypatch, capsys):
+    fields = {field.name: field for script, field in OPTIONS if script == name}
+    for preset in chosen_presets(name):
+        text = help_of(name, monkeypatch, capsys, *preset)
+        words, titles = options_in(text)
+        values = presets_of(name)[preset[1]] if preset else {}
+        for one, field in fields.items():
+            value = values.get(one, field.default)
+            if value is dataclasses.MISSING:
+                assert flag(one) in titles["Required"]
+                assert f"{flag(one)} " in text.partition("\n")[0]
+                continue
+            shown = told_default(words[flag(one)])[1]
+            if isinstance(value, bool):
+                assert shown == ("yes" if value else "no")
+            elif isinstance(value, str) and value:
+                assert shown == value
+            elif not isinstance(value, str):
+                given = value if isinstance(value, tuple) else (value,)
+                kind = float if kind_of(name, field) is float else str
+                assert not given or [kind(word) for word in shown.split()] == list(map(kind, given)), (one, shown)
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if presets_of(name)])
+def test_help_says_what_each_preset_is_for_and_what_it_sets(name, monkeypatch, capsys):
+    presets, config = presets_of(name), SCRIPTS[name].Config
+    for preset, values in presets.items():
+        assert set(values) <= {"help", *config.__dataclass_fields__} and values["help"]
+        text = help_of(name, monkeypatch, capsys, "--preset", preset)
+        about = " ".join(text.partition("\npresets, ")[2].split())
+        assert [other for other in presets if f" {other} {presets[other]['help']}" not in about] == []
+        line = text.partition(f"\npreset {preset} sets:\n")[2]
+        others = needed(name, *values)
+        whole = parse(config, presets, None, ["--preset", preset, *others])
+        assert parse(config, {}, None, [*shlex.split(line), *others]) == whole
+
+
+@pytest.mark.parametrize("columns", [80, 100, 130])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_line_of_a_help_ends_inside_a_command_or_an_option(name, columns, monkeypatch, capsys):
+    for preset in chosen_presets(name):
+        lines = help_of(name, monkeypatch, capsys, *preset, columns=columns).splitlines()
+        assert [line for line in lines if line.endswith(("-", "\\"))] == []
+        commands = [line for line in lines if re.match(r"  (python|torchrun) ", line)]
+        doc = re.sub(r" *\\\n *", " ", SCRIPTS[name].__doc__)
+        assert commands == [line for line in doc.splitlines() if re.match(r"  (python|torchrun) ", line)] != []
+        long = [line for line in lines if len(line) > columns - 2 and line not in commands]
+        assert [line for line in long if not re.match(r"  --", line)] == []  # an option with its value is one word too
+
+
+def test_an_option_stays_in_the_section_of_the_dataclass_that_declares_it_first():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Parent:
+        size: int = option(1, "size", section="Data")
+        depth: int = option(1, "depth", section="Model")
+        width: int = option(1, "width")
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Child(Parent):
+        epochs: int = option(1, "epochs", section="Optimization")
+        width: int = inherit(Parent, "width", 2)
+        rate: float = option(0.1, "rate")
+
+    own = {"size": "Data", "depth": "Model", "width": "Model"}
+    assert sections(Parent) == own
+    assert sections(Child) == own | {"epochs": "Optimization", "rate": "Optimization"}
+
+
+def test_the_source_of_a_default_is_told_with_its_value_where_a_preset_sets_another(monkeypatch, capsys):
+    assert options_in(help_of("pretrain", monkeypatch, capsys))[0]["--epochs"].endswith("[above 0; default: 1600 (paper)]")
+    quick = options_in(help_of("pretrain", monkeypatch, capsys, "--preset", "quick"))[0]
+    assert quick["--epochs"].endswith("[above 0; default: 30 (paper: 1600)]")
+    assert quick["--crop-scale"].endswith("[two numbers, low and high; above 0 and at most 1; default: 0.2 1 (MAE)]")
+
+
 def test_help_lists_what_must_be_given_first_and_what_all_runs_share_last(capsys):
     with pytest.raises(SystemExit):
         parse(finetune.Config, finetune.PRESETS, None, ["--help"])
-    listed = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out.partition("--preset")[2], re.MULTILINE)
-    assert listed[:2] == ["--model", "--data"]
+    listed = re.findall(
+        r"^  (--[a-z-]+)", capsys.readouterr().out.partition("\nRequired:")[2].partition("\npresets,")[0], re.MULTILINE
+    )
+    assert listed[:2] == ["--data", "--model"]
     assert set(listed[-len(RunConfig.__dataclass_fields__) :]) == {flag(name) for name in RunConfig.__dataclass_fields__}

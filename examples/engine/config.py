@@ -1,4 +1,4 @@
-"""The options that all scripts that train share."""
+"""The options that all training scripts share."""
 
 import dataclasses
 
@@ -9,23 +9,44 @@ REQUIRED = dataclasses.MISSING
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lies and goes on, what it runs on, when it saves and ends; a script's own dataclass adds what it trains."""
+    """Options of a run: its folder, device, checkpoints and log; a script's own dataclass adds what it trains."""
 
-    output_dir: str = option(REQUIRED, "folder of the run", path=True, may_change=True)
-    resume: bool = option(False, "go on from the newest checkpoint in the output folder, if there is one", may_change=True)
-    other_data: bool = option(False, "go on with other images than the run began with, and say so", may_change=True)
-    seed: int = option(0, "seed of weights, order and augmentation", at_least=0)
-    device: str = option("auto", "device: auto takes CUDA where there is one", ["auto", "cpu", "cuda"], may_change=True)
-    precision: str = option("auto", "precision: auto is bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
-    workers: int = option(8, "processes that load images, for each process that trains", at_least=0, may_change=True)
-    skip_nonfinite: int = option(
-        0, "batches that may be left out because a loss or gradient is not finite; one more stops", at_least=0, may_change=True
+    output_dir: str = option(
+        REQUIRED, "folder of the run: log, checkpoints, results", path=True, may_change=True, section="Run"
     )
-    max_steps: int = option(0, "end the run after this many steps of the schedule; 0 for all", at_least=0, may_change=True)
+    resume: bool = option(
+        False,
+        "continue from the newest checkpoint in the output folder, if any; --no-resume: refuse a folder with a checkpoint",
+        may_change=True,
+    )
+    other_data: bool = option(False, "allow --resume to continue on other images than the run began with", may_change=True)
+    seed: int = option(0, "seed of the random numbers: weights, order of images, augmentation", at_least=0)
+    device: str = option(
+        "auto", "device to run on; auto: CUDA if available, else CPU", ["auto", "cpu", "cuda"], may_change=True
+    )
+    precision: str = option("auto", "precision; auto: bf16 autocast on CUDA, float32 on a CPU", ["auto", "bf16", "float32"])
+    workers: int = option(
+        8,
+        "processes that load images, for each training process; 0: the training process loads them",
+        at_least=0,
+        may_change=True,
+    )
+    skip_nonfinite: int = option(
+        0,
+        "number of batches to skip, at most, if a loss or gradient is NaN or infinite; one more stops the run",
+        at_least=0,
+        may_change=True,
+    )
+    max_steps: int = option(
+        0,
+        "step at which the run ends early, with the schedule of the whole run; 0: run to the end",
+        at_least=0,
+        may_change=True,
+    )
     save_every: int = option(
-        REQUIRED, "most steps between checkpoints; the end is saved in any case", at_least=1, may_change=True
+        REQUIRED, "maximum number of steps between two checkpoints; the last step is always saved", at_least=1, may_change=True
     )
     save_minutes: float = option(
-        15, "most minutes between checkpoints; 0 leaves it to --save-every", at_least=0, may_change=True
+        15, "maximum number of minutes between two checkpoints; 0: only --save-every counts", at_least=0, may_change=True
     )
-    log_every: int = option(20, "steps between lines of the log", at_least=1, may_change=True)
+    log_every: int = option(20, "number of steps between two lines of the log", at_least=1, may_change=True)

@@ -37,32 +37,64 @@ POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
 class DenseConfig(RunConfig):
     """Settings of both scripts; their presets give the values."""
 
-    data: str = option(REQUIRED, "folder of the data, or toy: shapes, drawn into the output folder", path=True, may_change=True)
+    data: str = option(
+        REQUIRED,
+        "folder of the data set, laid out as the one named above, or toy: shapes, drawn into the output folder",
+        path=True,
+        may_change=True,
+        section="Data",
+    )
     model: str = option(
-        REQUIRED, "encoder: timm name, hf-hub:, folder or file of weights; random: before it leaves them out", path=True
+        REQUIRED,
+        "encoder, a plain ViT: timm name, hf-hub:ID, folder of a run or export, file of weights; random:NAME is untrained",
+        path=True,
+        section="Model",
     )
-    arch: str = option("", "timm name of the model of a lone file of weights")
-    model_args: str = option("", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'", belongs_to="model")
-    evaluate: bool = option(False, "only evaluate the newest checkpoint in the output folder", may_change=True)
-    image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1)
-    window_size: int = option(REQUIRED, "side of an attention window in patches; 0 for none", at_least=0)
-    rel_pos: bool = option(True, "learn relative positions in every block")
-    drop_path: float = option(REQUIRED, "largest rate of stochastic depth in the encoder", at_least=0, below=1)
-    steps: int = option(REQUIRED, "steps of the whole run", at_least=1)
-    batch_size: int = option(REQUIRED, "images of a step over all processes", at_least=1)
-    lr: float = option(REQUIRED, "learning rate of AdamW", at_least=0)
-    weight_decay: float = option(REQUIRED, "weight decay of AdamW; not on normalisations and positions", at_least=0)
-    decay_biases: bool = option(REQUIRED, "weight decay on biases too, as in detectron2")
+    arch: str = option("", "timm name of the encoder, if it is a file of weights without a config.json beside it", empty="none")
+    model_args: str = option(
+        "", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'", empty="none", belongs_to="model"
+    )
+    evaluate: bool = option(
+        False, "evaluate the newest checkpoint in the output folder and do not train", may_change=True, section="Evaluation"
+    )
+    image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1, section="Data")
+    window_size: int = option(
+        REQUIRED, "side of an attention window in patches; 0: global attention in every block", at_least=0, section="Model"
+    )
+    rel_pos: bool = option(True, "add learned relative positions to the attention of every block")
+    drop_path: float = option(
+        REQUIRED, "rate of stochastic depth in the last block of the encoder, rising from 0 in the first", at_least=0, below=1
+    )
+    steps: int = option(REQUIRED, "number of training steps", at_least=1, section="Optimization")
+    batch_size: int = option(REQUIRED, "number of images per step, over all processes", at_least=1)
+    lr: float = option(REQUIRED, "learning rate of AdamW after warm-up", at_least=0)
+    weight_decay: float = option(REQUIRED, "weight decay of AdamW; normalisation layers and positions have none", at_least=0)
+    decay_biases: bool = option(REQUIRED, "apply weight decay to biases too, as detectron2 does")
     layer_decay: float = option(
-        REQUIRED, "factor of the learning rate from a block to the one before it; 1 for none", above=0, at_most=1
+        REQUIRED, "factor of the learning rate from each block to the one below; 1: one rate for all", above=0, at_most=1
     )
-    schedule: str = option(REQUIRED, "course of the learning rate", ["cosine", "linear", "steps"])
-    warmup_steps: int = option(REQUIRED, "steps of linear warm-up", at_least=0)
-    warmup_start: float = option(REQUIRED, "factor of the learning rate at step 0", at_least=0, at_most=1)
-    background: str = option("", "colour behind transparent pixels, such as white or #808080; the model's own, or white")
-    grad_checkpointing: bool = option(False, "keep fewer activations of the encoder and compute them again", may_change=True)
-    toy_images: int = option(600, "training images that toy draws; a sixth as many are held out", at_least=1)
-    pictures: int = option(8, "images to draw the predictions of", at_least=0, may_change=True)
+    schedule: str = option(
+        REQUIRED,
+        "course of the learning rate; cosine or linear: down to 0, steps: a tenth after 89 % and again after 96 % of the steps",
+        ["cosine", "linear", "steps"],
+    )
+    warmup_steps: int = option(REQUIRED, "steps of linear warm-up of the learning rate", at_least=0)
+    warmup_start: float = option(REQUIRED, "learning rate at the start of warm-up, as a share of --lr", at_least=0, at_most=1)
+    background: str = option(
+        "", "colour behind transparent pixels, a name or #RRGGBB", empty="the encoder's own, else white", section="Data"
+    )
+    grad_checkpointing: bool = option(
+        False,
+        "recompute the encoder's activations in the backward pass, to save memory",
+        may_change=True,
+        section="Speed and memory",
+    )
+    toy_images: int = option(
+        600, "number of training images that --data toy draws; it draws a sixth as many to test on", at_least=1, section="Data"
+    )
+    pictures: int = option(
+        8, "number of images in predictions.png; 0: no picture", at_least=0, may_change=True, section="Evaluation"
+    )
 
 
 def build_trunk(

@@ -43,15 +43,20 @@ class LabelledConfig(RunConfig):
 
     data: str = option(
         REQUIRED,
-        "labelled images: a folder of class folders, IDX files, a timm data set, or sample",
+        "labelled images: class folders, IDX or Parquet files, a timm data set, or sample: scikit-image's photographs",
         path=True,
         may_change=True,
+        section="Data",
     )
-    arch: str = option("", "timm name of the model of a lone file of weights")
-    image_size: int = option(0, "side of an image in pixels; 0 for the model's own (paper: 224)", at_least=0)
-    train_images: int = option(0, "most images to train on; 0 for all", at_least=0)
-    val_images: int = option(0, "most images to validate on; 0 for all", at_least=0)
-    max_bad: int = option(100, "different images that may be unreadable before the run stops", at_least=0, may_change=True)
+    arch: str = option(
+        "", "timm name of the model, if a file of weights has no config.json beside it", empty="none", section="Model"
+    )
+    image_size: int = option(0, "side of an image in pixels; 0: the model's own (paper: 224)", at_least=0, section="Data")
+    train_images: int = option(0, "maximum number of training images; 0: all", at_least=0)
+    val_images: int = option(0, "maximum number of validation images; 0: all", at_least=0)
+    max_bad: int = option(
+        100, "number of different unreadable images to tolerate; one more stops the run", at_least=0, may_change=True
+    )
 
 
 class Part(ImageSource):

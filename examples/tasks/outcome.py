@@ -18,9 +18,10 @@ from mvmae.visualize import reconstruction_picture
 from tasks.drawn_images import varied
 from tasks.inputs import normalize
 from tasks.labelled import Splits
+from tasks.method import Config
 from tasks.monitor import Monitor, report
 from tasks.plots import draw_curves
-from tasks.pretraining import Config, centre_crop
+from tasks.pretraining import centre_crop
 
 CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "similarity", "cka", "lr")
 
