@@ -9,8 +9,9 @@ r"""Name every pixel: UPerNet on ADE20K (Table 4).
       --ratios 0.5 0.75 1 1.25 1.5 1.75 --flip-test
       mIoU of the newest checkpoint alone, here over several scales
 
-Any folder of images/{training,validation} and annotations/{training,validation} with 8-bit label maps will do, with
---num-classes. Add --resume to go on with a run that was cut. Leaves results.json (with every class) and predictions.png.
+Any folder of images/{training,validation} and annotations/{training,validation} with 8-bit label maps will do; a file
+classes.txt, one name a line, names the classes. Add --resume to go on with a run that was cut. Leaves results.json (with every
+class) and predictions.png.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from engine.distributed import Processes, autocast, start_processes
 from engine.log import write_text
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
 from mvmae.visualize import contact_sheet
-from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
+from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, count_classes, fitting_size, scores
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from tasks.inputs import normalize
 from tasks.starting import with_background
@@ -38,7 +39,7 @@ from tasks.starting import with_background
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
-    num_classes: int = option(150, "number of classes", at_least=1, at_most=255)
+    num_classes: int = option(0, "number of classes; 0: as classes.txt or the label maps tell", at_least=0, at_most=255)
     reduce_zero_label: bool = option(True, "leave label 0 out and count the others from 0 (ADE20K)")
     channels: int = option(768, "width of UPerNet's head (BEiT)", at_least=1)
     aux_channels: int = option(256, "width of the auxiliary head", at_least=1)
@@ -84,7 +85,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 2e-3,
         "layer_decay": 1.0,
         "warmup_steps": 100,
-        "num_classes": 4,
         "channels": 16,
         "aux_channels": 16,
         "stride": 48,
@@ -104,7 +104,7 @@ class UPerNet(nn.Module):
         self.auxiliary = FCNHead(backbone.out_channels, num_classes, channels=aux_channels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the values of all classes from both heads, (B, classes, H, W), at the size of the images."""
+        """Return the values of all classes from both heads, (B, classes, H, W), at the size of the images."""
         maps = self.backbone(images)
         outputs = (self.head(maps), self.auxiliary(maps["2"]))
         main, auxiliary = (F.interpolate(x.float(), images.shape[2:], mode="bilinear") for x in outputs)
@@ -197,6 +197,8 @@ def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then test, measure and draw."""
     processes, config = start_processes(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, processes)
+    if not config.num_classes:
+        config = dataclasses.replace(config, num_classes=count_classes(root, reduce_zero_label=config.reduce_zero_label))
     model, vit = build_model(config)
     mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
     fill = tuple(round(255 * value) for value in mean)
