@@ -160,7 +160,7 @@ def build_model(config: Config, num_classes: int, *, with_masks: bool = True) ->
         with_masks: whether to predict masks.
 
     Raises:
-        ValueError: if the patch side is not a power of two, which torchvision's pooling of regions takes strides for.
+        ValueError: if the patch side is not a power of two: torchvision's pooling of regions needs such strides.
     """
     trunk, vit = build_trunk(config, positions=config.positions)
     patch = trunk.patch_size[0]
@@ -261,9 +261,10 @@ def main(config: Config) -> None:
     data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, background=config.background)
     val = CocoData(root, "val", background=config.background)
     if val.category_ids != data.category_ids:
-        raise Stop(f"{root}: the categories of the training and of the validation images differ")
+        alone = sorted({*val.category_ids} ^ {*data.category_ids})
+        raise Stop(f"{root}: training and validation images must have the same category ids, got {alone} in one of them alone")
     if val.truth.anns and val.with_masks != data.with_masks:
-        raise Stop(f"{root}: the training and the validation images must both have masks, or both boxes alone")
+        raise Stop(f"{root}: training and validation images must both have masks, or both boxes alone")
     model, trunk = build_model(config, len(data.names), with_masks=data.with_masks)
     model.to(processes.device)
     compute, images = partial(losses, device=processes.device), fingerprint(root, map(data.name, range(len(data))), [data.file])

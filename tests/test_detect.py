@@ -272,6 +272,12 @@ def test_a_run_on_boxes_alone_leaves_the_numbers_of_boxes(folder, tmp_path):
     result = run_script("detect.py", *arguments, "--data", mixed, "--output-dir", "other", folder=tmp_path)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "must both have masks, or both boxes alone" in result.err
+    truth = json.loads((mixed / "annotations/instances_val2017.json").read_text())
+    truth["categories"][0]["id"] = 77
+    (mixed / "annotations/instances_val2017.json").write_text(json.dumps(truth | {"annotations": []}))
+    result = run_script("detect.py", *arguments, "--data", mixed, "--output-dir", "other", folder=tmp_path)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "must have the same category ids, got [2, 77] in one of them alone" in result.err
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("li2021", 118.6), ("vitdet", 113.9)])

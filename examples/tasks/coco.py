@@ -129,7 +129,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 def read_coco(path: Path) -> Any:
-    """Open annotations with pycocotools, without its prints."""
+    """Load annotations with pycocotools, without its prints."""
     try:
         from pycocotools.coco import COCO
     except ModuleNotFoundError as error:
@@ -190,7 +190,7 @@ def to_coco(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]
 def evaluate(
     truth: Any, detections: Sequence[dict[str, Any]], image_ids: Sequence[int], *, with_masks: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Compute COCO's 12 numbers for boxes and for masks, in percent; 0 where nothing is detected, -1 where nothing is to be."""
+    """Compute COCO's 12 numbers for boxes and for masks, in percent: 0 without detections, -1 without objects to detect."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
