@@ -8,8 +8,8 @@
   python examples/detect.py --data path/to/coco --model runs/paper --output-dir runs/coco --evaluate
       measures the AP of the newest checkpoint without training
 
-Add --resume to continue an interrupted run. The output folder then holds results.json (12 numbers for boxes, 12 for masks),
-detections.json and predictions.png.
+If no object has a mask, Faster R-CNN is trained on the boxes alone. Add --resume to continue an interrupted run. The output
+folder then holds results.json (12 numbers for boxes, 12 for masks), detections.json and predictions.png.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import ImageColor, ImageDraw, ImageFont
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -63,11 +63,7 @@ class Config(DenseConfig):
         section="Model",
     )
     scale: tuple[float, float] = option(
-        (0.1, 2.0),
-        "factor of the random resize before the crop, large-scale jitter",
-        above=0,
-        lengths=(2,),
-        section="Augmentation",
+        (0.1, 2.0), "factor of the random resize (large-scale jitter)", above=0, lengths=(2,), section="Augmentation"
     )
     channels: int = option(256, "width of the feature pyramid and of the heads", at_least=1, section="Heads")
     head_convs: int = option(4, "number of convolutions in the box head and in the mask head", at_least=0)
@@ -168,50 +164,52 @@ class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
         return scores, deltas
 
 
-def build_model(config: Config, num_classes: int) -> tuple[MaskRCNN, WindowedViT]:
-    """Create torchvision's Mask R-CNN on a plain ViT, with the heads of Li et al. (2021).
+def build_model(config: Config, num_classes: int, *, with_masks: bool = True) -> tuple[FasterRCNN, WindowedViT]:
+    """Create torchvision's Mask R-CNN on a plain ViT, with the heads of Li et al. (2021); without masks, Faster R-CNN.
 
     Under autocast, trunk, pyramid and hidden layers compute in bf16, scores and boxes in float32 (as in detectron2).
 
     Args:
         config: settings.
         num_classes: number of categories, without the background.
+        with_masks: whether to predict masks.
 
     Raises:
-        ValueError: if the patch side is not a power of two, which torchvision's pooling of regions takes strides for.
+        ValueError: if the patch side is not a power of two: torchvision's pooling of regions needs such strides.
     """
     trunk, vit = build_trunk(config, positions=config.positions)
     patch = trunk.patch_size[0]
     if trunk.patch_size != (patch, patch) or patch & (patch - 1) or patch < 4:
-        raise ValueError(f"patches are {patch}x{trunk.patch_size[1]}: squares of 4, 8, 16 or 32 pixels are expected")
+        raise ValueError(f"patches must be squares of 4, 8, 16 or 32 pixels, got {patch}x{trunk.patch_size[1]}: change --model")
     width, norm = config.channels, LayerNorm2d if config.style == "vitdet" else group_norm
     anchors = tuple((float(2 * patch * 2**level),) for level in range(5))  # 8 x stride: 32 to 512 pixels for patches of 16
     convs = [width] * config.head_convs
-    model = MaskRCNN(
-        Pyramid(trunk, config.style, out_channels=width),  # type: ignore[arg-type]
-        min_size=config.image_size,
-        max_size=config.image_size,
-        size_divisible=config.image_size,
-        _skip_resize=True,
-        image_mean=list(vit.pretrained_cfg["mean"]),
-        image_std=list(vit.pretrained_cfg["std"]),
-        rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
-        rpn_head=RegionHead(width, 3, conv_depth=2),
-        rpn_pre_nms_top_n_train=2 * config.proposals,
-        rpn_pre_nms_top_n_test=config.proposals,
-        rpn_post_nms_top_n_train=config.proposals,
-        rpn_post_nms_top_n_test=config.proposals,
-        box_batch_size_per_image=config.regions,
-        box_head=FastRCNNConvFCHead((width, 7, 7), convs, [config.fc_width], norm),
-        box_predictor=BoxPredictor(config.fc_width, num_classes + 1),
-        mask_head=MaskRCNNHeads(width, convs, 1, norm),
-        mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1),
-    )
-    return model, trunk
+    options: dict[str, Any] = {
+        "backbone": Pyramid(trunk, config.style, out_channels=width),  # type: ignore[arg-type]
+        "min_size": config.image_size,
+        "max_size": config.image_size,
+        "size_divisible": config.image_size,
+        "_skip_resize": True,
+        "image_mean": list(vit.pretrained_cfg["mean"]),
+        "image_std": list(vit.pretrained_cfg["std"]),
+        "rpn_anchor_generator": AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
+        "rpn_head": RegionHead(width, 3, conv_depth=2),
+        "rpn_pre_nms_top_n_train": 2 * config.proposals,
+        "rpn_pre_nms_top_n_test": config.proposals,
+        "rpn_post_nms_top_n_train": config.proposals,
+        "rpn_post_nms_top_n_test": config.proposals,
+        "box_batch_size_per_image": config.regions,
+        "box_head": FastRCNNConvFCHead((width, 7, 7), convs, [config.fc_width], norm),
+        "box_predictor": BoxPredictor(config.fc_width, num_classes + 1),
+    }
+    if not with_masks:
+        return FasterRCNN(**options), trunk
+    head, predictor = MaskRCNNHeads(width, convs, 1, norm), MaskRCNNPredictor(width, width, num_classes + 1)
+    return MaskRCNN(**options, mask_head=head, mask_predictor=predictor), trunk
 
 
 def losses(model: nn.Module, batch: Sequence[Sample], *, device: torch.device) -> dict[str, Tensor]:
-    """Compute the five losses of Mask R-CNN."""
+    """Compute the five losses of Mask R-CNN, or the four of Faster R-CNN."""
     images = [image.to(device, non_blocking=True) for image, _ in batch]
     targets = [{name: value.to(device, non_blocking=True) for name, value in target.items()} for _, target in batch]
     named: dict[str, Tensor] = model(images, targets)
@@ -219,8 +217,8 @@ def losses(model: nn.Module, batch: Sequence[Sample], *, device: torch.device) -
 
 
 @torch.no_grad()
-def detect(config: Config, model: MaskRCNN, data: CocoData, processes: Processes) -> Iterator[dict[str, Any]]:
-    """Give the detections in this process's share of the images, as COCO's format has them."""
+def detect(config: Config, model: FasterRCNN, data: CocoData, processes: Processes) -> Iterator[dict[str, Any]]:
+    """Return the detections in this process's share of the images, as COCO's format has them."""
     for index in range(processes.rank, len(data), processes.world_size):
         image, target = data[0, index]
         with autocast(config.precision, processes.device):
@@ -233,7 +231,7 @@ def draw(image: Tensor, found: dict[str, Tensor]) -> Tensor:
     zoom = -(-TILE // image.shape[2])
     pixels = enlarge(image, zoom)
     colours = [ImageColor.getrgb(COLOURS[label % len(COLOURS)]) for label in found["labels"].tolist()]
-    for colour, mask in zip(colours, found["masks"], strict=True):
+    for colour, mask in zip(colours, found.get("masks", ()), strict="masks" in found):
         inside = enlarge(mask.reshape(1, *image.shape[1:]) > 0.5, zoom).float()
         outline = (inside > 0) & (F.max_pool2d(1 - inside[None], 7, 1, 3)[0] > 0)  # 3 pixels wide
         pixels = torch.where(outline, torch.tensor(colour)[:, None, None] / 255, pixels)
@@ -255,7 +253,7 @@ def enlarge(image: Tensor, zoom: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw_predictions(path: Path, config: Config, model: MaskRCNN, data: CocoData, device: torch.device) -> None:
+def draw_predictions(path: Path, config: Config, model: FasterRCNN, data: CocoData, device: torch.device) -> None:
     """Draw the first images, the truth, and what is detected with a score above 0.5; below, the categories' colours."""
     columns: tuple[list[Tensor], ...] = ([], [], [])
     labels: set[int] = set()
@@ -278,8 +276,11 @@ def main(config: Config) -> None:
     data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, background=config.background)
     val = CocoData(root, "val", background=config.background)
     if val.category_ids != data.category_ids:
-        raise Stop(f"{root}: the categories of the training and of the validation images differ")
-    model, trunk = build_model(config, len(data.names))
+        alone = sorted({*val.category_ids} ^ {*data.category_ids})
+        raise Stop(f"{root}: training and validation images must have the same category ids, got {alone} in one of them alone")
+    if val.truth.anns and val.with_masks != data.with_masks:
+        raise Stop(f"{root}: training and validation images must both have masks, or both boxes alone")
+    model, trunk = build_model(config, len(data.names), with_masks=data.with_masks)
     model.to(processes.device)
     compute, images = partial(losses, device=processes.device), fingerprint(root, map(data.name, range(len(data))), [data.file])
     fit(config, model, trunk, data, compute, processes, images=images, collate=list)
@@ -287,7 +288,7 @@ def main(config: Config) -> None:
     detections = gather(detect(config, model, val, processes), processes)
     if processes.rank == 0:
         write_text(folder / "detections.json", json.dumps(detections))
-        results = evaluate(val.truth, detections, val.image_ids)
+        results = evaluate(val.truth, detections, val.image_ids, with_masks=data.with_masks)
         write_json(folder / "results.json", results)
         if config.pictures:
             draw_predictions(folder / "predictions.png", config, model, val, processes.device)

@@ -9,9 +9,9 @@ r"""Name the class of every pixel: UPerNet on ADE20K (Table 4 of the paper).
       --ratios 0.5 0.75 1 1.25 1.5 1.75 --flip-test
       measures the mIoU of the newest checkpoint without training, here averaged over image sizes and mirror images
 
-Other data needs the folders images/{training,validation} and annotations/{training,validation}, 8-bit label maps, and
---num-classes. Add --resume to continue an interrupted run. The output folder then holds results.json, with every class, and
-predictions.png.
+Other data needs the folders images/{training,validation} and annotations/{training,validation} with 8-bit label maps; a file
+classes.txt, one name per line, names the classes. Add --resume to continue an interrupted run. The output folder then holds
+results.json, with every class, and predictions.png.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from engine.distributed import Processes, autocast, start_processes
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
 from mvmae.files import write_json
 from mvmae.visualize import contact_sheet
-from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
+from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, count_classes, fitting_size, scores
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from tasks.inputs import normalize
 from tasks.starting import with_background
@@ -38,7 +38,9 @@ from tasks.starting import with_background
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
-    num_classes: int = option(150, "number of classes (ADE20K)", at_least=1, at_most=255, section="Data")
+    num_classes: int = option(
+        0, "number of classes; 0: counted in classes.txt, or in the label maps", at_least=0, at_most=255, section="Data"
+    )
     reduce_zero_label: bool = option(True, "ignore pixels of label 0 and number the other classes from 0 (ADE20K)")
     channels: int = option(768, "width of the UPerNet head (BEiT)", at_least=1, section="Heads")
     aux_channels: int = option(256, "width of the auxiliary head (BEiT)", at_least=1)
@@ -90,7 +92,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 2e-3,
         "layer_decay": 1.0,
         "warmup_steps": 100,
-        "num_classes": 4,
         "channels": 16,
         "aux_channels": 16,
         "stride": 48,
@@ -110,7 +111,7 @@ class UPerNet(nn.Module):
         self.auxiliary = FCNHead(backbone.out_channels, num_classes, channels=aux_channels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the values of all classes from both heads, (B, classes, H, W), at the size of the images."""
+        """Return the values of all classes from both heads, (B, classes, H, W), at the size of the images."""
         maps = self.backbone(images)
         outputs = (self.head(maps), self.auxiliary(maps["2"]))
         main, auxiliary = (F.interpolate(x.float(), images.shape[2:], mode="bilinear") for x in outputs)
@@ -203,6 +204,8 @@ def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then test, measure and draw."""
     processes, config = start_processes(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, processes)
+    if not config.num_classes:
+        config = dataclasses.replace(config, num_classes=count_classes(root, reduce_zero_label=config.reduce_zero_label))
     model, vit = build_model(config)
     mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
     fill = tuple(round(255 * value) for value in mean)

@@ -1,6 +1,7 @@
 """detect.py: COCO in its variants, average precision, the recipes, and runs that are cut."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ from pycocotools import mask as run_lengths
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.ops import box_iou
+from torchvision.tv_tensors import BoundingBoxes
 
 import detect
 from engine.cli import parse
@@ -26,6 +28,7 @@ from mvmae.hub import export
 from tasks.backbones import load_backbone
 from tasks.coco import CocoData, evaluate, jitter, to_coco
 from tasks.dense import lr_factor, param_groups
+from tasks.shapes import write_toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11
 UNTRAINED = ["--data", "x", "--model", "random:mvmae_vit_base_patch16"]
@@ -80,7 +83,9 @@ def truth_as_detections(data):
     found = []
     for index in range(len(data)):
         _, target = data[0, index]
-        ideal = target | {"scores": torch.ones(len(target["labels"])), "masks": target["masks"][:, None].float()}
+        ideal = target | {"scores": torch.ones(len(target["labels"]))}
+        if "masks" in target:
+            ideal["masks"] = target["masks"][:, None].float()
         found += to_coco(ideal, int(target["image_id"]), data.category_ids)
     return found
 
@@ -107,7 +112,7 @@ def test_no_detections_at_all_give_0(folder):
     assert len(results["box"]) == len(results["mask"]) == 12
 
 
-def test_coco_is_read_in_all_its_variants(folder):
+def test_coco_is_read_in_all_its_variants(folder, tmp_path, monkeypatch):
     train, val = CocoData(folder, "train"), CocoData(folder, "val")
     assert (train.image_ids, val.image_ids) == ([7, 8, 9], [7, 8, 9, 30])
     assert train.names == ["car", "cat"]
@@ -117,32 +122,81 @@ def test_coco_is_read_in_all_its_variants(folder):
     empty = val[0, 3][1]
     assert empty["boxes"].shape == (0, 4)
     assert empty["masks"].shape == (0, 33, 47)
-    with pytest.raises(FileNotFoundError, match="COCO's layout is expected"):
+    Image.new("RGB", (40, 60)).save(tmp_path / "7.png")
+    monkeypatch.setattr(val, "folder", tmp_path)
+    with pytest.raises(ValueError, match=r"7\.png must have 60x40 pixels, as .*instances_val2017\.json says, got 40x60"):
+        val[0, 0]
+    with pytest.raises(FileNotFoundError, match="as COCO's layout does"):
         CocoData(folder / "train2017", "train")
 
 
-def test_jitter_moves_image_and_masks_alike():
-    pixels = np.zeros((60, 80, 3), np.uint8)
-    pixels[20:50, 30:70] = 255
-    image, mask = Image.fromarray(pixels), Image.fromarray(pixels[:, :, 0] // 255)
-    sizes = set()
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        seen, (moved,) = jitter(image, [mask], 64, (0.1, 2.0), rng)
-        assert max(seen.size) <= 64
-        assert seen.size == moved.size
-        differ = (np.asarray(seen)[:, :, 0] > 127) != (np.asarray(moved) > 0)
-        assert differ.mean() < 0.12  # edges only, at sizes down to 6 x 5 pixels
-        sizes.add(seen.size)
+def boxes_in(image, *boxes):
+    return BoundingBoxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), format="XYXY", canvas_size=image.shape[1:])
+
+
+def test_jitter_moves_image_masks_and_boxes_alike():
+    image = torch.zeros(3, 60, 80, dtype=torch.uint8)
+    image[:, 20:50, 30:70] = 255
+    sizes, shares = set(), []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        pixels, (mask,), (box,) = jitter(image, image[:1] // 255, boxes_in(image, [30, 20, 70, 50]), 64, (0.1, 2.0))
+        height, width = pixels.shape[1:]
+        assert max(height, width) <= 64 and mask.shape == (height, width)
+        differ = (pixels[0] > 127) != (mask > 0)
+        assert differ.float().mean() < 0.12  # edges only, at sizes down to 7 x 5 pixels
+        shares.append(differ.float().mean().item())
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        if len(rows):
+            tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert box.tolist() == pytest.approx([float(side) for side in tight], abs=0.51)
+        sizes.add((height, width))
     assert (64, 64) in sizes
-    assert min(width for width, _ in sizes) < 16
+    assert min(width for _, width in sizes) < 16
+    assert np.mean(shares) < 0.008  # half a pixel of shift would make it 0.02
+
+
+def test_each_pixel_has_the_mask_of_the_place_that_it_comes_from():
+    """The image tells where: its red is the column that a pixel comes from, its green the row."""
+    rows, columns = torch.meshgrid(torch.arange(90), torch.arange(120), indexing="ij")
+    image = torch.stack([columns, rows, rows]).to(torch.uint8)
+    masks = torch.stack([(rows // 15 + columns // 20) % 2, (columns > 60).long()]).to(torch.uint8)
+    seen, mirrored = 0, set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        scale = 0.5 + seed / 20
+        pixels, found, _ = jitter(image, masks, boxes_in(image), 64, (scale, scale))
+        factor = 64 * scale / 120
+        part = (min(int(64 / factor), 90), min(int(64 / factor), 120))
+        assert list(pixels.shape[1:]) == pytest.approx([min(length * factor, 64) for length in part], abs=1.1)
+        assert found.dtype == torch.uint8
+        for y in range(2, pixels.shape[1] - 2, 5):
+            for x in range(2, pixels.shape[2] - 2, 5):
+                column, row, _ = pixels[:, y, x].tolist()
+                for mask, plane in zip(masks, found, strict=True):
+                    near = mask[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+                    if (near == near[0, 0]).all():
+                        assert plane[y, x] == near[0, 0], (seed, y, x)
+                        seen += 1
+        across = pixels[0, 0, -1].float() - pixels[0, 0, 0].float()
+        assert abs(abs(across) / (pixels.shape[2] - 1) * factor - 1) < 0.1  # one scale, and no other, wherever it is cut
+        mirrored.add(bool(across < 0))
+    assert seen > 1000 and mirrored == {False, True}
+
+
+def test_a_narrow_image_keeps_a_pixel():
+    image = torch.zeros(3, 2, 900, dtype=torch.uint8)
+    pixels, masks, boxes = jitter(image, image[:0], boxes_in(image), 64, (0.1, 0.1))
+    assert (pixels.shape, masks.shape, boxes.shape) == ((3, 1, 6), (0, 1, 6), (0, 4))
 
 
 def test_the_jitter_of_a_sample_depends_on_seed_epoch_and_index_alone(folder):
     options = {"side": 32, "scale": (0.5, 2.0)}
     first, second = CocoData(folder, "train", **options), CocoData(folder, "train", **options)
     second[0, 0]
+    state = torch.random.get_rng_state()
     assert torch.equal(first[0, 1][0], second[0, 1][0])
+    assert torch.equal(torch.random.get_rng_state(), state)
     others = (first[1, 1][0], CocoData(folder, "train", **options, seed=1)[0, 1][0])
     assert not any(other.shape == first[0, 1][0].shape and torch.equal(first[0, 1][0], other) for other in others)
     image, target = first[3, 0]
@@ -150,6 +204,81 @@ def test_the_jitter_of_a_sample_depends_on_seed_epoch_and_index_alone(folder):
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     assert image.shape[1:] == target["masks"].shape[1:]
+    assert {type(value) for value in (image, *target.values())} == {torch.Tensor}
+
+
+def without_outlines(folder, root, splits=("train2017", "val2017")):
+    """The same data set, its objects boxes alone."""
+    shutil.copytree(folder, root)
+    for split in splits:
+        path = root / f"annotations/instances_{split}.json"
+        content = json.loads(path.read_text())
+        for item in content["annotations"]:
+            item.pop("segmentation")
+        path.write_text(json.dumps(content))
+    return root
+
+
+def test_objects_may_be_boxes_alone(folder, tmp_path):
+    root = without_outlines(folder, tmp_path / "boxes")
+    data, val = CocoData(root, "train"), CocoData(root, "val")
+    assert not data.with_masks and CocoData(folder, "train").with_masks
+    assert (data.image_ids, val.image_ids) == ([7, 8, 9, 30], [7, 8, 9, 30])  # of the line of two points there is a box
+    targets = [data[0, index][1] for index in range(3)]
+    assert [target["boxes"].tolist() for target in targets] == [[[10, 5, 50, 30]], [[5, 10, 30, 50]], [[10, 5, 30, 25]]]
+    assert [target["labels"].tolist() for target in targets] == [[2], [1], [1]]  # no crowd
+    assert [set(target) for target in targets] == [{"boxes", "labels", "image_id"}] * 3
+    assert val[0, 3][1]["boxes"].shape == (0, 4)
+    options = {"side": 32, "scale": (0.3, 5.0)}
+    with_masks, alone, lost = CocoData(folder, "train", **options), CocoData(root, "train", **options), 0
+    for epoch in range(40):
+        for index in range(3):
+            (image, target), (same, boxed) = with_masks[epoch, index], alone[epoch, index]
+            assert torch.equal(image, same)
+            assert {type(value) for value in boxed.values()} == {torch.Tensor}
+            assert (boxed["boxes"][:, 2:] > boxed["boxes"][:, :2]).all() and len(boxed["boxes"]) == len(boxed["labels"])
+            lost += not len(boxed["boxes"])
+            if len(target["boxes"]):  # rectangles: the box is the mask's, to half a pixel
+                torch.testing.assert_close(boxed["boxes"], target["boxes"], atol=0.51, rtol=0)
+                assert torch.equal(boxed["labels"], target["labels"])
+    assert lost > 0
+    found = truth_as_detections(val)
+    assert {name for item in found for name in item} == {"image_id", "category_id", "score", "bbox"}
+    results = evaluate(val.truth, found, val.image_ids, with_masks=False)
+    assert list(results) == ["box"] and results["box"]["AP"] == pytest.approx(100)
+
+
+def test_without_masks_the_model_is_faster_r_cnn(folder, tmp_path):
+    model, _ = detect.build_model(config_of("toy", *SMALL), 2, with_masks=False)
+    assert type(model).__name__ == "FasterRCNN" and not model.roi_heads.has_mask()
+    data = CocoData(without_outlines(folder, tmp_path / "boxes"), "val")
+    parts = detect.losses(model, [data[0, 0], data[0, 3]], device=torch.device("cpu"))
+    assert set(parts) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    sum(parts.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_run_on_boxes_alone_leaves_the_numbers_of_boxes(folder, tmp_path):
+    root = without_outlines(write_toy(tmp_path / "toy", side=32, train=6, val=4), tmp_path / "boxes")
+    arguments = ["--preset", "toy", *SMALL, "--steps", 2, "--output-dir", "run"]
+    result = run_script("detect.py", *arguments, "--data", root, folder=tmp_path)
+    assert result.code == 0, result.err
+    assert list(json.loads((tmp_path / "run/results.json").read_text())) == ["box"]
+    assert (tmp_path / "run/predictions.png").exists() and "mask" not in result.out
+    before = (tmp_path / "run/results.json").read_bytes()
+    result = run_script("detect.py", *arguments, "--data", root, "--evaluate", folder=tmp_path)
+    assert result.code == 0, result.err
+    assert (tmp_path / "run/results.json").read_bytes() == before
+    mixed = without_outlines(tmp_path / "toy", tmp_path / "mixed", ["val2017"])
+    result = run_script("detect.py", *arguments, "--data", mixed, "--output-dir", "other", folder=tmp_path)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "must both have masks, or both boxes alone" in result.err
+    truth = json.loads((mixed / "annotations/instances_val2017.json").read_text())
+    truth["categories"][0]["id"] = 77
+    (mixed / "annotations/instances_val2017.json").write_text(json.dumps(truth | {"annotations": []}))
+    result = run_script("detect.py", *arguments, "--data", mixed, "--output-dir", "other", folder=tmp_path)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "must have the same category ids, got [2, 77] in one of them alone" in result.err
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("li2021", 118.6), ("vitdet", 113.9)])
@@ -247,7 +376,7 @@ def test_an_encoder_is_taken_from_a_run_a_folder_or_a_file(tmp_path):
 
 def test_patches_that_no_stride_of_torchvision_fits_are_refused():
     config = config_of("toy", "--model-args", "img_size=56 patch_size=14 embed_dim=32 depth=4 num_heads=2", "--image-size", 56)
-    with pytest.raises(ValueError, match="patches are 14x14"):
+    with pytest.raises(ValueError, match="must be squares of 4, 8, 16 or 32 pixels, got 14x14"):
         detect.build_model(config, 3)
 
 

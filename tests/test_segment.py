@@ -1,5 +1,6 @@
 """segment.py: label maps, augmentation, the sliding test, the numbers, the recipe, and runs that are cut."""
 
+import colorsys
 import json
 import sys
 
@@ -10,15 +11,18 @@ from PIL import Image
 from running import EXAMPLES, run_processes, run_script
 from tiny_run import assert_unfit_checkpoints_are_refused
 from torch import nn
+from torchvision.tv_tensors import Image as Pixels
+from torchvision.tv_tensors import Mask
 
 sys.path.insert(0, str(EXAMPLES))
 
 import segment
 from engine.cli import parse
-from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, distort, fitting_size, scores
+from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, count_classes, distort, fitting_size, scores
 from tasks.dense import lr_factor, param_groups
+from tasks.shapes import write_toy
 
-UNTRAINED = ["--data", "x", "--model", "random:mvmae_vit_base_patch16"]
+UNTRAINED = ["--data", "x", "--model", "random:mvmae_vit_base_patch16", "--num-classes", "4"]
 TINY = "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2"
 SMALL = ["--model-args", TINY, "--image-size", 32, "--channels", 16, "--aux-channels", 8, "--toy-images", 12, "--workers", 0]
 SMALL += [
@@ -37,6 +41,9 @@ SMALL += [
     "--stride",
     21,
 ]
+
+
+PLAIN = {"reduce_zero_label": False}
 
 
 def config_of(preset, *arguments):
@@ -70,58 +77,142 @@ def test_label_0_is_left_out_and_the_others_count_from_0(folder):
 
 
 def test_wrong_label_maps_are_refused_by_name(folder):
-    with pytest.raises(ValueError, match=r"0\.png .* labels up to 2: .*--num-classes 3"):
+    with pytest.raises(ValueError, match=r"0\.png must hold labels below 2 .* got 2: leave --num-classes out"):
         LabelMaps(folder, "val", num_classes=2)[0, 0]
-    Image.new("RGB", (30, 20)).save(folder / "annotations/validation/part0/0.png")
-    with pytest.raises(ValueError, match="one 8-bit channel is expected"):
-        LabelMaps(folder, "val", num_classes=4, reduce_zero_label=False)[0, 0]
-    Image.new("L", (3, 3)).save(folder / "annotations/validation/part0/0.png")
-    with pytest.raises(ValueError, match="pixels, its image"):
+    place = folder / "annotations/validation/part0/0.png"
+    for picture in (Image.new("RGB", (30, 20)), Image.new("I;16", (30, 20), 2)):
+        picture.save(place)
+        for function in (lambda: LabelMaps(folder, "val", num_classes=4)[0, 0], lambda: count_classes(folder, **PLAIN)):
+            with pytest.raises(ValueError, match=r"0\.png must be an image of one 8-bit channel, got Pillow's mode (RGB|I;16)"):
+                function()
+    Image.new("L", (3, 3)).save(place)
+    with pytest.raises(ValueError, match=r"0\.png must have 30x20 pixels, as its image has, got 3x3"):
         LabelMaps(folder, "val", num_classes=4)[0, 0]
+    place.write_bytes(place.read_bytes()[:45])
+    with pytest.raises(ValueError, match=r"0\.png cannot be read as a label map"):
+        count_classes(folder, **PLAIN)
     (folder / "annotations/training/part1/1.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"part1/1\.png is missing"):
         LabelMaps(folder, "train", num_classes=4)
-    with pytest.raises(FileNotFoundError, match="ADE20K's layout is expected"):
+    with pytest.raises(FileNotFoundError, match="as ADE20K's layout does"):
         LabelMaps(folder / "images", "train", num_classes=4)
 
 
+def test_label_maps_tell_the_number_of_classes_and_classes_txt_before_them(folder):
+    assert count_classes(folder, reduce_zero_label=True) == 3
+    assert count_classes(folder, **PLAIN) == 4
+    rare = np.full((20, 30), 255, np.uint8)
+    Image.fromarray(rare).save(folder / "annotations/validation/part1/1.png")
+    assert count_classes(folder, **PLAIN) == 4  # 255 is no class
+    rare[7, 7] = 9
+    Image.fromarray(rare).save(folder / "annotations/validation/part1/1.png")
+    assert count_classes(folder, reduce_zero_label=True) == 9  # one pixel of one split
+    (folder / "classes.txt").write_text("sky\nroad\n")
+    assert count_classes(folder, **PLAIN) == 2
+    assert LabelMaps(folder, "val", num_classes=2).names == ["sky", "road"]
+    with pytest.raises(ValueError, match=r"must be 2, as .*classes\.txt names them, got 3: leave --num-classes out"):
+        LabelMaps(folder, "val", num_classes=3)
+    (folder / "classes.txt").unlink()
+    for path in (folder / "annotations").rglob("*.png"):
+        Image.new("L", (30, 20), 255).save(path)
+    with pytest.raises(ValueError, match="must hold labels other than 255, got none"):
+        count_classes(folder, **PLAIN)
+    with pytest.raises(FileNotFoundError, match=r"must hold images/training and annotations/training/\*\.png"):
+        count_classes(folder / "images", **PLAIN)
+
+
 def test_images_and_labels_are_augmented_alike_and_filled_up(folder, monkeypatch):
-    monkeypatch.setattr("tasks.ade20k.distort", lambda image, rng: image)
+    monkeypatch.setattr("tasks.ade20k.distort", lambda image: image)
     options = {"num_classes": 4, "reduce_zero_label": False}
     data = LabelMaps(folder, "train", augment=Augment(32, fill=(9, 9, 9)), **options)
     filled = 0
     for epoch in range(30):
         image, labels = data[epoch, 0]
         assert image.shape[1:] == labels.shape == (32, 32)
+        assert (type(image), type(labels), image.dtype, labels.dtype) == (torch.Tensor,) * 2 + (torch.uint8, torch.long)
         beyond = labels == IGNORE
         filled += beyond.any().item()
-        assert (image[0][beyond] == 9).all()
+        assert (image[:, beyond] == 9).all()
         differ = (image[0].float() / 80 - labels).abs()[~beyond] > 0.5
         assert differ.float().mean() < 0.2  # edges
     assert 0 < filled < 30
+    state = torch.random.get_rng_state()
     again = LabelMaps(folder, "train", augment=Augment(32, fill=(9, 9, 9)), **options)
     assert torch.equal(again[29, 0][0], image)
     assert not torch.equal(again[28, 0][0], image)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_each_pixel_has_the_label_of_the_place_that_it_comes_from(monkeypatch):
+    """The image tells where: its red is the column that a pixel comes from, its green the row."""
+    monkeypatch.setattr("tasks.ade20k.distort", lambda image: image)
+    rows, columns = torch.meshgrid(torch.arange(90), torch.arange(200), indexing="ij")
+    image = Pixels(torch.stack([columns, rows, torch.full_like(rows, 50)]).to(torch.uint8))
+    labels = (rows // 15 + columns // 20) % 3
+    seen, mirrored, sides = 0, set(), set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        pixels, found = Augment(48, fill=(1, 2, 3))(image, Mask(labels.to(torch.uint8)))
+        assert pixels.shape == (3, 48, 48) and found.shape == (48, 48)
+        height, width = int((pixels[2, :, 0] == 50).sum()), int((pixels[2, 0] == 50).sum())
+        assert (found[height:] == IGNORE).all() and (found[:, width:] == IGNORE).all()
+        assert (pixels[:, height:].permute(1, 2, 0) == torch.tensor([1, 2, 3])).all()
+        assert (found[:height, :width] < 3).all()
+        for y in range(0, height, 5):
+            for x in range(0, width, 5):
+                column, row = pixels[:2, y, x].tolist()
+                near = labels[
+                    max(row - 3, 0) : row + 4, max(column - 3, 0) : column + 4
+                ]  # 3: half a pixel at the smallest size
+                if (near == near[0, 0]).all():
+                    assert found[y, x] == near[0, 0], (seed, y, x)
+                    seen += 1
+        mirrored.add(bool(pixels[0, 0, 0] > pixels[0, 0, width - 1]))
+        sides.add(height)
+    assert seen > 500 and mirrored == {False, True}
+    assert min(sides) < 30 and max(sides) == 48
 
 
 def test_a_crop_full_of_one_class_is_drawn_again():
     labels = np.zeros((64, 256), np.uint8)
     labels[:, 200:] = 1
+    image, labels = Pixels(torch.zeros(3, 64, 256, dtype=torch.uint8)), Mask(torch.from_numpy(labels))
     shares = []
     for limit in (0.75, 0.0):  # 0 takes what is drawn last
         augment = Augment(32, ratio=(2.0, 2.0), max_share=limit)
-        rng = np.random.default_rng(0)
-        crops = [augment(Image.new("RGB", (256, 64)), Image.fromarray(labels), rng)[1] for _ in range(60)]
-        shares.append(np.mean([len(np.unique(np.array(crop))) > 1 for crop in crops]))
+        torch.manual_seed(0)
+        crops = [augment(image, labels)[1] for _ in range(60)]
+        shares.append(np.mean([len(crop.unique()) > 1 for crop in crops]))
     assert shares[0] > 2 * shares[1] > 0
 
 
-def test_distortion_changes_colours_alone():
-    image = Image.fromarray(np.random.default_rng(0).integers(40, 200, (8, 8, 3), dtype=np.uint8))
-    changed = [np.asarray(distort(image, np.random.default_rng(seed)), float) for seed in range(60)]
-    assert all(result.shape == (8, 8, 3) for result in changed)
-    assert len({result.tobytes() for result in changed}) > 50
-    assert min(np.abs(result - np.asarray(image, float)).mean() for result in changed) < 4  # nothing drawn: HSV's rounding
+def test_distortion_equals_a_slow_loop_over_pixels_in_hsv():
+    torch.manual_seed(0)
+    image = torch.randint(256, (3, 4, 5), dtype=torch.uint8)
+    image[:, 0, 0], image[:, 0, 1] = torch.tensor([7, 7, 7]), torch.tensor([0, 0, 0])
+    changes = set()
+    for seed in range(80):
+        torch.manual_seed(seed)
+        place, coins, order = torch.rand(4), torch.rand(4) < 0.5, torch.rand(()) < 0.5
+        ranges = ((-32, 32), (0.5, 1.5), (0.5, 1.5), (-0.1, 0.1))
+        drawn = [low + (high - low) * at for at, (low, high) in zip(place.tolist(), ranges, strict=True)]
+        neutral = (0, 1, 1, 0)
+        shift, contrast, saturation, hue = (a if coin else b for a, coin, b in zip(drawn, coins, neutral, strict=True))
+        torch.manual_seed(seed)
+        result = distort(image)
+        assert result.dtype == torch.uint8 and result.shape == image.shape
+        for y in range(4):
+            for x in range(5):
+                colour = [min(max(value + shift, 0), 255) for value in image[:, y, x].tolist()]
+                colour = [min(value * contrast, 255) if order else value for value in colour]
+                h, s, v = colorsys.rgb_to_hsv(*(value / 255 for value in colour))
+                colour = [255 * value for value in colorsys.hsv_to_rgb((h + hue) % 1, min(s * saturation, 1), v)]
+                colour = [value if order else min(value * contrast, 255) for value in colour]
+                assert result[:, y, x].tolist() == pytest.approx(colour, abs=1), (seed, y, x)
+        changes.add((*coins.tolist(), order.item()))
+        if not coins.any():
+            assert torch.equal(result, image)
+    assert len(changes) > 20 and any(not any(change[:4]) for change in changes)
 
 
 def test_an_image_is_resized_to_fit_the_recipe():
@@ -160,7 +251,7 @@ def test_intersection_over_union_equals_a_slow_loop_over_the_whole_set():
     assert len(accs) == 3
 
 
-class Pixels(nn.Module):
+class Reds(nn.Module):
     """Names a pixel by its red value, and notes the windows it sees."""
 
     def __init__(self):
@@ -173,7 +264,7 @@ class Pixels(nn.Module):
 
 
 def test_windows_cover_the_image_and_are_averaged():
-    config, model = config_of("toy", "--image-size", 8, "--stride", 5), Pixels()
+    config, model = config_of("toy", "--image-size", 8, "--stride", 5), Reds()
     image = torch.randn(3, 18, 11)
     values = segment.slide(model, image, config)
     assert model.seen == [(3 * 2, 3, 8, 8)]  # from rows 0, 5, 10 and columns 0, 3
@@ -201,12 +292,12 @@ def test_several_scales_and_mirrored_images_agree_on_what_each_sees():
     image[0, :, 24:], image[0, 16:, :12] = 3.0, 1.0
     for arguments in ([], ["--ratios", 0.5, 1, 2, "--flip-test"]):
         config = config_of("toy", "--image-size", 32, "--stride", 21, *arguments)
-        pred = segment.predict(config, Pixels(), image)
+        pred = segment.predict(config, Reds(), image)
         assert (pred == image[0].long()).float().mean() > 0.9
 
 
 def test_the_recipe_of_beit_reaches_optimizer_schedule_and_model():
-    config = config_of("beit", "--model-args", "depth=12 embed_dim=48 num_heads=3")
+    config = config_of("beit", "--model-args", "depth=12 embed_dim=48 num_heads=3", "--num-classes", 150)
     model, _ = segment.build_model(config)
     trunk = model.backbone.trunk
     optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr)
@@ -329,6 +420,24 @@ def test_segmentation_learns_drawn_shapes(tmp_path):
     assert result.code == 0, result.err
     classes = json.loads((tmp_path / "run/results.json").read_text())["classes"]
     assert classes["background"]["IoU"] > 75  # about 70 where all is called background
+
+
+def test_a_wrong_number_of_classes_ends_in_one_line_before_the_first_step(tmp_path):
+    write_toy(tmp_path / "data", side=32, train=4, val=2)
+    arguments = ["--preset", "toy", *SMALL, "--data", "data", "--output-dir", "run", "--num-classes", 3]
+    result = run_script("segment.py", *arguments, folder=tmp_path)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "the number of classes must be 4, as data/classes.txt names them, got 3" in result.err
+
+
+def test_the_number_of_classes_may_be_left_out_and_is_kept_with_the_run(tmp_path):
+    write_toy(tmp_path / "data", side=32, train=12, val=2)
+    (tmp_path / "data/classes.txt").unlink()
+    arguments = ["--preset", "toy", *SMALL, "--steps", 2, "--data", "data", "--output-dir", "run", "--no-reduce-zero-label"]
+    result = run_script("segment.py", *arguments, folder=tmp_path)
+    assert result.code == 0, result.err
+    assert list(json.loads((tmp_path / "run/results.json").read_text())["classes"]) == ["0", "1", "2", "3", "4"]
+    assert json.loads((tmp_path / "run/config.json").read_text())["num_classes"] == 5
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ Shapes: H x W pixels.
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from mvmae.data import FORMATS, colour, open_image, sample_seed
 
@@ -29,14 +33,15 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     Args:
         root: the folder; the splits are ``training`` (or ``train``) and ``validation`` (or ``val``).
         split: ``train`` or ``val``.
-        num_classes: labels from here on, other than 255, are an error.
-        augment: (image, labels, random) -> (image, labels), for training.
+        num_classes: number of classes; labels from this number on, other than 255, are an error.
+        augment: (image, labels) -> (image, labels), for training, with numbers from torch's global generator.
         reduce_zero_label: label 0 is left out, and the others count from 0 (ADE20K).
-        seed: of the augmentation; it depends on (seed, epoch, index) alone.
+        seed: seed of the augmentation, which depends on (seed, epoch, index) alone.
         background: colour behind transparent pixels.
 
     Raises:
         FileNotFoundError: if the folders are not there, or an image has no label map.
+        ValueError: if ``classes.txt`` names another number of classes.
     """
 
     def __init__(
@@ -45,66 +50,116 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         split: str,
         *,
         num_classes: int,
-        augment: Callable[[Image.Image, Image.Image, np.random.Generator], tuple[Image.Image, Image.Image]] | None = None,
+        augment: Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]] | None = None,
         reduce_zero_label: bool = True,
         seed: int = 0,
         background: str = "white",
     ) -> None:
         name = next((name for name in NAMES[split] if (root / "images" / name).is_dir()), None)
         if name is None:
-            raise FileNotFoundError(f"{root} holds no images/{NAMES[split][0]}: ADE20K's layout is expected")
+            raise FileNotFoundError(f"{root} must hold images/{NAMES[split][0]}, as ADE20K's layout does")
         self.images = sorted(path for path in (root / "images" / name).rglob("*") if path.suffix.lower() in SUFFIXES)
         self.labels = [root / "annotations" / path.relative_to(root / "images").with_suffix(".png") for path in self.images]
         missing = [path for path in self.labels if not path.exists()]
         if missing or not self.images:
-            raise FileNotFoundError(f"{missing[0]} is missing" if missing else f"{root}/images/{name} holds no images")
+            raise FileNotFoundError(
+                f"{missing[0]} is missing" if missing else f"{root}/images/{name} must hold images, got none"
+            )
         self.augment, self.reduce_zero_label, self.seed = augment, reduce_zero_label, seed
         self.num_classes, self.background = num_classes, colour(background)
-        names = root / "classes.txt"
-        self.names = names.read_text().split("\n") if names.exists() else [str(label) for label in range(num_classes)]
+        self.names = class_names(root) or [str(label) for label in range(num_classes)]
+        if len(self.names) != num_classes:
+            raise ValueError(
+                f"the number of classes must be {len(self.names)}, as {root}/classes.txt names them, got {num_classes}: "
+                "leave --num-classes out, or edit the file"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """Give the path of an image."""
+        """Return the path of an image."""
         return str(self.images[index])
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Give image (3, H, W) uint8 and labels (H, W) long."""
+        """Return an image (3, H, W) uint8 and its labels (H, W) long."""
         epoch, index = key
-        image = Image.fromarray(open_image(self.images[index]).decode(decoder="pillow", background=self.background))
-        with Image.open(self.labels[index], formats=FORMATS) as file:
-            labels = reduce_zero(file) if self.reduce_zero_label else file.copy()
-        values = np.asarray(labels)
-        largest = int(values[values != IGNORE].max(initial=0))
-        if values.dtype != np.uint8 or values.ndim != 2 or largest >= self.num_classes:
+        decoded = open_image(self.images[index]).decode(decoder="pillow", background=self.background)
+        image = F.to_image(Image.fromarray(decoded))
+        labels = tv_tensors.Mask(read_labels(self.labels[index], reduce_zero_label=self.reduce_zero_label))
+        largest = largest_label(labels)
+        if largest >= self.num_classes:
             raise ValueError(
-                f"{self.labels[index]} (mode {labels.mode}) has labels up to {largest}: one 8-bit channel is expected, and "
-                f"labels below {self.num_classes}, or --num-classes {largest + 1}"
+                f"{self.labels[index]} must hold labels below {self.num_classes} for --num-classes {self.num_classes}, "
+                f"got {largest}: leave --num-classes out to count the labels"
             )
-        if labels.size != image.size:
-            raise ValueError(f"{self.labels[index]} has {labels.size} pixels, its image {image.size}")
-        if self.augment is not None:
-            rng = np.random.default_rng(sample_seed(self.seed, epoch, index))
-            image, labels = self.augment(image, labels, rng)
-        return pil_to_tensor(image), pil_to_tensor(labels)[0].long()
+        if labels.shape != image.shape[1:]:
+            sizes = [f"{width}x{height}" for height, width in (image.shape[1:], labels.shape)]
+            raise ValueError(f"{self.labels[index]} must have {sizes[0]} pixels, as its image has, got {sizes[1]}")
+        if self.augment is None:
+            return image.as_subclass(Tensor), labels.long()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sample_seed(self.seed, epoch, index))
+            pixels, planes = self.augment(image, labels)
+        return pixels.as_subclass(Tensor), planes.long()
 
 
-def reduce_zero(labels: Image.Image) -> Image.Image:
-    """Turn label 0 into `IGNORE` and let the others count from 0."""
-    values = np.array(labels)
-    return Image.fromarray(np.where((values == 0) | (values == IGNORE), IGNORE, values - 1).astype(np.uint8))
+def class_names(root: Path) -> list[str]:
+    """Return the lines of ``classes.txt``, or nothing if there is no such file."""
+    path = root / "classes.txt"
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def count_classes(root: Path, *, reduce_zero_label: bool) -> int:
+    """Return the number of lines in ``classes.txt``; without that file, one more than the largest label of all label maps.
+
+    Raises:
+        FileNotFoundError: if there are no label maps.
+        ValueError: if a label map cannot be read, or all pixels of all label maps are left out.
+    """
+    if names := class_names(root):
+        return len(names)
+    paths = sorted((root / "annotations").rglob("*.png"))
+    if not paths:
+        raise FileNotFoundError(f"{root} must hold images/training and annotations/training/*.png, as ADE20K's layout does")
+    read = partial(read_labels, reduce_zero_label=reduce_zero_label)
+    with ThreadPoolExecutor() as pool:
+        count = 1 + max(pool.map(lambda path: largest_label(read(path)), paths))
+    if not count:
+        raise ValueError(f"{root}/annotations must hold labels other than {IGNORE}, got none: give --num-classes")
+    return count
+
+
+def read_labels(path: Path, *, reduce_zero_label: bool) -> Tensor:
+    """Load a label map, (H, W) uint8; label 0 becomes `IGNORE` and the others count from 0, if asked for."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            labels, mode = np.array(file), file.mode
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a label map: {error}") from error
+    if labels.dtype != np.uint8 or labels.ndim != 2:
+        raise ValueError(f"{path} must be an image of one 8-bit channel, got Pillow's mode {mode}: save the labels so")
+    if reduce_zero_label:
+        labels = np.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1)
+    return torch.from_numpy(labels)
+
+
+def largest_label(labels: Tensor) -> int:
+    """Return the largest label other than `IGNORE`, or -1 if there is none."""
+    return int(labels.int().where(labels != IGNORE, -1).max())
 
 
 class Augment:
     """The augmentation of BEiT's code: resize, crop, flip, distort the colours, fill up.
 
+    torchvision's `RandomResize` and `RandomCrop` do not fit: the one has no limit for the longer side, the other does not look
+    at the classes in a crop, and fills up on all four sides.
+
     Args:
-        side: of the crop, in pixels (BEiT: 512).
+        side: side of the crop in pixels (BEiT: 512).
         ratio: range of the factor on the size at which an image fits 4 sides x 1 side.
         max_share: a crop of which one class fills more is drawn again, up to ten times.
-        fill: colour of what the crop lacks.
+        fill: colour of what the crop lacks, at its right and at its bottom.
     """
 
     def __init__(
@@ -112,59 +167,55 @@ class Augment:
     ) -> None:
         self.side, self.ratio, self.max_share, self.fill = side, ratio, max_share, fill
 
-    def __call__(self, image: Image.Image, labels: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-        """Augment an image and its labels alike."""
-        size = fitting_size(image.size, self.side, rng.uniform(*self.ratio))
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        labels = labels.resize(size, Image.Resampling.NEAREST)
-        box = self._crop(labels, rng)
-        image, labels = image.crop(box), labels.crop(box)
-        if rng.random() < 0.5:
-            image, labels = (picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in (image, labels))
-        whole, whole_labels = (
-            Image.new("RGB", (self.side, self.side), self.fill),
-            Image.new("L", (self.side, self.side), IGNORE),
-        )
-        whole.paste(distort(image, rng))
-        whole_labels.paste(labels)
-        return whole, whole_labels
+    def __call__(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
+        """Return (3, side, side) and (side, side): an image and its labels, augmented alike."""
+        height, width = image.shape[1:]
+        ratio = torch.empty(()).uniform_(*self.ratio).item()
+        image, labels = v2.Resize(fitting_size((height, width), self.side, ratio))(image, labels)
+        cut = self._crop(labels)
+        image, labels = v2.RandomHorizontalFlip()(F.crop(image, *cut), F.crop(labels, *cut))
+        room = [0, 0, self.side - cut[3], self.side - cut[2]]
+        fill = {tv_tensors.Image: self.fill, tv_tensors.Mask: IGNORE}
+        image, labels = v2.Pad(room, fill)(tv_tensors.Image(distort(image)), labels)
+        return image, labels
 
-    def _crop(self, labels: Image.Image, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        width, height = min(labels.size[0], self.side), min(labels.size[1], self.side)
-        for _ in range(10):
-            left, top = int(rng.integers(labels.size[0] - width + 1)), int(rng.integers(labels.size[1] - height + 1))
-            box = (left, top, left + width, top + height)
-            counts = [count for count, label in labels.crop(box).getcolors(256) or [] if label != IGNORE]
-            if len(counts) > 1 and max(counts) < self.max_share * sum(counts):
+    def _crop(self, labels: Tensor) -> tuple[int, int, int, int]:
+        """Draw a crop: top, left, height and width."""
+        rows, columns = labels.shape
+        height, width = min(rows, self.side), min(columns, self.side)
+        for _ in range(11):
+            top, left = int(torch.randint(rows - height + 1, ())), int(torch.randint(columns - width + 1, ()))
+            counts = F.crop(labels, top, left, height, width).flatten().bincount(minlength=256)[:IGNORE]
+            if (counts > 0).sum() > 1 and counts.max() < self.max_share * counts.sum():
                 break
-        return box
+        return top, left, height, width
 
 
 def fitting_size(size: tuple[int, int], side: int, ratio: float = 1.0) -> tuple[int, int]:
-    """Give the size at which an image fits 4 sides x 1 side (BEiT: 2048 x 512), times a factor."""
+    """Return the size at which an image fits 4 sides x 1 side (BEiT: 2048 x 512), times a factor."""
     factor = min(4 * side / max(size), side / min(size)) * ratio
     return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
 
 
-def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change brightness, contrast, saturation and hue, each in one of two cases (mmsegmentation's photometric distortion)."""
-    pixels = np.asarray(image, np.float32)
-    first = rng.random() < 0.5
-    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
-    if rng.random() < 0.5:
-        pixels = pixels + rng.uniform(-32, 32)
-    pixels = (pixels.clip(0, 255) * (contrast if first else 1.0)).clip(0, 255)
-    colours = np.asarray(Image.fromarray(pixels.astype(np.uint8)).convert("HSV"), np.float32).copy()
-    if rng.random() < 0.5:
-        colours[..., 1] = (colours[..., 1] * rng.uniform(0.5, 1.5)).clip(0, 255)
-    if rng.random() < 0.5:
-        colours[..., 0] = (colours[..., 0] + 256 * rng.uniform(-0.1, 0.1)) % 256
-    pixels = np.asarray(Image.fromarray(colours.astype(np.uint8), "HSV").convert("RGB"), np.float32)
-    return Image.fromarray((pixels * (1.0 if first else contrast)).clip(0, 255).astype(np.uint8))
+def distort(image: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of (3, H, W) uint8, each in one of two cases.
+
+    The photometric distortion of mmsegmentation. torchvision's `RandomPhotometricDistort` is another: it scales the brightness,
+    mixes with grey for contrast and saturation, and swaps channels.
+    """
+    drawn = torch.rand(4) * torch.tensor([64, 1, 1, 0.2]) - torch.tensor([32, -0.5, -0.5, 0.1])
+    shift, contrast, saturation, hue = drawn.where(torch.rand(4) < 0.5, torch.tensor([0.0, 1, 1, 0])).tolist()
+    early, late = (contrast, 1.0) if torch.rand(()) < 0.5 else (1.0, contrast)
+    pixels = ((image + shift).clamp(0, 255) * early).clamp(0, 255)
+    least, most = pixels.aminmax(dim=0)
+    pixels = most - (most - pixels) * (most / (most - least).clamp(min=1e-3)).clamp(max=saturation)  # as far as colours go
+    pixels = F.adjust_hue(pixels / 255, hue) * 255
+    changed: Tensor = (pixels * late).round().clamp(0, 255).to(torch.uint8)
+    return changed
 
 
 def confusion(pred: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count the pixels of each true class (row) that were given each class (column); sum these over the whole set."""
+    """Return the number of pixels of each true class (row) that were given each class (column); add them up over a set."""
     seen = labels != IGNORE
     return torch.bincount(labels[seen] * num_classes + pred[seen], minlength=num_classes**2).view(num_classes, num_classes)
 

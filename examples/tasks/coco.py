@@ -6,6 +6,7 @@ Shapes: H x W pixels, N objects.
 import contextlib
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.ops import masks_to_boxes
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from mvmae.data import colour, open_image, sample_seed
 
@@ -39,16 +42,19 @@ METRICS = (
 class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Images and objects in COCO's format: polygons or run lengths, any category ids, crowd regions, images without objects.
 
+    Where no object of the split has an outline, ``with_masks`` is false and the objects are boxes alone.
+
     Args:
         root: folder with ``train2017``, ``val2017`` and ``annotations/instances_*.json``.
-        split: ``train`` leaves images without an object out, as detectron2 does; ``val`` gives all.
-        side: training images are jittered into a square of this side, in pixels; 0 gives whole images.
+        split: ``train`` leaves images without an object out, as detectron2 does; ``val`` holds all.
+        side: side in pixels of the square into which training images are jittered; 0 leaves images whole.
         scale: range of the jitter.
-        seed: of the jitter; it depends on (seed, epoch, index) alone.
+        seed: seed of the jitter, which depends on (seed, epoch, index) alone.
         background: colour behind transparent pixels.
 
     Raises:
         FileNotFoundError: if the annotations are not there.
+        ValueError: if no image has an object.
     """
 
     def __init__(
@@ -63,47 +69,67 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     ) -> None:
         name = next((name for name in NAMES[split] if (root / f"annotations/instances_{name}.json").exists()), None)
         if name is None:
-            raise FileNotFoundError(f"{root} holds no annotations/instances_{NAMES[split][0]}.json: COCO's layout is expected")
+            raise FileNotFoundError(f"{root} must hold annotations/instances_{NAMES[split][0]}.json, as COCO's layout does")
         self.file = root / f"annotations/instances_{name}.json"
         self.truth = read_coco(self.file)
         self.folder, self.side, self.scale, self.seed = root / name, side, scale, seed
         self.background = colour(background)
         self.category_ids = sorted(self.truth.getCatIds())
         self.names = [category["name"] for category in self.truth.loadCats(self.category_ids)]
+        self.with_masks = any(map(_outline, self.truth.anns.values()))
         self.image_ids = sorted(self.truth.getImgIds())
         if split == "train":
-            self.image_ids = [number for number in self.image_ids if any(map(_outline, self.truth.imgToAnns[number]))]
+            self.image_ids = [number for number in self.image_ids if self._objects(number)]
         if not self.image_ids:
-            raise ValueError(f"{root}/annotations/instances_{name}.json holds no images with objects")
+            raise ValueError(f"{self.file} must hold images with objects, got none")
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def name(self, index: int) -> str:
-        """Give the path of an image."""
+        """Return the path of an image."""
         return str(self.folder / self.truth.loadImgs([self.image_ids[index]])[0]["file_name"])
 
+    def _objects(self, number: int) -> list[dict[str, Any]]:
+        """Return the objects in an image that have an outline or, where none in the split has, a box with an area."""
+        if self.with_masks:
+            return [item | {"segmentation": _outline(item)} for item in self.truth.imgToAnns[number] if _outline(item)]
+        objects = (item for item in self.truth.imgToAnns[number] if not item.get("iscrowd"))
+        return [item for item in objects if min(item.get("bbox", ())[2:], default=0) > 0]
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Give image (3, H, W) in [0, 1] and, for torchvision, ``boxes``, ``labels`` (from 1), ``masks`` and ``image_id``."""
+        """Return an image (3, H, W) in [0, 1] and, for torchvision, what is known of its objects.
+
+        These are ``boxes`` (N, 4), ``labels`` (N,) from 1, ``image_id``, and ``masks`` (N, H, W) unless there are boxes alone.
+        """
         epoch, index = key
         number = self.image_ids[index]
-        image = Image.fromarray(open_image(self.name(index)).decode(decoder="pillow", background=self.background))
-        objects = [item | {"segmentation": _outline(item)} for item in self.truth.imgToAnns[number] if _outline(item)]
-        masks = [Image.fromarray(self.truth.annToMask(item)) for item in objects]
+        decoded = open_image(self.name(index)).decode(decoder="pillow", background=self.background)
+        pixels: Tensor = F.to_image(Image.fromarray(decoded))
+        objects = self._objects(number)
+        planes = [torch.from_numpy(self.truth.annToMask(item)) for item in objects if self.with_masks]
+        masks = torch.stack(planes) if planes else torch.zeros(0, *pixels.shape[1:], dtype=torch.uint8)
+        if masks.shape[1:] != pixels.shape[1:]:
+            (height, width), (rows, columns) = masks.shape[1:], pixels.shape[1:]
+            raise ValueError(f"{self.name(index)} must have {width}x{height} pixels, as {self.file} says, got {columns}x{rows}")
+        sides = torch.tensor([item["bbox"] for item in objects if not self.with_masks], dtype=torch.float32).view(-1, 4)
+        boxes: Tensor = BoundingBoxes(box_convert(sides, "xywh", "xyxy"), format="XYXY", canvas_size=pixels.shape[1:])
         if self.side:
-            rng = np.random.default_rng(sample_seed(self.seed, epoch, index))
-            image, masks = jitter(image, masks, self.side, self.scale, rng)
-        pixels = pil_to_tensor(image).float() / 255
-        planes = torch.stack([pil_to_tensor(mask)[0] for mask in masks]) if masks else torch.zeros(0, *pixels.shape[1:])
-        seen = planes.bool().flatten(1).any(1)
-        boxes = masks_to_boxes(planes[seen]) + torch.tensor([0, 0, 1, 1]) if seen.any() else torch.zeros(0, 4)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(sample_seed(self.seed, epoch, index))
+                pixels, masks, boxes = jitter(pixels, masks, boxes, self.side, self.scale)
+        seen = masks.bool().flatten(1).any(1) if self.with_masks else (boxes[:, 2:] > boxes[:, :2]).all(1)
         labels = torch.tensor([self.category_ids.index(item["category_id"]) + 1 for item in objects], dtype=torch.long)
-        target = {"boxes": boxes, "labels": labels[seen], "masks": planes[seen].to(torch.uint8)}
-        return pixels, {**target, "image_id": torch.tensor(number)}
+        target = {"labels": labels[seen], "image_id": torch.tensor(number)}
+        if self.with_masks:  # boxes around what is seen
+            target |= {"masks": masks[seen], "boxes": masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])}
+        else:
+            target["boxes"] = boxes[seen]
+        return pixels.float() / 255, target
 
 
 def read_coco(path: Path) -> Any:
-    """Open annotations with pycocotools, without its prints."""
+    """Load annotations with pycocotools, without its prints."""
     try:
         from pycocotools.coco import COCO
     except ModuleNotFoundError as error:
@@ -113,62 +139,63 @@ def read_coco(path: Path) -> Any:
 
 
 def _outline(annotation: dict[str, Any]) -> Any:
-    """Give an object's outline for pycocotools: None for a crowd, and no polygons of fewer than three corners."""
+    """Return an object's outline for pycocotools: None for a crowd, and no polygons of fewer than three corners."""
     outline = annotation.get("segmentation")
     if annotation.get("iscrowd") or not outline:
         return None
     return outline if isinstance(outline, dict) else [polygon for polygon in outline if len(polygon) >= 6] or None
 
 
-def jitter(
-    image: Image.Image, masks: list[Image.Image], side: int, scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[Image.Image, list[Image.Image]]:
+def jitter(image: Tensor, masks: Tensor, boxes: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
     """Scale an image to fit a square, times a random factor, cut out at most that square, and flip it in one of two cases.
 
-    Large-scale jitter (Ghiasi et al. 2021). The caller fills up what is smaller than the square.
+    Large-scale jitter (Ghiasi et al. 2021). The caller fills up what is smaller than the square. torchvision's `ScaleJitter`
+    and `RandomCrop` do not fit: they enlarge the whole image before they cut it, shrink a narrow one to 0 pixels, and fill up
+    on all four sides. Masks are resized as images are: as a `Mask`, they would be half a pixel off.
+
+    Args:
+        image: (3, H, W) uint8.
+        masks: (N, H, W) uint8.
+        boxes: (N, 4), as torchvision's `BoundingBoxes`.
+        side: side of the square in pixels.
+        scale: range of the factor.
     """
-    factor = side * rng.uniform(*scale) / max(image.size)
-    whole = [max(round(length * factor), 1) for length in image.size]
-    size = (min(whole[0], side), min(whole[1], side))
-    start = [rng.uniform(0, length - part) for length, part in zip(whole, size, strict=True)]
-    ends = [(a + part) * length / total for a, part, length, total in zip(start, size, image.size, whole, strict=True)]
-    starts = [a * length / total for a, length, total in zip(start, image.size, whole, strict=True)]
-    box = (starts[0], starts[1], min(ends[0], image.size[0]), min(ends[1], image.size[1]))
-    image = image.resize((size[0], size[1]), Image.Resampling.BILINEAR, box)
-    masks = [mask.resize((size[0], size[1]), Image.Resampling.NEAREST, box) for mask in masks]
-    if rng.random() < 0.5:
-        image, *masks = (picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in (image, *masks))
-    return image, masks
+    factor = side * torch.empty(()).uniform_(*scale).item() / max(image.shape[1:])
+    part = [min(max(int(side / factor), 1), length) for length in image.shape[1:]]  # what is cut out, in pixels of the image
+    size = [min(max(round(length * factor), 1), side) for length in part]
+    top, left = (int(torch.randint(whole - length + 1, ())) for whole, length in zip(image.shape[1:], part, strict=True))
+    cut = partial(F.resized_crop, top=top, left=left, height=part[0], width=part[1], size=size)
+    masks = Mask(cut(masks, interpolation=v2.InterpolationMode.NEAREST_EXACT))
+    jittered: tuple[Tensor, Tensor, Tensor] = v2.RandomHorizontalFlip()(cut(image), masks, cut(boxes))
+    return jittered
 
 
 def to_coco(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Write an image's ``boxes``, ``labels``, ``scores`` and ``masks`` (N, 1, H, W) in [0, 1] as results in COCO's format."""
+    """Write an image's ``boxes``, ``labels``, ``scores``, and ``masks`` (N, 1, H, W) in [0, 1] if any, as COCO's results."""
     from pycocotools import mask as run_lengths
 
-    results = []
-    columns = (found[name].tolist() for name in ("boxes", "labels", "scores"))
-    masks = (found["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
-    for (left, top, right, bottom), label, score, mask in zip(*columns, masks, strict=True):
-        code = run_lengths.encode(np.asfortranarray(mask))
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": category_ids[label - 1],
-                "score": score,
-                "bbox": [left, top, right - left, bottom - top],
-                "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
-            }
-        )
+    boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "score": score, "bbox": box}
+        for box, label, score in zip(boxes, found["labels"].tolist(), found["scores"].tolist(), strict=True)
+    ]
+    if "masks" in found:
+        masks = (found["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
+        for result, mask in zip(results, masks, strict=True):
+            code = run_lengths.encode(np.asfortranarray(mask))
+            result["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
     return results
 
 
-def evaluate(truth: Any, detections: Sequence[dict[str, Any]], image_ids: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Compute COCO's 12 numbers for boxes and for masks, in percent; 0 where nothing is detected, -1 where nothing is to be."""
+def evaluate(
+    truth: Any, detections: Sequence[dict[str, Any]], image_ids: Sequence[int], *, with_masks: bool = True
+) -> dict[str, dict[str, float]]:
+    """Compute COCO's 12 numbers for boxes and for masks, in percent: 0 without detections, -1 without objects to detect."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     numbers = {}
-    for kind, field in (("bbox", "bbox"), ("segm", "segmentation")):
+    for kind, field in (("bbox", "bbox"), ("segm", "segmentation"))[: 1 + with_masks]:
         fields = ("image_id", "category_id", "score", field)  # areas are of boxes or of masks, so the other has to go
         kept = [{name: detection[name] for name in fields} for detection in detections]
         with contextlib.redirect_stdout(io.StringIO()):

@@ -100,11 +100,11 @@ class DenseConfig(RunConfig):
 def build_trunk(
     config: DenseConfig, taps: Callable[[int], Sequence[int]] | None = None, **options: Any
 ) -> tuple[WindowedViT, Any]:
-    """Create the encoder and run it in windows; give the plain one too, for its mean and standard deviation.
+    """Return the encoder with attention in windows, and the plain one, for its mean and standard deviation.
 
     Args:
         config: settings.
-        taps: gives the blocks whose output is used, from the number of blocks.
+        taps: function from the number of blocks to the blocks whose output is used.
         **options: for `WindowedViT`.
     """
     torch.manual_seed(config.seed)
@@ -142,7 +142,7 @@ def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> l
 
 
 def lr_factor(step: int, config: DenseConfig) -> float:
-    """Give the learning rate after ``step`` steps as a part of ``config.lr``: a pure function of the step.
+    """Return the learning rate after ``step`` steps as a part of ``config.lr``: a pure function of the step.
 
     Linear warm-up from ``warmup_start``, times a cosine or a line to 0 at the last step, or tenths after 8/9 and 26/27 of the
     steps (ViTDet: 163 889 and 177 546 of 184 375).
@@ -227,7 +227,7 @@ def fit(
 
 
 def data_folder(config: DenseConfig, processes: Processes) -> Path:
-    """Give the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
+    """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
     if config.data != "toy":
         return Path(config.data)
     root = Path(config.output_dir) / "toy"
@@ -238,7 +238,7 @@ def data_folder(config: DenseConfig, processes: Processes) -> Path:
 
 
 def fingerprint(root: Path, *files: Iterable[str | Path]) -> str:
-    """Tell the data of a run from others by its files, wherever it lies."""
+    """Return what tells the data of a run from others: its files, wherever the folder lies."""
     names = ([os.fsencode(os.path.relpath(file, root)) for file in part] for part in files)
     return "+".join(FileSource(root, part).fingerprint for part in names)
 
