@@ -342,5 +342,5 @@ def test_jitter_of_grey_views_changes_brightness_alone_and_refuses_colour():
     with pytest.raises(ValueError, match="must have 3 channels, got 1: leave them 0"):
         ColorJitter(0.4, 0.4, 0.4)(view)
     for wrong in ((-0.1, 0), (0, 0, 0, 0.6)):
-        with pytest.raises(ValueError, match="jitter must be at least 0, hue at most 0.5"):
+        with pytest.raises(ValueError, match="jitter must be at least 0, its hue at most 0.5"):
             ColorJitter(*wrong)

@@ -43,7 +43,7 @@ class ColorJitter:
     ) -> None:
         if min(brightness, contrast, saturation, hue, grayscale) < 0 or hue > 0.5 or grayscale > 1:
             given = f"{brightness:g} {contrast:g} {saturation:g} {hue:g} and {grayscale:g}"
-            raise ValueError(f"jitter must be at least 0, hue at most 0.5 and grayscale at most 1, got {given}")
+            raise ValueError(f"jitter must be at least 0, its hue at most 0.5, and grayscale at most 1, got {given}")
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
         self.grayscale = grayscale
 
