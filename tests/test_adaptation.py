@@ -400,3 +400,22 @@ def test_a_value_range_keeps_the_depth_of_twelve_bits(tmp_path):
         assert CentreCropTransform(64, crop=1.0, in_chans=1)(image).max() <= 17
     cut = CentreCropTransform(64, crop=1.0, in_chans=1, value_range=(1000, 2000))(values)
     assert (cut.min(), cut.max()) == (0, 255)
+
+
+def test_jitter_of_the_command_line_changes_the_views_and_refuses_what_has_no_colour(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from engine.ends import Stop
+    from tasks.inputs import jittered
+
+    red = np.broadcast_to(np.array([200, 20, 20], dtype=np.uint8), (40, 50, 3))
+    plain = MultiViewTransform(16)
+    assert jittered(plain, (), 0) is plain and jittered(plain, (0, 0, 0, 0), 0) is plain
+    grey = jittered(plain, (), 1)(red, generator=torch.Generator().manual_seed(0))
+    assert grey.shape == (2, 3, 16, 16) and (grey == 74).all()  # 0.299 x 200 + 0.701 x 20 = 73.8
+    first, second = jittered(plain, (0.5, 0), 0)(red, generator=torch.Generator().manual_seed(0))
+    assert len(first.unique()) == 2 and not torch.equal(first, second)
+    assert abs(int(first[0, 0, 0]) - 10 * int(first[1, 0, 0])) <= 5 or int(first[0, 0, 0]) == 255
+    for strength, grayscale in (((0.4, 0.4, 0.4, 0.1), 0), ((), 0.2)):
+        with pytest.raises(Stop, match="must have --in-chans 3, got 1"):
+            jittered(MultiViewTransform(16, in_chans=1), strength, grayscale)
+    assert jittered(MultiViewTransform(16, in_chans=1), (0.4, 0.4), 0).shape == (2, 1, 16, 16)

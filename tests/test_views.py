@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from mvmae.data import ImageError
+from mvmae.data import AugmentedViews, ColorJitter, ImageError
 from mvmae.data.views import Box, CentreCropTransform, MultiViewTransform, choose_reduction, draw_box, snap_box
 
 torch.set_num_threads(1)
@@ -286,3 +286,61 @@ def test_a_bad_image_is_an_image_error(tmp_path):
     (tmp_path / "x.jpg").write_text("<html>")
     with pytest.raises(ImageError, match=r"x\.jpg"):
         MultiViewTransform(32)(tmp_path / "x.jpg")
+
+
+def slow_jitter(view, brightness, contrast, saturation, turn):
+    """Pixel by pixel: brightness, contrast about the mean grey, then the chroma in YIQ, scaled and turned."""
+    pixels = view.double().numpy() * brightness
+    grey = np.tensordot([0.299, 0.587, 0.114], pixels, 1).mean()
+    pixels = grey + contrast * (pixels - grey)
+    result = np.empty_like(pixels)
+    for row in range(pixels.shape[1]):
+        for column in range(pixels.shape[2]):
+            y, i, q = YIQ @ pixels[:, row, column]
+            chroma = saturation * complex(i, q) * np.exp(2j * np.pi * turn)
+            result[:, row, column] = np.linalg.inv(YIQ) @ [y, chroma.real, chroma.imag]
+    return torch.from_numpy(result.clip(0, 255))
+
+
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [(1, 1, 1, 0), (1.3, 1, 1, 0), (1, 0.4, 1, 0), (1, 1, 0.2, 0), (1, 1, 1, 0.2), (0.7, 1.5, 1.6, -0.4)],
+)
+def test_jitter_is_the_slow_change_of_every_pixel(change):
+    view = torch.from_numpy(np.array(photograph(9, 7))).permute(2, 0, 1)
+    jittered = ColorJitter(0.4, 0.4, 0.4, 0.1).apply(view, *change)
+    assert (jittered.double() - slow_jitter(view, *change)).abs().max() < 0.51  # of rounding
+    assert (jittered == view).all() == (change == (1, 1, 1, 0))
+
+
+def test_jitter_without_hue_is_torchvisions_where_nothing_is_clamped():
+    view = torch.randint(90, 160, (3, 16, 16), dtype=torch.uint8)
+    theirs = TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(view.float() / 255, 1.2), 1.3), 0.6) * 255
+    assert (ColorJitter(1, 1, 1).apply(view, 1.2, 1.3, 0.6, 0).float() - theirs).abs().max() < 0.6
+
+
+def test_jitter_has_its_ranges_and_repeats():
+    view = torch.full((3, 2, 2), 100, dtype=torch.uint8)
+    means = [ColorJitter(0.4, 0)(view).float().mean().item() for _ in range(400)]
+    assert 60 <= min(means) < 66 and 134 < max(means) <= 140 and 95 < sum(means) / len(means) < 105
+    red = torch.tensor([200, 20, 20], dtype=torch.uint8)[:, None, None].expand(3, 2, 2)
+    grey = [bool(len(ColorJitter(0, 0, grayscale=0.25)(red)[:, 0, 0].unique()) == 1) for _ in range(400)]
+    assert 60 < sum(grey) < 140
+    views = AugmentedViews(MultiViewTransform(16), ColorJitter(0.4, 0.4, 0.4, 0.1, grayscale=0.2))
+    photo = photograph(40, 30)
+    assert torch.equal(views(photo, generator=seeded(1)), views(photo, generator=seeded(1)))
+    assert not torch.equal(*views(torch.full((3, 20, 20), 100, dtype=torch.uint8), generator=seeded(1)))
+
+
+def test_jitter_of_grey_views_changes_brightness_alone_and_refuses_colour():
+    view = torch.arange(64, 128, dtype=torch.uint8).view(1, 8, 8)
+    expected = 1.5 * (view.double() - view.double().mean()) + view.double().mean()
+    assert (ColorJitter(0, 1).apply(view, 1, 1.5, 1, 0).double() - expected).abs().max() < 0.51
+    with pytest.raises(ValueError, match="must have 3 channels, got 1: leave them 0"):
+        ColorJitter(0.4, 0.4, 0.4)(view)
+    for wrong in ((-0.1, 0), (0, 0, 0, 0.6)):
+        with pytest.raises(ValueError, match="jitter must be at least 0, its hue at most 0.5"):
+            ColorJitter(*wrong)

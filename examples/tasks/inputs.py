@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mvmae
 from engine.ends import Stop
-from mvmae.data import AugmentedViews, ImageSource, NamedImages, RepeatedSource, measure_channels
+from mvmae.data import AugmentedViews, ColorJitter, ImageSource, NamedImages, RepeatedSource, measure_channels
 
 
 def repeated(source: ImageSource, crops_per_image: int) -> ImageSource:
@@ -61,7 +61,25 @@ def channel_statistics(
     return mean, std
 
 
-def augmented(transform: mvmae.MultiViewTransform, name: str) -> Callable[..., Tensor]:
+def jittered(transform: mvmae.MultiViewTransform, strength: Sequence[float], grayscale: float) -> Callable[..., Tensor]:
+    """Return a transform whose views have random brightness, contrast and colour.
+
+    Args:
+        transform: takes the views.
+        strength: of brightness and contrast, and where given of saturation and hue (`ColorJitter`); none if empty.
+        grayscale: probability of a view without colour.
+
+    Raises:
+        Stop: if colour is to change in images of other than 3 channels.
+    """
+    if not any(strength) and not grayscale:
+        return transform
+    if transform.in_chans != 3 and (any(strength[2:]) or grayscale):
+        raise Stop(f"--jitter of saturation and hue, and --grayscale, must have --in-chans 3, got {transform.in_chans}")
+    return AugmentedViews(transform, ColorJitter(*strength or (0, 0), grayscale=grayscale))
+
+
+def augmented(transform: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     """Return a transform whose views a function of the user changes.
 
     Args:

@@ -74,6 +74,15 @@ class Config(RunConfig):
     crop_scale: tuple[float, float] = option(
         (0.2, 1.0), "share of the image's area that a crop covers (MAE)", above=0, at_most=1, lengths=(2,)
     )
+    jitter: tuple[float, ...] = option(
+        (),
+        "strength of the colour jitter of each view: brightness, contrast, saturation and hue, such as 0.4 0.4 0.4 0.1, or "
+        "brightness and contrast alone",
+        empty="none",
+        at_least=0,
+        lengths=(2, 4),
+    )
+    grayscale: float = option(0.0, "probability that a view becomes grey", at_least=0, at_most=1)
     mask_ratio: float = option(
         0.8, "share of the patches that is masked (paper, Table 5)", at_least=0, below=1, section="Masking and losses"
     )

@@ -15,7 +15,7 @@ from engine.distributed import Processes
 from engine.ends import Stop
 from engine.run import MASKS
 from mvmae.data import ImageSource, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
-from tasks.inputs import augmented, channel_statistics, repeated
+from tasks.inputs import augmented, channel_statistics, jittered, repeated
 from tasks.labelled import Splits, clamp_batch, open_splits
 from tasks.method import Config
 from tasks.starting import with_background
@@ -79,7 +79,8 @@ def view_loader(config: Config, encoder: Any, source: ImageSource, sampler: Step
         decoder=config.loader,
         **pixel_options(config),
     )
-    dataset = MultiViewDataset(source, augmented(transform, config.transform), seed=config.seed, max_bad=config.max_bad)
+    views = augmented(jittered(transform, config.jitter, config.grayscale), config.transform)
+    dataset = MultiViewDataset(source, views, seed=config.seed, max_bad=config.max_bad)
     bad_file, pinned = Path(config.output_dir) / "bad_files.txt", processes.device.type == "cuda"
     return make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, bad_file=bad_file)
 

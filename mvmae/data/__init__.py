@@ -5,6 +5,7 @@ A source (`open_images`) names images, a transform (`MultiViewTransform`) decode
 """
 
 from .augment import AugmentedViews as AugmentedViews
+from .augment import ColorJitter as ColorJitter
 from .decode import FORMATS as FORMATS
 from .decode import ImageError as ImageError
 from .decode import ImageLike as ImageLike
