@@ -1,7 +1,7 @@
 r"""Name the class of every pixel: UPerNet on ADE20K (Table 4 of the paper).
 
   python examples/segment.py --preset toy
-      takes a minute on two CPU cores, on drawn shapes; the mIoU is above 70
+      takes a minute on two CPU cores, on drawn shapes; the mIoU is above 60
   torchrun --nproc-per-node 8 examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper --output-dir runs/ade
       160 000 steps with BEiT's recipe: about a day on 8 GPUs (not measured); the paper reports 50.2 mIoU; mmsegmentation
       reaches 48.1 with MAE's weights
