@@ -2,8 +2,10 @@
 
   python examples/adapt.py --encoder vit_small_patch16_dinov3 --data path/to/images --output-dir runs/adapted
       downloads the weights; prints how far the features have moved, and the k-NN accuracy if the images have labels
-  python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 20 --freeze-epochs 2 --workers 2
-      takes minutes on two CPU cores, and starts from the encoder of pretrain.py --preset quick
+  python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 --freeze-epochs 1 --warmup-epochs 1 \
+    --batch-size 64 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4 --workers 2
+      takes two minutes of one CPU core, from the encoder of pretrain.py --preset quick; in a run this short the features
+      hardly move: k-NN accuracy stays at 87 %
 
 The method is that of pretrain.py, trained more gently: the encoder is frozen while the new decoder learns to use it, and then
 its lower layers have smaller learning rates. Add --resume to continue an interrupted run. examples/README.md tells how to
@@ -128,7 +130,7 @@ def main(config: Config) -> None:
             schedule.step_update(step - 1)
             freeze.scale_rates(optimizer, step)
             views = normalize(batch.views.to(device, non_blocking=True), mean, std)  # (B, V, C, H, W)
-            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # if the encoder has any
+            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
                 losses = backward(trained, views, draw_masks(config, encoder, step, processes), config.accumulate)
             if run.finite(step, losses._asdict(), partial(names, images.train, batch.indices)):

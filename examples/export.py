@@ -52,7 +52,7 @@ class Config:
 def build_model(state: Mapping[str, Any]) -> nn.Module:
     """Build the model of a checkpoint, untrained, from its description."""
     if not isinstance(state.get("description"), dict):
-        raise Stop("the checkpoint must say which model it holds: name a run of pretrain.py or finetune.py")
+        raise Stop("the checkpoint must say which model it holds: name a run of pretrain.py, adapt.py or finetune.py")
     return hub.build(state["description"])
 
 

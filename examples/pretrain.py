@@ -95,7 +95,7 @@ def main(config: Config) -> None:
         for step, batch in run.batches(loader):
             schedule.step_update(step - 1)
             views = normalize(batch.views.to(device, non_blocking=True), mean, std)  # (B, V, C, H, W)
-            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # if the encoder has any
+            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
                 losses = backward(trained, views, draw_masks(config, encoder, step, processes), config.accumulate)
             if run.finite(step, losses._asdict(), partial(names, images.train, batch.indices)):

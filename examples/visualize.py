@@ -2,7 +2,7 @@
 
   python examples/visualize.py --data sample --models runs/quick random:runs/quick
       attention; PCA of patch features; nearest neighbours; shares of the features' variance that brightness, contrast, lit area
-      and class explain, where shortcuts of a contrastive loss show; reconstructions, for runs of pretrain.py
+      and class explain, where shortcuts of a contrastive loss show; reconstructions, for runs of pretrain.py and adapt.py
   python examples/visualize.py --data path/to/images --models vit_small_patch14_dinov2.lvd142m --image-size 224 448
       any plain ViT of timm, at any size
   python examples/visualize.py --data sample --models runs/depth4 runs/depth8 --draw reconstructions
@@ -273,7 +273,7 @@ def main(config: Config) -> None:
     rebuilding = [kind for kind in ("reconstructions", "method") if kind in config.draw]
     runs = [(model, pretrained(model.name).to(device)) for model in models if is_run(model.name)] if rebuilding else []
     if rebuilding and not runs:
-        print(f"no {' and no '.join(rebuilding)}: none of the models is a run of pretrain.py, with its decoder")
+        print(f"no {' and no '.join(rebuilding)}: none of the models is a run of pretrain.py or adapt.py, with its decoder")
         return
     if "reconstructions" in rebuilding:
         write(folder, "reconstructions", draw_reconstructions(runs, images, config.seed))
@@ -282,7 +282,7 @@ def main(config: Config) -> None:
 
 
 def is_run(name: str) -> bool:
-    """Return whether a name is the folder of a run of pretrain.py, whose model has a decoder."""
+    """Return whether a name is the folder of a run of pretrain.py or adapt.py, whose model has a decoder."""
     return (Path(name) / "encoder" / "pretraining").is_dir()
 
 

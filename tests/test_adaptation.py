@@ -65,13 +65,13 @@ def whole(tmp_path_factory, start):
 
 def test_the_defaults_train_an_existing_encoder_gently_and_pretraining_has_no_such_options():
     given = ["--data", "x", "--encoder", "y"]
-    chosen = dataclasses.asdict(parse(adapt_script.Config, adapt_script.PRESETS, None, given))
+    chosen = dataclasses.asdict(parse(adapt_script.Config, {}, None, given))
     plain = dataclasses.asdict(parse(pretrain.Config, pretrain.PRESETS, None, given))
     own = {"pretrained": True, "freeze_epochs": 5, "layer_decay": 0.75}
     changed = {"output_dir": "runs/adapt", "projector": 128, "epochs": 100, "warmup_epochs": 5, "base_lr": 1e-4, "monitor": 10}
     assert chosen == plain | own | changed and not own.keys() & plain.keys()
     with pytest.raises(ValueError, match="--encoder must be given"):
-        parse(adapt_script.Config, adapt_script.PRESETS, None, given[:2])
+        parse(adapt_script.Config, {}, None, given[:2])
 
 
 def encoder_moved(folder, start):

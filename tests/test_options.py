@@ -253,7 +253,7 @@ def test_a_mistyped_path_is_told_with_near_ones(tmp_path, monkeypatch):
 
 def test_a_function_that_is_not_there_is_told_before_the_first_look(images, tmp_path):
     result = pretrain(tmp_path, images, "--transform", "nowhere:function", "--monitor-images", 16)
-    assert result.code == 2 and "--transform nowhere:function" in result.err
+    assert result.code == 2 and "--transform must be module:function" in result.err and "nowhere:function" in result.err
     assert "effective_rank" not in result.out and not (tmp_path / "run").exists()
 
 

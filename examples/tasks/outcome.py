@@ -86,10 +86,8 @@ def finish(
     options = {"background": config.background, "started_from": start, "license": start.get("license", "")}
     export(model, folder / "encoder", mean=mean, std=std, **options)  # type: ignore[arg-type]
     draw_curves(folder / "curves.png", log.records(), CURVES)
-    images = varied(monitor.looked_at if monitor.limit else monitor.train, monitor.transform).to(
-        next(model.parameters()).device
-    )
-    views = normalize(images, mean, std)[:, None]  # (B, 1, C, H, W)
+    images = varied(monitor.looked_at if monitor.limit else monitor.train, monitor.transform)
+    views = normalize(images.to(monitor.processes.device), mean, std)[:, None]  # (B, 1, C, H, W)
     generator = torch.Generator().manual_seed(config.seed)
     picture = reconstruction_picture(model, views, mean=mean, std=std, generator=generator)
     picture.save(folder / "reconstructions.png")
