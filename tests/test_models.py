@@ -82,7 +82,7 @@ def test_another_image_size_resizes_positions_and_a_model_without_them_takes_any
     [
         ("vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
         ("random:convnxt_atto", "did you mean convnext_atto"),
-        ("vit_base_patch16_224.no_such_tag", "random:vit_base_patch16_224.no_such_tag is a model without weights"),
+        ("vit_base_patch16_224.no_such_tag", "random:vit_base_patch16_224.no_such_tag is the model without weights"),
         ("vit_small_patch16_224", "cannot be loaded"),  # tests are offline
         ("hf-hub:nobody/nothing", "hf-hub:nobody/nothing cannot be loaded"),
         ("local-dir:nowhere", "there is no file or folder nowhere"),
