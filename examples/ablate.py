@@ -1,19 +1,21 @@
 r"""Measure what each part of the method is worth: Tables 5 and 6 of the paper, and the choices that the paper leaves open.
 
   python examples/ablate.py --preset fashion --data path/to/fashion-mnist
-      Table 6 on Fashion-MNIST with three seeds: pretraining, fine-tuning, probing; 0.9 hours of runs (see RESULTS.md)
-  python examples/ablate.py --preset paper --data path/to/imagenet --tables table6 mask_ratio loss_weight decoder_depth
-      the paper's ablations: 200 epochs of pretraining, 100 of fine-tuning for each of 16 variants; months of one GPU (not
-      measured)
-  torchrun --nproc-per-node 2 examples/ablate.py --preset fashion --data path/to/fashion-mnist --tables negatives
+      Table 6 on Fashion-MNIST with three seeds: pretraining, fine-tuning, probing; about 55 minutes on two CPU cores
+  python examples/ablate.py --preset paper --data path/to/imagenet \
+    --tables table6 mask_ratio loss_weight decoder_depth
+      the paper's: 200 epochs of pretraining, 100 of fine-tuning for each of 16 variants; months on one GPU (not measured)
+  torchrun --nproc-per-node 2 examples/ablate.py --preset fashion --data path/to/fashion-mnist \
+    --tables negatives
       negatives from the whole batch against negatives from each process's own images
-  python examples/ablate.py --preset fashion --data path/to/fashion-mnist --tables contrast --output-dir runs/ablate-longer \
-      --pretrain "--preset quick --epochs 2 --warmup-epochs 0.2 --workers 1 --monitor-images 0"
+  python examples/ablate.py --preset fashion --data path/to/fashion-mnist --tables contrast \
+    --output-dir runs/ablate-longer \
+    --pretrain "--preset quick --epochs 2 --warmup-epochs 0.2 --workers 1 --monitor-images 0"
       the worth of the contrastive loss when all variants train four times as long
 
-Every run calls pretrain.py, finetune.py and linear_probe.py, and has a folder of its own. Repeat the command to continue after
-an interruption, or with other seeds; commands for different seeds may run side by side. Results of other options in the same
-folder are refused: choose another --output-dir. By default all variants cost the same FLOPs: a variant that costs half as much
+Each variant is trained with pretrain.py and measured with finetune.py and linear_probe.py. Repeat the command to continue after
+an interruption, or with other seeds; commands for different seeds may run side by side. A folder that holds results of other
+options is refused: choose another --output-dir. By default all variants cost the same FLOPs: a variant that costs half as much
 per image sees twice as many images. The output folder then holds ablation.json, with every run, ablation.md and ablation.png.
 """
 
@@ -95,11 +97,12 @@ class Config:
     output_dir: str = option("runs/ablate", "folder for the results, with one folder for each run", path=True, section="Run")
     tables: tuple[str, ...] = option(
         ("table6",),
-        "comparisons to make: the paper's Tables 5 and 6, choices it leaves open, negatives per process, no contrastive loss",
+        "comparisons; table6: Table 6; mask_ratio, loss_weight, decoder_depth: Table 5; choices: what the paper leaves open; "
+        "negatives: of all processes or of each alone; contrast: with and without the contrastive loss",
         TABLES,
         section="Measurements",
     )
-    seeds: tuple[int, ...] = option((0, 1, 2), "seeds, with each of which every variant is run once", at_least=0)
+    seeds: tuple[int, ...] = option((0, 1, 2), "random seeds; every variant runs once per seed", at_least=0)
     budget: str = option(
         "flops", "quantity that is equal for all variants; flops: FLOPs of training, images: images seen", ["flops", "images"]
     )
@@ -126,19 +129,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(config: Config, arm: Arm, *more: str) -> pretrain.Config:
+def settings(config: Config, arm: Arm) -> pretrain.Config:
     """Return the options of an arm's pretraining."""
-    arguments = ["--data", config.data, *shlex.split(config.pretrain), *shlex.split(arm.options), *more]
-    return parse(pretrain.Config, pretrain.PRESETS, None, arguments)
+    typed = shlex.split(f"{config.pretrain} {arm.options}")
+    return parse(pretrain.Config, pretrain.PRESETS, None, ["--data", config.data, *typed])
 
 
 def check_lines(config: Config) -> None:
     """Read the options of the three scripts, so that a mistake in them ends the call before hours of runs."""
     lines = {"pretrain": (pretrain, ""), "finetune": (finetune, "--model x"), "probe": (linear_probe, "--models x")}
-    for name, (script, needed) in lines.items():
+    for name, (script, also) in lines.items():
         try:
-            typed = shlex.split(f"{needed} {getattr(config, name)}")
-            parse(script.Config, script.PRESETS, None, ["--data", config.data, *typed])
+            parse(script.Config, script.PRESETS, None, ["--data", config.data, *shlex.split(f"{also} {getattr(config, name)}")])
         except ValueError as error:
             raise Stop(f"--{name}: {error}") from error
 
@@ -256,13 +258,12 @@ def done_runs(config: Config, arm: Arm) -> list[dict[str, Any]]:
 def tables(config: Config) -> dict[str, Any]:
     """Collect the runs that are done, by table and arm."""
     ours = done_runs(config, OURS)
-    found: dict[str, Any] = {}
-    for table in config.tables:
-        found[table] = []
+    found: dict[str, Any] = {table: [] for table in config.tables}
+    for table, rows in found.items():
         for arm in TABLES[table]:
             runs = done_runs(config, arm)
             row = {"arm": arm.name, "options": arm.options, "paper": arm.paper, "runs": runs}
-            found[table].append(row | {measure: summarise(runs, ours, measure) for measure in MEASURES})
+            rows.append(row | {measure: summarise(runs, ours, measure) for measure in MEASURES})
     return found
 
 
@@ -279,12 +280,11 @@ def main(config: Config) -> None:
     arms = [arm for table in config.tables for arm in TABLES[table]]
     done_runs(config, OURS)  # refuses, as plan does, what other options have given, before anything is run
     wanted = {planned.folder: planned for planned in (plan(config, arm, seed) for arm in arms for seed in config.seeds)}
-    for number, planned in enumerate(wanted.values(), 1):
+    for number, one in enumerate(wanted.values(), 1):
         if not config.collect:
             if processes.rank == 0:
-                about = f"{planned.arm.name}, seed {planned.seed}, in {planned.folder}"
-                print(f"run {number} of {len(wanted)}: {about}", flush=True)
-            run_arm(planned, processes)
+                print(f"run {number} of {len(wanted)}: {one.arm.name}, seed {one.seed}, in {one.folder}", flush=True)
+            run_arm(one, processes)
     if processes.rank == 0:
         found = tables(config)
         if not any(row["runs"] for rows in found.values() for row in rows):

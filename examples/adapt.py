@@ -1,9 +1,11 @@
-"""Continue the training of an existing encoder, on unlabelled images of your own.
+r"""Continue training an existing encoder, on unlabelled images of your own.
 
-  python examples/adapt.py --encoder vit_small_patch16_dinov3 --data path/to/images --output-dir runs/adapted
+  python examples/adapt.py --encoder vit_small_patch14_reg4_dinov2.lvd142m --image-size 224 \
+    --data path/to/images --output-dir runs/adapted
       downloads the weights; prints how far the features have moved, and the k-NN accuracy if the images have labels
-  python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 --freeze-epochs 1 --warmup-epochs 1 \
-    --batch-size 64 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4 --workers 2
+  python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 \
+    --freeze-epochs 1 --warmup-epochs 1 --batch-size 64 --decoder-dim 64 --decoder-depth 2 \
+    --decoder-heads 4 --workers 2
       takes two minutes of one CPU core, from the encoder of pretrain.py --preset quick; in a run this short the features
       hardly move: k-NN accuracy stays at 87 %
 
@@ -114,11 +116,13 @@ def main(config: Config) -> None:
     run = Run(config, processes, images.train.fingerprint)
     run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about)
     sampler.start_step = run.step
-    run.log.say(summary(encoder))
-    run.log.say(told(start))
-    course = f"{steps} steps of {config.batch_size}, learning rate {lr:.3g}, on {device}"
+    run.log.say(summary(encoder, name=config.encoder))
+    if start or run.found is None:
+        run.log.say(told(start))
+    peak = f"peak learning rate {lr:.3g} ({config.base_lr:.3g} x {config.batch_size} / 256)"
+    course = f"{steps} steps of {config.batch_size}, {peak}, on {device}"
     run.log.say(f"{images.listed}, {course}{images.clamped}")
-    run.log.say(f"{images.splits.note}; {monitor.note}")
+    run.log.say(f"{monitor.note} ({images.splits.note})")
     if run.found is None:
         monitor.before = look(monitor, model, run.log, 0)
 

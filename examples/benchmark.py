@@ -7,8 +7,8 @@
   python examples/benchmark.py --parts loader --data path/to/photographs --workers 8
       loading of your own photographs
 
-The speed of a machine drifts, so every result that matters is a ratio of two things timed in turn in the same process: loading
-to torchvision's two full decodes and to decoding alone, a training step to its matrix products alone. Results go to
+Results are ratios of times measured alternately in one process, because the speed of a machine drifts: loading against two full
+decodes with torchvision and against decoding alone, a training step against its matrix products alone. They go to
 benchmark.json in the output folder.
 """
 
@@ -44,7 +44,8 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 class Config:
     parts: tuple[str, ...] = option(
         ("loader", "workers", "model", "contrast"),
-        "measurements to make: loading in one process, in worker processes, training steps, NT-Xent's time, NT-Xent's memory",
+        "measurements; loader: loading in one process; workers: in worker processes; model: training steps; contrast: time of "
+        "NT-Xent; memory: memory of NT-Xent",
         PARTS,
         section="Measurements",
     )

@@ -1,10 +1,11 @@
-"""Detect and segment objects: Mask R-CNN on COCO (Table 3 of the paper).
+r"""Detect and segment objects: Mask R-CNN on COCO (Table 3 of the paper).
 
   python examples/detect.py --preset toy
       takes minutes on two CPU cores, on drawn shapes; the mask AP50 is above 40
-  torchrun --nproc-per-node 8 examples/detect.py --data path/to/coco --model runs/paper --output-dir runs/coco
-      100 epochs with the recipe of Li et al. (2021): days on 8 GPUs (not measured); the paper reports 51.3 box AP and 45.6 mask
-      AP, and 50.3 and 44.9 for MAE; no published run with torchvision's Mask R-CNN reaches 50 box AP
+  torchrun --nproc-per-node 8 examples/detect.py --data path/to/coco --model runs/paper \
+    --output-dir runs/coco
+      100 epochs with the recipe of Li et al. (2021): days on 8 GPUs (not measured). The paper reports 51.3 box AP and 45.6 mask
+      AP, 50.3 and 44.9 for MAE; expect less: with torchvision's Mask R-CNN no published run reaches 50 box AP
   python examples/detect.py --data path/to/coco --model runs/paper --output-dir runs/coco --evaluate
       measures the AP of the newest checkpoint without training
 
@@ -32,14 +33,14 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.transforms.functional import pil_to_tensor
 
-from engine.cli import option, run
+from engine.cli import inherit, option, run
 from engine.config import REQUIRED
 from engine.distributed import Processes, autocast, start_processes
 from engine.ends import Stop
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
 from mvmae.files import write_json, write_text
 from mvmae.visualize import contact_sheet, to_pillow
-from tasks.coco import CocoData, evaluate, to_coco
+from tasks.coco import LAYOUT, CocoData, evaluate, to_coco
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from tasks.starting import with_background
 
@@ -50,6 +51,7 @@ TILE = 256  # pixels that a picture is wide at least
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
+    data: str = inherit(DenseConfig, "data", REQUIRED, LAYOUT)
     style: str = option(
         REQUIRED,
         "feature pyramid; li2021: on four blocks, as Li et al. (2021), vitdet: on the last block, as ViTDet",
@@ -58,7 +60,7 @@ class Config(DenseConfig):
     )
     positions: str = option(
         REQUIRED,
-        "way to positions for the larger image; rebuild: a new sine-cosine table, interpolate: the encoder's own, resized",
+        "how to obtain position embeddings for the larger image; rebuild: sine-cosine, interpolate: the encoder's, resized",
         ["rebuild", "interpolate"],
         section="Model",
     )
@@ -212,8 +214,7 @@ def losses(model: nn.Module, batch: Sequence[Sample], *, device: torch.device) -
     """Compute the five losses of Mask R-CNN, or the four of Faster R-CNN."""
     images = [image.to(device, non_blocking=True) for image, _ in batch]
     targets = [{name: value.to(device, non_blocking=True) for name, value in target.items()} for _, target in batch]
-    named: dict[str, Tensor] = model(images, targets)
-    return {name: value.float() for name, value in named.items()}
+    return {name: value.float() for name, value in model(images, targets).items()}
 
 
 @torch.no_grad()
@@ -264,8 +265,7 @@ def draw_predictions(path: Path, config: Config, model: FasterRCNN, data: CocoDa
         for column, objects in zip(columns, ({name: x[:0] for name, x in found.items()}, target, found), strict=True):
             column.append(draw(image, objects))
         labels |= {*target["labels"].tolist(), *found["labels"].tolist()}
-    colours = [ImageColor.getrgb(COLOURS[label % len(COLOURS)]) for label in sorted(labels)]
-    legend = [(data.names[label - 1], colour[:3]) for label, colour in zip(sorted(labels), colours, strict=True)]
+    legend = [(data.names[label - 1], ImageColor.getrgb(COLOURS[label % len(COLOURS)])[:3]) for label in sorted(labels)]
     contact_sheet(columns, ["image", "truth", "prediction, scores above 0.5"], legend=legend).save(path)
 
 

@@ -1,8 +1,9 @@
-"""Fine-tune a model on labelled images (Section 4.1.2 and Table 1 of the paper).
+r"""Fine-tune a model on labelled images (Section 4.1.2 and Table 1 of the paper).
 
   python examples/finetune.py --preset quick --data sample --model runs/quick
       takes two minutes on one CPU core; prints the accuracy on held-out tiles: 91.7, 90.7, 91.1 % for the seeds 0, 1, 2
-  torchrun --nproc-per-node 8 examples/finetune.py --data path/to/imagenet --model runs/paper --output-dir runs/paper-finetune
+  torchrun --nproc-per-node 8 examples/finetune.py --data path/to/imagenet --model runs/paper \
+    --output-dir runs/paper-finetune
       the paper's run: 100 epochs of ViT-B/16, estimated at 11 to 19 hours of one H100 if images load fast enough (not
       measured); the paper reports 84.3 % after 1600 epochs of pretraining, 83.2 % after 800
 
@@ -74,7 +75,10 @@ class Config(LabelledConfig):
     clip_grad: float = option(0.0, "maximum norm of the gradient; 0: no clipping (MAE)", at_least=0)
     smoothing: float = option(0.1, "label smoothing; 0: none (MAE)", at_least=0, below=1)
     ema: float = option(
-        0.0, "decay of an average of the weights, which is evaluated and kept instead; 0: no average (MAE)", at_least=0, below=1
+        0.0,
+        "decay of an exponential moving average of the weights; above 0, the average is evaluated and saved (MAE)",
+        at_least=0,
+        below=1,
     )
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0),
@@ -85,13 +89,15 @@ class Config(LabelledConfig):
         section="Augmentation",
     )
     augment: str = option(
-        "rand-m9-mstd0.5-inc1", "RandAugment policy in timm's notation; none: no RandAugment (strength: MAE; paper)"
+        "rand-m9-mstd0.5-inc1", "RandAugment policy in timm's notation; none: no RandAugment (paper, with MAE's strength)"
     )
     color_jitter: float = option(0.0, "strength of colour jitter; 0: no jitter (MAE)", at_least=0)
     erasing: float = option(
         0.25, "probability that noise replaces a part of an image, random erasing (MAE)", at_least=0, at_most=1
     )
-    mixup: float = option(0.8, "alpha of mixup, which the paper calls its probability; 0: no mixup (paper, MAE)", at_least=0)
+    mixup: float = option(
+        0.8, "mixup alpha (the paper calls this value a probability); 0: no mixup (paper and MAE)", at_least=0
+    )
     cutmix: float = option(1.0, "alpha of CutMix; 0: no CutMix (MAE)", at_least=0)
     mix_prob: float = option(1.0, "probability that mixup or CutMix mixes a batch (MAE)", at_least=0, at_most=1)
     switch_prob: float = option(0.5, "probability of CutMix rather than mixup for a batch (MAE)", at_least=0, at_most=1)
@@ -215,8 +221,9 @@ def main(config: Config) -> None:
     run = Run(config, processes, [part.fingerprint for part in (data.train, data.val)])
     run.take_up(last=last, model=model, optimizer=optimizer, best=best, about=about, **averaged)
     sampler.start_step = run.step
-    run.log.say(summary(model, config.image_size))
-    run.log.say(told(source))
+    run.log.say(summary(model, config.image_size, config.model))
+    if source or run.found is None:
+        run.log.say(told(source))
     run.log.say(f"{data.note}; {steps} steps of {config.batch_size} on {device}{clamped}")
 
     def look(step: int) -> dict[str, float]:

@@ -1,16 +1,18 @@
-"""Measure the frozen features of models on labelled images: linear probe, k-NN, few labels (Section 4.1.3, Table 2).
+r"""Measure the frozen features of models on labelled images: linear probe, k-NN, few labels (Section 4.1.3, Table 2).
 
   python examples/linear_probe.py --preset quick --data sample --models runs/quick random:runs/quick
       takes under a minute on two CPU cores; prints a table with a line for each model
-  torchrun --nproc-per-node 8 examples/linear_probe.py --data path/to/imagenet --models runs/paper --output-dir runs/paper-probe
+  torchrun --nproc-per-node 8 examples/linear_probe.py --data path/to/imagenet --models runs/paper \
+    --output-dir runs/paper-probe
       the paper's run: 100 epochs of a linear layer on ViT-B/16, estimated at 4 to 7 hours of one H100 (not measured); the paper
       reports 76.7 % after 1600 epochs of pretraining
   python examples/linear_probe.py --cached --data path/to/imagenet --models vit_base_patch16_224.mae
       extracts features once, from centre crops instead of random ones: minutes instead of hours
 
-Any timm model can be measured. One linear layer for each learning rate of --sweep, on the mean patch token and on the class
-token, is trained on the same features at the same time. In the table, "linear" is the layer on the mean patch token with the
-recipe's own learning rate. "best" is the best layer on the validation images: it is chosen on them, and so too high.
+Any timm model can be measured. For each learning rate of --sweep, one linear layer is trained on the mean patch token and one
+on the class token, all at once on the same features. In the table, "linear" is the layer on the mean patch token with the
+recipe's own learning rate. "best on val" is the layer with the highest accuracy on the validation images: because it is chosen
+on them, its accuracy is optimistic.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from tasks.inputs import names
 from tasks.labelled import Labelled, LabelledConfig, Seeded
 from tasks.monitor import extract
 from tasks.plots import draw_curves
-from tasks.probe import Features, Probe, freeze, head_optimizer, measure, pooled, table
+from tasks.probe import DRAWS, Features, Probe, freeze, head_optimizer, measure, pooled, table
 from tasks.starting import starting_weights, with_background
 
 
@@ -61,13 +63,13 @@ class Config(LabelledConfig):
         False, "extract features of centre crops once and train on them; --no-cached: new random crops in each epoch"
     )
     epochs: int = option(100, "number of passes over the images (paper)", at_least=1, section="Optimization")
-    warmup_epochs: float = option(0, "epochs of linear warm-up of the learning rate (MAE: 10; MoCo v3)", at_least=0)
+    warmup_epochs: float = option(0, "epochs of linear warm-up of the learning rate (MoCo v3)", at_least=0)
     batch_size: int = option(1024, "number of images per step, over all processes (paper)", at_least=1)
-    base_lr: float = option(
-        3.0, "learning rate for a batch of 256; it is scaled with the batch (MAE: 0.1; MoCo v3)", at_least=0
-    )
+    base_lr: float = option(3.0, "learning rate for a batch of 256; it is scaled with the batch (MoCo v3)", at_least=0)
     sweep: tuple[float, ...] = option(
-        (0.1, 0.3, 1.0, 3.0, 10.0), "multiples of the learning rate, each of which also trains a linear layer", above=0
+        (0.1, 0.3, 1.0, 3.0, 10.0),
+        "multiples of the learning rate, for each of which one more linear layer is trained",
+        above=0,
     )
     optimizer: str = option(
         "sgd", "optimizer, with momentum 0.9 and without weight decay; sgd: MoCo v3, lars: MAE", ["sgd", "lars"]
@@ -75,10 +77,10 @@ class Config(LabelledConfig):
     batch_norm: bool = option(
         False, "normalise each feature over the batch before the linear layer, as MAE does", section="Model"
     )
-    head_std: float = option(0.01, "standard deviation of the linear layer's initial weights (MoCo v3, MAE)", above=0)
+    head_std: float = option(0.01, "standard deviation of the linear layer's initial weights (MoCo v3 and MAE)", above=0)
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0),
-        "share of the image's area that a random crop covers (MoCo v3, MAE)",
+        "share of the image's area that a random crop covers (MoCo v3 and MAE)",
         above=0,
         at_most=1,
         lengths=(2,),
@@ -208,7 +210,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * sampler.steps_per_epoch))
     run.take_up(last=sampler.num_steps, model=probe, optimizer=optimizer)
     sampler.start_step = run.step
-    run.log.say(f"{name}: {summary(model, config.image_size)}")
+    run.log.say(summary(model, config.image_size, name))
     run.log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}{clamped}")
     with run:
         trained, per_epoch = parallel(probe.train(), processes), sampler.steps_per_epoch
@@ -260,7 +262,8 @@ def main(config: Config) -> None:
         text = table(results)
         write_json(folder / "results.json", results)
         write_text(folder / "results.md", text + "\n")
-        print(f"accuracy in percent on {data.note}\n\n{text}\n\nsee {folder}")
+        spread = f"; ±: standard deviation over {DRAWS} draws of the labelled images" if "±" in text else ""
+        print(f"accuracy in percent; {data.note}{spread}\n\n{text}\n\nsee {folder}")
 
 
 if __name__ == "__main__":

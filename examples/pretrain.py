@@ -1,8 +1,9 @@
-"""Pretrain an encoder on unlabelled images (Section 4.1.1 of the paper).
+r"""Pretrain an encoder on unlabelled images (Section 4.1.1 of the paper).
 
   python examples/pretrain.py --data sample --preset quick
       takes minutes on two CPU cores; prints the k-NN accuracy on held-out tiles before and after
-  torchrun --nproc-per-node 8 examples/pretrain.py --data path/to/imagenet --output-dir runs/paper --workers 12
+  torchrun --nproc-per-node 8 examples/pretrain.py --data path/to/imagenet \
+    --output-dir runs/paper --workers 12
       the paper's run: 1600 epochs of ViT-B/16, estimated at 120 to 215 hours of one H100 (not measured); after it the paper
       reports 84.3 % for fine-tuning and 76.7 % for the linear probe
 
@@ -82,11 +83,13 @@ def main(config: Config) -> None:
     run = Run(config, processes, images.train.fingerprint)
     run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about)
     sampler.start_step = run.step
-    run.log.say(summary(encoder))
-    run.log.say("from random weights")
-    course = f"{steps} steps of {config.batch_size}, learning rate {lr:.3g}, on {device}"
+    run.log.say(summary(encoder, name=config.encoder))
+    if run.found is None:
+        run.log.say("from random weights")
+    peak = f"peak learning rate {lr:.3g} ({config.base_lr:.3g} x {config.batch_size} / 256)"
+    course = f"{steps} steps of {config.batch_size}, {peak}, on {device}"
     run.log.say(f"{images.listed}, {course}{images.clamped}")
-    run.log.say(f"{images.splits.note}; {monitor.note}")
+    run.log.say(f"{monitor.note} ({images.splits.note})")
     if run.found is None:
         monitor.before = look(monitor, model, run.log, 0)
 

@@ -1,12 +1,13 @@
-r"""Name the class of every pixel: UPerNet on ADE20K (Table 4 of the paper).
+r"""Semantic segmentation: UPerNet on ADE20K (Table 4 of the paper).
 
   python examples/segment.py --preset toy
       takes a minute on two CPU cores, on drawn shapes; the mIoU is above 60
-  torchrun --nproc-per-node 8 examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper --output-dir runs/ade
+  torchrun --nproc-per-node 8 examples/segment.py --data path/to/ADEChallengeData2016 \
+    --model runs/paper --output-dir runs/ade
       160 000 steps with BEiT's recipe: about a day on 8 GPUs (not measured); the paper reports 50.2 mIoU; mmsegmentation
       reaches 48.1 with MAE's weights
-  python examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper --output-dir runs/ade --evaluate \
-      --ratios 0.5 0.75 1 1.25 1.5 1.75 --flip-test
+  python examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper \
+    --output-dir runs/ade --evaluate --ratios 0.5 0.75 1 1.25 1.5 1.75 --flip-test
       measures the mIoU of the newest checkpoint without training, here averaged over image sizes and mirror images
 
 Other data needs the folders images/{training,validation} and annotations/{training,validation} with 8-bit label maps; a file
@@ -25,12 +26,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.cli import option, run
+from engine.cli import inherit, option, run
+from engine.config import REQUIRED
 from engine.distributed import Processes, autocast, start_processes
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
 from mvmae.files import write_json
 from mvmae.visualize import contact_sheet
-from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, count_classes, fitting_size, scores
+from tasks.ade20k import IGNORE, LAYOUT, Augment, LabelMaps, confusion, count_classes, fitting_size, scores
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from tasks.inputs import normalize
 from tasks.starting import with_background
@@ -38,6 +40,7 @@ from tasks.starting import with_background
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
+    data: str = inherit(DenseConfig, "data", REQUIRED, LAYOUT)
     num_classes: int = option(
         0, "number of classes; 0: counted in classes.txt, or in the label maps", at_least=0, at_most=255, section="Data"
     )
@@ -48,9 +51,7 @@ class Config(DenseConfig):
     ratio: tuple[float, float] = option(
         (0.5, 2.0), "factor of the random resize before the crop (BEiT)", above=0, lengths=(2,), section="Augmentation"
     )
-    stride: int = option(
-        341, "number of pixels between two windows of the sliding-window test (BEiT)", at_least=1, section="Evaluation"
-    )
+    stride: int = option(341, "step of the sliding test window in pixels (BEiT)", at_least=1, section="Evaluation")
     ratios: tuple[float, ...] = option((1.0,), "factors of the image size in the test, whose predictions are averaged", above=0)
     flip_test: bool = option(False, "average the predictions of each test image and its mirror image")
 

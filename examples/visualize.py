@@ -1,9 +1,11 @@
-"""Draw what a model attends to (Fig. 2), what it reconstructs (Fig. 8), and what its features tell apart.
+r"""Draw what a model attends to (Fig. 2), what it reconstructs (Fig. 8), and what its features tell apart.
 
   python examples/visualize.py --data sample --models runs/quick random:runs/quick
-      attention; PCA of patch features; nearest neighbours; shares of the features' variance that brightness, contrast, lit area
-      and class explain, where shortcuts of a contrastive loss show; reconstructions, for runs of pretrain.py and adapt.py
-  python examples/visualize.py --data path/to/images --models vit_small_patch14_dinov2.lvd142m --image-size 224 448
+      attention; PCA of patch features; nearest neighbours; reconstructions, for runs of pretrain.py and adapt.py; and shares of
+      the features' variance that brightness, contrast, lit area (pixels above a tenth of white) and class explain,
+      which reveals shortcuts of the contrastive loss
+  python examples/visualize.py --data path/to/images --models vit_small_patch14_dinov2.lvd142m \
+    --image-size 224 448
       any plain ViT of timm, at any size
   python examples/visualize.py --data sample --models runs/depth4 runs/depth8 --draw reconstructions
       decoders of several depths side by side
@@ -26,7 +28,7 @@ import mvmae
 from engine.cli import option, run
 from engine.distributed import start_processes
 from engine.ends import Stop
-from mvmae.data import ImageSource, open_images
+from mvmae.data import ImageSource
 from mvmae.files import write_json
 from mvmae.masked_vit import check_encoder
 from mvmae.metrics import variance_explained
@@ -47,6 +49,7 @@ from mvmae.visualize import (
 from tasks.backbones import load_backbone
 from tasks.drawn_images import properties, shown, spread, take
 from tasks.inputs import normalize
+from tasks.labelled import named_images
 from tasks.plots import plot
 from tasks.starting import with_background
 
@@ -252,7 +255,7 @@ def main(config: Config) -> None:
     config = with_background(config, config.models[0], config.arch)
     device, folder = start_processes(config.device).device, Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    source = open_images(config.data)
+    source = named_images(config.data)
     models = [load(config, name, device) for name in config.models]
     size, chans = models[0].vit.patch_embed.img_size, models[0].vit.patch_embed.proj.in_channels
     if any((model.vit.patch_embed.img_size, model.vit.patch_embed.proj.in_channels) != (size, chans) for model in models):

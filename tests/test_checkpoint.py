@@ -378,7 +378,7 @@ def test_f56_a_folder_that_is_deleted_in_the_middle_is_made_again(whole, images,
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
     result = process.finish()
-    assert result.code == 128 + signal.SIGTERM and "is saved: add --resume" in result.err
+    assert result.code == 128 + signal.SIGTERM and "is saved: run the same command with --resume to continue" in result.err
     assert "warning: run was deleted and is made again" in result.err and end_of(tmp_path)["step"] >= 6
     assert pretrain(tmp_path, images, *STEPS, "--resume").code == 0
     assert_identical(end_of(tmp_path), end_of(whole))

@@ -168,7 +168,10 @@ def test_f53_a_folder_that_goes_for_good_saves(images, tmp_path):
     result = process.finish()
     step = max(losses(tmp_path))
     assert result.code == 1 and "10 images in a row cannot be used" in result.err and "Traceback" not in result.err
-    assert end_of(tmp_path)["step"] == step >= 2 and f"step {step} is saved: add --resume to go on" in result.out
+    assert (
+        end_of(tmp_path)["step"] == step >= 2
+        and f"step {step} is saved: run the same command with --resume to continue" in result.out
+    )
     (tmp_path / "away").rename(images)
     assert pretrain(tmp_path, images, *STEPS, "--resume").code == 0 and end_of(tmp_path)["step"] == 12
 
@@ -184,8 +187,10 @@ def test_f53_too_many_bad_images_save(images, tmp_path):
 def test_f53_memory_that_is_used_up_saves(images, tmp_path):
     result = pretrain(tmp_path, images, *STEPS, fault="raise@7")
     assert result.code == 1 and "error: the memory is used up (no room for a step): use a smaller --batch-size" in result.err
-    assert "Traceback" not in result.err and "step 7 is saved: add --resume to go on" in result.out
+    assert "Traceback" not in result.err and "step 7 is saved: run the same command with --resume to continue" in result.out
     assert end_of(tmp_path)["step"] == 7
+    again = pretrain(tmp_path, images, *STEPS, "--resume", fault="raise@9")
+    assert again.code == 1 and "step 9 is saved: run the same command again to continue" in again.out  # it has --resume
 
 
 class Broken(Exception):

@@ -24,7 +24,7 @@ from tiny_run import ARGUMENTS, STEPS, assert_identical, end_of, losses, pretrai
 sys.path.insert(0, str(EXAMPLES))
 
 from engine import checkpoint
-from engine.ends import PATIENCE, Stop
+from engine.ends import PATIENCE, UNBEGUN, Stop
 from engine.log import Log
 
 ROOT = Path(__file__).parents[1]
@@ -326,7 +326,7 @@ def interrupt_the_start():
 
 def test_f7_ctrl_c_during_the_start(images, tmp_path):
     result = pretrain(tmp_path, images, *STEPS, patch=interrupt_the_start)
-    assert result.code == 130 and result.err.strip().splitlines()[-1] == "stopped before the first step"
+    assert result.code == 130 and result.err.strip().splitlines()[-1] == UNBEGUN
     assert "Traceback" not in result.err
 
 

@@ -129,7 +129,9 @@ def test_a_run_on_classes_without_a_validation_split_never_opens_what_it_holds_o
         place.write_bytes(b"held out" if str(path) in held else path.read_bytes())
     result = pretrain(tmp_path, "some", "--workers", 0, "--max-bad", 0, "--crop-scale", 0.9, 1)
     assert result.code == 0, result.err
-    note = "no validation split: one image of ten of each class is held out, the same in all scripts; no look at the features"
+    note = (
+        "features are not measured (no validation split: one image of ten of each class is held out, the same in all scripts)"
+    )
     assert note in result.out and "54 images, listed" in result.out
     assert end_of(tmp_path)["step"] == 5 * (54 // 8)
     looked = pretrain(tmp_path, "some", "--workers", 0, "--max-bad", 0, "--monitor-images", 99, "--output-dir", "other")
@@ -139,12 +141,12 @@ def test_a_run_on_classes_without_a_validation_split_never_opens_what_it_holds_o
 def test_a_run_says_which_images_it_looks_at(classes, tmp_path):
     arguments = ["--workers", 0, "--max-steps", 2, "--monitor-images", 20]
     labelled = pretrain(tmp_path, classes, *arguments)
-    assert labelled.code == 0 and "looks at the features of 6 images held out" in labelled.out, labelled.err
+    assert labelled.code == 0 and "features are measured on 6 held-out images (" in labelled.out, labelled.err
     assert "k-NN accuracy on held-out images" in labelled.out.splitlines()[-1]
     (tmp_path / "flat").mkdir()
     flat = pretrain(tmp_path, write_images(tmp_path / "flat"), *arguments, "--output-dir", "other")
     assert flat.code == 0 and "32 images, listed" in flat.out and "k-NN" not in flat.out, flat.err
-    assert "no image is held out; looks at the features of 20 images that are trained on" in flat.out
+    assert "features are measured on 20 training images (no validation split and no classes: no image is held out)" in flat.out
     assert "effective_rank" in json.loads((tmp_path / "other" / "log.jsonl").read_text().splitlines()[0])
 
 

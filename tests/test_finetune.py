@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import sys
 
@@ -210,7 +211,8 @@ def test_a_run_leaves_a_result_a_picture_and_models_with_the_names_of_the_classe
     run = folder / "run"
     result = json.loads((run / "results.json").read_text())
     assert {"model", "data", "top1", "top5", "best_top1", "seconds"} <= result.keys()
-    assert "18 images of 3 classes" in whole.out and f"top-1 {result['top1']:.2f} %" in whole.out and "\r" not in whole.out
+    assert re.search(r"trained on \d+ images, tested on \d+, of 3 classes \(", whole.out)
+    assert f"top-1 {result['top1']:.2f} %" in whole.out and "\r" not in whole.out
     with Image.open(run / "curves.png") as picture:
         assert min(picture.size) > 100
     ends = state(folder)
@@ -301,7 +303,7 @@ def test_the_same_command_takes_any_model(place, name):
         (["--model", "vit_tny_patch16_224"], "did you mean vit_tiny_patch16_224"),
         (["--data", "encoder"], "no images"),
         (["--data", "images/train/c(250, 40, 40)"], "must have labels, got none"),
-        (["--model", "images"], "images holds no encoder"),
+        (["--model", "images"], "images holds no model: give the folder of a finished run"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_code_2(place, arguments, message):

@@ -78,9 +78,9 @@ def test_all_scripts_hold_the_same_images_out_and_unlabelled_folders_lose_none(t
         train, val, note = open_splits(str(place))
         assert val is None and len(train) == count and "no image is held out" in note
     train, val, note = open_splits(str(tmp_path / "split"))
-    assert (len(train), len(val), note) == (24, 3, "validation split of the data")
+    assert (len(train), len(val), note) == (24, 3, "the data's validation split")
     sample = open_splits("sample")
-    assert (len(sample.train), len(sample.val), sample.note) == (896, 504, "validation split of the data")
+    assert (len(sample.train), len(sample.val), sample.note) == (896, 504, "the data's validation split")
 
 
 def test_a_data_set_by_name_without_a_validation_split_is_told_from_one_that_cannot_be_read(monkeypatch):
@@ -101,7 +101,9 @@ def test_the_splits_of_a_folder_are_taken_and_named(tmp_path):
     write_classes(tmp_path / "train", {"ant": 3, "bee": 2})
     write_classes(tmp_path / "val", {"ant": 1, "bee": 2})
     data = open_labelled(str(tmp_path))
-    assert data.class_names == ("ant", "bee") and "5 + 3 images of 2 classes; validation split of the data" in data.note
+    assert data.class_names == ("ant", "bee") and data.note.startswith(
+        "trained on 5 images, tested on 3, of 2 classes (the data's validation split)"
+    )
     assert [label for label, _ in shown(data.val)] == data.val.labels.tolist() == [0, 1, 1]
 
 

@@ -200,7 +200,8 @@ def test_a_run_leaves_a_table_and_results_for_each_model(whole, folder):
     assert {"knn_avg", "knn_token", "linear", "best", "shot1_avg", "shot2_token_std", "rank_avg"} <= results[0].keys()
     assert results[0]["paper"] is None and "knn_token" not in results[1]
     text = (run / "results.md").read_text()
-    assert text in whole.out and (run / "random-convnext_atto" / "curves.png").stat().st_size > 1000
+    assert text in whole.out and "±: standard deviation over 5 draws of the labelled images" in whole.out
+    assert (run / "random-convnext_atto" / "curves.png").stat().st_size > 1000
     lines = text.splitlines()
     assert [line.count("|") for line in lines] == [lines[0].count("|")] * 4
     assert f"| encoder | {results[0]['knn_avg']:.1f} | {results[0]['linear']:.1f} |" in text
@@ -295,6 +296,10 @@ def test_the_papers_number_stands_where_model_images_and_recipe_are_its_own():
         [{"model": "a", "linear": 1.26, "paper": None}, {"model": "b", "paper": 68.0, "shot1_avg": 2.0, "shot1_avg_std": 0.5}]
     )
     assert "| a |  | 1.3 |  |  |  |  |" in text and "| b |  |  |  | 68.0 | 2.0 ± 0.5 |  |" in text
+    head = "| model | k-NN | linear | best on val | linear, the paper's | 1 label per class | effective rank |"
+    assert text.splitlines()[0] == head
+    without = table([{"model": "a", "linear": 1.26, "paper": None, "shot2_avg": 2.0}])
+    assert without.splitlines()[0] == "| model | k-NN | linear | best on val | 2 labels per class | effective rank |"
 
 
 @pytest.mark.parametrize(
@@ -302,7 +307,7 @@ def test_the_papers_number_stands_where_model_images_and_recipe_are_its_own():
     [
         (["convnxt_atto"], "did you mean convnext_atto"),
         (["encoder", "--data", "nowhere"], "nowhere"),
-        (["images"], "images holds no encoder"),
+        (["images"], "images holds no model"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_code_2(place, arguments, message):

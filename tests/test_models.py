@@ -87,7 +87,7 @@ def test_another_image_size_resizes_positions_and_a_model_without_them_takes_any
         ("hf-hub:nobody/nothing", "hf-hub:nobody/nothing cannot be loaded"),
         ("local-dir:nowhere", "there is no file or folder nowhere"),
         ("nowhere.safetensors", "there is no file or folder nowhere.safetensors"),
-        (".", "holds no encoder"),
+        (".", "holds no model"),
     ],
 )
 def test_what_there_is_not_is_told_in_one_line(tmp_path, monkeypatch, name, message):

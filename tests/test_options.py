@@ -217,12 +217,18 @@ def test_the_first_lines_of_a_run_say_what_is_trained(images, tmp_path):
         f"vit_tiny_patch16_224, {number / 1e6:.2f} M parameters, 2 blocks of width 192, "
         "images of 32x32 pixels, patches of 16x16"
     )
+    peak, base, batch = re.search(r", peak learning rate (\S+) \((\S+) x (\d+) / 256\), on cpu", result.out).groups()
+    assert float(peak) == pytest.approx(float(base) * int(batch) / 256, rel=0.01) != 0
     assert "UserWarning" not in result.err
 
 
 def test_models_of_other_kinds_are_summed_up_too():
     resnet = timm.create_model("resnet18", num_classes=0)
     assert summary(resnet) == "resnet18, 11.18 M parameters, images of 224x224 pixels"
+    assert summary(resnet, name="runs/x") == f"runs/x (like {summary(resnet).replace(',', '),', 1)}"
+    tagged = summary(resnet, name="resnet18.a1_in1k")
+    assert tagged == summary(resnet).replace("resnet18", "resnet18.a1_in1k")
+    assert summary(torch.nn.Sequential(), 8, "runs/x") == "runs/x, 0.00 M parameters, images of 8x8 pixels"
     assert summary(resnet, 96) == "resnet18, 11.18 M parameters, images of 96x96 pixels"
     with torch.device("meta"):
         for name in ("swin_tiny_patch4_window7_224", "hiera_tiny_224", "levit_128", "pvt_v2_b0", "xcit_nano_12_p16_224"):
@@ -242,9 +248,11 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(monke
 
 def test_a_mistyped_path_is_told_with_near_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "adapted").mkdir(parents=True)
+    (tmp_path / "runs" / "adapted" / "encoder").mkdir(parents=True)
+    (tmp_path / "runs" / "adapter").mkdir()  # no model lies in it
+    (tmp_path / "runs" / "adapted" / "encoder" / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
     for name in ("runs/adaptd", "run/adapted", "./runs/adaptd", f"{tmp_path}/runs/adaptd", "local-dir:runs/adaptd"):
-        with pytest.raises(Stop, match=r"there is no file or folder .*: did you mean .*runs/adapted\?"):
+        with pytest.raises(Stop, match=r"there is no file or folder .*: did you mean [^ ]*runs/adapted\?$"):
             backbones.find_weights(name)
     with pytest.raises(Stop, match="there is no file or folder nothing/like/it$"):
         backbones.find_weights("nothing/like/it")
@@ -322,7 +330,7 @@ def help_of(name, monkeypatch, capsys, *typed, columns=100):
 def options_in(text):
     """The words about each option in a help, by its flag, and the titles of the sections with the options in them."""
     found, titles, flags = {}, {}, []
-    for line in text.partition("\noptions:\n")[2].partition("\npresets,")[0].splitlines():
+    for line in text.partition("\noptions:\n")[2].partition("\nA preset ")[0].splitlines():
         if title := re.fullmatch(r"([A-Z][\w ]*):", line):
             flags = titles.setdefault(title[1], [])
         elif option := re.match(r"  (--[\w-]+)(?:, --no-[\w-]+)?((?: [\w{},.\[\]-]+)*)(.*)", line):
@@ -383,9 +391,10 @@ def test_help_says_what_each_preset_is_for_and_what_it_sets(name, monkeypatch, c
     for preset, values in presets.items():
         assert set(values) <= {"help", *config.__dataclass_fields__} and values["help"]
         text = help_of(name, monkeypatch, capsys, "--preset", preset)
-        about = " ".join(text.partition("\npresets, ")[2].split())
+        about = " ".join(text.partition("\nA preset replaces ")[2].split())
         assert [other for other in presets if f" {other} {presets[other]['help']}" not in about] == []
         line = text.partition(f"\npreset {preset} sets:\n")[2]
+        assert bool(line) != (f"\npreset {preset} sets nothing beyond the defaults above" in text)
         others = needed(name, *values)
         whole = parse(config, presets, None, ["--preset", preset, *others])
         assert parse(config, {}, None, [*shlex.split(line), *others]) == whole
@@ -396,10 +405,13 @@ def test_help_says_what_each_preset_is_for_and_what_it_sets(name, monkeypatch, c
 def test_no_line_of_a_help_ends_inside_a_command_or_an_option(name, columns, monkeypatch, capsys):
     for preset in chosen_presets(name):
         lines = help_of(name, monkeypatch, capsys, *preset, columns=columns).splitlines()
-        assert [line for line in lines if line.endswith(("-", "\\"))] == []
-        commands = [line for line in lines if re.match(r"  (python|torchrun) ", line)]
-        doc = re.sub(r" *\\\n *", " ", SCRIPTS[name].__doc__)
-        assert commands == [line for line in doc.splitlines() if re.match(r"  (python|torchrun) ", line)] != []
+        assert [line for line in lines if line.endswith("-")] == []
+        command = re.compile(r"^  (?:python|torchrun) (?:.*\\\n)*.*$", re.MULTILINE)  # on until a line without a backslash
+        commands = command.findall("\n".join(lines))
+        assert commands == command.findall(SCRIPTS[name].__doc__) != []
+        commands = "\n".join(commands).splitlines()
+        assert max(map(len, commands)) <= 100
+        assert [line for line in lines if line.endswith("\\")] == [line for line in commands if line.endswith("\\")]
         long = [line for line in lines if len(line) > columns - 2 and line not in commands]
         assert [line for line in long if not re.match(r"  --", line)] == []  # an option with its value is one word too
 
@@ -433,7 +445,7 @@ def test_help_lists_what_must_be_given_first_and_what_all_runs_share_last(capsys
     with pytest.raises(SystemExit):
         parse(finetune.Config, finetune.PRESETS, None, ["--help"])
     listed = re.findall(
-        r"^  (--[a-z-]+)", capsys.readouterr().out.partition("\nRequired:")[2].partition("\npresets,")[0], re.MULTILINE
+        r"^  (--[a-z-]+)", capsys.readouterr().out.partition("\nRequired:")[2].partition("\nA preset ")[0], re.MULTILINE
     )
     assert listed[:2] == ["--data", "--model"]
     assert set(listed[-len(RunConfig.__dataclass_fields__) :]) == {flag(name) for name in RunConfig.__dataclass_fields__}

@@ -151,6 +151,8 @@ def test_a_run_killed_and_resumed_ends_bit_identical(whole, images, tmp_path, wo
     assert cut.code == -signal.SIGKILL and end_of(tmp_path)["step"] == 5
     resumed = pretrain(tmp_path, images, *arguments, "--resume")
     assert resumed.code == 0 and "resuming run after step 5" in resumed.out
+    assert "from random weights" in cut.out and "from random weights" not in resumed.out  # no news in what was asked for
+    assert "resume was" not in resumed.out
     assert_identical(end_of(tmp_path), end_of(whole))
     assert losses(tmp_path) == losses(whole)
 
@@ -162,7 +164,7 @@ def test_a_signal_saves_first(whole, images, tmp_path, number):
     os.kill(started.pid, number)
     result = started.finish()
     assert result.code == 128 + number
-    assert "is saved: add --resume to go on" in result.err and "error: " not in result.err
+    assert "is saved: run the same command with --resume to continue" in result.err and "error: " not in result.err
     assert 2 <= end_of(tmp_path)["step"] < 12
     assert pretrain(tmp_path, images, "--max-steps", 12, "--workers", 0, "--resume").code == 0
     assert_identical(end_of(tmp_path), end_of(whole))

@@ -182,11 +182,12 @@ def open_run(
         problem = str(error)
     same_everywhere(folder, state, processes, problem)
     if state is not None and not resume:
-        raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --output-dir")
+        raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
     changed, here = [], machine(processes)
     if state:
         free = may_change | ({"images"} if settings.get("other_data") else set())
-        changed = check_same(state["settings"], settings, free)
+        same = {"resume": resume}  # no news
+        changed = check_same({**state["settings"], **same}, {**settings, **same}, free)
         if differs := check_same(state.get("machine", here), here, frozenset({*state.get("machine", ()), *here})):
             changed.append(f"the last bits of the results can differ from an uncut run's: {', '.join(differs)}")
     if processes.rank == 0:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from engine.ends import Stop, end_process
+from engine.ends import UNBEGUN, Stop, end_process
 from engine.help import INDENT, SECTIONS, about_presets, fill, flag, help_text, metavar, sections, shown, stated_range, width
 from engine.log import open_outputs, printable
 from mvmae.data import explain_loader_error
@@ -42,7 +42,7 @@ def run(
     try:
         main(within_cores(parse(config, presets, about)))
     except KeyboardInterrupt as error:
-        _end("stopped before the first step", 128 + (error.args[0] if error.args else signal.SIGINT))
+        _end(UNBEGUN, 128 + (error.args[0] if error.args else signal.SIGINT))
     except MemoryError as error:
         _end(f"the memory is used up ({error}): use a smaller --batch-size, or fewer --workers", 1)
     except (Stop, ValueError, TypeError, OSError, ImportError) as error:

@@ -39,12 +39,15 @@ class RunConfig:
     )
     max_steps: int = option(
         0,
-        "step at which the run ends early, with the schedule of the whole run; 0: run to the end",
+        "stop after this many steps; the learning-rate schedule still covers the whole run; 0: train to the end",
         at_least=0,
         may_change=True,
     )
     save_every: int = option(
-        REQUIRED, "maximum number of steps between two checkpoints; the last step is always saved", at_least=1, may_change=True
+        REQUIRED,
+        "save a checkpoint at least every N steps, and every --save-minutes; the last step is always saved",
+        at_least=1,
+        may_change=True,
     )
     save_minutes: float = option(
         15, "maximum number of minutes between two checkpoints; 0: only --save-every counts", at_least=0, may_change=True

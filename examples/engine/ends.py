@@ -15,6 +15,10 @@ TIMER = hasattr(signal, "setitimer")
 """Whether a wait for a batch can be cut short then; on Windows it cannot."""
 
 
+UNBEGUN = "stopped before the first step: nothing new to save, run the same command again"
+"""What a script says where a signal ends it before it has trained."""
+
+
 class Stop(Exception):
     """The end of a script that is not a success: one line for the user and an exit code, 128 + N after signal N."""
 

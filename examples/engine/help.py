@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import re
 import shlex
 import shutil
 import textwrap
@@ -73,7 +72,7 @@ def help_text(field: "dataclasses.Field[Any]", default: Any) -> str:
     about, bounds = field.metadata, field.metadata["bounds"]
     text, told = about["help"], about["empty"] if default in ("", ()) else shown(default)
     if text.endswith(")"):
-        text, source = text[:-1].split(" (", 1)
+        text, source = text[:-1].rsplit(" (", 1)
         preset = field.default not in ("", (), dataclasses.MISSING, default)  # then the source is not that of the default
         told += f" ({source}: {shown(field.default)})" if preset else f" ({source})"
     notes = {
@@ -95,9 +94,9 @@ def metavar(field: "dataclasses.Field[Any]", kind: Any, several: bool) -> str:
 
 
 def fill(text: str, columns: int) -> str:
-    """Break the lines of a text anew after at most ``columns``; each line that two spaces begin, a command, stays whole."""
+    """Break the lines of a text anew after at most ``columns``; each line that two spaces begin, a command, stays."""
     lines: list[str] = []
-    text = re.sub(r" *\\\n *", " ", text)  # a command that goes on in the next line
+    text = text.replace("\\\n", "\0")  # a command that goes on in the next line
     for indent, group in groupby(text.splitlines(), lambda line: len(line) - len(line.lstrip())):
         for blank, some in groupby(group, lambda line: not line.strip()):
             if blank or indent == 2:
@@ -105,7 +104,7 @@ def fill(text: str, columns: int) -> str:
             else:
                 words, space = " ".join(line.strip() for line in some), " " * indent
                 lines.append(textwrap.fill(words, columns, initial_indent=space, subsequent_indent=space, **WHOLE))
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\0", "\\\n")
 
 
 def set_by(preset: Mapping[str, Any], config: type[Any]) -> list[str]:
@@ -122,12 +121,14 @@ def set_by(preset: Mapping[str, Any], config: type[Any]) -> list[str]:
 def about_presets(presets: Mapping[str, Mapping[str, Any]], chosen: str, config: type[Any]) -> str:
     """Return what each preset is for, and what the chosen one sets."""
     space = max(map(len, presets)) + 4
-    lines = ["presets, which set other defaults; what you type wins:"]
+    lines = [fill("A preset replaces the defaults; options on the command line override the preset:", width())]
     for name, preset in presets.items():
         text = f"{name:<{space - 2}}{preset.get('help', '')}"
         lines.append(textwrap.fill(text, width(), initial_indent="  ", subsequent_indent=" " * space, **WHOLE))
     lines += ["", fill("To see what a preset sets, ask for help with it: --preset NAME --help", width())]
-    if typed := set_by(presets[chosen], config):
+    typed = set_by(presets[chosen], config)
+    lines += [] if typed else ["", fill(f"preset {chosen} sets nothing beyond the defaults above", width())]
+    if typed:
         kept = " ".join(one.replace(" ", "\0") for one in typed)  # no line ends between an option and its value
         words = textwrap.fill(kept, width(), initial_indent="  ", subsequent_indent="  ", **WHOLE).replace("\0", " ")
         lines += ["", f"preset {chosen} sets:", words]

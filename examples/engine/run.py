@@ -15,7 +15,7 @@ from engine.checkpoint import machine, open_run
 from engine.cli import changeable
 from engine.config import RunConfig
 from engine.distributed import Processes
-from engine.ends import Stop, StopSignal
+from engine.ends import UNBEGUN, Stop, StopSignal
 from engine.log import Log, Meter
 from engine.snapshot import restore
 from engine.writer import Writer
@@ -131,10 +131,14 @@ class Run:
             self.restore_statistics()
             self.stop.saving = True
             self.writer.save(self.whole)
-            self.log.say(self.writer.kept(self.whole))
+            self.log.say(f"{self.writer.kept(self.whole)}: {self.again()}")
         self.writer.settle(wait=True)
         if error is None and (failure := self.writer.failure):
-            raise Stop(f"the end is not saved, only step {self.writer.saved} is ({failure}): add --resume after that", 1)
+            raise Stop(f"the end is not saved, only step {self.writer.saved} is ({failure}): mend that, then {self.again()}", 1)
+
+    def again(self) -> str:
+        """Return how a user continues the run."""
+        return f"run the same command {'again' if self.config.resume else 'with --resume'} to continue"
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """Yield each batch with its step, counted from 1.
@@ -164,10 +168,10 @@ class Run:
         ends = self.processes.gather((self.stop.received, reason))  # the others wait here for the save
         self.log.close()
         for number in (number for number, _ in ends if number is not None):
-            where = f"after step {step} of {self.last}; {self.writer.kept(step)}" if step else "before the first step"
-            raise Stop(f"stopped {where}", 128 + number) from error
+            told = f"stopped after step {step} of {self.last}; {self.writer.kept(step)}: {self.again()}" if step else UNBEGUN
+            raise Stop(told, 128 + number) from error
         if step:
-            self.log.say(self.writer.kept(step))
+            self.log.say(f"{self.writer.kept(step)}: {self.again()}")
         if error is not None:
             raise error
         raise Stop(f"another process of this run has ended: {next(reason for _, reason in ends if reason)}", 1)

@@ -98,6 +98,5 @@ class Writer:
         return (time.monotonic() - self.time) / 60
 
     def kept(self, step: int) -> str:
-        """Say what is saved of a run that ends after ``step``."""
-        saved = f"step {step} is saved" if self.saved == step else f"only step {self.saved} is saved ({self.failure})"
-        return f"{saved}: add --resume to go on"
+        """Return what is saved of a run that ends after ``step``."""
+        return f"step {step} is saved" if self.saved == step else f"only step {self.saved} is saved ({self.failure})"

@@ -24,6 +24,11 @@ from mvmae.data import FORMATS, colour, open_image, sample_seed
 IGNORE = 255
 """Label of a pixel that is left out of loss and evaluation."""
 NAMES = {"train": ("training", "train"), "val": ("validation", "val")}
+LAYOUT = (
+    "data set folder in ADE20K's layout (images/{training,validation}, annotations/{training,validation}), or toy: shapes "
+    "drawn into the output folder; not needed with --preset toy"
+)
+"""What ``--help`` says of ``--data``."""
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 

@@ -64,18 +64,22 @@ def timm_arguments(text: str) -> dict[str, Any]:
         raise Stop(f"arguments for timm must be like 'patch_size=8 embed_dim=128', got {text!r}") from error
 
 
-def summary(model: Any, image_size: int = 0) -> str:
+def summary(model: Any, image_size: int = 0, name: str = "") -> str:
     """Return a line about a model as it was built: architecture, parameters, size of images and patches.
 
     Args:
         model: of timm, or a part of one.
         image_size: side in pixels, where it takes other images than those that it was built for.
+        name: as the user gave it, where the line is to begin with it.
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     patches: Any = getattr(model, "patch_embed", None)
     size = image_size or getattr(patches, "img_size", None) or cfg["input_size"][1:]
     number = sum(parameter.numel() for parameter in model.parameters())
-    parts = [cfg.get("architecture", type(model).__name__), f"{number / 1e6:.2f} M parameters"]
+    built: str = cfg.get("architecture", "")
+    same = name.split(".")[0] in ("", built) or not built
+    named = name or built or type(model).__name__ if same else f"{name} (like {built})"
+    parts = [named, f"{number / 1e6:.2f} M parameters"]
     if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(model, "embed_dim"):
         parts.append(f"{len(blocks)} blocks of width {model.embed_dim}")
     parts.append("images of {}x{} pixels".format(*to_2tuple(size)))
@@ -130,9 +134,11 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
     """
     path = Path(name.removeprefix("local-dir:"))
     if path.is_dir():
-        folder = next((path / part for part in ("encoder", "best", "") if _is_export(path / part)), None)
+        folder = _export_in(path)
         if folder is None:
-            raise Stop(f"{path} holds no encoder: name a run that has ended, or a folder of {CONFIG_FILE} and {WEIGHTS_FILE}")
+            raise Stop(
+                f"{path} holds no model: give the folder of a finished run, or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
         check_source(f"local-dir:{folder}", weights=False)
         return f"local-dir:{folder}", locate(folder, WEIGHTS_FILE)
     if path.is_file():
@@ -146,12 +152,17 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
 
 
 def _near(path: Path) -> str:
-    """Return a question with similar paths that exist; empty if there are none."""
+    """Return a question with similar paths that hold a model; empty if there are none."""
     missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
     found = [str(other) for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
     near = [Path(other) / path.relative_to(missing) for other in difflib.get_close_matches(str(missing), found)]
-    shown = [str(other) for other in near if other.exists()]
+    shown = [str(other) for other in near if other.is_file() or _export_in(other)]
     return f": did you mean {' or '.join(shown)}?" if shown else ""
+
+
+def _export_in(folder: Path) -> Path | None:
+    """Return the folder of the model in that of a run or an export; None where there is none."""
+    return next((folder / part for part in ("encoder", "best", "") if _is_export(folder / part)), None)
 
 
 def _is_export(folder: Path) -> bool:

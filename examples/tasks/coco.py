@@ -23,6 +23,11 @@ from torchvision.tv_tensors import BoundingBoxes, Mask
 from mvmae.data import colour, open_image, sample_seed
 
 NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val")}
+LAYOUT = (
+    "data set folder in COCO's layout (annotations/instances_train2017.json, train2017/, ... and the same for val2017), or "
+    "toy: shapes drawn into the output folder; not needed with --preset toy"
+)
+"""What ``--help`` says of ``--data``."""
 METRICS = (
     "AP",
     "AP50",

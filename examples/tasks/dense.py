@@ -39,7 +39,7 @@ class DenseConfig(RunConfig):
 
     data: str = option(
         REQUIRED,
-        "folder of the data set, laid out as the one named above, or toy: shapes, drawn into the output folder",
+        "data set folder, or toy: shapes drawn into the output folder",
         path=True,
         may_change=True,
         section="Data",
@@ -75,7 +75,7 @@ class DenseConfig(RunConfig):
     )
     schedule: str = option(
         REQUIRED,
-        "course of the learning rate; cosine or linear: down to 0, steps: a tenth after 89 % and again after 96 % of the steps",
+        "learning-rate schedule; cosine or linear: down to 0, steps: a tenth after 89 % and again after 96 % of the steps",
         ["cosine", "linear", "steps"],
     )
     warmup_steps: int = option(REQUIRED, "steps of linear warm-up of the learning rate", at_least=0)
@@ -202,7 +202,7 @@ def fit(
     sampler.start_step = run.step
     pinned = processes.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, collate=collate)
-    run.log.say(f"{config.model}: {summary(trunk, config.image_size)}")
+    run.log.say(summary(trunk, config.image_size, config.model))
     run.log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")
     trained = parallel(model.train(), processes)
     with run:

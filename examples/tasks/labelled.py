@@ -110,14 +110,24 @@ class Labelled(NamedTuple):
     note: str
 
 
+def named_images(data: str, split: str = "train") -> ImageSource:
+    """Open the images of ``--data``, which an error names."""
+    try:
+        return open_images(data, split=split)
+    except SplitError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"--data: {error}") from error
+
+
 def open_splits(data: str) -> Splits:
     """Open images to train on, and those held out: the validation split of the data.
 
     Where it has none, one image of ten of each class is held out, the same ones in all scripts; nothing without labels.
     """
-    train = open_images(data, split="train")
+    train = named_images(data)
     try:
-        return Splits(train, open_images(data, split="val"), "validation split of the data")
+        return Splits(train, named_images(data, "val"), "the data's validation split")
     except SplitError:
         labels = torch.empty(0) if train.labels is None else torch.as_tensor(train.labels)
     kept, held = (part.sort().values for part in hold_out(labels))
@@ -154,7 +164,8 @@ def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> L
         Part(part, draw(len(part), limit).sort().values, classes, names)
         for part, limit in ((train, train_images), (val, val_images))
     )
-    return Labelled(first, second, names, f"{len(first)} + {len(second)} images of {len(names)} classes; {note}")
+    note = f"trained on {len(first)} images, tested on {len(second)}, of {len(names)} classes ({note})"
+    return Labelled(first, second, names, note)
 
 
 def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class Config(RunConfig):
         lengths=(1, 2),
         section="Data",
     )
-    in_chans: int = option(3, "number of channels of the images; other than 3 needs --mean and --std", at_least=1)
+    in_chans: int = option(3, "number of channels of the images; values other than 3 need --mean and --std", at_least=1)
     mean: tuple[float | str, ...] = option(
         (), "mean of each channel, where 1 is white; auto: measured", empty="the encoder's own", at_least=0, at_most=1
     )
@@ -56,12 +56,15 @@ class Config(RunConfig):
         at_most=1,
     )
     value_range: tuple[float, ...] = option(
-        (), "values of 16-bit images that become black and white, such as 0 4095", empty="the whole range", lengths=(2,)
+        (),
+        "pixel values of 16-bit images that map to black and to white, such as 0 4095",
+        empty="the whole range",
+        lengths=(2,),
     )
     background: str = option("", "colour behind transparent pixels, a name or #RRGGBB", empty="the encoder's own, else white")
     max_pixels: int = option(MAX_PIXELS, "maximum number of pixels of an image; a larger one counts as unreadable", at_least=1)
     crops_per_image: int = option(
-        1, "number of times that an epoch uses each image; above 1 for a few huge images", at_least=1, at_most=10**6
+        1, "number of times each image is used per epoch; above 1 for few, very large images", at_least=1, at_most=10**6
     )
     transform: str = option(
         "",
@@ -90,7 +93,7 @@ class Config(RunConfig):
         2.0, "weight of the contrastive loss, lambda; 0: no contrastive loss (paper, Table 5)", at_least=0
     )
     temperature: float = option(0.07, "temperature of the contrastive loss, tau (paper, Section 3.2.2)", above=0)
-    gather: bool = option(True, "use negatives from all processes; --no-gather: only those of the same process")
+    gather: bool = option(True, "contrast with the crops of all processes; --no-gather: only with those of the same process")
     pool: str = option(
         "avg", "vector that the contrastive loss compares; avg: mean patch token, token: class token", ["avg", "token"]
     )
@@ -105,14 +108,14 @@ class Config(RunConfig):
     epochs: float = option(1600, "number of passes over the images (paper)", above=0, may_change=True, section="Optimization")
     warmup_epochs: float = option(40, "epochs of linear warm-up of the learning rate (paper)", at_least=0)
     batch_size: int = option(256, "number of images per step, over all processes (paper)", at_least=1)
-    base_lr: float = option(1.5e-4, "learning rate for a batch of 256; it is scaled with the batch (paper, MAE)", at_least=0)
+    base_lr: float = option(1.5e-4, "learning rate for a batch of 256; it is scaled with the batch (paper and MAE)", at_least=0)
     weight_decay: float = option(0.05, "weight decay of AdamW; 1-D parameters have none (MAE)", at_least=0)
     beta2: float = option(0.95, "beta2 of AdamW; beta1 is 0.9 (paper)", at_least=0, below=1)
     clip_grad: float = option(0.0, "maximum norm of the gradient; 0: no clipping (MAE)", at_least=0)
     seed: int = inherit(RunConfig, "seed", 0, "seed of the random numbers: weights, order of images, crops, masks")
     accumulate: int = option(
         1,
-        "number of parts in which a batch is computed, to save memory; loss and gradients stay the same",
+        "split each batch into this many parts to save memory; loss and gradients are unchanged",
         at_least=1,
         may_change=True,
         section="Speed and memory",

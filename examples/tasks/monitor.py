@@ -115,9 +115,9 @@ class Monitor:
     def note(self) -> str:
         """A line about the images."""
         if not self.limit:
-            return "no look at the features"
-        about = "that are trained on" if self.val is None else "held out"
-        return f"looks at the features of {min(self.limit, len(self.looked_at))} images {about}"
+            return "features are not measured"
+        about = "training" if self.val is None else "held-out"
+        return f"features are measured on {min(self.limit, len(self.looked_at))} {about} images"
 
     @torch.no_grad()
     def look(self, encode: Encode, limit: int = 0) -> dict[str, float]:

@@ -121,10 +121,11 @@ def head_optimizer(probe: Probe, name: str, *, lr: float) -> torch.optim.Optimiz
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Format results as a Markdown table; a cell is empty where there is no number."""
+    """Format results as a Markdown table; a cell without a number is empty, and the paper's column left out if all are."""
     shots = dict.fromkeys(key for result in results for key in result if re.fullmatch(r"shot\d+_avg", key))
-    columns = {"model": "model", "knn_avg": "k-NN", "linear": "linear", "best": "best", "paper": "linear, the paper's"}
-    columns |= {key: f"{key[4:-4]} a class" for key in shots} | {"rank_avg": "effective rank"}
+    columns = {"model": "model", "knn_avg": "k-NN", "linear": "linear", "best": "best on val"}
+    columns |= {"paper": "linear, the paper's"} if any(result.get("paper") for result in results) else {}
+    columns |= {key: f"{key[4:-4]} label{'s' * (key[4:-4] != '1')} per class" for key in shots} | {"rank_avg": "effective rank"}
     lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
     lines += [" | ".join(_cell(result, key) for key in columns) for result in results]
     return "\n".join(f"| {line} |" for line in lines)

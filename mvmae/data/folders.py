@@ -153,8 +153,8 @@ def open_folder(root: Path, split: str) -> FileSource:
     names = sorted(scan(folder, passed))
     others = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in passed.most_common())
     if not names:
-        found = f", found {others}: no reader" if others else ""
-        raise ValueError(f"no images in {folder}: looked for {' '.join(sorted(EXTENSIONS))} and archives{found}")
+        found = f"found {others}: no reader" if others else "found nothing"
+        raise ValueError(f"no images in {folder}: {found}; looked for archives and {' '.join(sorted(EXTENSIONS))}")
     if others:
         _logger.warning("%s: passed over %s: no reader", folder, others)
     _logger.info("listed %d images in %s in %.1f s", len(names), folder, time.perf_counter() - start)
@@ -171,12 +171,15 @@ def open_list(path: Path) -> FileSource:
     Raises:
         ValueError: No line, or the first one's file is missing.
     """
-    names = [line.rstrip(b"\r") for line in path.read_bytes().split(b"\n") if line.strip()]
+    lines = path.read_bytes().split(b"\n")
+    names = [line.rstrip(b"\r") for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{path} must name images, one path a line, relative to {path.parent}, got none")
     source = FileSource(path.parent, names)
     if not os.path.exists(source.name(0)):
-        raise ValueError(f"{path}: the first image {source.name(0)} does not exist: paths are relative to the list")
+        number = next(number for number, line in enumerate(lines, 1) if line.strip())
+        cure = "relative paths start at the folder of the list"
+        raise ValueError(f"{path}, line {number}: no file {source.name(0)} ({cure})")
     return source
 
 

@@ -152,7 +152,7 @@ def _open_path(data: str, split: str) -> ImageSource:
     if path.is_dir():
         return open_folder(path, split)
     if not path.exists():
-        raise ValueError(f"no such folder, file or data set: {data}")
+        raise ValueError(f"no such folder, file or data set: {data} (the current folder is {Path.cwd()})")
     if path.suffix != ".txt":
         raise ValueError(f"{path} is no folder, list of paths (.txt) or archive of images")
     if split != "train":
