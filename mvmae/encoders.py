@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .files import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, locate, read_config
 from .patches import sincos_table
 from .timm_weights import checkpoint_filter, find_weights
+from .vitmae import timm_model, vitmae_arguments
 from .weights import read_weights
 
 TIMM_NAMES = {
@@ -184,7 +185,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     folder the files that timm would read are read, and from PyTorch's files only tensors.
 
     Args:
-        model_name: a name that timm knows, ``local-dir:FOLDER`` or ``hf-hub:owner/name``.
+        model_name: a name that timm knows, ``local-dir:FOLDER`` or ``hf-hub:owner/name``, of timm's models or of a ViTMAE that
+            transformers saved.
         pretrained: whether to load weights.
         kwargs: other arguments of ``timm.create_model``.
 
@@ -196,7 +198,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     check_source(model_name, weights=pretrained, cache_dir=kwargs.get("cache_dir"))
     try:
         with building(f"{model_name} with {kwargs}" if kwargs else model_name):
-            model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+            name, described = timm_model(model_name, kwargs.get("cache_dir"))
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **{**described, **kwargs})
     except WeightsError as error:
         title, *keys = str(error.__cause__).splitlines() or [""]
         if not title.startswith("Error(s) in loading state_dict"):
@@ -217,7 +220,8 @@ def check_source(name: str, *, weights: bool, cache_dir: str | Path | None = Non
     Raises:
         WeightsError: if a file is missing, damaged, or of another kind; of a repository, if its weights are not safetensors.
     """
-    config = read_config(locate(name, CONFIG_FILE, cache_dir=cache_dir))
+    path = locate(name, CONFIG_FILE, cache_dir=cache_dir)
+    config = vitmae_arguments(path) or read_config(path)
     if weights:
         file = config.get("pretrained_cfg", config).get("hf_hub_filename") if name.startswith("hf-hub:") else None
         read_weights(locate(name, str(file or WEIGHTS_FILE), cache_dir=cache_dir))

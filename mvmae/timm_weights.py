@@ -15,6 +15,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from .files import WEIGHTS_FILE, WeightsError, first_line, locate
+from .vitmae import vitmae_weights
 from .weights import check_weights, read_weights
 from .wrappers import plain_names
 
@@ -30,8 +31,8 @@ def hub_owner() -> str:
 def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer | Eva") -> dict[str, Tensor]:
     """Convert the weights of a checkpoint to those of an encoder, for timm's loader.
 
-    Takes the encoder out of a pretraining checkpoint (``encoder.*``, an MAE-layout file with its decoder and mask token, or any
-    prefix that a framework put before one encoder's names),
+    Takes the encoder out of a pretraining checkpoint (``encoder.*``, an MAE-layout file with its decoder and mask token, that
+    of transformers' ViTMAE, or any prefix that a framework put before one encoder's names),
     resizes positions and patch projection to the model as timm does, and moves the final norm where the model has it.
 
     Raises:
@@ -40,7 +41,7 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer |
     """
     for wrapper in ("model", "state_dict"):
         state_dict = state_dict.get(wrapper, state_dict)
-    state_dict = plain_names(state_dict)
+    state_dict = vitmae_weights(plain_names(state_dict))
     prefix = encoder_prefix(state_dict)
     state_dict = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     kept = {key: value for key, value in state_dict.items() if key != "mask_token" and not key.startswith("decoder")}
@@ -126,7 +127,8 @@ def find_weights(
     weights = read_weights(path)
     if cfg.file and not cfg.source and "head.weight" in weights:
         overlay.setdefault("num_classes", len(weights["head.weight"]))
-    proj = next((value for key, value in weights.items() if key.endswith("patch_embed.proj.weight") and value.ndim == 4), None)
+    projections = ("patch_embed.proj.weight", "patch_embeddings.projection.weight")  # the second is ViTMAE's
+    proj = next((value for key, value in weights.items() if key.endswith(projections) and value.ndim == 4), None)
     if proj is not None and proj.shape[1] not in (1, 3):  # what timm before 1.0.31 takes for 3 channels
         overlay.setdefault("input_size", (proj.shape[1], *cfg.input_size[1:]))
         if in_chans in (None, proj.shape[1]):

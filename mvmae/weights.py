@@ -57,6 +57,15 @@ def _read_file(path: Path) -> dict[str, Tensor]:
                 weights = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         raise WeightsError(_why_unreadable(path, error)) from error
+    return check_tensors(weights, path)
+
+
+def check_tensors(weights: Any, path: str | Path) -> dict[str, Tensor]:
+    """Return what was read from a file, or is a state dict, if it is a dictionary of finite weights.
+
+    Raises:
+        WeightsError: if it is not.
+    """
     if not (weights and isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
         raise WeightsError(
             f"{path} must hold a dictionary of tensors, or one under 'model', got something else: save the state dict"

@@ -21,6 +21,7 @@ from mvmae.encoders import check_source
 from mvmae.files import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json
 from mvmae.hub import export
 from mvmae.timm_weights import checkpoint_filter
+from mvmae.vitmae import is_vitmae, timm_model
 from mvmae.weights import check_weights, read_weights
 
 
@@ -42,7 +43,8 @@ def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
         cure = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
         raise Stop(f"timm has no model {name!r}, and it is no folder: {cure}")
     try:
-        model: nn.Module = timm.create_model(name, **typed, **options)
+        architecture, described = timm_model(name)
+        model: nn.Module = timm.create_model(architecture, **{**described, **typed, **options})
     except (RuntimeError, OSError):  # weights that cannot be loaded
         raise
     except Exception as error:  # timm checks few of its arguments
@@ -167,7 +169,7 @@ def _export_in(folder: Path) -> Path | None:
 
 def _is_export(folder: Path) -> bool:
     file = folder / CONFIG_FILE
-    return file.is_file() and "architecture" in read_json(file)
+    return file.is_file() and ("architecture" in read_json(file) or is_vitmae(folder))
 
 
 def load_weights(model: Any, file: Path) -> None:
