@@ -1,7 +1,7 @@
 """Multi-View Masked Autoencoder: timm-compatible encoders and their pretraining.
 
-``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its rooms, such as ``mvmae.hub``, and the transforms of
-``mvmae.data`` are imported when they are first asked for. Where to read:
+``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its rooms, such as ``mvmae.hub``, and the transforms and
+``embed`` of ``mvmae.data`` are imported when they are first asked for. Where to read:
 
 - the method, in the order of the paper: ``model`` (Eqs. 1 to 7), ``patches``, ``masking``, ``masked_vit``, ``decoder``,
   ``losses`` with ``gradients``, ``projector``, ``accumulation``, ``metrics``;
@@ -33,9 +33,10 @@ from .projector import projection_mlp as projection_mlp
 if TYPE_CHECKING:
     from .data import CentreCropTransform as CentreCropTransform
     from .data import MultiViewTransform as MultiViewTransform
+    from .data import embed as embed
 
 __version__ = "0.1.0.dev0"
-_OF_DATA = ("CentreCropTransform", "MultiViewTransform")
+_OF_DATA = ("CentreCropTransform", "MultiViewTransform", "embed")
 
 
 def __getattr__(name: str) -> Any:

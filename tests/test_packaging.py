@@ -101,6 +101,7 @@ SIGNATURES = {
     "patchify": "images, patch_size",
     "unpatchify": "patches, patch_size, grid_size, in_chans",
     "encode_visible": "vit, images, mask",
+    "embed": "model, source, *, split='train', image_size=0, background='white', batch_size=64, num_workers=0, max_bad=100",
 }
 
 

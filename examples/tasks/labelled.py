@@ -29,9 +29,9 @@ from mvmae.data import (
     StepSampler,
     colour,
     make_loader,
-    open_image,
     open_images,
 )
+from mvmae.data.features import to_pil
 
 Config = TypeVar("Config", bound=Any)
 HELD_OUT = 10  # one in 10 images is held out of data without a validation split
@@ -230,13 +230,6 @@ def posterize_to_a_bit(image: Image.Image, bits: int, **options: Any) -> Image.I
     """Posterize as timm does, to one bit at least."""
     result: Image.Image = posterize(image, max(bits, 1), **options)
     return result
-
-
-def to_pil(image: ImageLike, channels: int = 3, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Decode an image, upright."""
-    opened = open_image(image)
-    pixels = opened.upright(opened.decode(channels=channels, background=background))
-    return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
 
 
 class InOrder(StepSampler):

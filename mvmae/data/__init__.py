@@ -2,6 +2,7 @@
 
 A source (`open_images`) names images, a transform (`MultiViewTransform`) decodes one and crops its views, a sampler
 (`StepSampler`) says which image stands where in which step, and a loader (`make_loader`) fills batches in processes of its own.
+`embed` computes the features of all images of a source.
 """
 
 from .augment import AugmentedViews as AugmentedViews
@@ -11,6 +12,11 @@ from .decode import ImageError as ImageError
 from .decode import ImageLike as ImageLike
 from .decode import colour as colour
 from .decode import open_image as open_image
+from .features import Embedded as Embedded
+from .features import EvalTransform as EvalTransform
+from .features import embed as embed
+from .features import embed_rows as embed_rows
+from .features import split_rows as split_rows
 from .folders import FileSource as FileSource
 from .folders import ImageSource as ImageSource
 from .folders import SplitError as SplitError

@@ -108,7 +108,7 @@ class Loader:
             self.bad[name] = reason
             _logger.warning("bad image %r: %s; another takes its place", name, reason)
             if self._bad_file is not None:
-                _append(self._bad_file, f"{_escape(name)}\t{_escape(reason)}\n")
+                _append(self._bad_file, f"{escape(name)}\t{escape(reason)}\n")
         if len(self.bad) > self._max_bad:
             shown = "; ".join(f"{name!r}: {reason}" for name, reason in list(self.bad.items())[-3:])
             where = f", all in {self._bad_file}" if self._bad_file else ""
@@ -234,7 +234,8 @@ def _share(batch: Any) -> None:
             _share(part)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Return a name on one line of ASCII; `unicode_escape` reads it back."""
     return text.encode("unicode_escape", "surrogateescape").decode("ascii")
 
 
