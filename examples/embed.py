@@ -38,6 +38,7 @@ from engine.log import Output, printable
 from mvmae.data import EvalTransform, ImageSource, embed_rows, split_rows
 from mvmae.data.features import Rows
 from mvmae.files import read_json, write_json
+from tasks import method
 from tasks.backbones import load_backbone, summary
 from tasks.feature_files import Parts, delete_parts, read_part, read_parts, write_array, write_bad, write_part, write_table
 from tasks.labelled import LabelledConfig, named_images
@@ -47,14 +48,7 @@ from tasks.starting import with_background
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    data: str = option(
-        dataclasses.MISSING,
-        "images: a folder, a list of paths (.txt), tar, Parquet, Arrow or IDX files, a timm data set, or sample: "
-        "photographs of scikit-image",
-        path=True,
-        may_change=True,
-        section="Data",
-    )
+    data: str = inherit(method.Config, "data", dataclasses.MISSING)
     split: str = option("train", "split of the images, where they have splits", ["train", "val"])
     image_size: int = option(0, "side of an image in pixels; 0: the model's own", at_least=0)
     background: str = option("", "colour behind transparent pixels, a name or #RRGGBB", empty="the model's own, else white")
