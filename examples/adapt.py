@@ -92,7 +92,7 @@ def main(config: Config) -> None:
 
     # images and model
     config, images = open_data(config, processes)
-    model = build_model(config, pretrained=config.pretrained).to(device).train()
+    model = build_model(config, device, pretrained=config.pretrained).train()
     encoder = model.encoder
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     mean, std = statistics(config, encoder, images.train)

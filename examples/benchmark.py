@@ -33,9 +33,9 @@ from engine.ends import Stop
 from mvmae.data import FORMATS, MultiViewDataset, StepSampler, make_loader, open_images
 from mvmae.files import write_json
 from tasks.backbones import create_encoder
-from tasks.timing import Products, clock, count_flops, peak_memory_mb, show
+from tasks.timing import Products, clock, count_flops, peak_memory_mb, show, time_attention
 
-PARTS = ("loader", "workers", "model", "contrast", "memory")
+PARTS = ("loader", "workers", "model", "attention", "contrast", "memory")
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 """Dense bf16 operations a second, from the vendor's data sheets, for the share of them that a step uses (MFU)."""
 
@@ -44,8 +44,8 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 class Config:
     parts: tuple[str, ...] = option(
         ("loader", "workers", "model", "contrast"),
-        "measurements; loader: loading in one process; workers: in worker processes; model: training steps; contrast: time of "
-        "NT-Xent; memory: memory of NT-Xent",
+        "measurements; loader: loading in one process; workers: in worker processes; model: training steps; attention: fused "
+        "or by matrix products; contrast: time of NT-Xent; memory: memory of NT-Xent",
         PARTS,
         section="Measurements",
     )
@@ -233,6 +233,15 @@ def vitmae_step(
     return lambda: step(lambda: peer(views.flatten(0, 1)).loss)
 
 
+def measure_attention(config: Config, device: torch.device) -> dict[str, Any]:
+    """Time fused attention against two matrix products, forward and backward, for short and long sequences."""
+    results, dtype = {}, torch.bfloat16 if config.precision == "bf16" else torch.float32
+    for tokens in (17, 41, 65, 129, 197, 401):
+        results[str(tokens)] = time_attention(tokens, config.rounds, device, dtype)
+        show(f"attention over {tokens} tokens in {config.precision}, images/s", results[str(tokens)])
+    return results
+
+
 def measure_contrast(config: Config, device: torch.device) -> dict[str, Any]:
     """Time NT-Xent on large batches, forward and backward: all logits at once against chunks of them."""
     results = {}
@@ -267,6 +276,7 @@ def main(config: Config) -> None:
             "loader": lambda: measure_loader(config, folder),
             "workers": lambda: measure_workers(config, folder),
             "model": lambda: measure_model(config, device),
+            "attention": lambda: measure_attention(config, device),
             "contrast": lambda: measure_contrast(config, device),
         }
         for part, measure in measures.items():

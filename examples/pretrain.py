@@ -62,7 +62,7 @@ def main(config: Config) -> None:
 
     # images and model
     config, images = open_data(config, processes)
-    model = build_model(config).to(device).train()
+    model = build_model(config, device).train()
     encoder = model.encoder
     mean, std = statistics(config, encoder, images.train)
     per_epoch = len(images.train) // config.batch_size

@@ -5,10 +5,13 @@ import dataclasses
 import torch
 
 import mvmae
+from engine.attention import fit_attention
 from engine.cli import inherit, option
 from engine.config import RunConfig
 from mvmae.data import MAX_PIXELS
 from tasks.starting import start_encoder
+
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +156,7 @@ class Config(RunConfig):
     )
 
 
-def build_model(config: Config, *, pretrained: bool = False) -> mvmae.MultiViewMAE:
+def build_model(config: Config, device: torch.device = CPU, *, pretrained: bool = False) -> mvmae.MultiViewMAE:
     """Create the encoder, with its weights if asked, and the pretraining model around it, the same for the same seed."""
     torch.manual_seed(config.seed)
     encoder = start_encoder(
@@ -165,7 +168,7 @@ def build_model(config: Config, *, pretrained: bool = False) -> mvmae.MultiViewM
         in_chans=config.in_chans,
     )
     encoder.set_grad_checkpointing(config.grad_checkpointing)
-    return mvmae.MultiViewMAE(
+    model = mvmae.MultiViewMAE(
         encoder,
         decoder_dim=config.decoder_dim,
         decoder_depth=config.decoder_depth,
@@ -179,3 +182,7 @@ def build_model(config: Config, *, pretrained: bool = False) -> mvmae.MultiViewM
         loss_on=config.loss_on,  # type: ignore[arg-type]
         gather=config.gather,
     )
+    prefix, length = encoder.num_prefix_tokens, encoder.patch_embed.num_patches
+    for part, tokens in ((model.encoder, mvmae.num_visible(length, config.mask_ratio)), (model.decoder, length)):
+        fit_attention(part, prefix + tokens, config.precision, device)
+    return model.to(device)
