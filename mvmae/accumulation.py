@@ -26,14 +26,15 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
     """Add the gradients of Eq. 7 over the batch to ``parameter.grad``, with the activations of one part in memory at a time.
 
     Ordinary gradient accumulation does not enlarge the batch of a contrastive loss: each part would have the negatives of
-    that part alone. Here the latents of all parts are computed first, without stored activations, and the gradient of Eq. 6
-    with respect to them. Then each part is computed again and both gradients flow back through it. The cost is one more
-    forward pass of the encoder. The result is exact for several processes too, and with dropout, whose random numbers are
-    repeated. The function may be called under autocast; the backward passes run outside it.
+    that part alone. Here the latents of all parts are computed first, without stored activations; then the projector and Eq. 6
+    see all of them at once, and give a gradient for each. Then each part is computed again and both gradients flow back
+    through it. The cost is one more forward pass of the encoder. The result is exact for several processes too, with batch
+    normalisation in the projector, and with dropout, whose random numbers are repeated. The function may be called under
+    autocast; the backward passes run outside it.
 
     Args:
-        model: a `MultiViewMAE`, or one in DistributedDataParallel; compiled or not. Only modules that mix the images of a
-            batch, such as BatchNorm in a projector, see a part instead of the batch.
+        model: a `MultiViewMAE`, or one in DistributedDataParallel; compiled or not. Running statistics that a projector keeps,
+            such as those of torch's `BatchNorm1d`, are of parts too.
         views: (B, V, C, H, W), normalised; B images of this process.
         parts: number K of parts, a divisor of B.
         mask: over the B * V views.
@@ -52,7 +53,7 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
         latents = []
         for piece, piece_mask in pieces:
             states.append(_random_state(views.device))
-            latents.append(core.encode(piece, piece_mask).projected)
+            latents.append(core.encode(piece, piece_mask).z)
     if _is_compiled(model) and not _equal(states[0], _random_state(views.device)):
         raise ValueError(
             "a compiled encoder must draw no random numbers (dropout, drop path), which differ in the second pass: "
@@ -67,23 +68,30 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
             output = model(piece, mask=piece_mask, contrast=False)
             loss = output.loss_rec / parts
             if gradient is not None:
-                loss = loss + core.loss_weight * (output.projected * gradient[i * size : (i + 1) * size]).sum()
+                loss = loss + (output.z * gradient[i * size : (i + 1) * size]).sum()
+                loss = (
+                    loss + 0 * output.projected.sum()
+                )  # DistributedDataParallel waits for every parameter, the projector's too
             with torch.autocast(views.device.type, enabled=False):
                 loss.backward()
         loss_rec += output.loss_rec.detach() / parts
     return Losses(loss_rec + core.loss_weight * loss_con, loss_rec, loss_con)
 
 
-def _contrast(model: MultiViewMAE, projected: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Compute Eq. 6 over all parts and processes, and its gradient with respect to the latents."""
+def _contrast(model: MultiViewMAE, z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Compute Eq. 6 over all parts and processes, and the gradient of its share of Eq. 7: the projector's, and that of ``z``.
+
+    Returns:
+        The loss, and the gradient of the pooled latents, (B, V, D); the projector's is added to ``parameter.grad``.
+    """
     if not model.loss_weight:
-        return projected.new_zeros(()), None
-    projected.requires_grad_()
+        return z.new_zeros(()), None
+    z.requires_grad_()
     with torch.enable_grad():
-        loss = model.contrastive_loss(projected)
-    with torch.autocast(projected.device.type, enabled=False):
-        (gradient,) = torch.autograd.grad(loss, projected)
-    return loss.detach(), gradient
+        loss = model.contrastive_loss(model.projector(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
+    with torch.autocast(z.device.type, enabled=False):
+        (model.loss_weight * loss).backward()
+    return loss.detach(), z.grad
 
 
 def _is_compiled(model: nn.Module) -> bool:

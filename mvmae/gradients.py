@@ -78,6 +78,11 @@ class _Products(torch.autograd.Function):
             return _Products.apply(grads[0], b.mT), _Products.apply(grads[0].mT, a.mT)
 
 
+def num_processes() -> int:
+    """Return the number of processes of the default group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def gather_latents(z: Tensor) -> tuple[Tensor, int]:
     """Collect the latents of all processes, with gradient, in the order of their ranks.
 
@@ -87,10 +92,35 @@ def gather_latents(z: Tensor) -> tuple[Tensor, int]:
     Returns:
         (N, V, D), and where this process's first image stands in it. Without processes: ``z`` and 0.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if num_processes() == 1:
         return z, 0
     gathered: Tensor = _AllGather.apply(z)
     return gathered, dist.get_rank() * len(z)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Add a tensor of all processes up, with gradient. Without processes: ``x``."""
+    if num_processes() == 1:
+        return x
+    total: Tensor = _AllReduce.apply(x)
+    return total
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of all processes' gradients for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
 
 
 class _AllGather(torch.autograd.Function):

@@ -1,16 +1,60 @@
-"""The projection head before Eq. 4 (the paper has none), and how a file describes one."""
+"""The projection head before Eq. 4 (the paper has none), and how a file describes one.
+
+Shapes: N rows of this process, D width of a row.
+"""
 
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .files import WeightsError, building, check_sizes
+from .gradients import num_processes, sum_over_processes
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the rows of all processes, in float32 at least, for a module that is used in training alone.
+
+    Unlike torch's `BatchNorm1d` it keeps no running statistics: a batch is normalised by its own, in evaluation too. Unlike
+    torch's `SyncBatchNorm` it works on a CPU. All processes must have the same number of rows.
+
+    Args:
+        dim: width D.
+        eps: added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scale to 1 and the shift to 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise rows, (N, D), to mean 0 and variance 1 in each column, then scale and shift them."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if x.dtype == torch.float64 else x.float()
+            count = len(x) * num_processes()
+            centred = x - sum_over_processes(x.sum(dim=0)) / count
+            variance = sum_over_processes(centred.square().sum(dim=0)) / count
+            return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+    def extra_repr(self) -> str:
+        """Return the arguments, for ``repr``."""
+        return f"{self.dim}, eps={self.eps}"
+
 
 LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),
+    BatchNorm: ("dim", "eps"),
     nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.Dropout: ("p",),
@@ -24,23 +68,37 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
 _logger = logging.getLogger(__name__)
 
 
-def projection_mlp(in_dim: int, hidden_dim: int = 2048, out_dim: int = 256) -> nn.Sequential:
-    """Build the projection head of SimCLR (Chen et al., 2020): linear, ReLU, linear. The paper has none.
+def projection_mlp(
+    in_dim: int, hidden_dim: int = 2048, out_dim: int = 256, *, depth: int = 2, batch_norm: bool = False
+) -> nn.Sequential:
+    """Build a projection head: linear layers, with a ReLU between two of them. The paper has none.
+
+    The default is SimCLR's (Chen et al., 2020). With ``batch_norm``, each but the last is normalised by `BatchNorm` before
+    its ReLU, as in MoCo v3 (Chen et al., 2021), and no layer has a bias of its own.
 
     Args:
         in_dim: width D of the encoder.
-        hidden_dim: width between the two layers.
+        hidden_dim: width between the layers.
         out_dim: width of the vectors that are compared.
+        depth: number of linear layers, at least 1.
+        batch_norm: whether to normalise each hidden layer over the batch of all processes.
+
+    Raises:
+        ValueError: if there is no layer.
     """
-    return _mlp([in_dim, hidden_dim, out_dim])
+    if depth < 1:
+        raise ValueError(f"depth of a projection head must be at least 1 layer, got {depth}")
+    widths = [in_dim, *[hidden_dim] * (depth - 1), out_dim]
+    return _mlp(widths, batch_norm=batch_norm)
 
 
-def _mlp(widths: Sequence[int]) -> nn.Sequential:
-    """Build linear layers of the given widths, with a ReLU between two of them."""
+def _mlp(widths: Sequence[int], *, batch_norm: bool = False) -> nn.Sequential:
+    """Build linear layers of the given widths, with a ReLU between two of them, after a `BatchNorm` if asked."""
     layers: list[nn.Module] = []
     for in_dim, out_dim in pairwise(widths):
-        layers += [nn.Linear(in_dim, out_dim), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+        layers += [nn.Linear(in_dim, out_dim, bias=not batch_norm)]
+        layers += [BatchNorm(out_dim), nn.ReLU()] if batch_norm else [nn.ReLU()]
+    return nn.Sequential(*layers[: -2 if batch_norm else -1])
 
 
 def describe_projector(projector: nn.Module) -> list[Any] | str | None:

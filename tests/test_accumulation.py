@@ -20,7 +20,7 @@ SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_head
 def build(dtype=torch.float64, projector=False, loss_weight=2.0, **kwargs):
     torch.manual_seed(3)
     vit = timm.create_model("vit_tiny_patch16_224", **(SIZES | kwargs))
-    head = projection_mlp(16, 8, 4) if projector else None
+    head = projection_mlp(16, 8, 4, depth=3, batch_norm=projector == "batch norm") if projector else None
     decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
     return MultiViewMAE(vit, projector=head, loss_weight=loss_weight, **decoder).to(dtype)
 
@@ -29,7 +29,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("options", [{}, {"projector": True}, {"loss_weight": 0}])
+@pytest.mark.parametrize("options", [{}, {"projector": True}, {"projector": "batch norm"}, {"loss_weight": 0}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_four_parts_equal_the_whole_batch(options, dtype, tolerance):
     views, mask = torch.randn(16, 2, 3, 16, 16, dtype=dtype), random_mask(32, 16, 0.75)
@@ -85,7 +85,7 @@ def test_every_backward_pass_runs_outside_autocast():
         backward_in_parts(model, views, 2, mask=mask)
         backward(model, views, mask, 1)
         assert torch.is_autocast_enabled("cpu")
-    assert seen == [False] * 11  # once for the contrast and twice for each part, then once for all four
+    assert seen == [False] * 12  # the contrast and its projector, three in each of two parts, then all four at once
 
 
 class Copied(TorchDispatchMode):
@@ -134,14 +134,14 @@ def test_a_compiled_model_that_draws_random_numbers_is_refused_in_parts(in_place
 
 def half_in_parts(views, mask):
     rank = dist.get_rank()
-    model = DistributedDataParallel(build(projector=True))
+    model = DistributedDataParallel(build(projector="batch norm"))
     losses = backward_in_parts(model, views[rank * 8 : rank * 8 + 8], 4, mask=mask.select(slice(rank * 16, rank * 16 + 16)))
     return losses.loss, {name.removeprefix("module."): gradient for name, gradient in gradients(model).items()}
 
 
 def test_two_processes_with_parts_equal_one_whole(two_processes):
     views, mask = torch.randn(16, 2, 3, 16, 16, dtype=torch.float64), random_mask(32, 16, 0.75)
-    whole = build(projector=True)
+    whole = build(projector="batch norm")
     loss = whole(views, mask=mask).loss
     loss.backward()
     (loss0, grads0), (loss1, grads1) = two_processes(half_in_parts, views, mask)

@@ -103,6 +103,9 @@ class Config(RunConfig):
     projector: int = option(
         0, "output width of an MLP between the features and the contrastive loss; 0: no MLP (paper)", at_least=0
     )
+    projector_hidden: int = option(2048, "width of the MLP's hidden layers (SimCLR)", at_least=1)
+    projector_depth: int = option(2, "number of the MLP's linear layers (SimCLR)", at_least=1)
+    projector_norm: bool = option(False, "normalise the MLP's hidden layers over the batch of all processes (MoCo v3)")
     norm_pix: bool = option(True, "reconstruct patches normalised by their own mean and standard deviation (MAE)")
     loss_on: str = option("masked", "patches that the reconstruction loss covers (MAE)", ["masked", "all"])
     decoder_dim: int = option(512, "width of the decoder (MAE)", at_least=1, section="Decoder")
@@ -168,6 +171,10 @@ def build_model(config: Config, device: torch.device = CPU, *, pretrained: bool 
         in_chans=config.in_chans,
     )
     encoder.set_grad_checkpointing(config.grad_checkpointing)
+    projector = None
+    if config.projector:
+        widths, depth = (encoder.embed_dim, config.projector_hidden, config.projector), config.projector_depth
+        projector = mvmae.projection_mlp(*widths, depth=depth, batch_norm=config.projector_norm)
     model = mvmae.MultiViewMAE(
         encoder,
         decoder_dim=config.decoder_dim,
@@ -177,7 +184,7 @@ def build_model(config: Config, device: torch.device = CPU, *, pretrained: bool 
         loss_weight=config.loss_weight,
         temperature=config.temperature,
         pool=config.pool,  # type: ignore[arg-type]
-        projector=mvmae.projection_mlp(encoder.embed_dim, out_dim=config.projector) if config.projector else None,
+        projector=projector,
         norm_pix=config.norm_pix,
         loss_on=config.loss_on,  # type: ignore[arg-type]
         gather=config.gather,
