@@ -83,15 +83,15 @@ class Config(method.Config):
 
 def main(config: Config) -> None:
     """Adapt the encoder, and leave it and its pictures."""
-    if config.freeze_epochs >= config.epochs:
-        raise Stop(
-            f"--freeze-epochs {config.freeze_epochs:g} leaves nothing of --epochs {config.epochs:g} to train the encoder in"
-        )
     processes = start_processes(config.device)
     device, group = processes.device, {"rank": processes.rank, "world_size": processes.world_size}
 
     # images and model
     config, images = open_data(config, processes)
+    if config.freeze_epochs >= config.epochs:
+        raise Stop(
+            f"--freeze-epochs {config.freeze_epochs:g} leaves nothing of --epochs {config.epochs:g} to train the encoder in"
+        )
     model = build_model(config, device, pretrained=config.pretrained).train()
     encoder = model.encoder
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}

@@ -144,6 +144,8 @@ def test_what_cannot_be_ablated_is_one_line(photographs, tmp_path):
     assert result.code == 2 and "nothing would be measured" in result.err
     result = run_script("ablate.py", *arguments(photographs, "--collect"), folder=tmp_path)
     assert result.code == 2 and "no run in ablation has finished: call again without --collect" in result.err
+    result = run_script("ablate.py", *arguments(photographs, "--pretrain", f"{TINY} --epochs 0"), folder=tmp_path)
+    assert result.code == 2 and "--pretrain must give --epochs, so that all variants can cost the same" in result.err
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10])

@@ -1,3 +1,4 @@
+import dataclasses
 import fcntl
 import json
 import math
@@ -23,7 +24,11 @@ from mvmae import CentreCropTransform
 from mvmae.data import open_images
 
 sys.path.append(str(EXAMPLES))
+from engine.cli import parse
+from pretrain import PRESETS
 from tasks.drawn_images import varied
+from tasks.method import Config
+from tasks.pretraining import fit_length
 
 
 def test_a_run_leaves_what_the_readme_promises(whole):
@@ -73,6 +78,19 @@ def test_training_changes_every_trained_weight_and_not_the_positions(whole, imag
 
 def records(folder):
     return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("number", "views", "epochs"), [(50_000, 2, 44), (50_000, 1, 88), (12_500, 2, 88), (1562, 2, 249), (10**9, 2, 1)]
+)
+def test_a_length_that_is_not_given_suits_the_number_of_images(number, views, epochs):
+    """The views that are seen go with the root of the number, whatever the number of views of an image."""
+    config = parse(Config, PRESETS, None, ["--data", "x", "--epochs", "0", "--num-views", str(views)])
+    fitted = fit_length(config, number)
+    assert (fitted.epochs, fitted.warmup_epochs, fitted.monitor) == (epochs, epochs / 20, max(round(epochs / 10), 1))
+    given = dataclasses.replace(config, epochs=3.0)
+    assert fit_length(given, number) is given
+    assert fit_length(dataclasses.replace(config, monitor=0), number).monitor == 0
 
 
 def test_the_rate_rises_for_an_epoch_and_falls_as_a_cosine_from_that_of_the_batch(whole):

@@ -1,12 +1,54 @@
-"""Arms that are compared over seeds: what they differ by, as a table and as a picture."""
+"""Arms that are compared over seeds: their options, and what they differ by, as a table and as a picture."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasks.plots import plot
+
+
+class Arm(NamedTuple):
+    """A way to pretrain, and the paper's accuracy for it after fine-tuning, if there is one."""
+
+    name: str
+    options: str
+    paper: float | None = None
+
+
+OURS = Arm("ours", "")
+TABLES: dict[str, list[Arm]] = {
+    "table6": [
+        Arm("ours", "", 79.09),
+        Arm("without two different targets", "--same-crop", 77.86),
+        Arm("without contrastive loss", "--loss-weight 0", 74.33),
+        Arm("baseline, MAE", "--num-views 1 --loss-weight 0", 76.48),
+    ],
+    "mask_ratio": [
+        Arm(f"mask ratio {ratio}", f"--mask-ratio {ratio}", paper)
+        for ratio, paper in ((0.5, 79.22), (0.75, 79.09), (0.8, 79.25), (0.9, 79.23), (0.95, 78.30))
+    ],
+    "loss_weight": [
+        Arm(f"loss weight {weight}", f"--loss-weight {weight}", paper)
+        for weight, paper in ((0.1, 78.10), (0.5, 78.09), (1.0, 78.09), (1.5, 79.31), (2.0, 79.64))
+    ],
+    "decoder_depth": [
+        Arm(f"decoder depth {depth}", f"--decoder-depth {depth}", paper)
+        for depth, paper in ((1, 74.89), (2, 78.56), (4, 80.03), (8, 80.03), (12, 79.11))
+    ],
+    "choices": [
+        OURS,
+        Arm("class token contrasted", "--pool token"),
+        Arm("projector of 128", "--projector 128"),
+        Arm("all patches rebuilt", "--loss-on all"),
+        Arm("pixels as they are", "--no-norm-pix"),
+        Arm("temperature 0.2", "--temperature 0.2"),
+        Arm("temperature 0.5", "--temperature 0.5"),
+    ],
+    "negatives": [Arm("of all processes", ""), Arm("of each process alone", "--no-gather")],
+    "contrast": [OURS, Arm("without contrastive loss", "--loss-weight 0")],
+}
 
 MEASURES = {"finetune": "fine-tuning", "knn": "k-NN", "linear": "linear probe"}
 BAND = "0.92"

@@ -111,7 +111,13 @@ class Config(RunConfig):
     decoder_dim: int = option(512, "width of the decoder (MAE)", at_least=1, section="Decoder")
     decoder_depth: int = option(4, "number of blocks of the decoder (paper, Table 5)", at_least=1)
     decoder_heads: int = option(16, "number of attention heads of the decoder (MAE)", at_least=1)
-    epochs: float = option(1600, "number of passes over the images (paper)", above=0, may_change=True, section="Optimization")
+    epochs: float = option(
+        1600,
+        "number of passes over the images (paper); 0: from the number of images, with warm-up and evaluations in proportion",
+        at_least=0,
+        may_change=True,
+        section="Optimization",
+    )
     warmup_epochs: float = option(40, "epochs of linear warm-up of the learning rate (paper)", at_least=0)
     batch_size: int = option(256, "number of images per step, over all processes (paper)", at_least=1)
     base_lr: float = option(1.5e-4, "learning rate for a batch of 256; it is scaled with the batch (paper and MAE)", at_least=0)

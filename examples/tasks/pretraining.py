@@ -3,6 +3,7 @@
 Shapes: B images, V views, C channels, H x W pixels.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +22,8 @@ from tasks.method import Config
 from tasks.starting import with_background
 
 Chosen = TypeVar("Chosen", bound="Config")
+EPOCHS, IMAGES = 44, 50_000
+"""Epochs of two views for that many images: an hour of two CPU cores with ``pretrain.py --preset small``."""
 
 
 class Images(NamedTuple):
@@ -32,8 +35,21 @@ class Images(NamedTuple):
     clamped: str
 
 
+def fit_length(config: Chosen, number: int) -> Chosen:
+    """Return the options with a number of epochs, where none is given, and with warm-up and looks in proportion.
+
+    A larger set is passed fewer times, though more of its images are seen in all: both go with the square root of its size.
+    With one view instead of two, twice as many images are seen.
+    """
+    if config.epochs:
+        return config
+    epochs = max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
+    looks = max(round(epochs / 10), 1) if config.monitor else 0
+    return dataclasses.replace(config, epochs=float(epochs), warmup_epochs=epochs / 20, monitor=looks)
+
+
 def open_data(config: Chosen, processes: Processes) -> tuple[Chosen, Images]:
-    """Open the images; return them, and the options with the background and the batch size that they come to.
+    """Open the images; return them, and the options with the background, the length and the batch size that they come to.
 
     Raises:
         Stop: if there are none, or a batch leaves the contrastive loss no negatives.
@@ -43,6 +59,7 @@ def open_data(config: Chosen, processes: Processes) -> tuple[Chosen, Images]:
     splits = open_splits(config.data)
     listing = time.monotonic() - start
     train = repeated(splits.train, config.crops_per_image)
+    config = fit_length(config, len(train))
     config, clamped = clamp_batch(config, len(train), processes.world_size * config.accumulate)
     if config.loss_weight and config.batch_size // (1 if config.gather else processes.world_size) < 2:
         each = "" if config.gather else f" with --no-gather on {processes.world_size} processes"
