@@ -15,15 +15,43 @@ from engine.log import Log
 from mvmae.hub import export
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import reconstruction_picture
+from tasks.backbones import summary
 from tasks.drawn_images import varied
 from tasks.inputs import normalize
 from tasks.labelled import Splits
 from tasks.method import Config
 from tasks.monitor import Monitor, report
 from tasks.plots import draw_curves
-from tasks.pretraining import centre_crop
+from tasks.pretraining import Images, centre_crop
 
 CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "similarity", "cka", "lr")
+
+
+def opening(
+    config: Config, model: mvmae.MultiViewMAE, weights: str, images: Images, monitor: Monitor, steps: int, lr: float
+) -> dict[str, str]:
+    """Return what a run trains, on what and for how long, part by part, for its first lines.
+
+    Args:
+        config: options of the run.
+        model: that is trained.
+        weights: where they come from; empty where there is no need to say.
+        images: it is trained on.
+        monitor: what looks at its features.
+        steps: of the whole schedule.
+        lr: peak learning rate.
+    """
+    parameters, device = sum(parameter.numel() for parameter in model.parameters()), monitor.processes.device
+    decoder = f"{len(model.decoder.blocks)} blocks of width {config.decoder_dim}"
+    peak = f"peak learning rate {lr:.3g} ({config.base_lr:.3g} x {config.batch_size} / 256)"
+    return {
+        "model": summary(model.encoder, name=config.encoder),
+        "decoder": f"{decoder}; {parameters / 1e6:.2f} M parameters in all",
+        "weights": weights,
+        "images": images.listed,
+        "training": f"{steps} steps of {config.batch_size}, {config.epochs:g} epochs, {peak}, on {device}{images.clamped}",
+        "evaluation": f"{monitor.note} ({images.splits.note})",
+    }
 
 
 def build_monitor(
