@@ -264,7 +264,7 @@ def main(config: Config) -> None:
             run.checkpoint(step)
 
     result = look(last)
-    run.log.close()
+    run.log.end()
     if first:
         numbers = {"model": config.model, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
         numbers |= {"started_from": source, **result, "best_top1": best["top1"], "seconds": round(time.monotonic() - start, 1)}

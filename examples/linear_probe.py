@@ -241,6 +241,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     if processes.rank == 0:
         write_json(folder / "results.json", about)
         draw_curves(folder / "curves.png", run.log.records(), ("loss", "lr", "linear", "best"))
+    run.log.end()
     return about
 
 

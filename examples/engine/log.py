@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.distributed import Processes
 from engine.pace import CLOCK, words
+from engine.trackers import Trackers
 from mvmae.files import write_text
 
 MINUTE = 60.0
@@ -26,6 +27,7 @@ class Log:
     def __init__(self, folder: Path, rank: int, total: int, start: int = 0) -> None:
         self.folder, self.silent, self.bar, self.cut = folder, rank != 0, None, set[str]()
         self.total, self.spoke = total, time.monotonic()
+        self.trackers: Trackers | None = None
         if self.silent:
             return
         kept = [record for record in self.records() if record.get("step", 0) <= start]
@@ -73,6 +75,8 @@ class Log:
             if key not in ("step", *CLOCK):
                 shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
         self.say("  ".join([*shown, words(record)]).rstrip())
+        if self.trackers:
+            self.trackers.numbers(record)
 
     def append(self, name: str, text: str) -> None:
         """Add lines to a file of the folder. A failure prints a warning; a line that it cut is ended at the next call."""
@@ -101,6 +105,12 @@ class Log:
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+    def end(self, *, failed: bool = False) -> None:
+        """Remove the bar and end the trackers: nothing is logged any more."""
+        self.close()
+        if self.trackers:
+            self.trackers.close(failed=failed)
 
 
 class Output:

@@ -19,6 +19,7 @@ from engine.ends import UNBEGUN, Stop, StopSignal
 from engine.log import Log, Meter
 from engine.pace import ENOUGH, WAITING, Pace, hint
 from engine.snapshot import restore
+from engine.trackers import Trackers
 from engine.writer import Writer
 
 MASKS, DROPOUT = -1, -2
@@ -104,6 +105,9 @@ class Run:
             for name, part in values.items():
                 part.update(self.found[name])
         self.log = Log(self.folder, self.processes.rank, last, self.step)
+        if self.config.tracker and self.processes.rank == 0:
+            options = dataclasses.asdict(self.config)
+            self.log.trackers = Trackers(self.config.tracker, self.folder, options, self.step, self.log.say)
 
     def announce(self, **parts: str) -> None:
         """Print what is trained, a line for each part, and when its time and memory will be known."""
@@ -143,6 +147,8 @@ class Run:
             self.writer.save(self.whole)
             self.log.say(f"{self.writer.kept(self.whole)}: {self.again()}")
         self.writer.settle(wait=True)
+        if error is not None:
+            self.log.end(failed=True)
         if error is None and (failure := self.writer.failure):
             raise Stop(f"the end is not saved, only step {self.writer.saved} is ({failure}): mend that, then {self.again()}", 1)
 

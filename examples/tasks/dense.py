@@ -225,6 +225,7 @@ def fit(
         records = run.log.records()
         drawn = {name: None for record in records for name in record if name not in ("step", "epoch", *CLOCK)}
         draw_curves(folder / "curves.png", records, drawn)
+    run.log.end()
 
 
 def data_folder(config: DenseConfig, processes: Processes) -> Path:
