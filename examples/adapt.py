@@ -32,11 +32,10 @@ from engine.run import DROPOUT, Run
 from mvmae.data import StepSampler, sample_seed
 from mvmae.hub import describe
 from tasks import method
-from tasks.backbones import summary
 from tasks.inputs import names, normalize
 from tasks.method import build_model
 from tasks.monitor import MONITORED
-from tasks.outcome import build_monitor, finish, look
+from tasks.outcome import build_monitor, finish, look, opening
 from tasks.pretraining import backward, draw_masks, open_data, statistics, view_loader
 from tasks.starting import Freeze, parameter_groups, starting_weights, told
 
@@ -116,13 +115,8 @@ def main(config: Config) -> None:
     run = Run(config, processes, images.train.fingerprint)
     run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about)
     sampler.start_step = run.step
-    run.log.say(summary(encoder, name=config.encoder))
-    if start or run.found is None:
-        run.log.say(told(start))
-    peak = f"peak learning rate {lr:.3g} ({config.base_lr:.3g} x {config.batch_size} / 256)"
-    course = f"{steps} steps of {config.batch_size}, {peak}, on {device}"
-    run.log.say(f"{images.listed}, {course}{images.clamped}")
-    run.log.say(f"{monitor.note} ({images.splits.note})")
+    weights = told(start) if start or run.found is None else ""
+    run.announce(**opening(config, model, weights, images, monitor, steps, lr))
     if run.found is None:
         monitor.before = look(monitor, model, run.log, 0)
 

@@ -221,10 +221,12 @@ def main(config: Config) -> None:
     run = Run(config, processes, [part.fingerprint for part in (data.train, data.val)])
     run.take_up(last=last, model=model, optimizer=optimizer, best=best, about=about, **averaged)
     sampler.start_step = run.step
-    run.log.say(summary(model, config.image_size, config.model))
-    if source or run.found is None:
-        run.log.say(told(source))
-    run.log.say(f"{data.note}; {steps} steps of {config.batch_size} on {device}{clamped}")
+    run.announce(
+        model=summary(model, config.image_size, config.model),
+        weights=told(source) if source or run.found is None else "",
+        images=data.note,
+        training=f"{steps} steps of {config.batch_size} on {device}{clamped}",
+    )
 
     def look(step: int) -> dict[str, float]:
         """Validate and log, and keep the best model and the last."""
@@ -262,7 +264,7 @@ def main(config: Config) -> None:
             run.checkpoint(step)
 
     result = look(last)
-    run.log.close()
+    run.log.end()
     if first:
         numbers = {"model": config.model, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
         numbers |= {"started_from": source, **result, "best_top1": best["top1"], "seconds": round(time.monotonic() - start, 1)}

@@ -210,8 +210,8 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * sampler.steps_per_epoch))
     run.take_up(last=sampler.num_steps, model=probe, optimizer=optimizer)
     sampler.start_step = run.step
-    run.log.say(summary(model, config.image_size, name))
-    run.log.say(f"{name}: {data.note}; {steps} steps of {config.batch_size} on {processes.device}{clamped}")
+    course = f"{steps} steps of {config.batch_size} on {processes.device}{clamped}"
+    run.announce(model=summary(model, config.image_size, name), images=data.note, training=course)
     with run:
         trained, per_epoch = parallel(probe.train(), processes), sampler.steps_per_epoch
         features = batches(config, model, sampler, data, train_set if config.cached else None, processes)
@@ -241,6 +241,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     if processes.rank == 0:
         write_json(folder / "results.json", about)
         draw_curves(folder / "curves.png", run.log.records(), ("loss", "lr", "linear", "best"))
+    run.log.end()
     return about
 
 

@@ -84,6 +84,13 @@ def with_fault(fault, script):
     return [__file__, fault, EXAMPLES / script]
 
 
+def without_clock(records):
+    """Lines of ``log.jsonl`` without the numbers that no two runs share."""
+    from engine.pace import CLOCK
+
+    return [{name: value for name, value in record.items() if name not in CLOCK} for record in records]
+
+
 def after_each_step(act):
     """Call ``act(step)`` in this process when a step is whole and its checkpoint, where one is due, is written."""
     from engine.run import Run

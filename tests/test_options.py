@@ -214,7 +214,7 @@ def test_the_first_lines_of_a_run_say_what_is_trained(images, tmp_path):
     assert first == f"--workers 1000000 is more than this machine's processor cores: {cores} processes load images"
     number = sum(p.numel() for p in timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0).parameters())
     assert second == (
-        f"vit_tiny_patch16_224, {number / 1e6:.2f} M parameters, 2 blocks of width 192, "
+        f"model       vit_tiny_patch16_224, {number / 1e6:.2f} M parameters, 2 blocks of width 192, "
         "images of 32x32 pixels, patches of 16x16"
     )
     peak, base, batch = re.search(r", peak learning rate (\S+) \((\S+) x (\d+) / 256\), on cpu", result.out).groups()

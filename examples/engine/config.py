@@ -3,6 +3,7 @@
 import dataclasses
 
 from engine.cli import option
+from engine.trackers import TRACKERS
 
 REQUIRED = dataclasses.MISSING
 
@@ -53,3 +54,6 @@ class RunConfig:
         15, "maximum number of minutes between two checkpoints; 0: only --save-every counts", at_least=0, may_change=True
     )
     log_every: int = option(20, "number of steps between two lines of the log", at_least=1, may_change=True)
+    tracker: tuple[str, ...] = option(
+        (), "trackers that also get the log's numbers, the options and pictures", TRACKERS, empty="none", may_change=True
+    )

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,12 @@ import torch
 from torch import Tensor
 
 from engine.distributed import Processes
+from engine.pace import CLOCK, words
+from engine.trackers import Trackers
 from mvmae.files import write_text
+
+MINUTE = 60.0
+"""Seconds after which a run without a bar prints a line, once a step is done."""
 
 
 class Log:
@@ -20,6 +26,8 @@ class Log:
 
     def __init__(self, folder: Path, rank: int, total: int, start: int = 0) -> None:
         self.folder, self.silent, self.bar, self.cut = folder, rank != 0, None, set[str]()
+        self.total, self.spoke = total, time.monotonic()
+        self.trackers: Trackers | None = None
         if self.silent:
             return
         kept = [record for record in self.records() if record.get("step", 0) <= start]
@@ -29,7 +37,8 @@ class Log:
             from tqdm import tqdm
 
             bar: Any = Output(stream, raw=True)
-            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=False, file=bar)
+            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}"
+            self.bar = tqdm(total=total, initial=start, bar_format=form, dynamic_ncols=True, leave=False, file=bar)
 
     def records(self) -> list[dict[str, Any]]:
         """Read the lines back, without those that were cut in the middle."""
@@ -39,16 +48,35 @@ class Log:
                 found.append(json.loads(line))
         return [record for record in found if isinstance(record, dict) and isinstance(record.get("step", 0), int)]
 
-    def advance(self, step: int) -> None:
-        """Move the bar to ``step``."""
+    def block(self, **parts: str) -> None:
+        """Print what a run trains: a line for each part, its name first; none for a part of which there is nothing to say."""
+        for name, text in parts.items():
+            if text:
+                self.say(f"{name:<{max(map(len, parts))}}  {text}")
+
+    def advance(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Move the bar to ``step``, with numbers of `CLOCK`; without a bar, print them a minute after the last line."""
         if self.bar is not None:
+            if "waiting" in numbers:
+                self.bar.set_postfix_str(words(numbers), refresh=False)
             self.bar.update(step - self.bar.n)
+        elif time.monotonic() - self.spoke >= MINUTE:
+            self.say(f"{self.at(step)}  {words(numbers)}".rstrip())
+
+    def at(self, step: Any) -> str:
+        """Return a step as it is printed, with the last one where that is known."""
+        return f"step {step}/{self.total}" if self.total else f"step {step}"
 
     def write(self, **record: Any) -> None:
-        """Add one line; numbers only, except for names."""
-        self.append("log.jsonl", json.dumps(record))
-        shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items())
-        self.say("  ".join(shown))
+        """Add one line; numbers only, except for names. The file's line also holds the time."""
+        self.append("log.jsonl", json.dumps(record | {"time": round(time.time(), 3)}))
+        shown = [self.at(record["step"])] if "step" in record else []
+        for key, value in record.items():
+            if key not in ("step", *CLOCK):
+                shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+        self.say("  ".join([*shown, words(record)]).rstrip())
+        if self.trackers:
+            self.trackers.numbers(record)
 
     def append(self, name: str, text: str) -> None:
         """Add lines to a file of the folder. A failure prints a warning; a line that it cut is ended at the next call."""
@@ -66,6 +94,7 @@ class Log:
         """Print a line, above the bar where there is one."""
         if self.silent:
             return
+        self.spoke = time.monotonic()
         if self.bar is not None:
             self.bar.clear()
         print(printable(line), flush=True)
@@ -76,6 +105,12 @@ class Log:
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+    def end(self, *, failed: bool = False) -> None:
+        """Remove the bar and end the trackers: nothing is logged any more."""
+        self.close()
+        if self.trackers:
+            self.trackers.close(failed=failed)
 
 
 class Output:

@@ -17,7 +17,9 @@ from engine.config import RunConfig
 from engine.distributed import Processes
 from engine.ends import UNBEGUN, Stop, StopSignal
 from engine.log import Log, Meter
+from engine.pace import ENOUGH, WAITING, Pace, hint
 from engine.snapshot import restore
+from engine.trackers import Trackers
 from engine.writer import Writer
 
 MASKS, DROPOUT = -1, -2
@@ -103,6 +105,15 @@ class Run:
             for name, part in values.items():
                 part.update(self.found[name])
         self.log = Log(self.folder, self.processes.rank, last, self.step)
+        if self.config.tracker and self.processes.rank == 0:
+            options = dataclasses.asdict(self.config)
+            self.log.trackers = Trackers(self.config.tracker, self.folder, options, self.step, self.log.say)
+
+    def announce(self, **parts: str) -> None:
+        """Print what is trained, a line for each part, and when its time and memory will be known."""
+        known = self.step + 1 + ENOUGH
+        later = f"of time and memory follows after step {known}" if known < self.last else ""
+        self.log.block(**parts, estimate=later)
 
     def state(self) -> dict[str, Any]:
         """Return all that a checkpoint holds besides its step."""
@@ -114,6 +125,9 @@ class Run:
         """Begin the steps."""
         self.found = None  # its memory is free from here on
         self.stop, self.meter = self.signals or StopSignal(), Meter(self.processes)
+        self.pace = Pace(getattr(self.config, "batch_size", 0), self.last, self.processes.device)
+        self.names: Callable[[], Sequence[str]] = list
+        self.hinted = False
         self.writer = Writer(self.folder, self.state, self.log, self.processes, self.stop, self.step)
         self.whole: int | None = self.step  # the step that model and optimizer are at; None while they change
         self.norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
@@ -133,6 +147,8 @@ class Run:
             self.writer.save(self.whole)
             self.log.say(f"{self.writer.kept(self.whole)}: {self.again()}")
         self.writer.settle(wait=True)
+        if error is not None:
+            self.log.end(failed=True)
         if error is None and (failure := self.writer.failure):
             raise Stop(f"the end is not saved, only step {self.writer.saved} is ({failure}): mend that, then {self.again()}", 1)
 
@@ -155,11 +171,13 @@ class Run:
         """Return the batch after ``step``, None after the last; end the run as `batches` says."""
         batch, error = None, None
         self.stop.interruptible = True
+        self.pace.wait()
         try:
             batch = next(batches, None)
             self.stop.interruptible = False
         except (Exception, KeyboardInterrupt) as caught:
             error, self.stop.interruptible = caught, False
+        self.pace.arrive()
         if step == self.last or not self.processes.any(error is not None or self.stop.received is not None):
             return batch
         self.stop.saving = True  # from here to the end
@@ -189,6 +207,7 @@ class Run:
         Raises:
             Stop: if they were not more than ``config.skip_nonfinite`` times, once the state before the step is saved.
         """
+        self.names = images
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         numbers = torch.stack([loss.detach().float() for loss in losses.values()] + [nn.utils.get_total_norm(gradients)])
         finite = numbers.isfinite().tolist()  # the one wait for the device in a step
@@ -216,9 +235,22 @@ class Run:
     def report(self, step: int, **numbers: float) -> None:
         """Write these numbers, and the losses' means since the last time, to the log, where that is due: the step is done."""
         self.whole = step
+        self.pace.finish()
+        if estimate := self.pace.estimate(step):
+            self.log.say(estimate)
         if step % self.config.log_every == 0 or step == self.last:
             skipped = {"skipped": self.skipped} if self.skipped else {}
-            self.log.write(step=step, **numbers, **self.meter.means(), **skipped)
+            pace = self.slowest(self.pace.numbers(step))
+            self.pace.restart()
+            self.log.write(step=step, **numbers, **self.meter.means(), **skipped, **pace)
+            if pace.get("waiting", 0.0) > WAITING and self.pace.steps >= ENOUGH and not self.hinted:
+                self.hinted = True
+                self.log.say(hint(pace["waiting"], self.config.workers, self.names()))
+
+    def slowest(self, pace: dict[str, float]) -> dict[str, float]:
+        """Return numbers of `Pace` with the longest wait and the most memory of any process."""
+        found = self.processes.gather(pace)
+        return pace | {name: max(each.get(name, 0.0) for each in found) for name in ("waiting", "memory_gb") if name in pace}
 
     def checkpoint(self, step: int) -> None:
         """Save the run after a whole step where that is due, by steps or by time: beside the next steps, the end at once.
@@ -226,7 +258,7 @@ class Run:
         Raises:
             Stop: if the state of an earlier step holds NaN or infinity.
         """
-        self.log.advance(step)
+        self.log.advance(step, self.pace.numbers(step))
         self.writer.settle()
         if step == self.last:
             self.writer.save(step)

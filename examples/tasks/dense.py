@@ -21,6 +21,7 @@ from engine.cli import option
 from engine.config import REQUIRED, RunConfig
 from engine.distributed import Processes, autocast, parallel
 from engine.ends import Stop
+from engine.pace import CLOCK
 from engine.run import DROPOUT, Run
 from engine.snapshot import restore
 from mvmae.data import FileSource, NamedImages, StepSampler, make_loader, sample_seed
@@ -202,8 +203,8 @@ def fit(
     sampler.start_step = run.step
     pinned = processes.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, collate=collate)
-    run.log.say(summary(trunk, config.image_size, config.model))
-    run.log.say(f"{len(dataset)} images, {config.steps} steps of {config.batch_size}, on {processes.device}")
+    course = f"{config.steps} steps of {config.batch_size}, on {processes.device}"
+    run.announce(model=summary(trunk, config.image_size, config.model), images=f"{len(dataset)} images", training=course)
     trained = parallel(model.train(), processes)
     with run:
         for step, (keys, batch) in run.batches(zip(sampler, loader, strict=True)):
@@ -222,8 +223,9 @@ def fit(
             run.checkpoint(step)
     if first:
         records = run.log.records()
-        drawn = {name: None for record in records for name in record if name not in ("step", "epoch")}
+        drawn = {name: None for record in records for name in record if name not in ("step", "epoch", *CLOCK)}
         draw_curves(folder / "curves.png", records, drawn)
+    run.log.end()
 
 
 def data_folder(config: DenseConfig, processes: Processes) -> Path:

@@ -11,6 +11,7 @@ from engine.distributed import Processes
 from engine.ends import Stop
 from mvmae.data import CentreCropTransform, ImageSource
 from mvmae.metrics import effective_rank, knn_accuracy, linear_cka, mean_cosine, uniformity
+from tasks.drawn_images import varied
 from tasks.inputs import normalize
 from tasks.labelled import Part, Splits, draw, each_once
 
@@ -97,6 +98,7 @@ class Monitor:
         self.processes, self.loading = processes, loading
         self.before: dict[str, float] = {}
         self.start = torch.empty(0, width)
+        self._drawn: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run compares with."""
@@ -110,6 +112,13 @@ class Monitor:
     def looked_at(self) -> ImageSource:
         """The images that are held out, or those that are trained on where none are."""
         return self.train if self.val is None else self.val
+
+    def drawn(self) -> Tensor:
+        """Return the images of pictures (B, C, H, W), normalised: of those looked at, else of those that are trained on."""
+        if self._drawn is None:
+            source = self.looked_at if self.limit else self.train
+            self._drawn = normalize(varied(source, self.transform).to(self.processes.device), self.mean, self.std)
+        return self._drawn
 
     @property
     def note(self) -> str:

@@ -8,22 +8,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import mvmae
 from engine.distributed import Processes
 from engine.log import Log
 from mvmae.hub import export
 from mvmae.metrics import collapse_warning
-from mvmae.visualize import reconstruction_picture
-from tasks.drawn_images import varied
-from tasks.inputs import normalize
+from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
+from tasks.backbones import summary
 from tasks.labelled import Splits
 from tasks.method import Config
 from tasks.monitor import Monitor, report
 from tasks.plots import draw_curves
-from tasks.pretraining import centre_crop
+from tasks.pretraining import Images, centre_crop
 
 CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "similarity", "cka", "lr")
+
+
+def opening(
+    config: Config, model: mvmae.MultiViewMAE, weights: str, images: Images, monitor: Monitor, steps: int, lr: float
+) -> dict[str, str]:
+    """Return what a run trains, on what and for how long, part by part, for its first lines.
+
+    Args:
+        config: options of the run.
+        model: that is trained.
+        weights: where they come from; empty where there is no need to say.
+        images: it is trained on.
+        monitor: what looks at its features.
+        steps: of the whole schedule.
+        lr: peak learning rate.
+    """
+    parameters, device = sum(parameter.numel() for parameter in model.parameters()), monitor.processes.device
+    decoder = f"{len(model.decoder.blocks)} blocks of width {config.decoder_dim}"
+    peak = f"peak learning rate {lr:.3g} ({config.base_lr:.3g} x {config.batch_size} / 256)"
+    return {
+        "model": summary(model.encoder, name=config.encoder),
+        "decoder": f"{decoder}; {parameters / 1e6:.2f} M parameters in all",
+        "weights": weights,
+        "images": images.listed,
+        "training": f"{steps} steps of {config.batch_size}, {config.epochs:g} epochs, {peak}, on {device}{images.clamped}",
+        "evaluation": f"{monitor.note} ({images.splits.note})",
+    }
 
 
 def build_monitor(
@@ -54,14 +81,35 @@ def build_monitor(
 
 
 def look(monitor: Monitor, model: mvmae.MultiViewMAE, log: Log, step: int, limit: int = 0) -> dict[str, float]:
-    """Log what the encoder's features are worth now, and warn where they have collapsed."""
+    """Log what the encoder's features are worth now, with pictures for trackers, and warn where they have collapsed."""
     found = monitor.look(model.eval().features, limit)
+    if log.trackers:
+        log.trackers.picture(step, "reconstructions", draw_reconstructions(monitor, model))
+        log.trackers.picture(step, "features", draw_features(monitor, model))
     model.train()
     if found:
         log.write(step=step, **found)
         if warning := collapse_warning(found["effective_rank"]):
             log.say(f"warning: {warning}")
     return found
+
+
+def draw_reconstructions(monitor: Monitor, model: mvmae.MultiViewMAE, seed: int = 0) -> Image.Image:
+    """Draw the monitor's images, what the encoder sees of them, and what the decoder makes of it; masks depend on the seed."""
+    views, generator = monitor.drawn()[:, None], torch.Generator().manual_seed(seed)  # (B, 1, C, H, W)
+    return reconstruction_picture(model, views, mean=monitor.mean, std=monitor.std, generator=generator)
+
+
+@torch.no_grad()
+def draw_features(monitor: Monitor, model: mvmae.MultiViewMAE) -> Image.Image:
+    """Draw the monitor's images beside the three main directions of their patches' features, as red, green and blue."""
+    images, encoder = monitor.drawn(), model.encoder
+    tokens = encoder.forward_features(images)[:, encoder.num_prefix_tokens :]  # (B, L, D)
+    colours = pca_colours(tokens.float(), encoder.patch_embed.grid_size)
+    enlarged = torch.nn.functional.interpolate(colours, images.shape[2:], mode="nearest")
+    note = "Similar colours: similar features, among these images, at this step."
+    shown = to_unit_range(images, monitor.mean, monitor.std)
+    return contact_sheet([shown, enlarged], ["image", "features, three main directions"], note, min_width=240)
 
 
 def finish(
@@ -86,12 +134,8 @@ def finish(
     options = {"background": config.background, "started_from": start, "license": start.get("license", "")}
     export(model, folder / "encoder", mean=mean, std=std, **options)  # type: ignore[arg-type]
     draw_curves(folder / "curves.png", log.records(), CURVES)
-    images = varied(monitor.looked_at if monitor.limit else monitor.train, monitor.transform)
-    views = normalize(images.to(monitor.processes.device), mean, std)[:, None]  # (B, 1, C, H, W)
-    generator = torch.Generator().manual_seed(config.seed)
-    picture = reconstruction_picture(model, views, mean=mean, std=std, generator=generator)
-    picture.save(folder / "reconstructions.png")
-    log.close()
+    draw_reconstructions(monitor, model, config.seed).save(folder / "reconstructions.png")
+    log.end()
     print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}")
     print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')
     for line in report(monitor.before, after):

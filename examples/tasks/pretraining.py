@@ -17,7 +17,7 @@ from engine.ends import Stop
 from engine.run import MASKS
 from mvmae.data import ImageSource, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
 from tasks.inputs import augmented, channel_statistics, jittered, repeated
-from tasks.labelled import Splits, clamp_batch, open_splits
+from tasks.labelled import Splits, clamp_batch, open_splits, passed_over
 from tasks.method import Config
 from tasks.starting import with_background
 
@@ -66,7 +66,7 @@ def open_data(config: Chosen, processes: Processes) -> tuple[Chosen, Images]:
         raise Stop(
             f"--batch-size {config.batch_size}{each} leaves the contrastive loss no negatives: use more, or --loss-weight 0"
         )
-    return config, Images(splits, train, f"{len(train)} images, listed in {listing:.1f} s", clamped)
+    return config, Images(splits, train, f"{len(train)} images, listed in {listing:.1f} s{passed_over(train)}", clamped)
 
 
 def pixel_options(config: Config) -> dict[str, Any]:

@@ -56,11 +56,13 @@ class ImageSource:
         labels: (N,) int64, or None where images have no labels.
         class_names: Names of the labels, where there are any.
         problems: Parts of the data that cannot be used, such as a cut archive, one line each.
+        passed_over: Files of a folder that have no reader, counted by extension; empty where there are none.
     """
 
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    passed_over: str = ""
 
     def __init__(self, names: Sequence[bytes]) -> None:
         self._names = names if isinstance(names, Names) else Names(names)
@@ -162,7 +164,9 @@ def open_folder(root: Path, split: str) -> FileSource:
     empty = {entry.name for each in splits for entry in os.scandir(os.fsencode(each)) if entry.is_dir() and _is_data(entry)}
     classes = sorted(map(os.fsdecode, empty | {name.split(b"/", 1)[0] for name in names if b"/" in name}))
     labelled = len(classes) > 1 and all(b"/" in name for name in names)
-    return FileSource(folder, names, classes if labelled else None)
+    source = FileSource(folder, names, classes if labelled else None)
+    source.passed_over = others
+    return source
 
 
 def open_list(path: Path) -> FileSource:

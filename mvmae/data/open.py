@@ -93,7 +93,7 @@ class RepeatedSource(ImageSource):
             raise ValueError(f"times must be at least 1, got {times}")
         super().__init__([])
         self._source, self._times = source, times
-        self.class_names, self.problems = source.class_names, source.problems
+        self.class_names, self.problems, self.passed_over = source.class_names, source.problems, source.passed_over
         self.labels = None if source.labels is None else np.tile(source.labels, times)
 
     def __len__(self) -> int:
