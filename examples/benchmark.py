@@ -30,9 +30,10 @@ import mvmae
 from engine.cli import option, run
 from engine.distributed import autocast, start_processes
 from engine.ends import Stop
-from mvmae.data import FORMATS, MultiViewDataset, StepSampler, make_loader, open_images
+from mvmae.data import FORMATS, FileSource, MultiViewDataset, StepSampler, make_loader, open_images
 from mvmae.files import write_json
 from tasks.backbones import create_encoder
+from tasks.labelled import named_images
 from tasks.timing import Products, clock, count_flops, peak_memory_mb, show, time_attention
 
 PARTS = ("loader", "workers", "model", "attention", "contrast", "memory")
@@ -50,7 +51,10 @@ class Config:
         section="Measurements",
     )
     data: str = option(
-        "sample", "folder of photographs to load, or sample: photographs of scikit-image", path=True, section="Data"
+        "sample",
+        "folder of photographs to load, or a text file with their paths; sample: photographs of scikit-image",
+        path=True,
+        section="Data",
     )
     output_dir: str = option("runs/benchmark", "folder for benchmark.json", path=True, section="Run")
     encoder: str = option("mvmae_vit_base_patch16", "timm name of the encoder, a plain ViT", path=True, section="Model")
@@ -108,9 +112,9 @@ def image_sets(config: Config, folder: Path) -> dict[str, list[Path]]:
     """Find the photographs to load: those of the user, or small and large ones."""
     if config.data == "sample":
         return {"500x375": photographs(folder, (500, 375), 24), "3000x2000": photographs(folder, (3000, 2000), 3)}
-    if not Path(config.data).is_dir():
-        raise Stop(f"--data must be a folder of photographs, or sample, got {config.data}: there is no such folder")
-    source = open_images(config.data)
+    source = named_images(config.data)
+    if not isinstance(source, FileSource):
+        raise Stop(f"--data must be a folder or a list of photographs, or sample, got {config.data}")
     return {config.data: [Path(source.name(i)).absolute() for i in range(min(len(source), 200))]}
 
 
@@ -271,6 +275,8 @@ def main(config: Config) -> None:
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "torch": torch.__version__, "device": str(device)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if config.data != "sample" and {"loader", "workers"} & set(config.parts):
+            image_sets(config, folder)  # a wrong --data ends the script before anything is measured
         measures: dict[str, Callable[[], Any]] = {
             "memory": lambda: measure_large_contrast(device),  # first: the peak of a process never falls
             "loader": lambda: measure_loader(config, folder),

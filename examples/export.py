@@ -4,6 +4,8 @@
       takes seconds; writes runs/quick/encoder, which timm.create_model loads as local-dir:runs/quick/encoder
   python examples/export.py --run runs/paper --datasets imagenet-1k --push owner/name --private
       also uploads it in one commit, to a repository that only its owner sees until the owner makes it public on the Hub
+  python examples/export.py --run runs/quick --onnx
+      also writes runs/quick/encoder/encoder.onnx, which ONNX Runtime runs without PyTorch (install the extra onnx)
 
 The weights are those of the newest checkpoint, whether the run has ended or not. A fine-tuned model keeps its head and the
 names of its classes. The model card states what the run recorded and nothing else.
@@ -20,12 +22,14 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from engine.checkpoint import load_checkpoint
 from engine.cli import option, run
 from engine.ends import Stop
 from mvmae import MultiViewMAE, hub
+from mvmae.data import open_images
 from mvmae.files import replace_file
 
 
@@ -33,6 +37,7 @@ from mvmae.files import replace_file
 class Config:
     run: str = option(dataclasses.MISSING, "folder of the run", path=True, section="Run")
     output_dir: str = option("", "folder to write", empty="encoder/ in the folder of the run", path=True)
+    onnx: bool = option(False, "write encoder.onnx too: features, or a fine-tuned model's logits, by ONNX Runtime")
     push: str = option(
         "",
         "name of the repository on the Hub to upload to, as owner/name",
@@ -82,8 +87,21 @@ def check(model: nn.Module, folder: Path) -> None:
             raise Stop(f"timm builds another model from {folder} than the run's: please report it", 1)
 
 
+def sample_pictures(folder: Path) -> Tensor:
+    """Cut a picture from each photograph of scikit-image for an exported encoder: (14, C, H, W), normalised."""
+    cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    (chans, *size), source = cfg["input_size"], open_images("sample", split="val")
+    tiles = [torch.tensor(source.image(index)).permute(2, 0, 1) / 255 for index in range(0, len(source), 36)]
+    pictures = [F.interpolate(tile[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1) for tile in tiles]
+    images = torch.stack(pictures)[:, torch.arange(chans) % 3]
+    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return (images - mean) / std
+
+
 def main(config: Config) -> None:
     """Read, write, check, upload."""
+    if config.onnx:
+        hub.require_onnx()
     source = Path(config.run)
     folder = Path(config.output_dir) if config.output_dir else source / "encoder"
     if not config.output_dir and folder.is_symlink():
@@ -106,6 +124,12 @@ def main(config: Config) -> None:
         background=state.get("settings", {}).get("background", "white"),
     )
     check(model, folder)
+    if config.onnx:
+        distance = hub.write_onnx(folder, sample_pictures(folder))
+        print(
+            f"{folder / 'encoder.onnx'} is written: its outputs differ from PyTorch's by {distance:.0e} of their norm",
+            flush=True,
+        )
     for name in ("curves.png", "reconstructions.png"):
         if (source / name).is_file() and not (source / name).is_symlink():
             replace_file(folder / name, partial(shutil.copyfile, source / name))

@@ -11,8 +11,8 @@ r"""Semantic segmentation: UPerNet on ADE20K (Table 4 of the paper).
       measures the mIoU of the newest checkpoint without training, here averaged over image sizes and mirror images
 
 Other data needs the folders images/{training,validation} and annotations/{training,validation} with 8-bit label maps; a file
-classes.txt, one name per line, names the classes. Add --resume to continue an interrupted run. The output folder then holds
-results.json, with every class, and predictions.png.
+classes.txt, one name per line, names the labels. Pixels of --ignore-label are neither learnt nor counted. Add --resume to
+continue an interrupted run. The output folder then holds results.json, with every class, and predictions.png.
 """
 
 import dataclasses
@@ -45,6 +45,13 @@ class Config(DenseConfig):
         0, "number of classes; 0: counted in classes.txt, or in the label maps", at_least=0, at_most=255, section="Data"
     )
     reduce_zero_label: bool = option(True, "ignore pixels of label 0 and number the other classes from 0 (ADE20K)")
+    ignore_label: tuple[int, ...] = option(
+        (),
+        "labels, as the label maps have them, whose pixels are neither learnt nor counted in the mIoU (CamVid's void: 11)",
+        at_least=0,
+        at_most=255,
+        empty="none; 255 is always left out",
+    )
     channels: int = option(768, "width of the UPerNet head (BEiT)", at_least=1, section="Heads")
     aux_channels: int = option(256, "width of the auxiliary head (BEiT)", at_least=1)
     aux_weight: float = option(0.4, "weight of the auxiliary head's loss (BEiT)", at_least=0)
@@ -205,19 +212,15 @@ def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then test, measure and draw."""
     processes, config = start_processes(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, processes)
+    reduced, ignored = config.reduce_zero_label, config.ignore_label
     if not config.num_classes:
-        config = dataclasses.replace(config, num_classes=count_classes(root, reduce_zero_label=config.reduce_zero_label))
+        config = dataclasses.replace(config, num_classes=count_classes(root, reduce_zero_label=reduced, ignore=ignored))
     model, vit = build_model(config)
     mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
     fill = tuple(round(255 * value) for value in mean)
     augment = Augment(config.image_size, ratio=config.ratio, fill=fill)
-    layout = partial(
-        LabelMaps,
-        root,
-        num_classes=config.num_classes,
-        reduce_zero_label=config.reduce_zero_label,
-        background=config.background,
-    )
+    kept = partial(LabelMaps, root, reduce_zero_label=reduced, ignore=ignored)
+    layout = partial(kept, num_classes=config.num_classes, background=config.background)
     data, val = layout("train", augment=augment, seed=config.seed), layout("val")
     if processes.world_size > 1 and processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -38,7 +38,11 @@ def test_wrong_parts_and_folders_are_named(tmp_path):
     result = run_script("benchmark.py", "--parts", "everything", folder=tmp_path)
     assert result.code == 2 and "--parts: invalid choice: 'everything'" in result.err
     result = run_script("benchmark.py", "--parts", "loader", "--data", "nowhere", folder=tmp_path)
-    assert result.code == 2 and "--data must be a folder of photographs, or sample, got nowhere" in result.err
+    assert result.code == 2 and "--data: no such folder, file or data set: nowhere (the current folder is " in result.err
+    assert result.out == ""
+    (tmp_path / "set.parquet").write_bytes(b"PAR1")
+    result = run_script("benchmark.py", "--parts", "model", "loader", "--data", "set.parquet", folder=tmp_path)
+    assert result.code == 2 and result.err.startswith("error: --data") and result.out == ""
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ ROOMS = {
     "data": ("torch timm numpy PIL", "simplejpeg tifffile pyarrow skimage"),
     "dense": ("torch timm torchvision", ""),
     "visualize": ("torch numpy PIL", ""),
-    "hub": ("torch timm safetensors huggingface_hub", ""),
+    "hub": ("torch timm safetensors huggingface_hub", "onnx onnxscript onnxruntime"),
 }
 
 
@@ -268,7 +268,19 @@ def test_importing_the_package_imports_no_extra_and_nothing_that_is_not_re_expor
         "import sys, timm, torchvision, huggingface_hub, safetensors.torch, PIL.Image; before = set(sys.modules);"
         "import mvmae; print(*set(sys.modules) - before)"
     )
-    extras = {"matplotlib", "tqdm", "skimage", "scipy", "sklearn", "pyarrow", "datasets", "pycocotools"}
+    extras = {
+        "matplotlib",
+        "tqdm",
+        "skimage",
+        "scipy",
+        "sklearn",
+        "pyarrow",
+        "datasets",
+        "pycocotools",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+    }
     assert {name.split(".")[0] for name in new} & extras == set()
     assert "mvmae" in new
     loaded = {name.removeprefix("mvmae.") for name in new if name.startswith("mvmae.")}

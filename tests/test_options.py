@@ -222,6 +222,23 @@ def test_the_first_lines_of_a_run_say_what_is_trained(images, tmp_path):
     assert "UserWarning" not in result.err
 
 
+WITH_DATA = [name for name in SCRIPTS if any(one == name and field.name == "data" for one, field in OPTIONS)]
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_DATA if name != "ablate"])  # which names the data to the others
+def test_a_data_set_that_is_not_there_is_named_alone(name, tmp_path):
+    given = {"data": "nowhere/x", "model": "random:vit_tiny_patch16_224", "encoder": "random:vit_tiny_patch16_224"}
+    given |= {"models": given["model"], "workers": 10**6, "device": "cpu"}
+    fields = {field.name for one, field in OPTIONS if one == name}
+    typed = [word for one, value in given.items() if one in fields for word in (flag(one), value)]
+    done = run_script(f"{name}.py", *typed, folder=tmp_path)
+    told = re.fullmatch(
+        r"error: --data: no such folder(, file or data set)?: nowhere/x \(the current folder is (.*)\)\n", done.err
+    )
+    assert told and told[2] == str(tmp_path), done.err
+    assert (done.code, done.out) == (2, "")
+
+
 def test_models_of_other_kinds_are_summed_up_too():
     resnet = timm.create_model("resnet18", num_classes=0)
     assert summary(resnet) == "resnet18, 11.18 M parameters, images of 224x224 pixels"

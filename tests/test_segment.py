@@ -77,7 +77,7 @@ def test_label_0_is_left_out_and_the_others_count_from_0(folder):
 
 
 def test_wrong_label_maps_are_refused_by_name(folder):
-    with pytest.raises(ValueError, match=r"0\.png must hold labels below 2 .* got 2: leave --num-classes out"):
+    with pytest.raises(ValueError, match=r"0\.png must hold labels below 3 .* got 3: leave --num-classes out"):
         LabelMaps(folder, "val", num_classes=2)[0, 0]
     place = folder / "annotations/validation/part0/0.png"
     for picture in (Image.new("RGB", (30, 20)), Image.new("I;16", (30, 20), 2)):
@@ -119,6 +119,33 @@ def test_label_maps_tell_the_number_of_classes_and_classes_txt_before_them(folde
         count_classes(folder, **PLAIN)
     with pytest.raises(FileNotFoundError, match=r"must hold images/training and annotations/training/\*\.png"):
         count_classes(folder / "images", **PLAIN)
+
+
+def test_ignored_labels_are_no_classes_and_the_others_keep_their_order(folder):
+    labels = LabelMaps(folder, "val", num_classes=2, ignore=[2])[0, 0][1]  # 0 is left out too
+    assert labels[[0, 10, 10, 10], [0, 0, 10, 20]].tolist() == [IGNORE, 0, IGNORE, 1]
+    data = LabelMaps(folder, "val", num_classes=2, ignore=[0, 2], **PLAIN)
+    assert torch.equal(data[0, 0][1], labels) and data.names == ["1", "3"]
+    plain = LabelMaps(folder, "val", num_classes=3, ignore=[3], **PLAIN)
+    assert plain[0, 0][1][10, ::10].tolist() == [1, 2, IGNORE] and plain.names == ["0", "1", "2"]
+    assert [count_classes(folder, **PLAIN, ignore=ignore) for ignore in ([], [3], [1], [3, 0], [200])] == [4, 3, 3, 2, 4]
+    assert count_classes(folder, reduce_zero_label=True, ignore=[3]) == 2
+    with pytest.raises(ValueError, match=r"0\.png must hold labels below 3 for --num-classes 1, got 3: leave"):
+        LabelMaps(folder, "val", num_classes=1, ignore=[2])[0, 0]  # label 1 is the one class
+    with pytest.raises(ValueError, match="must hold labels other than 0, 1, 2, 3, 255, got none"):
+        count_classes(folder, reduce_zero_label=True, ignore=[1, 2, 3])
+    with pytest.raises(ValueError, match="must be at most 253, got 254"):
+        LabelMaps(folder, "val", num_classes=254, ignore=[7])
+
+
+def test_classes_txt_may_name_ignored_labels_or_leave_them_out_at_the_end(folder):
+    for names in ("sky\nroad\ncar\nvoid\n", "sky\nroad\ncar\n"):
+        (folder / "classes.txt").write_text(names)
+        assert count_classes(folder, **PLAIN, ignore=[3]) == 3
+        assert LabelMaps(folder, "val", num_classes=3, ignore=[3], **PLAIN).names == ["sky", "road", "car"]
+    (folder / "classes.txt").write_text("road\nvoid\ncar\n")  # of labels 1 to 3
+    assert count_classes(folder, reduce_zero_label=True, ignore=[2]) == 2
+    assert LabelMaps(folder, "val", num_classes=2, ignore=[2]).names == ["road", "car"]
 
 
 def test_images_and_labels_are_augmented_alike_and_filled_up(folder, monkeypatch):
@@ -438,6 +465,26 @@ def test_the_number_of_classes_may_be_left_out_and_is_kept_with_the_run(tmp_path
     assert result.code == 0, result.err
     assert list(json.loads((tmp_path / "run/results.json").read_text())["classes"]) == ["0", "1", "2", "3", "4"]
     assert json.loads((tmp_path / "run/config.json").read_text())["num_classes"] == 5
+
+
+def test_a_run_without_a_label_ends_like_one_on_maps_that_have_it_not(tmp_path):
+    for name in ("with", "without"):
+        write_toy(tmp_path / name, side=32, train=12, val=4)
+    (tmp_path / "without/classes.txt").write_text("background\ncircle\ntriangle\n")
+    for path in (tmp_path / "without/annotations").rglob("*.png"):  # labels 1 to 4; 3 is the cross
+        with Image.open(path) as file:
+            labels = np.array(file)
+        Image.fromarray(np.array([0, 1, 2, 255, 3], np.uint8)[labels]).save(path)
+    found = []
+    for name, ignored in (("with", ["--ignore-label", 3, 200]), ("without", [])):
+        arguments = ["--preset", "toy", *SMALL, "--data", name, "--output-dir", f"{name}-run", "--pictures", 0, *ignored]
+        done = run_script("segment.py", *arguments, folder=tmp_path)
+        assert done.code == 0, done.err
+        found.append(json.loads((tmp_path / f"{name}-run/results.json").read_text()))
+        lines = (tmp_path / f"{name}-run/log.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["loss_main"] for line in lines])
+    assert list(found[0]["classes"]) == ["background", "circle", "triangle"]
+    assert found[:2] == found[2:] and len(found[1]) == 6
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from engine.ends import UNBEGUN, Stop, end_process
 from engine.help import INDENT, SECTIONS, about_presets, fill, flag, help_text, metavar, sections, shown, stated_range, width
-from engine.log import open_outputs, printable
+from engine.log import open_outputs, print_above, printable
 from mvmae.data import explain_loader_error
 
 Config = TypeVar("Config")
@@ -71,13 +71,16 @@ def _end(message: str, code: int) -> None:
 
 
 def within_cores(config: Config) -> Config:
-    """Return the options with no more loading processes than the machine has processor cores, and print it if that is fewer."""
+    """Return the options with no more loading processes than the machine has processor cores.
+
+    If that is fewer, a line above the script's first one says so: not above an error that comes before it.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked: int = getattr(config, "workers", 0)
     if asked <= cores:
         return config
     if os.environ.get("RANK", "0") == "0":
-        print(f"--workers {asked} is more than this machine's processor cores: {cores} processes load images", flush=True)
+        print_above(f"--workers {asked} is more than this machine's processor cores: {cores} processes load images")
     return dataclasses.replace(config, workers=cores)  # type: ignore[type-var]
 
 

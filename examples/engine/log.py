@@ -122,13 +122,14 @@ class Output:
     """
 
     def __init__(self, stream: Any, *, raw: bool = False) -> None:
-        self.stream, self.raw = stream, raw
+        self.stream, self.raw, self.above = stream, raw, ""
 
     def write(self, text: str) -> int:
         """Print a text."""
         with suppress(OSError, ValueError, AttributeError):
             encoding = self.stream.encoding
-            shown = text if self.raw else printable(text, keep="\n\t")
+            above, self.above = self.above, ""
+            shown = text if self.raw else printable(above + text, keep="\n\t")
             self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
@@ -148,6 +149,12 @@ def open_outputs() -> None:
             os.set_inheritable(number, True)
         os.close(number)
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+
+
+def print_above(line: str) -> None:
+    """Print a line with the next one that goes to standard output, above it; never if nothing else is printed."""
+    if isinstance(sys.stdout, Output):
+        sys.stdout.above += f"{line}\n"
 
 
 def printable(text: str, keep: str = "") -> str:

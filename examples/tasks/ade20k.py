@@ -6,7 +6,6 @@ Shapes: H x W pixels.
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,17 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         num_classes: number of classes; labels from this number on, other than 255, are an error.
         augment: (image, labels) -> (image, labels), for training, with numbers from torch's global generator.
         reduce_zero_label: label 0 is left out, and the others count from 0 (ADE20K).
+        ignore: labels, as the label maps have them, that are left out too; the others count on without them.
         seed: seed of the augmentation, which depends on (seed, epoch, index) alone.
         background: colour behind transparent pixels.
 
     Raises:
         FileNotFoundError: if the folders are not there, or an image has no label map.
-        ValueError: if ``classes.txt`` names another number of classes.
+        ValueError: if ``classes.txt`` names another number of classes, or there are more than labels of 8 bits.
+
+    Attributes:
+        classes: class of each label, as `classes_of_labels` has it.
+        names: of the classes, from ``classes.txt``, else their labels.
     """
 
     def __init__(
@@ -57,12 +61,13 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         num_classes: int,
         augment: Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]] | None = None,
         reduce_zero_label: bool = True,
+        ignore: Sequence[int] = (),
         seed: int = 0,
         background: str = "white",
     ) -> None:
         name = next((name for name in NAMES[split] if (root / "images" / name).is_dir()), None)
         if name is None:
-            raise FileNotFoundError(f"{root} must hold images/{NAMES[split][0]}, as ADE20K's layout does")
+            raise FileNotFoundError(f"--data: {root} must hold images/{NAMES[split][0]}, as ADE20K's layout does")
         self.images = sorted(path for path in (root / "images" / name).rglob("*") if path.suffix.lower() in SUFFIXES)
         self.labels = [root / "annotations" / path.relative_to(root / "images").with_suffix(".png") for path in self.images]
         missing = [path for path in self.labels if not path.exists()]
@@ -70,9 +75,13 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
             raise FileNotFoundError(
                 f"{missing[0]} is missing" if missing else f"{root}/images/{name} must hold images, got none"
             )
-        self.augment, self.reduce_zero_label, self.seed = augment, reduce_zero_label, seed
+        self.augment, self.seed = augment, seed
+        self.classes = classes_of_labels(reduce_zero_label=reduce_zero_label, ignore=ignore)
         self.num_classes, self.background = num_classes, colour(background)
-        self.names = class_names(root) or [str(label) for label in range(num_classes)]
+        labels = [str(label) for label in (self.classes != IGNORE).nonzero().flatten().tolist()]
+        if num_classes > len(labels):
+            raise ValueError(f"the number of classes must be at most {len(labels)}, got {num_classes}: labels have 8 bits")
+        self.names = class_names(root, reduce_zero_label=reduce_zero_label, ignore=ignore) or labels[:num_classes]
         if len(self.names) != num_classes:
             raise ValueError(
                 f"the number of classes must be {len(self.names)}, as {root}/classes.txt names them, got {num_classes}: "
@@ -91,12 +100,13 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         epoch, index = key
         decoded = open_image(self.images[index]).decode(decoder="pillow", background=self.background)
         image = F.to_image(Image.fromarray(decoded))
-        labels = tv_tensors.Mask(read_labels(self.labels[index], reduce_zero_label=self.reduce_zero_label))
-        largest = largest_label(labels)
+        labels = tv_tensors.Mask(read_labels(self.labels[index], self.classes))
+        largest = largest_class(labels)
         if largest >= self.num_classes:
+            bound, found = (self.classes.tolist().index(number) for number in (self.num_classes, largest))
             raise ValueError(
-                f"{self.labels[index]} must hold labels below {self.num_classes} for --num-classes {self.num_classes}, "
-                f"got {largest}: leave --num-classes out to count the labels"
+                f"{self.labels[index]} must hold labels below {bound} for --num-classes {self.num_classes}, "
+                f"got {found}: leave --num-classes out to count the labels"
             )
         if labels.shape != image.shape[1:]:
             sizes = [f"{width}x{height}" for height, width in (image.shape[1:], labels.shape)]
@@ -109,34 +119,50 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         return pixels.as_subclass(Tensor), planes.long()
 
 
-def class_names(root: Path) -> list[str]:
-    """Return the lines of ``classes.txt``, or nothing if there is no such file."""
+def classes_of_labels(*, reduce_zero_label: bool, ignore: Sequence[int] = ()) -> Tensor:
+    """Return the class of each label from 0 to 255, (256,) uint8; `IGNORE` where it is left out."""
+    left_out = {IGNORE, *ignore} | ({0} if reduce_zero_label else set())
+    kept = torch.tensor([label not in left_out for label in range(256)])
+    return (kept.cumsum(0) - 1).where(kept, IGNORE).to(torch.uint8)
+
+
+def class_names(root: Path, *, reduce_zero_label: bool, ignore: Sequence[int] = ()) -> list[str]:
+    """Return the classes' names from ``classes.txt``, or nothing if there is no such file.
+
+    Its lines name the labels from 0 on, or from 1 on with ``reduce_zero_label``, as ADE20K has it. Those of labels to ignore
+    are passed over; at the end they can be missing.
+    """
     path = root / "classes.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for label, line in enumerate(lines, start=int(reduce_zero_label)) if label not in ignore]
 
 
-def count_classes(root: Path, *, reduce_zero_label: bool) -> int:
-    """Return the number of lines in ``classes.txt``; without that file, one more than the largest label of all label maps.
+def count_classes(root: Path, *, reduce_zero_label: bool, ignore: Sequence[int] = ()) -> int:
+    """Return the number of classes that ``classes.txt`` names; without that file, those up to the largest label of all maps.
+
+    Labels that are left out are not counted.
 
     Raises:
         FileNotFoundError: if there are no label maps.
         ValueError: if a label map cannot be read, or all pixels of all label maps are left out.
     """
-    if names := class_names(root):
+    if names := class_names(root, reduce_zero_label=reduce_zero_label, ignore=ignore):
         return len(names)
     paths = sorted((root / "annotations").rglob("*.png"))
     if not paths:
-        raise FileNotFoundError(f"{root} must hold images/training and annotations/training/*.png, as ADE20K's layout does")
-    read = partial(read_labels, reduce_zero_label=reduce_zero_label)
+        needed = "images/training and annotations/training/*.png"
+        raise FileNotFoundError(f"--data: {root} must hold {needed}, as ADE20K's layout does")
+    classes = classes_of_labels(reduce_zero_label=reduce_zero_label, ignore=ignore)
     with ThreadPoolExecutor() as pool:
-        count = 1 + max(pool.map(lambda path: largest_label(read(path)), paths))
+        count = 1 + max(pool.map(lambda path: largest_class(read_labels(path, classes)), paths))
     if not count:
-        raise ValueError(f"{root}/annotations must hold labels other than {IGNORE}, got none: give --num-classes")
+        left_out = ", ".join(map(str, (classes == IGNORE).nonzero().flatten().tolist()))
+        raise ValueError(f"{root}/annotations must hold labels other than {left_out}, got none: give --num-classes")
     return count
 
 
-def read_labels(path: Path, *, reduce_zero_label: bool) -> Tensor:
-    """Load a label map, (H, W) uint8; label 0 becomes `IGNORE` and the others count from 0, if asked for."""
+def read_labels(path: Path, classes: Tensor) -> Tensor:
+    """Load a label map as the classes of its pixels, (H, W) uint8; ``classes`` are those of `classes_of_labels`."""
     try:
         with Image.open(path, formats=FORMATS) as file:
             labels, mode = np.array(file), file.mode
@@ -144,13 +170,11 @@ def read_labels(path: Path, *, reduce_zero_label: bool) -> Tensor:
         raise ValueError(f"{path} cannot be read as a label map: {error}") from error
     if labels.dtype != np.uint8 or labels.ndim != 2:
         raise ValueError(f"{path} must be an image of one 8-bit channel, got Pillow's mode {mode}: save the labels so")
-    if reduce_zero_label:
-        labels = np.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1)
-    return torch.from_numpy(labels)
+    return torch.from_numpy(classes.numpy()[labels])
 
 
-def largest_label(labels: Tensor) -> int:
-    """Return the largest label other than `IGNORE`, or -1 if there is none."""
+def largest_class(labels: Tensor) -> int:
+    """Return the largest class in a label map, or -1 if all pixels are left out."""
     return int(labels.int().where(labels != IGNORE, -1).max())
 
 

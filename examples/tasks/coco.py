@@ -74,7 +74,8 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     ) -> None:
         name = next((name for name in NAMES[split] if (root / f"annotations/instances_{name}.json").exists()), None)
         if name is None:
-            raise FileNotFoundError(f"{root} must hold annotations/instances_{NAMES[split][0]}.json, as COCO's layout does")
+            needed = f"annotations/instances_{NAMES[split][0]}.json"
+            raise FileNotFoundError(f"--data: {root} must hold {needed}, as COCO's layout does")
         self.file = root / f"annotations/instances_{name}.json"
         self.truth = read_coco(self.file)
         self.folder, self.side, self.scale, self.seed = root / name, side, scale, seed

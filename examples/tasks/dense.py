@@ -229,8 +229,14 @@ def fit(
 
 
 def data_folder(config: DenseConfig, processes: Processes) -> Path:
-    """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
+    """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it.
+
+    Raises:
+        Stop: if there is no such folder.
+    """
     if config.data != "toy":
+        if not Path(config.data).is_dir():
+            raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
         return Path(config.data)
     root = Path(config.output_dir) / "toy"
     if processes.rank == 0:

@@ -10,3 +10,5 @@ from .export import published as published
 from .export import push as push
 from .load import load_encoder as load_encoder
 from .load import load_pretraining as load_pretraining
+from .onnx import require_onnx as require_onnx
+from .onnx import write_onnx as write_onnx

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..files import CONFIG_FILE, WEIGHTS_FILE, locate, read_config, sha256, write_text
 from ..weights import PRETRAINING_FILE, PRETRAINING_FOLDER
+from .onnx import ONNX_DATA_FILE, ONNX_FILE, usage
 
 CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
@@ -69,7 +70,7 @@ def write_card(
     """Write the model card of an exported folder, README.md: what it is, how to load it, how it was made and measured.
 
     Args:
-        folder: as `export` wrote it; a ``curves.png`` there is shown.
+        folder: as `export` wrote it; a ``curves.png`` there is shown, and how to use an ``encoder.onnx``.
         repo: ``owner/name`` of the repository that the card is for.
         datasets: names of the images it was trained on, as the Hub has them.
         license: licence of the weights, as the Hub spells it; where None, the export's, else ``apache-2.0``.
@@ -104,7 +105,7 @@ def write_card(
     shown = {key: value for key, value in (settings or {}).items() if _is_published(key, value)}
     files = {
         name: sha256(folder / name)
-        for name in (WEIGHTS_FILE, f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}")
+        for name in (WEIGHTS_FILE, f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}", ONNX_FILE, ONNX_DATA_FILE)
         if (folder / name).exists()
     }
     parts = [
@@ -117,6 +118,7 @@ def write_card(
         f"```python\nimport mvmae\n\nmodel = mvmae.MultiViewMAE.from_pretrained({repo!r})  # to go on pretraining\n```"
         if whole
         else "",
+        f"Without PyTorch, by ONNX Runtime:\n\n{usage(config)}" if ONNX_FILE in files else "",
         "## Training\n\n" + "\n".join(f"- {key}: {code(value) if value else 'not recorded'}" for key, value in made.items()),
         f"Started from {code(started['weights'])}, licence {code(started.get('license', 'unknown'))}."
         if "weights" in started

@@ -19,6 +19,7 @@ from .card import CARD_FILE, license_warning
 from .card import write_card as write_card
 from .load import load_encoder as load_encoder
 from .load import load_pretraining as load_pretraining
+from .onnx import ONNX_DATA_FILE, ONNX_FILE, remove_onnx
 
 _logger = logging.getLogger(__name__)
 PRETRAINED = "pretrained by the Multi-View Masked Autoencoder (https://doi.org/10.3390/app132212413)"
@@ -27,6 +28,8 @@ PUBLISHED = [
     WEIGHTS_FILE,
     f"{PRETRAINING_FOLDER}/{PRETRAINING_CONFIG}",
     f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}",
+    ONNX_FILE,
+    ONNX_DATA_FILE,
     CARD_FILE,
     "curves.png",
     "reconstructions.png",
@@ -86,7 +89,7 @@ def export(
 
     Args:
         model: a `MultiViewMAE`, or a plain ViT of timm, fine-tuned or not; compiled or in a data-parallel wrapper, too.
-        folder: where to write; files there are replaced.
+        folder: where to write; files there are replaced, and an ``encoder.onnx``, of older weights, is removed.
         mean: mean of each channel, in 0 to 1, by which the images were normalised; where None, the encoder's cfg has it.
         std: standard deviation of each channel, likewise.
         interpolation: how to resize images.
@@ -130,6 +133,7 @@ def export(
         description = describe_pretraining(model)
         description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
         write_pretraining(folder / PRETRAINING_FOLDER, description, plain_names(model.state_dict()))
+    remove_onnx(folder)
     write_weights(folder / WEIGHTS_FILE, plain_names(vit.state_dict()))
     write_json(folder / CONFIG_FILE, config)
     return folder
