@@ -23,14 +23,14 @@ from engine.cli import run as run_script
 from engine.distributed import autocast, parallel, start_processes
 from engine.optim import cosine_schedule
 from engine.run import DROPOUT, Run
-from mvmae.data import StepSampler, sample_seed
+from mvmae.data import sample_seed
 from mvmae.hub import describe
 from tasks.inputs import names, normalize
 from tasks.method import Config as Config
 from tasks.method import build_model
 from tasks.monitor import MONITORED
 from tasks.outcome import build_monitor, finish, look, opening
-from tasks.pretraining import backward, draw_masks, open_data, statistics, view_loader
+from tasks.pretraining import advance, backward, draw_masks, open_data, position, statistics, step_sampler, view_loader
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"help": "the paper's run: ViT-B/16 at 224 pixels, 1600 epochs"},
@@ -57,18 +57,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 def main(config: Config) -> None:
     """Pretrain, and leave the encoder and its pictures."""
     processes = start_processes(config.device)
-    device, group = processes.device, {"rank": processes.rank, "world_size": processes.world_size}
+    device = processes.device
 
     # images and model
     config, images = open_data(config, processes)
     model = build_model(config, device).train()
     encoder = model.encoder
     mean, std = statistics(config, encoder, images.train)
-    per_epoch = len(images.train) // config.batch_size
+    per_epoch = images.per_epoch // config.batch_size
     steps = max(round(config.epochs * per_epoch), 1)
     last = min(steps, config.max_steps or steps)
-    sampler = StepSampler(len(images.train), config.batch_size, seed=config.seed, num_steps=last, **group)
-    loader = view_loader(config, encoder, images.train, sampler, processes)
+    sampler = step_sampler(config, images, last, processes)
+    loader = view_loader(config, encoder, images, sampler, processes)
     monitor = build_monitor(config, encoder, images.splits, mean, std, processes)
 
     # optimizer
@@ -79,8 +79,8 @@ def main(config: Config) -> None:
 
     # run
     about = {"description": describe(model), "mean": mean, "std": std, "command": shlex.join(sys.argv)}
-    run = Run(config, processes, images.train.fingerprint)
-    run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about)
+    run = Run(config, processes, images.fingerprint)
+    run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about, **position(sampler, run))
     sampler.start_step = run.step
     weights = "from random weights" if run.found is None else ""
     run.announce(**opening(config, model, weights, images, monitor, steps, lr))
@@ -95,11 +95,12 @@ def main(config: Config) -> None:
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
                 losses = backward(trained, views, draw_masks(config, encoder, step, processes), config.accumulate)
-            if run.finite(step, losses._asdict(), partial(names, images.train, batch.indices)):
+            if run.finite(step, losses._asdict(), partial(names, images, batch.indices)):
                 if config.clip_grad:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
             if config.monitor and step % (config.monitor * per_epoch) == 0 and step != last:
                 look(monitor, model, run.log, step, MONITORED)

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # room: third party that its modules may import | third party that only a function may import, when it is called
 ROOMS = {
     "": ("torch timm safetensors huggingface_hub", ""),
-    "data": ("torch timm numpy PIL", "simplejpeg tifffile pyarrow skimage"),
+    "data": ("torch timm numpy PIL", "simplejpeg tifffile pyarrow skimage datasets fsspec"),
     "dense": ("torch timm torchvision", ""),
     "visualize": ("torch numpy PIL", ""),
     "hub": ("torch timm safetensors huggingface_hub", "onnx onnxscript onnxruntime"),

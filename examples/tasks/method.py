@@ -20,8 +20,8 @@ class Config(RunConfig):
 
     data: str = option(
         dataclasses.MISSING,
-        "images: a folder, a list of paths (.txt), tar, Parquet, Arrow or IDX files, a timm data set, or sample: "
-        "photographs of scikit-image",
+        "images: a folder, a list of paths (.txt), tar, Parquet, Arrow or IDX files, a timm data set, sample (photographs of "
+        "scikit-image), or a stream: URLs of tar files (https://host/{000..099}.tar) or hfids/OWNER/NAME[:SPLIT]",
         path=True,
         may_change=True,
         section="Data",
@@ -68,6 +68,15 @@ class Config(RunConfig):
     max_pixels: int = option(MAX_PIXELS, "maximum number of pixels of an image; a larger one counts as unreadable", at_least=1)
     crops_per_image: int = option(
         1, "number of times each image is used per epoch; above 1 for few, very large images", at_least=1, at_most=10**6
+    )
+    images_per_epoch: int = option(
+        0,
+        "number of images that count as one epoch; needed for a stream whose length is not known",
+        empty="all",
+        at_least=0,
+    )
+    shuffle_buffer: int = option(
+        2000, "number of images of a stream that each process shuffles at a time; it holds twice as many, encoded", at_least=1
     )
     transform: str = option(
         "",

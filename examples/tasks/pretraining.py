@@ -14,11 +14,24 @@ from torch import Tensor
 import mvmae
 from engine.distributed import Processes
 from engine.ends import Stop
-from engine.run import MASKS
-from mvmae.data import ImageSource, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
+from engine.run import MASKS, Run
+from mvmae.data import (
+    ImageSource,
+    ImageStream,
+    Loader,
+    MultiViewDataset,
+    StepSampler,
+    StreamedViews,
+    StreamSampler,
+    is_stream,
+    make_loader,
+    open_stream,
+    sample_seed,
+)
 from tasks.inputs import augmented, channel_statistics, jittered, repeated
 from tasks.labelled import Splits, clamp_batch, open_splits, passed_over
 from tasks.method import Config
+from tasks.monitor import MONITORED
 from tasks.starting import with_background
 
 Chosen = TypeVar("Chosen", bound="Config")
@@ -27,12 +40,26 @@ EPOCHS, IMAGES = 44, 50_000
 
 
 class Images(NamedTuple):
-    """The images of a run: both splits, those trained on, as often as an epoch sees them, and what is said of them."""
+    """The images of a run: both splits, those trained on, how many are an epoch, and what is said of them.
+
+    Of a stream, the first images stand for all where images are looked at or measured.
+    """
 
     splits: Splits
     train: ImageSource
+    per_epoch: int
     listed: str
     clamped: str
+    stream: ImageStream | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images from others."""
+        return self.train.fingerprint if self.stream is None else self.stream.fingerprint
+
+    def name(self, index: int) -> str:
+        """Return the name of an image that is trained on."""
+        return self.train.name(index) if self.stream is None else self.stream.name(index)
 
 
 def fit_length(config: Chosen, number: int) -> Chosen:
@@ -56,17 +83,65 @@ def open_data(config: Chosen, processes: Processes) -> tuple[Chosen, Images]:
     """
     config = with_background(config, config.encoder, config.arch)
     start = time.monotonic()
-    splits = open_splits(config.data)
-    listing = time.monotonic() - start
+    stream = named_stream(config) if is_stream(config.data) else None
+    splits = open_splits(config.data) if stream is None else first_of(stream, config.monitor_images)
     train = repeated(splits.train, config.crops_per_image)
-    config = fit_length(config, len(train))
-    config, clamped = clamp_batch(config, len(train), processes.world_size * config.accumulate)
+    length = len(train) if stream is None else stream.length
+    per_epoch = config.images_per_epoch or length
+    if not per_epoch:
+        raise Stop(f"--data {config.data} has a length that is not known: add --images-per-epoch N, the images of one epoch")
+    opened = f"{time.monotonic() - start:.1f} s"
+    config = fit_length(config, per_epoch)
+    config, clamped = clamp_batch(config, min(per_epoch, length or per_epoch), processes.world_size * config.accumulate)
     if config.loss_weight and config.batch_size // (1 if config.gather else processes.world_size) < 2:
         each = "" if config.gather else f" with --no-gather on {processes.world_size} processes"
         raise Stop(
             f"--batch-size {config.batch_size}{each} leaves the contrastive loss no negatives: use more, or --loss-weight 0"
         )
-    return config, Images(splits, train, f"{len(train)} images, listed in {listing:.1f} s{passed_over(train)}", clamped)
+    listed = f"{len(train)} images, listed in {opened}{passed_over(train)}"
+    if stream is not None:
+        listed = f"a stream of {len(stream.shards.names)} shards, opened in {opened}"
+    if config.images_per_epoch or stream is not None:
+        listed += f", of which {per_epoch} images count as an epoch"
+    return config, Images(splits, train, per_epoch, listed, clamped, stream)
+
+
+def named_stream(config: Config) -> ImageStream:
+    """Open the stream that ``--data`` names."""
+    if config.crops_per_image != 1:
+        raise Stop(f"--crops-per-image must be 1 for a stream, got {config.crops_per_image}: leave it out")
+    try:
+        return open_stream(config.data, buffer=config.shuffle_buffer)
+    except ValueError as error:
+        raise ValueError(f"--data: {error}") from error
+
+
+def first_of(stream: ImageStream, most: int) -> Splits:
+    """Read the first images of a stream, which are trained on too, for all that looks at images or measures them."""
+    return Splits(stream.first(min(most, MONITORED) or 64), None, "a stream: its first ones, and no image is held out")
+
+
+def step_sampler(config: Config, images: Images, last: int, processes: Processes) -> StepSampler | StreamSampler:
+    """Say which images stand where in which step."""
+    where = {"seed": config.seed, "num_steps": last, "rank": processes.rank, "world_size": processes.world_size}
+    if images.stream is not None:
+        return StreamSampler(images.stream, config.batch_size, **where)
+    return StepSampler(len(images.train), config.batch_size, **where)
+
+
+def position(sampler: StepSampler | StreamSampler, run: Run) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the place in the images: nothing but of a stream, where a step does not tell it."""
+    if not isinstance(sampler, StreamSampler):
+        return {}
+    if run.found is not None:
+        run.found.setdefault("stream", sampler.state_dict())  # a run on other images before, with --other-data
+    return {"stream": sampler}
+
+
+def advance(sampler: StepSampler | StreamSampler, step: int, processes: Processes) -> None:
+    """Note that a step is whole."""
+    if isinstance(sampler, StreamSampler):
+        sampler.advance(step, processes.gather)
 
 
 def pixel_options(config: Config) -> dict[str, Any]:
@@ -86,7 +161,9 @@ def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple
     return channel_statistics(typed, encoder.pretrained_cfg, source, centre_crop(config, encoder))
 
 
-def view_loader(config: Config, encoder: Any, source: ImageSource, sampler: StepSampler, processes: Processes) -> Loader:
+def view_loader(
+    config: Config, encoder: Any, images: Images, sampler: StepSampler | StreamSampler, processes: Processes
+) -> Loader:
     """Load V views of each image of a step."""
     transform = mvmae.MultiViewTransform(
         encoder.patch_embed.img_size,
@@ -97,7 +174,9 @@ def view_loader(config: Config, encoder: Any, source: ImageSource, sampler: Step
         **pixel_options(config),
     )
     views = augmented(jittered(transform, config.jitter, config.grayscale), config.transform)
-    dataset = MultiViewDataset(source, views, seed=config.seed, max_bad=config.max_bad)
+    kept: dict[str, Any] = {"seed": config.seed, "max_bad": config.max_bad}
+    stream = images.stream
+    dataset = MultiViewDataset(images.train, views, **kept) if stream is None else StreamedViews(stream, views, **kept)
     bad_file, pinned = Path(config.output_dir) / "bad_files.txt", processes.device.type == "cuda"
     return make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, bad_file=bad_file)
 

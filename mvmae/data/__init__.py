@@ -2,7 +2,8 @@
 
 A source (`open_images`) names images, a transform (`MultiViewTransform`) decodes one and crops its views, a sampler
 (`StepSampler`) says which image stands where in which step, and a loader (`make_loader`) fills batches in processes of its own.
-`embed` computes the features of all images of a source.
+Images that can only be read in order, such as shards behind URLs, are a stream (`open_stream`), with a sampler and views of its
+own (`StreamSampler`, `StreamedViews`). `embed` computes the features of all images of a source.
 """
 
 from .augment import AugmentedViews as AugmentedViews
@@ -23,6 +24,7 @@ from .folders import SplitError as SplitError
 from .limits import MAX_PIXELS as MAX_PIXELS
 from .loader import Loader as Loader
 from .loader import NamedImages as NamedImages
+from .loader import NamedSamples as NamedSamples
 from .loader import explain_loader_error as explain_loader_error
 from .loader import make_loader as make_loader
 from .open import DatasetSource as DatasetSource
@@ -32,7 +34,12 @@ from .sampling import Key as Key
 from .sampling import MultiViewDataset as MultiViewDataset
 from .sampling import StepSampler as StepSampler
 from .sampling import sample_seed as sample_seed
+from .shards import is_stream as is_stream
 from .statistics import ChannelStatistics as ChannelStatistics
 from .statistics import measure_channels as measure_channels
+from .stream_sampling import StreamedViews as StreamedViews
+from .stream_sampling import StreamSampler as StreamSampler
+from .streams import ImageStream as ImageStream
+from .streams import open_stream as open_stream
 from .views import CentreCropTransform as CentreCropTransform
 from .views import MultiViewTransform as MultiViewTransform

@@ -80,7 +80,7 @@ class TarSource(ImageSource):
             opener: Any = gzip.open if compressed else open  # which unpacks a little at a time, unlike tarfile itself
             with (
                 opener(path, "rb") as file,
-                tarfile.open(fileobj=file, mode="r|" if compressed else "r:", tarinfo=_Header) as tar,
+                tarfile.open(fileobj=file, mode="r|" if compressed else "r:", tarinfo=Header) as tar,
             ):
                 for member in tar:
                     tar.members.clear()  # type: ignore[attr-defined]  # or tarfile keeps all it has met
@@ -176,11 +176,11 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(choice) for choice in product(*parts)]
 
 
-class _Header(tarfile.TarInfo):
+class Header(tarfile.TarInfo):
     """A member's header; one with a name or notes of megabytes, which tarfile would read whole, counts as damage."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
         """Read a header of 512 bytes."""
         header = super().frombuf(buf, encoding, errors)
         if not header.isreg() and header.size > _LONGEST_NOTE:

@@ -99,7 +99,7 @@ class ImageSource:
         for index in _spread(len(self), _SIZES):
             digest.update(b"%d " % self.size(index))
         for index in _spread(len(self), _CONTENTS):
-            digest.update(_start_of(self, index))
+            digest.update(start_of(self, index))
         return f"{len(self)}-{digest.hexdigest()}"
 
 
@@ -232,7 +232,7 @@ def _spread(count: int, limit: int) -> list[int]:
     return [number * count // chosen for number in range(chosen)]
 
 
-def _start_of(source: ImageSource, index: int) -> bytes:
+def start_of(source: ImageSource, index: int) -> bytes:
     """Return the first bytes of an image's file, or of its pixels without a file; a note if it cannot be read."""
     try:
         image = source.image(index)

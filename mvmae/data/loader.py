@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from .sampling import Bad, Batch, DataError, Key, Sample, StepSampler, try_again
 from .workers import SMALLER, check_shared_memory, end_at_exit, kill, quiet_sigchld, start_worker, started
+
+if TYPE_CHECKING:
+    from .stream_sampling import StreamSampler
 
 _DIED = "a loading worker died (out of memory?): "
 _CURES = {  # words of an error -> what it means and what to do
@@ -29,14 +32,19 @@ _TURN = 1.0  # seconds between two looks at the workers and at the clock
 _logger = logging.getLogger(__name__)
 
 
-class NamedImages(Protocol):
-    """Samples by (epoch, index), with the name of each image."""
+class NamedSamples(Protocol):
+    """Samples by a sampler's keys, (epoch, index, ...), with the name of each image."""
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, key: Key) -> Any: ...
+    def __getitem__(self, key: Any) -> Any: ...
     def name(self, index: int) -> str:
         """Return the path of an image, or another name."""
         ...
+
+
+class NamedImages(NamedSamples, Protocol):
+    """Samples by (epoch, index), with the name of each image, so many of them."""
+
+    def __len__(self) -> int: ...
 
 
 class Loader:
@@ -116,8 +124,8 @@ class Loader:
 
 
 def make_loader(
-    dataset: NamedImages,
-    sampler: StepSampler,
+    dataset: NamedSamples,
+    sampler: "StepSampler | StreamSampler",
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
@@ -129,7 +137,7 @@ def make_loader(
     """Load a run's batches.
 
     Args:
-        dataset: The views (`MultiViewDataset`), or other samples with ``collate``.
+        dataset: The views (`MultiViewDataset`, `StreamedViews`), or other samples with ``collate``.
         sampler: The steps.
         num_workers: Loading processes; 0 loads in this process.
         pin_memory: Pin batches for a CUDA device.
@@ -185,7 +193,7 @@ def _explain(error: BaseException) -> str | None:
 class _Tracked(Dataset[Any]):
     """The data set; in shared memory, the image that each worker is loading."""
 
-    def __init__(self, dataset: NamedImages, num_workers: int, collate: Callable[[list[Any]], Any] | None) -> None:
+    def __init__(self, dataset: NamedSamples, num_workers: int, collate: Callable[[list[Any]], Any] | None) -> None:
         self._dataset, self._num_workers, self._collate = dataset, num_workers, collate or _stack
         self._at: Tensor | None = None
 

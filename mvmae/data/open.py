@@ -1,23 +1,23 @@
 """One `--data` string, or any torch data set -> an `ImageSource`."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from .archives import find_archives, open_archives
 from .decode import ImageLike
 from .folders import SPLITS, FileSource, ImageSource, SplitError, open_folder, open_list, scan, split_folder
+from .remote import shown
 from .sample import SampleSource
-from .tables import class_names, find_columns
+from .shards import is_stream
+from .tables import class_names, find_columns, find_image
 
 __all__ = ["DatasetSource", "FileSource", "ImageSource", "RepeatedSource", "SplitError", "open_images"]
 
-_TIMM = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+_TIMM = ("torch/", "hfds/", "tfds/", "wds/")
 
 
 class DatasetSource(ImageSource):
@@ -36,7 +36,7 @@ class DatasetSource(ImageSource):
     def __init__(self, dataset: "Dataset[Any]") -> None:
         kind = type(dataset)
         if not hasattr(kind, "__len__") or getattr(kind, "__getitem__", None) in (None, Dataset.__getitem__):
-            cure = "use one with __len__ and __getitem__, with which runs can resume, or save the stream as files"
+            cure = "use one with __len__ and __getitem__, with which runs can resume, or open_stream"
             raise TypeError(f"the data set must have a length and an index, got {kind.__name__}: {cure}")
         whole = getattr(dataset, "size", None) if isinstance(dataset, IterableDataset) else None
         size = whole if isinstance(whole, int) else len(dataset)  # type: ignore[arg-type]
@@ -63,17 +63,7 @@ class DatasetSource(ImageSource):
         Raises:
             ValueError: None of the item's columns is one.
         """
-        item = self._dataset[index]
-        if isinstance(item, Mapping):
-            named = [name for name in self._columns if name in item]
-            named += [name for name, value in item.items() if _is_image(value)]
-            if not named:
-                raise ValueError(f"no image among the columns {', '.join(map(str, item))}")
-            item = item[named[0]]
-        elif isinstance(item, (tuple, list)):
-            item = item[0]
-        image: ImageLike = (item["bytes"] or item["path"]) if isinstance(item, Mapping) else item
-        return image
+        return find_image(self._dataset[index], self._columns)
 
     def name(self, index: int) -> str:
         """Return the data set's type and the image's number."""
@@ -138,6 +128,8 @@ def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, 
 def _open_path(data: str, split: str) -> ImageSource:
     if data == "sample":
         return SampleSource(split)
+    if is_stream(data):
+        raise ValueError(f"{shown(data)} is a stream, which pretrain.py and adapt.py take: use files, or in Python open_stream")
     path = Path(data)
     if not path.exists() and data.startswith(_TIMM):
         return _open_timm(data, split)
@@ -177,9 +169,3 @@ def _open_timm(data: str, split: str) -> DatasetSource:
     missing = split != "train" and "unknown split" in str(error).lower()  # as Hugging Face and TensorFlow call it
     kind = SplitError if missing else ValueError
     raise kind(f"{data} cannot be opened as split {split}: {' '.join(str(error).split())}") from error
-
-
-def _is_image(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return bool(value.get("bytes") or value.get("path"))
-    return isinstance(value, (Image.Image, bytes)) or (hasattr(value, "shape") and len(value.shape) in (2, 3))

@@ -19,8 +19,8 @@ from .folders import ImageSource
 
 Key = tuple[int, int]
 Loaded = TypeVar("Loaded")
-_MAX_TRIES = 10
-_PAUSES = (0.1, 0.4, 1.0, 2.0)
+MAX_TRIES = 10
+PAUSES = (0.1, 0.4, 1.0, 2.0)
 """Seconds between attempts if a file system fails, such as a network share, before an image counts as bad."""
 
 
@@ -88,8 +88,8 @@ class MultiViewDataset(Dataset[Sample]):
         """
         epoch, index = key
         bad: list[Bad] = []
-        pauses = iter(_PAUSES)
-        for attempt in range(_MAX_TRIES):
+        pauses = iter(PAUSES)
+        for attempt in range(MAX_TRIES):
             chosen = index if attempt == 0 else sample_seed(self.seed, epoch, index, attempt) % len(self.source)
             try:
                 views = try_again(partial(self._views, epoch, chosen), pauses)
@@ -97,10 +97,10 @@ class MultiViewDataset(Dataset[Sample]):
             except ImageError as error:
                 bad.append(Bad(self.source.name(chosen), error.reason))
         last = f"the last was {bad[-1].name!r}: {bad[-1].reason}"
-        raise DataError(f"{_MAX_TRIES} images in a row cannot be used; {last}")
+        raise DataError(f"{MAX_TRIES} images in a row cannot be used; {last}")
 
     def _views(self, epoch: int, index: int) -> Tensor:
-        return self.transform(self._image(index), generator=_generator(self.seed, epoch, index))
+        return self.transform(self._image(index), generator=generator(self.seed, epoch, index))
 
     def _image(self, index: int) -> ImageLike:
         try:
@@ -113,7 +113,7 @@ class MultiViewDataset(Dataset[Sample]):
 
 def try_again(load: Callable[[], Loaded], pauses: Iterator[float] | None = None) -> Loaded:
     """Return `load()`; if the file system or the memory fails, call it again after each pause, in seconds."""
-    pauses = iter(_PAUSES) if pauses is None else pauses
+    pauses = iter(PAUSES) if pauses is None else pauses
     while True:
         try:
             return load()
@@ -186,11 +186,12 @@ class StepSampler(Sampler[list[Key]]):
         while self.num_steps is None or step < self.num_steps:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = torch.randperm(self.length, generator=_generator(self.seed, epoch))
+                order = torch.randperm(self.length, generator=generator(self.seed, epoch))
             start = step % self.steps_per_epoch * self.batch_size + self.rank * share
             yield [(epoch, index) for index in order[start : start + share].tolist()]
             step += 1
 
 
-def _generator(*numbers: int) -> torch.Generator:
+def generator(*numbers: int) -> torch.Generator:
+    """Return a generator seeded by numbers (`sample_seed`)."""
     return torch.Generator().manual_seed(sample_seed(*numbers))

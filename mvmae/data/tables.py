@@ -9,11 +9,12 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .decode import ImageError, ImageLike
 from .folders import ImageSource
@@ -148,6 +149,34 @@ def find_columns(schema: Any) -> tuple[list[str], list[str]]:
     images = [field.name for field in schema if holds_bytes(field.type)]
     labels = [n for n in ("label", "labels", "fine_label") if n in schema.names]
     return images[:1], [n for n in labels if pa.types.is_integer(schema.field(n).type)][:1]
+
+
+def find_image(item: Any, columns: Sequence[str] = ("image", "img")) -> ImageLike:
+    """Return the image of an item: itself, the first of (image, label, ...), or a column.
+
+    Args:
+        item: What a data set holds.
+        columns: Names to look for first; after them, the first column that holds an image or its bytes is taken.
+
+    Raises:
+        ValueError: None of the item's columns is an image.
+    """
+    if isinstance(item, Mapping):
+        named = [name for name in columns if name in item]
+        named += [name for name, value in item.items() if _is_image(value)]
+        if not named:
+            raise ValueError(f"no image among the columns {', '.join(map(str, item))}")
+        item = item[named[0]]
+    elif isinstance(item, (tuple, list)):
+        item = item[0]
+    image: ImageLike = (item["bytes"] or item["path"]) if isinstance(item, Mapping) else item
+    return image
+
+
+def _is_image(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value.get("bytes") or value.get("path"))
+    return isinstance(value, (Image.Image, bytes)) or (hasattr(value, "shape") and len(value.shape) in (2, 3))
 
 
 def _wanted(schema: Any, path: Path) -> list[str]:
