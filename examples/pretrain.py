@@ -85,7 +85,7 @@ def main(config: Config) -> None:
     weights = "from random weights" if run.found is None else ""
     run.announce(**opening(config, model, weights, images, monitor, steps, lr))
     if run.found is None:
-        monitor.before = look(monitor, model, run.log, 0)
+        monitor.before = look(config, monitor, model, run.log, 0)
 
     with run:
         trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
@@ -103,10 +103,10 @@ def main(config: Config) -> None:
             advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
             if config.monitor and step % (config.monitor * per_epoch) == 0 and step != last:
-                look(monitor, model, run.log, step, MONITORED)
+                look(config, monitor, model, run.log, step, MONITORED)
             run.checkpoint(step)
 
-    after = look(monitor, model, run.log, last)
+    after = look(config, monitor, model, run.log, last)
     if processes.rank == 0:
         finish(config, model, run.log, monitor, after)
 

@@ -186,12 +186,12 @@ def test_a_run_on_a_pipe_says_what_it_trains_and_how_fast(images, tmp_path):
     result = pretrain(tmp_path, tmp_path / "mixed", "--workers", 0, "--max-steps", 14)
     assert result.code == 0, result.err
     told = result.out.splitlines()
-    first = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in told[:7])
-    assert list(first) == ["model", "decoder", "weights", "images", "training", "evaluation", "estimate"]
+    first = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in told[:6])
+    assert list(first) == ["model", "decoder", "weights", "images", "training", "evaluation"]
     assert "vit_tiny" in first["model"] and re.search(r"[\d.]+ M parameters.* images of 32x32 pixels", first["model"])
     assert re.fullmatch(r"32 images, listed in [\d.]+ s; passed over 1 .txt, without a reader", first["images"])
     assert first["training"].startswith("20 steps of 8, 5 epochs, peak learning rate 0.000125 ")
-    assert first["estimate"] == "of time and memory follows after step 11"
+    assert told[6] == "an estimate of time and memory follows after step 11"
     assert len([line for line in told if line.startswith("estimate: ") and "(measured in steps 2 to 11)" in line]) == 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 15)) and all(line["time"] > 1e9 for line in lines)

@@ -28,6 +28,7 @@ class Log:
         self.folder, self.silent, self.bar, self.cut = folder, rank != 0, None, set[str]()
         self.total, self.spoke = total, time.monotonic()
         self.trackers: Trackers | None = None
+        self.parts: dict[str, str] = {}
         if self.silent:
             return
         kept = [record for record in self.records() if record.get("step", 0) <= start]
@@ -50,6 +51,7 @@ class Log:
 
     def block(self, **parts: str) -> None:
         """Print what a run trains: a line for each part, its name first; none for a part of which there is nothing to say."""
+        self.parts = parts
         for name, text in parts.items():
             if text:
                 self.say(f"{name:<{max(map(len, parts))}}  {text}")

@@ -112,8 +112,10 @@ class Run:
     def announce(self, **parts: str) -> None:
         """Print what is trained, a line for each part, and when its time and memory will be known."""
         known = self.step + 1 + ENOUGH
-        later = f"of time and memory follows after step {known}" if known < self.last else ""
-        self.log.block(**parts, estimate=later)
+        later = f"an estimate of time and memory follows after step {known}" if known < self.last else ""
+        self.log.block(**parts)
+        if later:
+            self.log.say(later)
 
     def state(self) -> dict[str, Any]:
         """Return all that a checkpoint holds besides its step."""

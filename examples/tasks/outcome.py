@@ -3,6 +3,7 @@
 Shapes: B images, C channels, H x W pixels.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 import mvmae
 from engine.distributed import Processes
 from engine.log import Log
+from mvmae.files import write_text
 from mvmae.hub import export
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
@@ -22,6 +24,8 @@ from tasks.method import Config
 from tasks.monitor import Monitor, report
 from tasks.plots import draw_curves
 from tasks.pretraining import Images, centre_crop
+from tasks.summary import summary_page
+from tasks.verdict import Verdict, judge
 
 CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "similarity", "cka", "lr")
 
@@ -80,8 +84,8 @@ def build_monitor(
     )
 
 
-def look(monitor: Monitor, model: mvmae.MultiViewMAE, log: Log, step: int, limit: int = 0) -> dict[str, float]:
-    """Log what the encoder's features are worth now, with pictures for trackers, and warn where they have collapsed."""
+def look(config: Config, monitor: Monitor, model: mvmae.MultiViewMAE, log: Log, step: int, limit: int = 0) -> dict[str, float]:
+    """Log what the encoder's features are worth now, with pictures for trackers, and say how the run is doing."""
     found = monitor.look(model.eval().features, limit)
     if log.trackers:
         log.trackers.picture(step, "reconstructions", draw_reconstructions(monitor, model))
@@ -91,7 +95,15 @@ def look(monitor: Monitor, model: mvmae.MultiViewMAE, log: Log, step: int, limit
         log.write(step=step, **found)
         if warning := collapse_warning(found["effective_rank"]):
             log.say(f"warning: {warning}")
+    if not log.silent and (verdict := verdict_now(config, log, monitor.processes)):
+        log.say(f"verdict: {verdict}")
     return found
+
+
+def verdict_now(config: Config, log: Log, processes: Processes) -> Verdict | None:
+    """Return the verdict on the run as far as it is logged."""
+    batch = config.batch_size // (1 if config.gather else processes.world_size)
+    return judge(log.records(), crops=batch * config.num_views, loss_weight=config.loss_weight)
 
 
 def draw_reconstructions(monitor: Monitor, model: mvmae.MultiViewMAE, seed: int = 0) -> Image.Image:
@@ -120,7 +132,7 @@ def finish(
     after: Mapping[str, float],
     start: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the encoder and the pictures, and say how to load it and how good it is.
+    """Write the encoder, the pictures and ``summary.md``, and say how to load the encoder and how good it is.
 
     Args:
         config: options of the run.
@@ -135,6 +147,9 @@ def finish(
     export(model, folder / "encoder", mean=mean, std=std, **options)  # type: ignore[arg-type]
     draw_curves(folder / "curves.png", log.records(), CURVES)
     draw_reconstructions(monitor, model, config.seed).save(folder / "reconstructions.png")
+    verdict = verdict_now(config, log, monitor.processes)
+    page = summary_page(folder, log.parts, log.records(), monitor.before, after, verdict, data=config.data, command=sys.argv)
+    write_text(folder / "summary.md", page)
     log.end()
     print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}")
     print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')
