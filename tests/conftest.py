@@ -1,5 +1,6 @@
 """What all tests share: one thread, no network, a seeded generator, a tiny ViT, two processes."""
 
+import multiprocessing
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 torch.set_num_threads(1)
+if "MVMAE_START_METHOD" in os.environ:  # how loaders start their workers: spawn, as on macOS and Windows
+    multiprocessing.set_start_method(os.environ["MVMAE_START_METHOD"], force=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
