@@ -1,4 +1,4 @@
-"""Runs the scripts of examples/ in processes of their own, which start from a server that has imported torch already.
+"""Runs the scripts of examples/ in processes of their own, which start from a server that has imported torch.
 
 ``python tests/running.py FAULT SCRIPT ...`` runs a script with a fault, for a launcher that starts commands.
 """
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "timm", "torchvision", "mvmae", "matplotlib.pyplot"])
+_server = "forkserver" in multiprocessing.get_all_start_methods()  # Windows has none
+_context = multiprocessing.get_context("forkserver" if _server else "spawn")
+if _server:
+    _context.set_forkserver_preload(["torch", "timm", "torchvision", "mvmae", "matplotlib.pyplot"])
 
 
 class Finished(NamedTuple):
