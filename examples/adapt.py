@@ -25,7 +25,7 @@ from timm.optim import create_optimizer_v2
 from engine.cli import inherit, option
 from engine.cli import run as run_script
 from engine.config import REQUIRED
-from engine.distributed import autocast, parallel, start_processes
+from engine.distributed import autocast, parallel, start_processes, to_device
 from engine.ends import Stop
 from engine.optim import cosine_schedule
 from engine.run import DROPOUT, Run
@@ -127,7 +127,7 @@ def main(config: Config) -> None:
                 trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
             schedule.step_update(step - 1)
             freeze.scale_rates(optimizer, step)
-            views = normalize(batch.views.to(device, non_blocking=True), mean, std)  # (B, V, C, H, W)
+            views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
                 losses = backward(trained, views, draw_masks(config, encoder, step, processes), config.accumulate)

@@ -28,7 +28,7 @@ from torchvision import transforms
 
 import mvmae
 from engine.cli import option, run
-from engine.distributed import autocast, start_processes
+from engine.distributed import DEVICES, autocast, start_processes
 from engine.ends import Stop
 from mvmae.data import FORMATS, FileSource, MultiViewDataset, StepSampler, make_loader, open_images
 from mvmae.files import write_json
@@ -63,7 +63,9 @@ class Config:
     rounds: int = option(5, "number of rounds in which everything is timed in turn; the median counts", at_least=1)
     threads: int = option(1, "number of threads of torch on the CPU", at_least=1)
     workers: int = option(2, "number of processes that load images", at_least=0)
-    device: str = option("auto", "device to run on; auto: CUDA if available, else CPU", ["auto", "cpu", "cuda"], section="Run")
+    device: str = option(
+        "auto", "device to run on; auto: CUDA if available, else CPU; mps: the GPU of a Mac", DEVICES, section="Run"
+    )
     precision: str = option(
         "float32", "precision of the training step; bf16: under autocast", ["float32", "bf16"], section="Measurements"
     )

@@ -35,7 +35,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from engine.cli import inherit, option, run
 from engine.config import REQUIRED
-from engine.distributed import Processes, autocast, start_processes
+from engine.distributed import Processes, autocast, start_processes, to_device
 from engine.ends import Stop
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
 from mvmae.files import write_json, write_text
@@ -212,8 +212,8 @@ def build_model(config: Config, num_classes: int, *, with_masks: bool = True) ->
 
 def losses(model: nn.Module, batch: Sequence[Sample], *, device: torch.device) -> dict[str, Tensor]:
     """Compute the five losses of Mask R-CNN, or the four of Faster R-CNN."""
-    images = [image.to(device, non_blocking=True) for image, _ in batch]
-    targets = [{name: value.to(device, non_blocking=True) for name, value in target.items()} for _, target in batch]
+    images = [to_device(image, device) for image, _ in batch]
+    targets = [{name: to_device(value, device) for name, value in target.items()} for _, target in batch]
     return {name: value.float() for name, value in model(images, targets).items()}
 
 

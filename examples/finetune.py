@@ -29,13 +29,14 @@ from torch import nn
 
 from engine.cli import inherit, option, run
 from engine.config import RunConfig
-from engine.distributed import Processes, autocast, parallel, start_processes
+from engine.distributed import Processes, autocast, parallel, start_processes, to_device
 from engine.ends import Stop
 from engine.optim import cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae.data import StepSampler, sample_seed
 from mvmae.files import write_json
 from mvmae.hub import describe
+from mvmae.metrics import as_double
 from tasks import labelled
 from tasks.backbones import add_head, classified, load_backbone, save_classifier, summary
 from tasks.inputs import names
@@ -172,7 +173,7 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_e
 def validate(config: Config, model: nn.Module, val: Part, processes: Processes) -> dict[str, float]:
     """Return top-1 and top-5 accuracy in percent, and the loss, over all validation images."""
     labels = torch.as_tensor(val.labels).to(processes.device)
-    counts = torch.zeros(4, dtype=torch.float64, device=processes.device)
+    counts = as_double(torch.zeros(4, device=processes.device))
     loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
     training = model.training
     transform = Seeded(model.eval(), config.image_size, background=config.background)
@@ -245,7 +246,7 @@ def main(config: Config) -> None:
             torch.manual_seed(seed)  # for stochastic depth
             np.random.seed(seed % 2**32)  # for mixup
             schedule.step_update(step - 1)
-            images, target = batch.views.to(device, non_blocking=True), labels[batch.indices].to(device)
+            images, target = to_device(batch.views, device), labels[batch.indices].to(device)
             images, target = mixup(images, target)  # (B, C, H, W), (B, classes)
             with autocast(config.precision, device):
                 logits = trained(images)

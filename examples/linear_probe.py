@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from engine.cli import inherit, option, run
 from engine.config import RunConfig
-from engine.distributed import Processes, autocast, parallel, start_processes
+from engine.distributed import Processes, autocast, parallel, start_processes, to_device
 from engine.ends import StopSignal
 from engine.optim import cosine_schedule
 from engine.run import Run
@@ -153,7 +153,7 @@ def batches(
     labels = torch.as_tensor(data.train.labels)
     for batch in labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad):
         with torch.no_grad(), autocast(config.precision, processes.device):
-            features = pooled(model, batch.views.to(processes.device, non_blocking=True))
+            features = pooled(model, to_device(batch.views, processes.device))
         yield features, labels[batch.indices].to(processes.device), partial(names, data.train, batch.indices)
 
 

@@ -20,7 +20,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from engine.cli import run as run_script
-from engine.distributed import autocast, parallel, start_processes
+from engine.distributed import autocast, parallel, start_processes, to_device
 from engine.optim import cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae.data import sample_seed
@@ -91,7 +91,7 @@ def main(config: Config) -> None:
         trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
         for step, batch in run.batches(loader):
             schedule.step_update(step - 1)
-            views = normalize(batch.views.to(device, non_blocking=True), mean, std)  # (B, V, C, H, W)
+            views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
                 losses = backward(trained, views, draw_masks(config, encoder, step, processes), config.accumulate)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from engine.cli import inherit, option, run
 from engine.config import REQUIRED
-from engine.distributed import Processes, autocast, start_processes
+from engine.distributed import Processes, autocast, start_processes, to_device
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
 from mvmae.files import write_json
 from mvmae.visualize import contact_sheet
@@ -137,7 +137,7 @@ def losses(model: nn.Module, batch: tuple[Tensor, Tensor], *, prepare: Any, aux_
     """Compute the cross-entropy of both heads: a mean over all pixels, ignored ones too, as in BEiT's code."""
     images, labels = batch
     main, auxiliary = model(prepare(images))
-    labels = labels.to(main.device, non_blocking=True)
+    labels = to_device(labels, main.device)
     entropy = partial(F.cross_entropy, target=labels, ignore_index=IGNORE, reduction="sum")
     return {"loss_main": entropy(main) / labels.numel(), "loss_aux": aux_weight * entropy(auxiliary) / labels.numel()}
 
@@ -227,7 +227,7 @@ def main(config: Config) -> None:
     model.to(processes.device)
 
     def prepare(images: Tensor) -> Tensor:
-        return normalize(images.to(processes.device, non_blocking=True), mean, std)
+        return normalize(to_device(images, processes.device), mean, std)
 
     compute = partial(losses, prepare=prepare, aux_weight=config.aux_weight)
     fit(config, model, model.backbone.trunk, data, compute, processes, images=fingerprint(root, data.images, data.labels))

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 import mvmae
-from engine.cli import option, run
+from engine.cli import inherit, option, run
+from engine.config import RunConfig
 from engine.distributed import start_processes
 from engine.ends import Stop
 from mvmae.data import ImageSource
@@ -86,7 +87,7 @@ class Config:
     neighbours: int = option(5, "number of neighbours to draw", at_least=1)
     output_dir: str = option("runs/pictures", "folder for the pictures", path=True, section="Run")
     seed: int = option(0, "seed of the random numbers: choice of images, untrained weights, masks", at_least=0)
-    device: str = option("auto", "device to run on; auto: CUDA if available, else CPU", ["auto", "cpu", "cuda"])
+    device: str = inherit(RunConfig, "device", "auto")
 
 
 class Model(NamedTuple):

@@ -103,10 +103,15 @@ def _equal(state: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    if device.type == "mps":
+        return torch.get_rng_state(), torch.mps.get_rng_state()
     return torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def _set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     for of_device in state[1:]:
-        torch.cuda.set_rng_state(of_device, device)
+        if device.type == "mps":
+            torch.mps.set_rng_state(of_device)
+        else:
+            torch.cuda.set_rng_state(of_device, device)

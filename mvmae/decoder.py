@@ -106,4 +106,4 @@ class MAEDecoder(nn.Module):
         table = self.get_buffer("pos_embed")
         if grid_size is None or grid_size == self.grid_size:
             return table
-        return sincos_table(table.shape[1], grid_size).to(table)
+        return sincos_table(table.shape[1], grid_size).to(table.dtype).to(table.device)

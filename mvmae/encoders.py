@@ -53,7 +53,7 @@ class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
     def _init_positions(self) -> None:
         if self.pos_embed is None or self.pos_embed.is_meta:
             return
-        table = sincos_table(self.embed_dim, self.patch_embed.grid_size)
+        table = sincos_table(self.embed_dim, self.patch_embed.grid_size).to(self.pos_embed.dtype)
         table = F.pad(table, (0, 0, self.pos_embed.shape[1] - len(table), 0))[None]
         if hasattr(self.pos_embed, "device_mesh"):  # a DTensor, the parameter of a sharded model
             from torch.distributed.tensor import DTensor
@@ -144,7 +144,8 @@ def _create_naflex(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Modu
     if not pretrained and not model.embeds.pos_embed.is_meta:
         _, rows, columns, width = model.embeds.pos_embed.shape
         with torch.no_grad():
-            model.embeds.pos_embed.copy_(sincos_table(width, (rows, columns)).view(1, rows, columns, width))
+            table = sincos_table(width, (rows, columns)).to(model.embeds.pos_embed.dtype)
+            model.embeds.pos_embed.copy_(table.view(1, rows, columns, width))
     return model  # type: ignore[no-any-return]
 
 

@@ -105,4 +105,7 @@ def random_mask(
     hidden = order[:, visible:].sort(dim=1).values
     restore = torch.cat([shown, hidden], dim=1).argsort(dim=1)
     mask = Mask(shown, restore, masked)
-    return mask if device is None else Mask(*(part.to(device, non_blocking=True) for part in mask))
+    if device is None:
+        return mask
+    waits = torch.device(device).type != "cuda"
+    return Mask(*(part.to(device, non_blocking=not waits) for part in mask))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WITHOUT_FLOAT64 = ("mps",)
+"""Types of devices that have no float64: the GPU of a Mac."""
 COLLAPSED_RANK = 2.0
 """Features that differ by one per cent of their length have about this effective rank; those of an untrained ViT have 20."""
 
@@ -45,7 +47,7 @@ def knn_accuracy(
             f"test_labels must be (Q,) for (Q, D) features, got {tuple(test_labels.shape)} and {tuple(test_features.shape)}"
         )
     predicted = knn_predict(train_features, train_labels, test_features, k=k, temperature=temperature, chunk_size=chunk_size)
-    return float((predicted == test_labels.to(predicted.device)).double().mean())
+    return float(as_double(predicted == test_labels.to(predicted.device)).mean())
 
 
 def knn_predict(
@@ -130,9 +132,8 @@ def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
         ValueError: if there is no feature, or one is not finite.
     """
     _check_features(features)
-    gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
-    for part in features.split(chunk_size):
-        part = part.double()
+    gram = as_double(features.new_zeros(features.shape[1], features.shape[1]))
+    for part in map(as_double, features.split(chunk_size)):
         gram.addmm_(part.T, part)
     if not gram.isfinite().all():
         raise ValueError("a feature is NaN or infinite: the encoder has diverged, or its images are not normalised")
@@ -160,7 +161,7 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
         part, others = features[start : start + chunk_size], features[start:]
         distance = (2 - 2 * part @ others.T).clamp(min=0)  # of unit vectors, squared
         pair = torch.ones_like(distance, dtype=torch.bool).triu(diagonal=1)  # each pair once
-        parts.append((-t * distance).masked_fill(~pair, -torch.inf).flatten().double().logsumexp(dim=0))
+        parts.append(as_double((-t * distance).masked_fill(~pair, -torch.inf).flatten()).logsumexp(dim=0))
     pairs = len(features) * (len(features) - 1) / 2
     return float(torch.stack(parts).logsumexp(dim=0)) - math.log(pairs)
 
@@ -182,7 +183,7 @@ def variance_explained(features: Tensor, groups: Tensor) -> float:
     _check_features(features, at_least=2)
     if groups.shape != features.shape[:1]:
         raise ValueError(f"groups must be (N,) for (N, D) features, got {tuple(groups.shape)} and {tuple(features.shape)}")
-    centred = _unit(features).double()
+    centred = as_double(_unit(features))
     centred = centred - centred.mean(dim=0)
     _, numbers, counts = groups.to(centred.device).unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), centred.shape[1], dtype=centred.dtype, device=centred.device).index_add_(
@@ -223,7 +224,7 @@ def mean_cosine(before: Tensor, after: Tensor) -> float:
         raise ValueError(
             f"before and after must have the same shape (N, D), got {tuple(before.shape)} and {tuple(after.shape)}"
         )
-    return float(F.cosine_similarity(before.double(), after.double(), dim=1).mean())
+    return float(F.cosine_similarity(as_double(before), as_double(after), dim=1).mean())
 
 
 def linear_cka(before: Tensor, after: Tensor) -> float:
@@ -243,9 +244,14 @@ def linear_cka(before: Tensor, after: Tensor) -> float:
         raise ValueError(
             f"before and after must be (N, D) and (N, E) of the same images, got {tuple(before.shape)} and {tuple(after.shape)}"
         )
-    x, y = (features.double() - features.double().mean(dim=0) for features in (before, after))
+    x, y = (features - features.mean(dim=0) for features in map(as_double, (before, after)))
     norms = (x.T @ x).norm() * (y.T @ y).norm()
     return float((y.T @ x).square().sum() / norms) if norms > 0 else 0.0
+
+
+def as_double(values: Tensor) -> Tensor:
+    """Return values as float64, on their own device if it can hold them, else (`WITHOUT_FLOAT64`) on the CPU."""
+    return (values.cpu() if values.device.type in WITHOUT_FLOAT64 else values).double()
 
 
 def _unit(features: Tensor) -> Tensor:

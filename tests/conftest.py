@@ -1,5 +1,6 @@
 """What all tests share: one thread, no network, a seeded generator, a tiny ViT, two processes."""
 
+import multiprocessing
 import os
 import sys
 import time
@@ -20,14 +21,23 @@ import torch
 import torch.distributed as dist
 
 torch.set_num_threads(1)
+if "MVMAE_START_METHOD" in os.environ:  # how loaders start their workers: spawn, as on macOS and Windows
+    multiprocessing.set_start_method(os.environ["MVMAE_START_METHOD"], force=True)
+
+
+MISSING = {
+    "cuda": ("no CUDA device", not torch.cuda.is_available()),
+    "posix": ("Windows lacks the signals, modules or file modes that this test uses", sys.platform == "win32"),
+    "linux": ("/proc, /dev/shm, /dev/full or a limit of Linux is not there", sys.platform != "linux"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a CUDA device where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if "cuda" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    """Skips what needs a device or a system that is not here."""
+    for item in items:
+        for marker, (reason, missing) in MISSING.items():
+            if missing and marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Runs the scripts of examples/ in processes of their own, which start from a server that has imported torch already.
+"""Runs the scripts of examples/ in processes of their own, which start from a server that has imported torch.
 
 ``python tests/running.py FAULT SCRIPT ...`` runs a script with a fault, for a launcher that starts commands.
 """
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "timm", "torchvision", "mvmae", "matplotlib.pyplot"])
+_server = "forkserver" in multiprocessing.get_all_start_methods()  # Windows has none
+_context = multiprocessing.get_context("forkserver" if _server else "spawn")
+if _server:
+    _context.set_forkserver_preload(["torch", "timm", "torchvision", "mvmae", "matplotlib.pyplot"])
 
 
 class Finished(NamedTuple):
@@ -137,7 +139,7 @@ def _run(arguments, folder, env, files, patch, fault):
         os.dup2(descriptor, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal: a shell's background job ignores Ctrl-C
-    multiprocessing.set_start_method(None, force=True)  # the script's loader starts its workers as it would alone
+    multiprocessing.set_start_method(os.environ.get("MVMAE_START_METHOD"), force=True)  # None: as the script would alone
     sys.argv = arguments
     sys.path.insert(0, str(EXAMPLES))
     code = 0

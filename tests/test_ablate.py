@@ -44,6 +44,7 @@ def arguments(photographs, *more):
     return ["--data", photographs, "--output-dir", "ablation", "--seeds", 0, "--pretrain", TINY, "--probe", PROBE, *more]
 
 
+@pytest.mark.posix
 def test_an_ablation_that_was_killed_goes_on_where_it_was(photographs, tmp_path):
     given = arguments(photographs, "--finetune", FINETUNE)
     killed = run_script("ablate.py", *given, folder=tmp_path, fault="kill@7")  # ours has 9 steps

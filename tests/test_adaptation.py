@@ -98,6 +98,7 @@ def test_the_encoder_stays_bit_for_bit_while_the_new_parts_warm_up(start, tmp_pa
             assert group["lr"] == pytest.approx(new * group["lr_scale"] / 5)  # the first of four steps of its own warm-up
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("killed", [4, 6])
 def test_a_run_cut_at_either_side_of_the_freeze_ends_bit_identical(whole, start, tmp_path, killed):
     arguments = ["--encoder", f"local-dir:{start}", "--max-steps", 10, "--monitor-images", 60, "--mean", "auto"]

@@ -4,7 +4,6 @@ F1, F2, ... are the faults of examples/FAULTS.md; those of writing and of bit-ex
 """
 
 import errno
-import fcntl
 import math
 import os
 import shutil
@@ -261,6 +260,7 @@ def die_between_the_renames():
     os.replace = killed
 
 
+@pytest.mark.posix
 def test_f54_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(whole, images, tmp_path):
     assert pretrain(tmp_path, images, *STEPS, "--max-steps", 10).code == 0
     newest = tmp_path / "run" / "checkpoint.pt"
@@ -371,6 +371,7 @@ def test_minutes_make_a_checkpoint_due_as_steps_do(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------- folders and locks
 
 
+@pytest.mark.posix
 def test_f56_a_folder_that_is_deleted_in_the_middle_is_made_again(whole, images, tmp_path):
     process = start(tmp_path, images, *STEPS, fault="slow")
     wait_for_steps(process, tmp_path, 6)
@@ -384,6 +385,7 @@ def test_f56_a_folder_that_is_deleted_in_the_middle_is_made_again(whole, images,
     assert_identical(end_of(tmp_path), end_of(whole))
 
 
+@pytest.mark.posix
 def test_f56_what_was_saved_and_deleted_is_saved_again_before_the_run_says_so(tmp_path):
     folder = tmp_path / "run"
     run = run_of(folder, *trained(), last=4)
@@ -402,6 +404,7 @@ def test_f56_what_was_saved_and_deleted_is_saved_again_before_the_run_says_so(tm
     assert checkpoint.load_checkpoint(folder)["step"] == 1
 
 
+@pytest.mark.posix
 def test_f56_a_lock_that_is_deleted_still_keeps_a_second_run_out(images, tmp_path):
     first = start(tmp_path, images, *STEPS, fault="slow")
     wait_for_steps(first, tmp_path, 2)
@@ -440,6 +443,7 @@ def test_f56_a_run_whose_folder_another_has_taken_saves_nothing_there(tmp_path):
     checkpoint.save_checkpoint(folder, {"step": 1})
 
 
+@pytest.mark.posix
 def test_f56_a_loading_process_does_not_keep_the_lock_of_a_run_that_is_gone(tmp_path):
     """A worker may live on for seconds after its run was killed."""
     code = HOLD.replace('print("held", flush=True)', "import os\npid = os.fork()\nif pid: print(pid, flush=True)")
@@ -468,6 +472,7 @@ def test_f56_a_file_system_that_refuses_locks_is_told_and_used(tmp_path, monkeyp
     def refused(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
+    fcntl = pytest.importorskip("fcntl", reason="Windows has other locks")
     monkeypatch.setattr(fcntl, "lockf", refused)
     monkeypatch.setattr(fcntl, "flock", refused)
     assert checkpoint.open_run(tmp_path / "run", {}, frozenset(), resume=False, processes=ALONE) is None

@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -222,6 +221,7 @@ def test_a_bad_file_that_cannot_be_written_does_not_stop_the_run(tmp_path):
     assert len(list(loading)) == 6 and len(loading.bad) == 1
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("fault", ["remove", "empty", "unreadable"])
 def test_files_that_change_after_the_scan_are_bad_images(tmp_path, fault):
     for i in range(6):
@@ -360,6 +360,7 @@ def test_a_stuck_file_is_named_when_the_time_is_over(tmp_path, monkeypatch):
         list(loader(Arrays(hook=Hangs(7, (tmp_path / "hangs").touch)), num_workers=1))
 
 
+@pytest.mark.posix
 def test_a_dead_worker_is_one_clear_error():
     with pytest.raises(DataError, match=r"a loading worker died \(out of memory\?\)") as caught:
         list(loader(Arrays(hook=Kills(7)), num_workers=2))
@@ -376,6 +377,7 @@ def test_a_workers_death_is_told_where_a_batch_is_waited_for_and_never_within_a_
         list(batches)
 
 
+@pytest.mark.posix
 def test_what_a_signals_handler_raises_ends_the_wait_for_a_stuck_file():
     main = os.getpid()
     batches = iter(loader(Arrays(hook=Hangs(7, lambda: os.kill(main, signal.SIGALRM))), num_workers=1))
@@ -388,6 +390,8 @@ def test_what_a_signals_handler_raises_ends_the_wait_for_a_stuck_file():
 
 
 def limit_files():
+    import resource
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
@@ -398,6 +402,7 @@ def fill_shared_memory():
     torch.Tensor.share_memory_ = full
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("plain", [False, True], ids=["views", "other samples"])
 @pytest.mark.parametrize(
     ("fault", "message"),
@@ -415,6 +420,7 @@ def test_f44_memory_that_is_full_in_the_middle_of_a_run_is_one_line_with_the_cur
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.linux
 def test_f44_a_file_size_limit_at_the_start_is_one_line():
     script = """
         import resource
@@ -483,6 +489,7 @@ def run_with_noise(body):
     return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
 
 
+@pytest.mark.linux
 def test_workers_ignore_signals_have_their_own_group_and_end_with_the_main_process():
     ended = run_with_noise("""
         loading = iter(loader)
@@ -502,6 +509,7 @@ def test_workers_ignore_signals_have_their_own_group_and_end_with_the_main_proce
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.linux
 def test_too_little_shared_memory_is_refused_at_the_start_with_what_is_needed(monkeypatch):
     with pytest.raises(DataError, match=r"64 MB free, batches under way need 301 MB: use fewer workers"):
         check_shared_memory(300 << 20, free=64 << 20)
@@ -520,6 +528,7 @@ def private_memory(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))  # kB
 
 
+@pytest.mark.linux
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 def test_the_memory_of_a_worker_does_not_grow_with_the_names_it_reads():
     names = [f"some/folder/of/many/{i:08d}.jpg".encode() for i in range(200_000)]

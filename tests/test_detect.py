@@ -478,6 +478,7 @@ def test_what_is_drawn_leaves_the_objects_as_they_are():
     assert 10 <= written[:, 0].max() - written[:, 0].min() <= 30
 
 
+@pytest.mark.posix
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
     arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
     killed = run_script("detect.py", *arguments, folder=tmp_path, fault="kill@3")

@@ -145,6 +145,7 @@ def kill_in_the_third_part():
     files.replace_file = cut
 
 
+@pytest.mark.posix
 def test_a_killed_run_goes_on_without_a_lost_or_a_repeated_row(place, written):
     typed = [*ARGUMENTS, *PARTS, "--output-dir", "cut"]
     killed = run_script("embed.py", *typed, folder=place, patch=kill_in_the_third_part)
@@ -180,6 +181,7 @@ def stop_after_the_second_part():
     files.replace_file = signalled
 
 
+@pytest.mark.posix
 def test_two_processes_write_what_one_does_and_a_signal_keeps_the_parts(place, written):
     typed = [*ARGUMENTS, *PARTS, "--output-dir", "two"]
     stopped = run_script("embed.py", *typed, folder=place, patch=stop_after_the_second_part)

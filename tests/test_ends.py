@@ -36,7 +36,7 @@ SCRIPTS = {
 }
 SCRIPTS["adapt.py"] += ["--encoder", "mvmae_vit_tiny_patch16"]
 SCRIPTS["linear_probe.py"] += ["--few-shot", 0, "--models", "random:vit_tiny_patch16_224", "--image-size", 32]
-SIGNALS = {"term": signal.SIGTERM, "hup": signal.SIGHUP, "int": signal.SIGINT}
+SIGNALS = {"term": signal.SIGTERM, "hup": getattr(signal, "SIGHUP", None), "int": signal.SIGINT}  # Windows has no SIGHUP
 TARGETS = ["process", "group", "torchrun", "torchrun and ranks"]
 GRID = [(script, number, target) for script in SCRIPTS for number in SIGNALS for target in TARGETS]
 THIN = {
@@ -61,6 +61,7 @@ def labelled(tmp_path_factory):
     return root
 
 
+@pytest.mark.linux
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
     ("script", "number", "target"),
@@ -150,6 +151,7 @@ def hang_in_the_fifth_step():
     mvmae.data.sampling.MultiViewDataset.__getitem__ = hangs
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("workers", [0, 1])
 def test_f53_sigterm_while_loading_hangs_saves(images, tmp_path, workers):
     process = start(tmp_path, images, *STEPS, "--workers", workers, patch=hang_in_the_fifth_step)
@@ -161,6 +163,7 @@ def test_f53_sigterm_while_loading_hangs_saves(images, tmp_path, workers):
     assert end_of(tmp_path)["step"] == 4 and wait_until(lambda: processes_under(tmp_path) == [])
 
 
+@pytest.mark.posix
 def test_f53_a_folder_that_goes_for_good_saves(images, tmp_path):
     process = start(tmp_path, images, *STEPS, "--workers", 1, fault="slow")
     wait_for_steps(process, tmp_path, 2)
@@ -184,6 +187,7 @@ def test_f53_too_many_bad_images_save(images, tmp_path):
     assert end_of(tmp_path)["step"] == max(losses(tmp_path))
 
 
+@pytest.mark.posix
 def test_f53_memory_that_is_used_up_saves(images, tmp_path):
     result = pretrain(tmp_path, images, *STEPS, fault="raise@7")
     assert result.code == 1 and "error: the memory is used up (no room for a step): use a smaller --batch-size" in result.err
@@ -243,6 +247,7 @@ def read_a_line(path):
         file.readline()
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("fault", ["full disk", "head -1", "closed", "ascii"])
 def test_f52_no_trouble_with_printing_ends_a_run(images, tmp_path, fault):
     terminal, patch, folder = None, None, "rün \udcff 日本"
@@ -263,6 +268,7 @@ def test_f52_no_trouble_with_printing_ends_a_run(images, tmp_path, fault):
         assert r"r\xfcn \udcff \u65e5\u672c holds " in result.out
 
 
+@pytest.mark.linux
 def test_f52_an_error_keeps_its_exit_code_where_nothing_can_be_printed(tmp_path):
     assert pretrain(tmp_path, "nowhere", *STEPS, terminal="/dev/full").code == 2
     assert pretrain(tmp_path, "nowhere", *STEPS, patch=close_both).code == 2

@@ -6,7 +6,6 @@ import errno
 import math
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -73,6 +72,7 @@ def die_in_the_second_save():
     torch.save = half
 
 
+@pytest.mark.posix
 def test_f1_killed_in_the_middle_of_writing_a_checkpoint(whole, images, tmp_path):
     assert pretrain(tmp_path, images, *STEPS, patch=die_in_the_second_save).code == -signal.SIGKILL
     run = tmp_path / "run"
@@ -169,6 +169,8 @@ def test_f4_any_flipped_bit_of_a_tensor_is_found(tmp_path):
 
 def allow_small_files():
     """No file may grow over 40 kB, as on a full disk or with a quota used up."""
+    import resource
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
 
@@ -185,6 +187,7 @@ def refuse_the_first_save():
     torch.save = refused
 
 
+@pytest.mark.linux
 def test_f5_a_disk_that_is_full_at_the_end(whole, images, tmp_path):
     result = pretrain(tmp_path, images, *STEPS, patch=allow_small_files)
     assert result.code == 1 and list(losses(tmp_path)) == list(range(1, 13))
@@ -265,6 +268,7 @@ def test_f13_a_checkpoint_without_its_parts_is_none(whole, images, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.linux
 def test_f7_a_second_signal_after_a_while_ends_the_run_at_once(images, tmp_path):
     process = start(tmp_path, images, *STEPS, "--workers", 1, fault="long@2")
     wait_for_steps(process, tmp_path, 2)
@@ -276,6 +280,7 @@ def test_f7_a_second_signal_after_a_while_ends_the_run_at_once(images, tmp_path)
     assert wait_until(lambda: processes_under(tmp_path) == [])
 
 
+@pytest.mark.posix
 def test_f51_the_same_signal_again_within_seconds_or_in_a_save_is_one(images, tmp_path):
     process = start(tmp_path, images, *STEPS, "--workers", 1, fault="slow", patch=signal_during_slow_saves)
     wait_for_steps(process, tmp_path, 2)
@@ -299,6 +304,7 @@ def signal_during_slow_saves():
     torch.save = slow
 
 
+@pytest.mark.posix
 def test_f51_a_hangup_is_left_alone_under_nohup(images, tmp_path):
     process = start(tmp_path, images, *STEPS, fault="slow", patch=ignore_hangups)
     wait_for_steps(process, tmp_path, 2)
@@ -324,6 +330,7 @@ def interrupt_the_start():
     mvmae.data.open_images = interrupted
 
 
+@pytest.mark.posix
 def test_f7_ctrl_c_during_the_start(images, tmp_path):
     result = pretrain(tmp_path, images, *STEPS, patch=interrupt_the_start)
     assert result.code == 130 and result.err.strip().splitlines()[-1] == UNBEGUN
@@ -342,6 +349,7 @@ def signal_in_the_first_save():
     torch.save = interrupted
 
 
+@pytest.mark.posix
 def test_f7_a_signal_during_a_save_lets_it_end(whole, images, tmp_path):
     result = pretrain(tmp_path, images, *STEPS, patch=signal_in_the_first_save, fault="slow")
     assert result.code == 128 + signal.SIGTERM and end_of(tmp_path)["step"] in range(5, 12)
@@ -349,6 +357,7 @@ def test_f7_a_signal_during_a_save_lets_it_end(whole, images, tmp_path):
     assert_identical(end_of(tmp_path), end_of(whole))
 
 
+@pytest.mark.posix
 def test_f7_a_signal_in_the_last_step_is_success(whole, images, tmp_path):
     result = pretrain(tmp_path, images, *STEPS, "--save-every", 100, patch=signal_in_the_first_save)
     assert result.code == 0 and (tmp_path / "run" / "encoder").is_dir()
@@ -358,6 +367,7 @@ def test_f7_a_signal_in_the_last_step_is_success(whole, images, tmp_path):
 # ------------------------------------------------------------------------------------------------------- cut and resumed
 
 
+@pytest.mark.posix
 def test_f9_three_cuts_in_one_epoch_and_one_at_its_border(whole, images, tmp_path):
     steps = [*STEPS, "--save-every", 1, "--resume"]
     for cut in (5, 6, 7, 8):
@@ -457,6 +467,7 @@ def test_f14_a_gradient_alone_leaves_weights_moments_and_statistics_untouched(tm
 # ------------------------------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("fault", ["kill", "raise", "exit"])
 def test_f24_the_others_end_with_the_cause_when_one_process_does(images, tmp_path, fault):
     given = ["--data", images, "--output-dir", "run", *ARGUMENTS, *STEPS]
@@ -489,6 +500,7 @@ DENSE += ["--toy-images", 12, "--workers", 2, "--batch-size", 4, "--steps", 40, 
 DENSE += ["--channels", 16, "--pictures", 0, "--output-dir", "run"]
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("launch", [(), launcher()], ids=["group", "torchrun"])
 @pytest.mark.parametrize(("script", "more"), [("detect.py", ["--fc-width", 16]), ("segment.py", ["--stride", 32])])
 def test_f40_sigterm_in_detection_and_segmentation_saves(tmp_path, script, more, launch):
@@ -514,6 +526,7 @@ def wait_for_lines(process, folder, count):
         time.sleep(0.02)
 
 
+@pytest.mark.linux
 def test_f6_sigterm_to_torchrun_saves_and_leaves_no_process(whole, images, tmp_path):
     process = torchrun(tmp_path, images, "slow")
     wait_for_lines(process, tmp_path, 2)
@@ -528,6 +541,7 @@ def test_f6_sigterm_to_torchrun_saves_and_leaves_no_process(whole, images, tmp_p
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
 
 
+@pytest.mark.linux
 def test_f24_torchrun_starts_a_killed_process_again(whole, images, tmp_path):
     fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else gloo and nccl find addresses of the ended processes
     process = torchrun(tmp_path, images, "kill@7", options=["--max-restarts", "3"], env=fresh)
@@ -546,6 +560,7 @@ def test_f25_images_that_do_not_divide_among_processes(tmp_path):
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]  # three whole batches an epoch
 
 
+@pytest.mark.linux
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 def test_f26_a_loading_process_that_is_killed(images, tmp_path):
     process = start(tmp_path, images, *STEPS, "--workers", 2, "--save-every", 1, fault="slow")
@@ -561,6 +576,7 @@ def test_f26_a_loading_process_that_is_killed(images, tmp_path):
     assert pretrain(tmp_path, images, *STEPS, "--resume", "--max-steps", 6).code == 0
 
 
+@pytest.mark.posix
 def test_f35_two_runs_in_one_folder(whole, images, tmp_path):
     first = start(tmp_path, images, *STEPS, fault="slow")
     wait_for_steps(first, tmp_path, 6)
@@ -588,6 +604,7 @@ def test_f28_f38_equal_images_run_and_their_collapse_is_told(tmp_path):
     )
 
 
+@pytest.mark.linux
 def test_f39_an_output_folder_that_cannot_be(images, tmp_path):
     (tmp_path / "file").write_text("text")
     for folder in ("file", "file/run", "/proc/run"):
@@ -596,6 +613,7 @@ def test_f39_an_output_folder_that_cannot_be(images, tmp_path):
         assert "step 1/" not in result.out and "Traceback" not in result.err
 
 
+@pytest.mark.linux
 def test_f39_a_home_and_a_cache_that_cannot_be_written(images, tmp_path):
     places = dict.fromkeys(("HOME", "HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCH_HOME"), "/proc/nowhere")
     result = pretrain(tmp_path, images, *STEPS, "--max-steps", 2, env=places)

@@ -243,6 +243,7 @@ def test_averaged_weights_are_averaged(place):
         assert torch.allclose(value, 0.5 * results[0]["ema"][key] + 0.5 * results[1]["model"][key], atol=1e-7)
 
 
+@pytest.mark.posix
 def test_a_run_killed_and_resumed_ends_bit_identical(whole, folder, place):
     arguments = [*RUN, "--ema", 0.5, "--save-every", 5]
     cut = run_script("finetune.py", *arguments, folder=place, fault="kill@8")

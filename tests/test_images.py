@@ -155,6 +155,7 @@ def test_a_colour_is_read_as_css_writes_it():
         images.colour("whit")
 
 
+@pytest.mark.posix
 def test_f58_no_file_is_taken_for_what_another_program_would_draw(tmp_path, monkeypatch):
     program, ran = tmp_path / "gs", tmp_path / "ran"
     program.write_text(f"#!/bin/sh\ntouch {ran}\n")
@@ -260,6 +261,7 @@ def test_reasons_say_what_is_wrong():
             open_image(damaged()[kind]).decode()
 
 
+@pytest.mark.posix
 def test_what_is_no_readable_file_is_an_image_error(tmp_path):
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "folder.jpg").mkdir()

@@ -194,6 +194,7 @@ def test_a_parquet_file_counts_for_what_it_unpacks_to(tmp_path, monkeypatch, dic
         open_images(path)
 
 
+@pytest.mark.linux
 def test_the_memory_of_a_container_or_of_ulimit_counts():
     pytest.importorskip("resource")
     code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33));"

@@ -222,6 +222,7 @@ def test_the_numbers_are_those_of_the_features(whole, folder, monkeypatch):
     assert result["linear"] == pytest.approx(100 * right.float().mean().item())
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_run_killed_and_resumed_ends_bit_identical(place, cached):
     options = [*RUN, "encoder", "--save-every", 5, *([] if cached else ["--no-cached"])]
@@ -316,6 +317,7 @@ def test_bad_input_ends_with_one_line_and_code_2(place, arguments, message):
     assert done.err.startswith("error: ") and message in done.err
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize(("cached", "images"), [("--cached", 47), ("--no-cached", 48)])
 def test_fewer_images_than_a_batch_make_the_batch_and_its_rate(place, cached, images):
     some = shutil.copytree(place / "images", place / "some")

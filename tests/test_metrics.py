@@ -104,6 +104,7 @@ def test_knn_refuses(labelled, change, message):
         knn_accuracy(*[arguments.pop(name) for name in names], **arguments)
 
 
+@pytest.mark.posix
 @pytest.mark.slow
 def test_a_million_features_against_ten_thousand_queries_fit_into_four_gigabytes():
     code = (

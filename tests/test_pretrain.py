@@ -1,14 +1,11 @@
 import dataclasses
-import fcntl
 import json
 import math
 import os
-import pty
 import shutil
 import signal
 import struct
 import sys
-import termios
 import threading
 import zlib
 
@@ -162,6 +159,7 @@ def test_the_temperature_reaches_the_contrastive_loss(images, tmp_path):
 # -------------------------------------------------------------------------------------------------- runs that are cut, etc.
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_killed_and_resumed_ends_bit_identical(whole, images, tmp_path, workers):
     arguments = ["--max-steps", 12, "--workers", workers, "--save-every", 5]
@@ -175,8 +173,10 @@ def test_a_run_killed_and_resumed_ends_bit_identical(whole, images, tmp_path, wo
     assert losses(tmp_path) == losses(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_first(whole, images, tmp_path, number):
+@pytest.mark.posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_first(whole, images, tmp_path, name):
+    number = getattr(signal, name)  # Windows has no SIGUSR1
     started = start(tmp_path, images, "--max-steps", 12, "--workers", 0, fault="slow")
     wait_for_steps(started, tmp_path, 2)
     os.kill(started.pid, number)
@@ -203,7 +203,12 @@ def test_a_batch_in_parts_gives_the_same_losses(whole, images, tmp_path):
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.posix
 def test_on_a_terminal_a_bar_shows(images, tmp_path):
+    import fcntl
+    import pty
+    import termios
+
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     seen = bytearray()

@@ -409,6 +409,7 @@ def test_a_legend_names_the_classes_that_occur_and_what_is_left_out(monkeypatch,
     assert tuple((255 * columns[2][0][:, 0, 0]).round().int().tolist()) == colours["4"]
 
 
+@pytest.mark.posix
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
     arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
     killed = run_script("segment.py", *arguments, folder=tmp_path, fault="kill@3")

@@ -72,6 +72,7 @@ def test_a_flat_folder_has_all_images_in_order_and_no_labels(tmp_path):
     assert source[3][0] == str(tmp_path / "d.webp") and trains_two_steps(source)
 
 
+@pytest.mark.posix
 def test_junk_is_left_out_and_odd_names_are_kept(tmp_path):
     odd = ["new\nline.jpg", "quo'te\".jpg", "$(touch pwned).jpg", "; rm -rf x.jpg", "ümlaut.jpg", "-n.jpg", "noext"]
     for name in odd:

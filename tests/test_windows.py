@@ -1,6 +1,8 @@
 """The scripts without the modules, signals and functions that Python lacks on Windows; the rest is as on this system."""
 
+import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +37,7 @@ def hide():
     os.open = open_file
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_keeps_others_out_and_saves_at_a_signal(images, tmp_path, number):
     arguments = ["--max-steps", 12, "--workers", 0, "--save-every", 1]
@@ -50,6 +53,7 @@ def test_a_run_keeps_others_out_and_saves_at_a_signal(images, tmp_path, number):
     assert "warning: " not in result.out and step >= 2
 
 
+@pytest.mark.linux
 def test_a_run_to_its_end_gives_the_same_losses(whole, images, tmp_path):
     result = pretrain(tmp_path, images, "--max-steps", 12, "--workers", 0, "--save-every", 5, patch=hide)
     assert result.code == 0 and "warning: " not in result.out, result
@@ -71,7 +75,39 @@ print(len(names))
 """
 
 
+@pytest.mark.linux
 def test_every_module_can_be_imported():
     command = [sys.executable, "-c", IMPORT, Path(__file__).parent, EXAMPLES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and int(done.stdout) > 40, done.stderr
+
+
+COLLECT = """
+import sys
+import _pytest.terminal, matplotlib.pyplot, multiprocessing.forkserver, timm, torch.distributed, torchvision, pytest
+sys.path.insert(0, sys.argv[1])
+import test_windows
+del sys.modules["test_windows"]
+test_windows.hide()
+options = ["-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+sys.exit(pytest.main(["-q", "--collect-only", "-n0", *options, sys.argv[1]]))
+"""
+
+
+@pytest.mark.linux
+def test_every_test_can_be_collected():
+    done = subprocess.run([sys.executable, "-c", COLLECT, Path(__file__).parent], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "tests collected" in done.stdout, done.stdout[-3000:] + done.stderr
+
+
+USED = "|".join(sorted({*MODULES, *(name for names in ATTRIBUTES.values() for name in names.split())} - {"sched_getaffinity"}))
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.stem)
+def test_a_test_that_names_what_windows_lacks_is_marked(path):
+    text = path.read_text()
+    tests = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    for test in tests if path != Path(__file__) else ():
+        used = re.findall(rf"\b(?:signal|os)\.(?:{USED})\b|import (?:{USED})\b", ast.get_source_segment(text, test))
+        marks = {ast.unparse(mark) for mark in test.decorator_list}
+        assert not used or marks & {"pytest.mark.posix", "pytest.mark.linux"}, f"{test.name} uses {used}"

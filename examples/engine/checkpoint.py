@@ -224,7 +224,7 @@ def machine(processes: Processes) -> dict[str, Any]:
     cpus, cuda = Path("/proc/cpuinfo"), processes.device.type == "cuda"
     names = re.findall(r"^model name\s*: (.+)$", cpus.read_text() if cpus.exists() else "", re.MULTILINE)
     processor = f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    device = torch.cuda.get_device_name(processes.device) if cuda else "cpu"
+    device = torch.cuda.get_device_name(processes.device) if cuda else processes.device.type
     numbers = {"threads": torch.get_num_threads(), "processes": processes.world_size}
     return {**numbers, "processor": processor, "device": device, "torch": str(torch.__version__)}
 

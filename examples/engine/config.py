@@ -3,6 +3,7 @@
 import dataclasses
 
 from engine.cli import option
+from engine.distributed import DEVICES
 from engine.trackers import TRACKERS
 
 REQUIRED = dataclasses.MISSING
@@ -23,9 +24,9 @@ class RunConfig:
     other_data: bool = option(False, "allow --resume to continue on other images than the run began with", may_change=True)
     seed: int = option(0, "seed of the random numbers: weights, order of images, augmentation", at_least=0)
     device: str = option(
-        "auto", "device to run on; auto: CUDA if available, else CPU", ["auto", "cpu", "cuda"], may_change=True
+        "auto", "device to run on; auto: CUDA if available, else CPU; mps: the GPU of a Mac", DEVICES, may_change=True
     )
-    precision: str = option("auto", "precision; auto: bf16 autocast on CUDA, float32 on a CPU", ["auto", "bf16", "float32"])
+    precision: str = option("auto", "precision; auto: bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
     workers: int = option(
         8,
         "processes that load images, for each training process; 0: the training process loads them",

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from engine.ends import Stop
 
 Item = TypeVar("Item")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""Values of ``--device``."""
 
 
 class Processes(NamedTuple):
@@ -48,16 +50,20 @@ def start_processes(device: str) -> Processes:
     """Join the processes that torchrun started, if any: nccl on CUDA devices, gloo on the CPU.
 
     Args:
-        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
+        device: one of `DEVICES`; ``auto`` is CUDA if there is a CUDA device, else the CPU.
 
     Raises:
-        Stop: if a CUDA device is asked for and there is none.
+        Stop: if a device is asked for that is not there, or several processes are to share the GPU of a Mac.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise Stop("--device cuda: torch finds no CUDA device; use --device cpu to run on the processor")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise Stop("--device mps: torch finds no MPS device, the GPU of a Mac; use --device cpu to run on the processor")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "mps" and world_size > 1:
+        raise Stop(f"--device mps must run in one process, got {world_size}: start the script without torchrun")
     chosen = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -66,6 +72,11 @@ def start_processes(device: str) -> Processes:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return Processes(rank, world_size, chosen, dist.new_group(backend="gloo"))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device; on CUDA, where loaders pin memory, without waiting for the copy."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def parallel(model: nn.Module, processes: Processes) -> nn.Module:
@@ -79,6 +90,6 @@ def parallel(model: nn.Module, processes: Processes) -> nn.Module:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Compute in bf16: ``auto`` does so on CUDA, ``bf16`` everywhere, ``float32`` nowhere."""
+    """Compute in bf16: ``auto`` does so on CUDA, ``bf16`` everywhere (on a Mac's GPU from macOS 14 on), ``float32`` nowhere."""
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.cli import option
 from engine.config import REQUIRED, RunConfig
-from engine.distributed import Processes
+from engine.distributed import Processes, to_device
 from engine.ends import Stop
 from mvmae.data import (
     ImageLike,
@@ -32,6 +32,7 @@ from mvmae.data import (
     open_images,
 )
 from mvmae.data.features import to_pil
+from mvmae.metrics import as_double
 
 Config = TypeVar("Config", bound=Any)
 HELD_OUT = 10  # one in 10 images is held out of data without a validation split
@@ -283,15 +284,15 @@ def each_once(
     sampler = InOrder(len(source), max(batch_size // processes.world_size, 1), processes)
     for keys, batch in zip(sampler, training_loader(source, transform, sampler, **loading), strict=True):
         read = batch.indices == torch.tensor([index for _, index in keys])
-        yield batch.views[read].to(processes.device, non_blocking=True), batch.indices[read].to(processes.device)
+        yield to_device(batch.views[read], processes.device), batch.indices[read].to(processes.device)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> Tensor:
     """Return four float64 sums: top-1 hits, top-5 hits, loss, and number of images."""
     right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    counts = [right[:, 0].sum(), right.any(dim=1).sum(), loss, torch.tensor(len(labels), device=labels.device)]
-    return torch.stack([count.double() for count in counts])
+    counts = [right[:, 0].sum(), right.any(dim=1).sum(), loss, labels.new_full((), len(labels))]
+    return torch.stack([as_double(count) for count in counts])
 
 
 def accuracy(counts: Tensor) -> dict[str, float]:

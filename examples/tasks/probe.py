@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from mvmae.metrics import effective_rank, knn_accuracy
+from mvmae.metrics import as_double, effective_rank, knn_accuracy
 
 Features = dict[str, Tensor]
 DRAWS = 5  # of the few labelled images
@@ -58,7 +58,7 @@ def few_label_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labe
     rows = torch.cat(members)
     weight, bias = logistic_regression(F.normalize(bank[rows]), labels[rows], int(labels.max()) + 1, decay=DECAY)
     right = F.linear(F.normalize(queries), weight, bias).argmax(dim=1) == query_labels
-    return 100 * right.double().mean().item()
+    return 100 * as_double(right).mean().item()
 
 
 def logistic_regression(x: Tensor, labels: Tensor, num_classes: int, *, decay: float) -> tuple[Tensor, Tensor]:

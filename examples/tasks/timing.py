@@ -35,6 +35,8 @@ def clock(
             path()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+            elif device.type == "mps":
+                torch.mps.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     first = seconds[next(iter(paths))]
@@ -95,9 +97,14 @@ def time_attention(tokens: int, rounds: int, device: torch.device, dtype: torch.
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the largest amount of memory used so far: of the device, or of this process on the CPU; NaN on Windows."""
+    """Return the largest amount of memory used so far: of the device, or of this process on the CPU.
+
+    NaN on Windows, and for the GPU of a Mac, of which torch tells the present amount alone.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == "mps":
+        return math.nan
     try:
         import resource
     except ImportError:

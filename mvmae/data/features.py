@@ -117,7 +117,7 @@ def embed_rows(
     loader = make_loader(dataset, sampler, num_workers=num_workers, pin_memory=cuda, collate=_collate)
     for images, rows, bad in loader:
         with torch.no_grad():
-            features = pooled_feature(model, images.to(device, non_blocking=True)).cpu()
+            features = pooled_feature(model, images.to(device, non_blocking=cuda)).cpu()
         reasons = {row: one.reason for row, ones in zip(rows, bad, strict=True) for one in ones}
         features[[row in reasons for row in rows]] = torch.nan
         yield Rows(rows, features, reasons)

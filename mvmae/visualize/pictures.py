@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..masking import Mask
+from ..metrics import as_double
 from ..model import MultiViewMAE
 from ..patches import denormalize_patches, grid_size, unpatchify
 from .sheet import contact_sheet, heat_colours
@@ -116,13 +117,13 @@ def pca_colours(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (B, 3, h, w) in [0, 1]: red is the first direction. Each goes from its 1st to its 99th percentile.
     """
-    rows = tokens.flatten(0, 1).double()
+    rows = as_double(tokens.flatten(0, 1))
     rows = rows - rows.mean(dim=0)
     _, _, directions = torch.linalg.svd(rows, full_matrices=False)
     directions = directions[:3] * torch.sign(directions[:3].sum(dim=1, keepdim=True) + 1e-12)  # the sign is free: fix it
     values = rows @ directions.T
     low, high = (values.quantile(share, dim=0) for share in (0.01, 0.99))
-    colours = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
+    colours = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float().to(tokens.device)
     maps: Tensor = colours.unflatten(0, (len(tokens), *grid))
     return maps.permute(0, 3, 1, 2)
 
