@@ -33,7 +33,7 @@ from engine.ends import Stop
 from mvmae.data import FORMATS, FileSource, MultiViewDataset, StepSampler, make_loader, open_images
 from mvmae.files import write_json
 from tasks.backbones import create_encoder
-from tasks.labelled import named_images
+from tasks.splits import named_images
 from tasks.timing import Products, clock, count_flops, peak_memory_mb, show, time_attention
 
 PARTS = ("loader", "workers", "model", "attention", "contrast", "memory")

@@ -41,8 +41,9 @@ from mvmae.files import read_json, write_json
 from tasks import method
 from tasks.backbones import load_backbone, summary
 from tasks.feature_files import Parts, delete_parts, read_part, read_parts, write_array, write_bad, write_part, write_table
-from tasks.labelled import LabelledConfig, named_images
+from tasks.labelled import LabelledConfig
 from tasks.probe import freeze
+from tasks.splits import named_images
 from tasks.starting import with_background
 
 

@@ -40,8 +40,9 @@ from mvmae.metrics import as_double
 from tasks import labelled
 from tasks.backbones import add_head, classified, load_backbone, save_classifier, summary
 from tasks.inputs import names
-from tasks.labelled import LabelledConfig, Part, Seeded, open_labelled
+from tasks.labelled import LabelledConfig, Seeded
 from tasks.plots import draw_curves
+from tasks.splits import Part, open_labelled
 from tasks.starting import starting_weights, told, with_background
 
 

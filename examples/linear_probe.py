@@ -37,10 +37,11 @@ from mvmae.files import write_json, write_text
 from tasks import labelled
 from tasks.backbones import load_backbone, summary
 from tasks.inputs import names
-from tasks.labelled import Labelled, LabelledConfig, Seeded
+from tasks.labelled import LabelledConfig, Seeded
 from tasks.monitor import extract
 from tasks.plots import draw_curves
 from tasks.probe import DRAWS, Features, Probe, freeze, head_optimizer, measure, pooled, table
+from tasks.splits import Labelled, open_labelled
 from tasks.starting import starting_weights, with_background
 
 
@@ -257,7 +258,7 @@ def paper_number(config: Config, name: str, data: Labelled) -> float | None:
 def main(config: Config) -> None:
     """Measure every model, then write and print the table."""
     processes, folder, stop = start_processes(config.device), Path(config.output_dir), StopSignal()
-    data = labelled.open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
+    data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
     results = [probe_model(config, name, data, processes, stop) for name in config.models]
     if processes.rank == 0:
         text = table(results)

@@ -50,8 +50,8 @@ from mvmae.visualize import (
 from tasks.backbones import load_backbone
 from tasks.drawn_images import properties, shown, spread, take
 from tasks.inputs import normalize
-from tasks.labelled import named_images
 from tasks.plots import plot
+from tasks.splits import named_images
 from tasks.starting import with_background
 
 DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions", "method")

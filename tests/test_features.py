@@ -18,8 +18,8 @@ from mvmae.data import CentreCropTransform
 
 sys.path.append(str(EXAMPLES))
 from engine.distributed import Processes
-from tasks.labelled import open_splits
 from tasks.monitor import Monitor, extract
+from tasks.splits import open_splits
 
 ONE = Processes(0, 1, torch.device("cpu"), None)
 LOADING = {"batch_size": 8, "workers": 0, "max_bad": 3}

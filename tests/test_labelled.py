@@ -16,7 +16,8 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 sys.path.append(str(EXAMPLES))
 from engine.distributed import Processes
 from engine.ends import Stop
-from tasks.labelled import InOrder, Seeded, accuracy, count_right, each_once, hold_out, open_labelled, open_splits, to_pil
+from tasks.labelled import InOrder, Seeded, accuracy, count_right, each_once, to_pil
+from tasks.splits import hold_out, open_labelled, open_splits
 
 ONE = Processes(0, 1, torch.device("cpu"), None)
 

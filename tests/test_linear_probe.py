@@ -23,8 +23,9 @@ from engine.cli import parse
 from engine.distributed import Processes
 from engine.ends import StopSignal
 from engine.optim import cosine_schedule
-from tasks.labelled import Labelled, Seeded, open_labelled
+from tasks.labelled import Seeded
 from tasks.probe import few_label_accuracy, freeze, logistic_regression, pooled, table
+from tasks.splits import Labelled, open_labelled
 
 ONE = Processes(0, 1, torch.device("cpu"), None)
 RUN = ["--preset", "quick", "--device", "cpu", "--batch-size", 8, "--epochs", 4, "--log-every", 4, "--output-dir", "run"]

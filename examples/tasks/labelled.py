@@ -1,4 +1,4 @@
-"""The images of all scripts that learn from an image as a whole: two splits, batches, timm's transforms, accuracy.
+"""The images of all scripts that learn from an image as a whole: batches, timm's transforms, accuracy.
 
 Shapes: B images of a batch, N of a set, C channels, H W pixels.
 """
@@ -7,7 +7,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import timm
@@ -19,23 +19,19 @@ from torch import Tensor, nn
 from engine.cli import option
 from engine.config import REQUIRED, RunConfig
 from engine.distributed import Processes, to_device
-from engine.ends import Stop
 from mvmae.data import (
     ImageLike,
     ImageSource,
     Loader,
     MultiViewDataset,
-    SplitError,
     StepSampler,
     colour,
     make_loader,
-    open_images,
 )
 from mvmae.data.features import to_pil
 from mvmae.metrics import as_double
 
 Config = TypeVar("Config", bound=Any)
-HELD_OUT = 10  # one in 10 images is held out of data without a validation split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,141 +54,6 @@ class LabelledConfig(RunConfig):
     max_bad: int = option(
         100, "number of different unreadable images to tolerate; one more stops the run", at_least=0, may_change=True
     )
-
-
-class Part(ImageSource):
-    """Some images of a source.
-
-    Args:
-        source: the images.
-        indices: which of them, in the order that they have here.
-        classes: labels to number from 0 on; the source's own labels stay where it is None.
-        names: of the classes; the source's own where there are none.
-    """
-
-    def __init__(
-        self, source: ImageSource, indices: Tensor, classes: Tensor | None = None, names: tuple[str, ...] = ()
-    ) -> None:
-        super().__init__([])
-        self.source, self.indices, self.class_names = source, indices, names or source.class_names
-        self.passed_over, self.problems = source.passed_over, source.problems
-        if source.labels is not None:
-            labels = torch.as_tensor(source.labels)[indices]
-            self.labels = (labels if classes is None else torch.searchsorted(classes, labels)).numpy()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def image(self, index: int) -> ImageLike:
-        return self.source.image(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the source, with the number of images and their places."""
-        return f"{self.source.fingerprint}:{len(self)}:{int(self.indices.sum())}"
-
-
-class Splits(NamedTuple):
-    """Images to train on, held-out images if there are any, and a note on them for the log."""
-
-    train: ImageSource
-    val: ImageSource | None
-    note: str
-
-
-class Labelled(NamedTuple):
-    """Training and validation images of the same classes, and a note on them for the log."""
-
-    train: Part
-    val: Part
-    class_names: tuple[str, ...]
-    note: str
-
-
-def named_images(data: str, split: str = "train") -> ImageSource:
-    """Open the images of ``--data``, which an error names."""
-    try:
-        return open_images(data, split=split)
-    except SplitError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"--data: {error}") from error
-
-
-def open_splits(data: str) -> Splits:
-    """Open images to train on, and those held out: the validation split of the data.
-
-    Where it has none, one image of ten of each class is held out, the same ones in all scripts; nothing without labels.
-    """
-    train = named_images(data)
-    try:
-        return Splits(train, named_images(data, "val"), "the data's validation split")
-    except SplitError:
-        labels = torch.empty(0) if train.labels is None else torch.as_tensor(train.labels)
-    kept, held = (part.sort().values for part in hold_out(labels))
-    if not len(held):
-        return Splits(train, None, "no validation split and no classes: no image is held out")
-    note = "no validation split: one image of ten of each class is held out, the same in all scripts"
-    return Splits(Part(train, kept), Part(train, held), note)
-
-
-def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> Labelled:
-    """Open labelled images: folders by class, IDX files, ``sample``, a data set of timm; held out as in `open_splits`.
-
-    Args:
-        data: what `open_images` takes.
-        train_images: most images to train on, drawn once, the same whatever the seed; all where 0.
-        val_images: most images to validate on, likewise.
-
-    Raises:
-        Stop: if the images have no labels, or only one.
-    """
-    train, val, note = open_splits(data)
-    if train.labels is None:
-        raise Stop(f"{data} must have labels, got none: use a folder for each class, or another labelled data set")
-    if val is None:
-        raise Stop(f"{data} must have two or more classes and images of each, got a single one: add some")
-    if val.labels is None:
-        raise Stop(f"the validation split of {data} must have labels, got none: use a folder for each class")
-    classes = torch.cat([torch.as_tensor(part.labels) for part in (train, val)]).unique()
-    if len(classes) < 2:
-        raise Stop(f"{data} must have two or more classes, got one: add images of another")
-    known = train.class_names
-    names = tuple(known[i] if len(known) > int(classes[-1]) else str(i) for i in classes.tolist())
-    first, second = (
-        Part(part, draw(len(part), limit).sort().values, classes, names)
-        for part, limit in ((train, train_images), (val, val_images))
-    )
-    note = f"trained on {len(first)} images, tested on {len(second)}, of {len(names)} classes ({note}){passed_over(train)}"
-    return Labelled(first, second, names, note)
-
-
-def passed_over(source: ImageSource) -> str:
-    """Return what of the data is not used, to go on a line about its images; empty where all of it is."""
-    others = (f"passed over {source.passed_over}, without a reader",) if source.passed_over else ()
-    return "".join(f"; {part}" for part in (*others, *source.problems))
-
-
-def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Split labelled images: of those of each class, in an order that never changes, every tenth is held out.
-
-    A tenth in all, of a class of ten or more at least one, and always fewer than a class has. None where there is one class.
-    """
-    order = draw(len(labels))
-    classes, places, counts = labels.unique(return_inverse=True, return_counts=True)
-    order = order[places[order].argsort(stable=True)]
-    held = order[counts[places[order]] > 1][::HELD_OUT] if len(classes) > 1 else order[:0]
-    kept = torch.ones(len(labels), dtype=torch.bool)
-    kept[held] = False
-    return order[kept[order]], held
-
-
-def draw(length: int, limit: int = 0) -> Tensor:
-    """Draw at most ``limit`` images, all if it is 0: always the same ones, a subset of those of a larger limit."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(0))[: limit or None]
 
 
 def clamp_batch(config: Config, images: int, multiple: int = 1) -> tuple[Config, str]:

@@ -13,7 +13,8 @@ from mvmae.data import CentreCropTransform, ImageSource
 from mvmae.metrics import effective_rank, knn_accuracy, linear_cka, mean_cosine, uniformity
 from tasks.drawn_images import varied
 from tasks.inputs import normalize
-from tasks.labelled import Part, Splits, draw, each_once
+from tasks.labelled import each_once
+from tasks.splits import Part, Splits, draw
 
 Encode = Callable[[Tensor], Tensor]
 MONITORED = 512

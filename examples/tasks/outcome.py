@@ -19,11 +19,11 @@ from mvmae.hub import export
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
 from tasks.backbones import summary
-from tasks.labelled import Splits
 from tasks.method import Config
 from tasks.monitor import Monitor, report
 from tasks.plots import draw_curves
 from tasks.pretraining import Images, centre_crop
+from tasks.splits import Splits
 from tasks.summary import summary_page
 from tasks.verdict import Verdict, judge
 

@@ -29,9 +29,10 @@ from mvmae.data import (
     sample_seed,
 )
 from tasks.inputs import augmented, channel_statistics, jittered, repeated
-from tasks.labelled import Splits, clamp_batch, open_splits, passed_over
+from tasks.labelled import clamp_batch
 from tasks.method import Config
 from tasks.monitor import MONITORED
+from tasks.splits import Splits, open_splits, passed_over
 from tasks.starting import with_background
 
 Chosen = TypeVar("Chosen", bound="Config")
