@@ -200,6 +200,7 @@ def test_a_run_on_a_pipe_says_what_it_trains_and_how_fast(images, tmp_path):
     assert re.search(r"  [\d.]+ images/s, \d+% waiting for data, [\d.]+ GB, 0:00:00 left$", shown)
 
 
+@pytest.mark.posix
 def test_a_resumed_run_measures_itself_alone_and_its_losses_are_the_same(whole, images, tmp_path):
     arguments = ["--workers", 0, "--save-every", 5]
     assert pretrain(tmp_path, images, *arguments, "--max-steps", 12, fault="kill@5").code != 0

@@ -639,6 +639,7 @@ def test_a_run_on_a_stream_says_what_it_trains_on_and_leaves_its_files(uncut):
     assert list(losses(place)) == list(range(1, 13))
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(uncut, ranged, tmp_path, workers):
     step = random.SystemRandom().randint(1, 11)
@@ -652,6 +653,7 @@ def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(uncut, ranged, 
     assert losses(tmp_path) == losses(uncut[0])
 
 
+@pytest.mark.posix
 def test_two_processes_share_a_stream_and_resume_and_one_goes_on_alone(folder, tmp_path):
     given = ["--data", f"file://{folder}/shard-{{000..006}}.tar", "--output-dir", "run", *ARGUMENTS, *STEPS, "--workers", 1]
     for place in ("whole", "cut"):

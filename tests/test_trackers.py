@@ -207,6 +207,7 @@ def heavy():
     atexit.register(lambda: print("imported:", [name for name in names if name in sys.modules]))
 
 
+@pytest.mark.posix
 def test_a_run_that_is_killed_goes_on_in_its_tracked_run_and_learns_the_same(whole, images, tmp_path):
     arguments = [*STEPS, "--monitor-images", 12, "--monitor", 1, "--tracker", "tensorboard"]
     assert pretrain(tmp_path, images, *arguments, fault="kill@7").code == -signal.SIGKILL

@@ -152,8 +152,7 @@ def count_right(logits: Tensor, labels: Tensor) -> Tensor:
     """Return four float64 sums: top-1 hits, top-5 hits, loss, and number of images."""
     right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    counts = [right[:, 0].sum(), right.any(dim=1).sum(), loss, labels.new_full((), len(labels))]
-    return torch.stack([as_double(count) for count in counts])
+    return as_double(torch.stack([right[:, 0].sum(), right.any(dim=1).sum(), loss, labels.new_full((), len(labels))]))
 
 
 def accuracy(counts: Tensor) -> dict[str, float]:
