@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def track(name, folder, said):
             trackers.numbers({"step": step, "loss": 1 / step, "time": 1e9, "note": "not a number"})
         trackers.picture(steps[-1], "reconstructions", Image.new("RGB", (20, 10), "red"))
         trackers.close()
+        time.sleep(1.1)  # wandb names folders by the second
 
 
 def test_tensorboard_has_each_step_once(tmp_path):
@@ -93,6 +95,28 @@ def test_wandb_offline_goes_on_in_the_same_run(tmp_path):
     assert len(set(ids)) == 1 and set(OPTIONS) <= config
     assert steps == [(step, 1 / step) for step in (1, 2, 3, 3, 4)] and pictures == [3, 4]
     assert all(line.startswith(f"tracked by wandb: {tmp_path}") for line in said) and len(said) == 2
+
+
+@missing("wandb")
+def test_wandb_without_a_login_asks_nothing_even_at_a_terminal(tmp_path, monkeypatch):
+    class Terminal:
+        def isatty(self):
+            return True
+
+        def readline(self, *_):
+            raise AssertionError("it waits for an answer")
+
+    import wandb
+
+    wandb.teardown()  # it keeps the environment that it found first
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdin", terminal)
+    said = []
+    assert not Trackers(["wandb"], tmp_path, OPTIONS, 0, said.append) and sys.stdin is terminal
+    assert len(said) == 1 and "No API key" in said[0], said
 
 
 @missing("mlflow")

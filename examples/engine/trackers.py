@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -85,9 +86,13 @@ class Wandb:
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", PROJECT)
-        quiet = wandb.Settings(silent=True, console="off", login_timeout=60, finish_timeout=60)
+        quiet = wandb.Settings(silent=True, console="off", finish_timeout=60)
         how: dict[str, Any] = {"dir": str(folder), "config": dict(config), "settings": quiet, "reinit": "create_new"}
-        self.run: Any = wandb.init(project=project, id=name, name=folder.name, resume="allow", **how)
+        asked, sys.stdin = sys.stdin, io.StringIO()  # without a login it would ask for one, and the run would wait
+        try:
+            self.run: Any = wandb.init(project=project, id=name, name=folder.name, resume="allow", **how)
+        finally:
+            sys.stdin = asked
         self.run.define_metric("*", step_metric="step")  # wandb's own steps may not go back, as those of a resumed run do
         self.where = str(Path(self.run.dir).parent) if self.run.offline else str(self.run.url)
 

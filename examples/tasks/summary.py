@@ -48,7 +48,7 @@ def summary_page(
     parts += ["## What to do next", *(f"- {line}" for line in what_next(folder, data, verdict))]
     parts += ["## Command", f"    {shlex.join(command)}"]
     text = "\n".join(f"\n{part}\n" if part.startswith("#") else part for part in parts)
-    return text.strip("\n") + "\n"
+    return text.strip("\n").replace("\n\n\n", "\n\n") + "\n"
 
 
 def how_long(records: Sequence[Mapping[str, Any]]) -> list[str]:

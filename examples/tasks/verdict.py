@@ -26,7 +26,7 @@ NOISE = 2.4
 LEAST = 0.005
 """Share of a loss by which it must fall as well, since in a long run any fall exceeds the noise; the least seen was 0.016."""
 LOST_RANK = 1 / 3
-"""Share of the effective rank at the first look below which the features have collapsed: 0.06 to 0.26, others 0.56 and more."""
+"""Share of the effective rank at the first look below which the features have collapsed: 0.06 to 0.26, others 0.44 and more."""
 NO_CONTRAST = 0.98
 """Share of ln(N - 1), the contrastive loss of N equal features: 0.9999 at temperature 1000, 0.85 at learning rate 0."""
 ENDED = 0.05
