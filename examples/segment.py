@@ -47,10 +47,10 @@ class Config(DenseConfig):
     reduce_zero_label: bool = option(True, "ignore pixels of label 0 and number the other classes from 0 (ADE20K)")
     ignore_label: tuple[int, ...] = option(
         (),
-        "labels, as the label maps have them, whose pixels are neither learnt nor counted in the mIoU (CamVid's void: 11)",
+        "labels, as the label maps have them, whose pixels are neither learnt nor counted in the mIoU, as 255 never is",
         at_least=0,
         at_most=255,
-        empty="none; 255 is always left out",
+        empty="none",
     )
     channels: int = option(768, "width of the UPerNet head (BEiT)", at_least=1, section="Heads")
     aux_channels: int = option(256, "width of the auxiliary head (BEiT)", at_least=1)

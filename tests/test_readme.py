@@ -234,6 +234,8 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other_on_700_pictures(be
     said = {}
     for command in commands_of_tutorial():
         words = shlex.join(command.arguments)
+        if "https://" in words:  # shards behind URLs: tests/test_streams.py
+            continue
         if is_on_sample(command) or bool(re.search(r"my-images|runs/", words)) != (part == "my-images"):
             continue
         for typed, taken in LEAVE_OUT.items():

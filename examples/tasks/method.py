@@ -122,7 +122,7 @@ class Config(RunConfig):
     decoder_heads: int = option(16, "number of attention heads of the decoder (MAE)", at_least=1)
     epochs: float = option(
         1600,
-        "number of passes over the images (paper); 0: from the number of images, with warm-up and evaluations in proportion",
+        "number of passes over the images; 0: as many as suit their number, with warm-up and evaluations in proportion (paper)",
         at_least=0,
         may_change=True,
         section="Optimization",
