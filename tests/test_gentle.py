@@ -98,6 +98,15 @@ def test_masked_encoding_and_gradients_work_and_the_export_is_plain(way, kind, t
     assert all(torch.equal(value, weights[name]) for name, value in merged_weights(model.state_dict()).items())
 
 
+def test_lora_that_has_learned_nothing_is_exported_as_the_start_bit_for_bit(tmp_path):
+    model, _ = gentle("explora", moved=False)
+    hub.export(model, tmp_path, mean=(0.5,) * 3, std=(0.5,) * 3)
+    torch.manual_seed(0)
+    start = timm.create_model(KINDS["ViT"], **SIZES).state_dict()
+    written = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict()
+    assert start.keys() == written.keys() and all(torch.equal(value, written[name]) for name, value in start.items())
+
+
 def test_a_peft_wrapper_of_a_user_is_an_encoder(tiny_vit, tmp_path):
     vit = tiny_vit(global_pool="avg")
     config = peft.LoraConfig(target_modules=["qkv", "fc1"], modules_to_save=["norm"], r=2)
