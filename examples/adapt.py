@@ -39,7 +39,6 @@ from tasks import gentle, method
 from tasks.gains import compare
 from tasks.guard import KINDS, Guard
 from tasks.inputs import names, normalize
-from tasks.labelled import open_splits
 from tasks.method import build_model
 from tasks.monitor import Monitor
 from tasks.outcome import build_monitor, finish, look, opening
@@ -54,6 +53,7 @@ from tasks.pretraining import (
     step_sampler,
     view_loader,
 )
+from tasks.splits import open_splits
 from tasks.starting import Freeze, parameter_groups, starting_weights, told
 
 LIDAR_VIEWS = 8
