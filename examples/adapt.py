@@ -10,14 +10,16 @@ r"""Continue training an existing encoder, on unlabelled images of your own.
       hardly move: k-NN accuracy stays at 87 %
 
 The method is that of pretrain.py, trained more gently: the encoder is frozen while the new decoder learns to use it, and then
-its lower layers have smaller learning rates. Add --resume to continue an interrupted run. examples/README.md tells how to
-choose an encoder, and what to look at.
+its lower layers have smaller learning rates. --train last, lora and explora change less of it; --guard holds its features near
+those of the start. The run leaves the encoder that measured best, which can be the one that it started from. Add --resume to
+continue an interrupted run. examples/README.md tells how to choose an encoder, and what to look at.
 """
 
 import dataclasses
 import shlex
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -29,15 +31,33 @@ from engine.distributed import autocast, parallel, start_processes, to_device
 from engine.ends import Stop
 from engine.optim import cosine_schedule
 from engine.run import DROPOUT, Run
+from mvmae import MultiViewMAE, MultiViewTransform
 from mvmae.data import sample_seed
 from mvmae.hub import describe
-from tasks import method
+from tasks import choice as choosing
+from tasks import gentle, method
+from tasks.gains import compare
+from tasks.guard import KINDS, Guard
 from tasks.inputs import names, normalize
 from tasks.method import build_model
-from tasks.monitor import MONITORED
+from tasks.monitor import Monitor
 from tasks.outcome import build_monitor, finish, look, opening
-from tasks.pretraining import advance, backward, draw_masks, open_data, position, statistics, step_sampler, view_loader
+from tasks.pretraining import (
+    advance,
+    backward,
+    draw_masks,
+    open_data,
+    pixel_options,
+    position,
+    statistics,
+    step_sampler,
+    view_loader,
+)
+from tasks.splits import open_splits
 from tasks.starting import Freeze, parameter_groups, starting_weights, told
+
+LIDAR_VIEWS = 8
+"""Random views of each image of which --keep-by lidar is computed (LiDAR: 50)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,11 +81,40 @@ class Config(method.Config):
         at_least=0,
         section="Optimization",
     )
+    train: str = option(
+        "all",
+        "part of the encoder that is trained; last: the last --train-blocks and the final norm; lora: low-rank updates of "
+        "frozen layers, merged on export; explora: the last blocks, and lora in all others (ExPLoRA)",
+        gentle.WAYS,
+    )
+    train_blocks: int = option(2, "blocks that --train last and explora train in full (ExPLoRA: 1 or 2)", at_least=1)
+    lora_rank: int = option(16, "rank of the updates of --train lora and explora (ExPLoRA: 64)", at_least=1)
+    lora_layers: str = option(
+        "attention", "linear layers of a block that --train lora and explora change (LoRA)", gentle.LAYERS
+    )
     # low layers hold what all images share (BEiT, MAE fine-tuning: 0.65 to 0.75)
     layer_decay: float = option(
         0.75,
         "factor of the learning rate from each layer of the encoder to the one below; 1: one rate for all (BEiT)",
         above=0,
+        at_most=1,
+    )
+    guard: float = option(
+        0.0, "weight of a penalty on features of unmasked images that leave those of the start; 0: no penalty", at_least=0
+    )
+    guard_kind: str = option(
+        "cosine",
+        "what --guard holds: cosine: the direction of each feature (LUCIR); relational: the distances between images (RKD)",
+        KINDS,
+    )
+    guard_images: int = option(8, "number of images of each step that --guard looks at, over all processes", at_least=2)
+    ema: float = option(
+        0.0, "decay of a moving average of the weights, which is measured and exported; 0: no average", at_least=0, below=1
+    )
+    interpolate: float = option(
+        1.0,
+        "part of the way from the start's weights to the trained ones at which the encoder is measured and exported (WiSE-FT)",
+        at_least=0,
         at_most=1,
     )
     # takes the contrastive loss's pull: on the features themselves it undid them (examples/README.md)
@@ -78,6 +127,43 @@ class Config(method.Config):
     # below pretraining's: the way from good weights is short
     base_lr: float = inherit(method.Config, "base_lr", 1e-4, "learning rate for a batch of 256; it is scaled with the batch")
     monitor: int = inherit(method.Config, "monitor", 10)
+    monitor_images: int = inherit(
+        method.Config,
+        "monitor_images",
+        5000,
+        "maximum number of images of each evaluation, with k-NN if they have labels; 0: no evaluation",
+    )
+    also: str = option(
+        "",
+        "further images, as for --data, of the table at the end: such as those that the start was trained on",
+        path=True,
+        empty="none",
+        may_change=True,
+    )
+    keep: str = option(
+        "best", "encoder to export; best: of all evaluations, the start's included; last: as it is at the end", ["best", "last"]
+    )
+    keep_by: str = option(
+        "auto",
+        "measure by which --keep best chooses; auto: k-NN accuracy if the images have labels, else effective rank (RankMe)",
+        choosing.MEASURES,
+    )
+
+
+def lidar_crops(config: Config, encoder: Any) -> MultiViewTransform:
+    """Return what takes the views of LiDAR: the random crops of training, without its other changes."""
+    options = {"scale": config.crop_scale, **pixel_options(config)}
+    return MultiViewTransform(encoder.patch_embed.img_size, num_views=LIDAR_VIEWS, **options)
+
+
+def compare_anew(config: Config, choice: choosing.Choice, monitor: Monitor, model: MultiViewMAE, run: Run, images: int) -> None:
+    """Look again at the start and at what is kept, where a resumed run looks at another number of images."""
+    looks = []
+    for weights in (choice.start, dict(choice.chosen())):
+        with choice.applied(weights):
+            looks.append(look(config, monitor, model, run.log, run.step))
+    monitor.before = looks[0]
+    choice.restart(images, *looks)
 
 
 def main(config: Config) -> None:
@@ -93,6 +179,15 @@ def main(config: Config) -> None:
         )
     model = build_model(config, device, pretrained=config.pretrained).train()
     encoder = model.encoder
+    description = describe(model)
+    part = gentle.train_part(
+        encoder,
+        config.train,
+        blocks=config.train_blocks,
+        rank=config.lora_rank,
+        layers=config.lora_layers,
+        seed=config.seed,
+    )
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     mean, std = statistics(config, encoder, images.train)
     per_epoch = images.per_epoch // config.batch_size
@@ -101,6 +196,18 @@ def main(config: Config) -> None:
     sampler = step_sampler(config, images, last, processes)
     loader = view_loader(config, encoder, images, sampler, processes)
     monitor = build_monitor(config, encoder, images.splits, mean, std, processes, drift=config.pretrained)
+    if config.keep_by == "lidar":
+        monitor.crops = lidar_crops(config, encoder)
+    sets = {"own": monitor}  # of the table at the end
+    if config.also:
+        sets["also"] = build_monitor(config, encoder, open_splits(config.also), mean, std, processes)
+    shown = min(config.monitor_images, len(monitor.looked_at))
+    kept: dict[str, Any] = {"keep": config.keep, "measure": config.keep_by}
+    choice = choosing.Choice(encoder, **kept, share=config.interpolate, decay=config.ema, images=shown)
+    held = None
+    if config.guard:
+        few: dict[str, Any] = {"batch_size": config.batch_size, "processes": processes}
+        held = Guard(model, config.guard, config.guard_kind, config.guard_images, **few)
 
     # optimizer
     lr = config.base_lr * config.batch_size / 256
@@ -111,14 +218,20 @@ def main(config: Config) -> None:
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
 
     # run
-    about = {"description": describe(model), "mean": mean, "std": std, "command": shlex.join(sys.argv), "start": start}
+    about = {"description": description, "mean": mean, "std": std, "command": shlex.join(sys.argv), "start": start}
     run = Run(config, processes, images.fingerprint)
-    run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about, **position(sampler, run))
+    more: dict[str, Any] = {"choice": choice, **({"average": choice.average} if choice.average else {})}
+    more |= position(sampler, run)
+    run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about, **more)
     sampler.start_step = run.step
     weights = told(start) if start or run.found is None else ""
-    run.announce(**opening(config, model, weights, images, monitor, steps, lr))
+    run.announce(**opening(config, model, weights, images, monitor, steps, lr), trained=part)
     if run.found is None:
         monitor.before = look(config, monitor, model, run.log, 0)
+        choice.consider(0, monitor.before)
+    elif choice.images != shown:
+        compare_anew(config, choice, monitor, model, run, shown)
+    run.log.say(choice.note(monitor.before))
 
     with run:
         for step, batch in run.batches(loader):
@@ -130,21 +243,27 @@ def main(config: Config) -> None:
             views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
+                penalty = {"loss_guard": held.backward(views)} if held else {}
                 losses = backward(trained, views, draw_masks(config, encoder, step, processes), config.accumulate)
-            if run.finite(step, losses._asdict(), partial(names, images, batch.indices)):
+            if run.finite(step, losses._asdict() | penalty, partial(names, images, batch.indices)):
                 if config.clip_grad:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 optimizer.step()
+                if choice.average:
+                    choice.average.update()
             optimizer.zero_grad(set_to_none=True)
             advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
-            if config.monitor and step % (config.monitor * per_epoch) == 0 and step != last:
-                look(config, monitor, model, run.log, step, MONITORED)
+            if step == last or (config.monitor and step % (config.monitor * per_epoch) == 0):
+                with choice.applied():  # what would be exported
+                    found = look(config, monitor, model, run.log, step)
+                choice.consider(step, found)
             run.checkpoint(step)
 
-    after = look(config, monitor, model, run.log, last)
+    table = compare(choice, model, sets) if monitor.limit else []
+    choice.apply(choice.chosen())
     if processes.rank == 0:
-        finish(config, model, run.log, monitor, after, start)
+        finish(config, model, run.log, monitor, choice.found, start, [*table, "", *choice.lines(last)])
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from engine.ends import Stop
 from mvmae import MultiViewMAE, hub
 from mvmae.data import open_images
 from mvmae.files import replace_file
+from mvmae.wrappers import merged_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,10 @@ def main(config: Config) -> None:
         raise Stop(f"{source} holds no checkpoint.pt: name the folder of a run")
     model, started_from = build_model(state), {str(key): str(value) for key, value in (state.get("start") or {}).items()}
     license = config.license or started_from.get("license") or "apache-2.0"
-    hub.load_weights(model, state["model"], source=source / "checkpoint.pt")
+    choice = state.get("choice") or {}  # what a run of adapt.py has chosen to leave
+    kept = {f"encoder.{name}": value for name, value in choice.get("weights", {}).items()}
+    weights = merged_weights({**state["model"], **kept})
+    hub.load_weights(model, weights, source=source / "checkpoint.pt")
     hub.export(
         model,
         folder,
@@ -138,7 +142,7 @@ def main(config: Config) -> None:
         repo=config.push or f"owner/{source.name}",
         datasets=config.datasets,
         license=license,
-        metrics=measured(source, state.get("step", 0)),
+        metrics=measured(source, choice.get("step", state.get("step", 0))),
         command=config.command or without_folders(str(state.get("command", ""))),
         commit=config.commit or state.get("commit", ""),
         hardware=config.hardware,

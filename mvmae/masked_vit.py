@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .masking import Mask
 from .patches import grid_size
+from .wrappers import without_peft
 
 PlainViT: TypeAlias = "VisionTransformer | Eva"
 REASONS = {
@@ -27,17 +28,17 @@ REASONS = {
     "ResNet": "its convolutions see across patches, masked ones too",
     "EfficientNet": "its convolutions see across patches, masked ones too",
     "Beit": "the relative positions in its attention are made for all patches at once",
-    "Peft": "merge its adapters first, by model.merge_and_unload()",
     "NaFlexVit": "it takes patches instead of images: build it with use_naflex=False",
 }  # the start of a class's name -> what is in the way
 
 
 def check_encoder(vit: nn.Module) -> PlainViT:
-    """Return ``vit`` if `encode_visible` can run it.
+    """Return ``vit`` if `encode_visible` can run it; of a ``PeftModel`` the ViT inside, with the adapters in its layers.
 
     Raises:
         TypeError: if it is not a plain ViT of timm, with the reason.
     """
+    vit = without_peft(vit)
     own: Any = type(vit)
     name = own.__name__
     kinds: list[Any] = [kind for kind in (VisionTransformer, Eva) if isinstance(vit, kind)]
@@ -56,9 +57,23 @@ def check_encoder(vit: nn.Module) -> PlainViT:
             f"the patch embedding must see one patch alone, got {type(vit.patch_embed).__name__} in {name}: "
             "use a ViT with a plain patch projection"
         )
+    if hasattr(vit.patch_embed.proj, "base_layer"):  # masked patches are left out before it: only its weight is used
+        raise TypeError(f"the patch projection must have no adapter, got {type(vit.patch_embed.proj).__name__}: leave it out")
+    blocks: Any = vit.blocks
+    if any(_passes_by_qkv(getattr(block, "attn", None)) for block in blocks):
+        raise TypeError(
+            f"the adapters of qkv in {name} must be used, but timm's attention passes by them: set qkv_bias_separate = True in "
+            "the attention of each block, which computes the same"
+        )
     if not (vit.patch_drop is None or isinstance(vit.patch_drop, nn.Identity)):
         raise TypeError(f"patch_drop_rate must be 0, got {name} that drops patches: build it without, the mask takes its place")
     return vit
+
+
+def _passes_by_qkv(attention: Any) -> bool:
+    """Tell whether attention takes the weight of a layer alone, which is without the layer's adapter."""
+    adapted = hasattr(getattr(attention, "qkv", None), "base_layer")
+    return adapted and getattr(attention, "q_bias", None) is not None and not attention.qkv_bias_separate
 
 
 def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:

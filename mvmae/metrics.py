@@ -1,4 +1,4 @@
-"""Measures of features: k-NN accuracy and explained variance with labels; rank, uniformity, collapse without.
+"""Measures of features: k-NN accuracy and explained variance with labels; rank, uniformity, collapse without; of ``spectrum``.
 
 Two more compare the features of the same images before and after further training.
 
@@ -11,6 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .spectrum import alpha_req as alpha_req
+from .spectrum import lidar as lidar
 
 WITHOUT_FLOAT64 = ("mps",)
 """Types of devices that have no float64: the GPU of a Mac."""

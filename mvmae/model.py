@@ -19,7 +19,7 @@ from .masked_vit import check_encoder, encode_visible
 from .masking import Mask, num_visible, random_mask
 from .patches import grid_size, patchify
 from .weights import check_weights, read_pretraining, write_pretraining
-from .wrappers import as_forward, plain_names, restore_buffers
+from .wrappers import as_forward, merged, plain_names, restore_buffers
 
 Pool = Literal["avg", "token"]
 
@@ -70,7 +70,8 @@ class MultiViewMAE(nn.Module):
     need no gradient.
 
     Args:
-        encoder: a plain ViT of timm (`Eva` too), pretrained or not, or the name of one, which is then created untrained.
+        encoder: a plain ViT of timm (`Eva` too), pretrained or not, or the name of one, which is then created untrained. Of a
+            ``PeftModel`` the ViT inside, with its adapters, of which those that need a gradient are trained.
         decoder_dim: width of the decoder (MAE: 512).
         decoder_depth: blocks of the decoder (paper, Table 5: 4).
         decoder_heads: attention heads of the decoder (MAE: 16).
@@ -237,12 +238,13 @@ class MultiViewMAE(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model to ``pretraining.safetensors`` and ``pretraining.json`` in a folder.
+        """Write the whole model to ``pretraining.safetensors`` and ``pretraining.json`` in a folder, adapters of peft merged.
 
         Raises:
             WeightsError: if JSON cannot describe the encoder, or a weight is NaN or infinite.
         """
-        write_pretraining(folder, describe_pretraining(self), plain_names(self.state_dict()))
+        model = merged(self)
+        write_pretraining(folder, describe_pretraining(model), plain_names(model.state_dict()))
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """Pool tokens to the latent vector of each view, which Eq. 4 compares.

@@ -31,6 +31,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads
 ARGUMENTS = ["--data", "sample", "--output-dir", "run", "--epochs", 2, "--batch-size", 32, "--workers", 0]
 ARGUMENTS += ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2, "--device", "cpu", "--log-every", 1]
 ARGUMENTS += ["--freeze-epochs", 0.15, "--warmup-epochs", 0.1, "--projector", 8]  # four steps of the encoder as it is
+ARGUMENTS += ["--keep", "last"]
 
 
 def adapt(folder, *arguments, **kwargs):
@@ -67,7 +68,9 @@ def test_the_defaults_train_an_existing_encoder_gently_and_pretraining_has_no_su
     given = ["--data", "x", "--encoder", "y"]
     chosen = dataclasses.asdict(parse(adapt_script.Config, {}, None, given))
     plain = dataclasses.asdict(parse(pretrain.Config, pretrain.PRESETS, None, given))
-    own = {"pretrained": True, "freeze_epochs": 5, "layer_decay": 0.75}
+    own = {"pretrained": True, "freeze_epochs": 5, "layer_decay": 0.75, "train": "all", "train_blocks": 2, "lora_rank": 16}
+    own |= {"lora_layers": "attention", "guard": 0.0, "guard_kind": "cosine", "guard_images": 8, "ema": 0.0, "interpolate": 1.0}
+    own |= {"keep": "best", "keep_by": "auto", "also": ""}
     changed = {"output_dir": "runs/adapt", "projector": 128, "epochs": 100, "warmup_epochs": 5, "base_lr": 1e-4, "monitor": 10}
     assert chosen == plain | own | changed and not own.keys() & plain.keys()
     with pytest.raises(ValueError, match="--encoder must be given"):
@@ -112,6 +115,7 @@ def test_a_run_cut_at_either_side_of_the_freeze_ends_bit_identical(whole, start,
     assert moments[0].keys() == moments[1].keys()
     assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[1] for key in moments[1][i])
     assert torch.equal(*(state["monitor"]["start_features"] for state in (left, right)))
+    assert left["choice"] == right["choice"] and right["choice"]["weights"] == {}
     assert without_clock(lines(tmp_path)) == without_clock(lines(whole[0]))
 
 

@@ -816,13 +816,17 @@ def test_several_encoders_and_adapters_are_named(tmp_path):
             load(model, tmp_path / "lora.safetensors")
 
 
-def test_a_model_with_adapters_is_refused_with_the_cure(tmp_path):
+def test_a_model_with_adapters_is_exported_with_them_merged_and_keeps_them(tmp_path):
     peft = pytest.importorskip("peft")
-    vit = tiny_mae().encoder
-    model = peft.get_peft_model(vit, peft.LoraConfig(target_modules=["qkv"], r=2))
-    with pytest.raises(TypeError, match="merge_and_unload"):
-        hub.export(model, tmp_path)
-    hub.export(model.merge_and_unload(), tmp_path)
+    model = peft.get_peft_model(tiny_mae().encoder, peft.LoraConfig(target_modules=["qkv"], r=2))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    hub.export(model, tmp_path)
+    written = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert any("lora_B" in name for name, _ in model.named_parameters())
+    merged = model.merge_and_unload().state_dict()
+    assert written.keys() == merged.keys() and all(torch.equal(value, merged[name]) for name, value in written.items())
 
 
 def save_sharded(folder: str) -> str:

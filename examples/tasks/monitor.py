@@ -1,6 +1,7 @@
 """The quality of an encoder's features while it is pretrained: k-NN accuracy, effective rank, uniformity, drift."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from engine.distributed import Processes
 from engine.ends import Stop
-from mvmae.data import CentreCropTransform, ImageSource
-from mvmae.metrics import effective_rank, knn_accuracy, linear_cka, mean_cosine, uniformity
+from mvmae.data import CentreCropTransform, ImageSource, MultiViewTransform
+from mvmae.metrics import alpha_req, effective_rank, knn_accuracy, lidar, linear_cka, mean_cosine, uniformity
 from tasks.drawn_images import varied
 from tasks.inputs import normalize
 from tasks.labelled import each_once
@@ -79,6 +80,7 @@ class Monitor:
     Attributes:
         before: what the first look found; `look` leaves it to the caller.
         start: features of the first look (N, D), where drift is followed; none before it.
+        crops: takes the views of which looks compute LiDAR; None, as at first, computes none.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Monitor:
         self.processes, self.loading = processes, loading
         self.before: dict[str, float] = {}
         self.start = torch.empty(0, width)
+        self.crops: MultiViewTransform | None = None
         self._drawn: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +136,8 @@ class Monitor:
     def look(self, encode: Encode, limit: int = 0) -> dict[str, float]:
         """Compute ``effective_rank`` and ``uniformity`` of at most ``limit`` images, always the same ones.
 
-        And ``knn`` (percent) where there are labels, ``similarity`` and ``cka`` (see `moved`) where drift is followed.
+        And ``knn`` (percent) where there are labels; ``similarity``, ``cka`` (see `moved`) and ``alpha_req`` where drift is
+        followed; ``lidar`` of at most `MONITORED` of the images where there are ``crops``.
         """
         if not self.limit:
             return {}
@@ -147,7 +151,27 @@ class Monitor:
         if len(features) < 2:
             return {}
         found = {"effective_rank": effective_rank(features), "uniformity": uniformity(features)} | knn
+        if self.crops is not None:
+            found["lidar"] = lidar(self.views(encode, self.crops, min(limit, MONITORED)))
+        if self.drift:
+            with suppress(ValueError):  # too few directions for a fit
+                found["alpha_req"] = alpha_req(features)
         return found | (self.moved(features) if self.drift else {})
+
+    def views(self, encode: Encode, crops: MultiViewTransform, limit: int) -> Tensor:
+        """Compute features (N, V, D) of random views, always the same ones, of at most ``limit`` images."""
+
+        def features(views: Tensor) -> dict[str, Tensor]:
+            encoded = encode(normalize(views.flatten(0, 1), self.mean, self.std))
+            return {"": encoded.unflatten(0, views.shape[:2]).flatten(1)}
+
+        part, few = (
+            Part(self.looked_at, draw(len(self.looked_at), limit)),
+            max(self.loading["batch_size"] // crops.num_views, 1),
+        )
+        found, _ = extract(features, part, crops, self.processes, **{**self.loading, "batch_size": few})
+        features_of_views: Tensor = found[""].unflatten(1, (crops.num_views, -1))  # (N, V, D)
+        return features_of_views
 
     def moved(self, features: Tensor) -> dict[str, float]:
         """Compare features with those of the first look: mean cosine and linear CKA, both 1 where nothing has moved."""

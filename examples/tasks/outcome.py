@@ -131,6 +131,7 @@ def finish(
     monitor: Monitor,
     after: Mapping[str, float],
     start: Mapping[str, str] | None = None,
+    lines: Sequence[str] = (),
 ) -> None:
     """Write the encoder, the pictures and ``summary.md``, and say how to load the encoder and how good it is.
 
@@ -141,6 +142,7 @@ def finish(
         monitor: which holds the first look, and the images to draw: those looked at, or training images where none are.
         after: the last look.
         start: which weights the run started from (`starting_weights`); none where it is None.
+        lines: more of ``summary.md``, in Markdown, which are printed at the end too.
     """
     folder, mean, std, start = Path(config.output_dir), monitor.mean, monitor.std, start or {}
     options = {"background": config.background, "started_from": start, "license": start.get("license", "")}
@@ -149,9 +151,9 @@ def finish(
     draw_reconstructions(monitor, model, config.seed).save(folder / "reconstructions.png")
     verdict = verdict_now(config, log, monitor.processes)
     page = summary_page(folder, log.parts, log.records(), monitor.before, after, verdict, data=config.data, command=sys.argv)
-    write_text(folder / "summary.md", page)
+    write_text(folder / "summary.md", "\n".join([page, *lines, ""]) if any(lines) else page)
     log.end()
     print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}")
     print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')
-    for line in report(monitor.before, after):
+    for line in [*report(monitor.before, after), *filter(None, lines)]:
         print(line)

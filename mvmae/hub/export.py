@@ -14,7 +14,7 @@ from ..files import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, hub_cause
 from ..masked_vit import PlainViT, check_encoder
 from ..model import MultiViewMAE
 from ..weights import PRETRAINING_CONFIG, PRETRAINING_FILE, PRETRAINING_FOLDER, check_weights, write_pretraining, write_weights
-from ..wrappers import plain_names, unwrap
+from ..wrappers import merged, plain_names, unwrap
 from .card import CARD_FILE, license_warning
 from .card import write_card as write_card
 from .load import load_encoder as load_encoder
@@ -42,7 +42,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises:
         WeightsError: if JSON cannot hold it.
     """
-    model = unwrap(model)
+    model = merged(unwrap(model))
     return (
         describe_pretraining(model) if isinstance(model, MultiViewMAE) else describe_encoder(check_encoder(model), plain=False)
     )
@@ -88,7 +88,8 @@ def export(
     head is written too, and the whole of a `MultiViewMAE`, for `MultiViewMAE.from_pretrained`.
 
     Args:
-        model: a `MultiViewMAE`, or a plain ViT of timm, fine-tuned or not; compiled or in a data-parallel wrapper, too.
+        model: a `MultiViewMAE`, or a plain ViT of timm, fine-tuned or not; compiled or in a data-parallel wrapper, too. Active
+            adapters of peft (LoRA and the like) are merged into the weights that are written; the model keeps them.
         folder: where to write; files there are replaced, and an ``encoder.onnx``, of older weights, is removed.
         mean: mean of each channel, in 0 to 1, by which the images were normalised; where None, the encoder's cfg has it.
         std: standard deviation of each channel, likewise.
@@ -114,7 +115,7 @@ def export(
     """
     if started_from and (warning := license_warning(started_from)):
         _logger.warning("%s", warning)
-    started, model = dict(started_from or {}), unwrap(model)
+    started, model = dict(started_from or {}), merged(unwrap(model))
     folder, vit = Path(folder), check_encoder(unwrap(model.encoder) if isinstance(model, MultiViewMAE) else model)
     if license is None:
         license = started.get("license") or (getattr(vit, "pretrained_cfg", None) or {}).get("license")
