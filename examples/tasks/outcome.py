@@ -151,7 +151,7 @@ def finish(
     draw_reconstructions(monitor, model, config.seed).save(folder / "reconstructions.png")
     verdict = verdict_now(config, log, monitor.processes)
     page = summary_page(folder, log.parts, log.records(), monitor.before, after, verdict, data=config.data, command=sys.argv)
-    write_text(folder / "summary.md", "\n".join([page, *lines, ""]) if any(lines) else page)
+    write_text(folder / "summary.md", "\n".join([page, "## Before and after\n", *lines, ""]) if any(lines) else page)
     log.end()
     print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}")
     print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')
