@@ -191,6 +191,7 @@ def exported(folder):
     return timm.create_model(f"local-dir:{folder}/run/encoder", pretrained=True).state_dict()
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("way", WAYS)
 def test_a_cut_run_ends_bit_identical_under_each_way(way, runs, tmp_path):
     folder, result = runs(way)

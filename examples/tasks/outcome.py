@@ -151,7 +151,8 @@ def finish(
     draw_reconstructions(monitor, model, config.seed).save(folder / "reconstructions.png")
     verdict = verdict_now(config, log, monitor.processes)
     page = summary_page(folder, log.parts, log.records(), monitor.before, after, verdict, data=config.data, command=sys.argv)
-    write_text(folder / "summary.md", "\n".join([page, "## Before and after\n", *lines, ""]) if any(lines) else page)
+    page = "\n".join([page, "## Before and after\n", *lines, ""]) if any(lines) else page
+    write_text(folder / "summary.md", page.encode(errors="backslashreplace").decode())  # names of files are any bytes
     log.end()
     print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}")
     print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')
