@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -380,7 +381,7 @@ def test_a_workers_death_is_told_where_a_batch_is_waited_for_and_never_within_a_
 @pytest.mark.posix
 def test_what_a_signals_handler_raises_ends_the_wait_for_a_stuck_file():
     main = os.getpid()
-    batches = iter(loader(Arrays(hook=Hangs(7, lambda: os.kill(main, signal.SIGALRM))), num_workers=1))
+    batches = iter(loader(Arrays(hook=Hangs(7, partial(os.kill, main, signal.SIGALRM))), num_workers=1))
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         list(batches)
@@ -402,6 +403,11 @@ def fill_shared_memory():
     torch.Tensor.share_memory_ = full
 
 
+def at_seven(fault, index):
+    if index == 7:
+        fault()
+
+
 @pytest.mark.linux
 @pytest.mark.parametrize("plain", [False, True], ids=["views", "other samples"])
 @pytest.mark.parametrize(
@@ -413,7 +419,7 @@ def fill_shared_memory():
 )
 def test_f44_memory_that_is_full_in_the_middle_of_a_run_is_one_line_with_the_cure(fault, message, plain):
     """Within a worker; a queue that cannot send a batch would lose it, and the run wait until the time is over."""
-    source = Arrays(hook=lambda index: fault() if index == 7 else None)
+    source = Arrays(hook=partial(at_seven, fault))
     batches = loader(source, num_workers=2, collate=list if plain else None)
     with pytest.raises(DataError, match=message) as caught:
         list(batches)
@@ -432,6 +438,24 @@ def test_f44_a_file_size_limit_at_the_start_is_one_line():
     assert "DataError: a batch is larger than a file may be: raise `ulimit -f`" in ended.stderr.splitlines()[-1]
 
 
+class Pairs:
+    """Samples that are no views, the seventh of which raises an error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 13
+
+    def name(self, index):
+        return f"{index}.png"
+
+    def __getitem__(self, key):
+        if key[1] == 7:
+            raise self.error
+        return torch.tensor(key), {"name": self.name(key[1])}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("error", "message"),
@@ -442,24 +466,12 @@ def test_f44_a_file_size_limit_at_the_start_is_one_line():
     ids=["disk", "memory"],
 )
 def test_samples_of_any_data_set_are_loaded_and_an_error_is_one_line(workers, error, message):
-    class Pairs:
-        def __len__(self):
-            return 13
-
-        def name(self, index):
-            return f"{index}.png"
-
-        def __getitem__(self, key):
-            if key[1] == 7:
-                raise error
-            return torch.tensor(key), {"name": self.name(key[1])}
-
     sampler = StepSampler(13, 4, num_steps=6)
     expected = list(sampler)
     failing = next(step for step, keys in enumerate(expected) if 7 in [index for _, index in keys])
     seen = []
     with pytest.raises(DataError, match=message):
-        for batch in make_loader(Pairs(), sampler, num_workers=workers, collate=list):
+        for batch in make_loader(Pairs(error), sampler, num_workers=workers, collate=list):
             seen.append([tuple(numbers.tolist()) for numbers, _ in batch])
     assert seen == expected[:failing]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -154,6 +155,8 @@ def hang_in_the_fifth_step():
 @pytest.mark.linux
 @pytest.mark.parametrize("workers", [0, 1])
 def test_f53_sigterm_while_loading_hangs_saves(images, tmp_path, workers):
+    if workers and (os.environ.get("MVMAE_START_METHOD") or multiprocessing.get_all_start_methods()[0]) != "fork":
+        pytest.skip("a worker that is not forked does not have the patch")
     process = start(tmp_path, images, *STEPS, "--workers", workers, patch=hang_in_the_fifth_step)
     wait_for_steps(process, tmp_path, 4)
     time.sleep(0.2)

@@ -138,6 +138,10 @@ class StreamedViews(Dataset[Sample]):
     def __init__(self, stream: ImageStream, transform: Callable[..., Tensor], *, seed: int = 0, max_bad: int = 100) -> None:
         self._stream, self.transform, self.seed, self.max_bad = stream, transform, seed, max_bad
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker needs: it reads nothing of the stream, which may be an iterable that cannot be pickled."""
+        return {**vars(self), "_stream": None}
+
     def name(self, index: int) -> str:
         """Return the name of an image's shard and its number in it."""
         return self._stream.name(index)
