@@ -19,6 +19,7 @@ import torch.distributed as dist
 from engine.ends import UNBEGUN, Stop, end_process
 from engine.help import INDENT, SECTIONS, about_presets, fill, flag, help_text, metavar, sections, shown, stated_range, width
 from engine.log import open_outputs, print_above, printable
+from engine.pace import processor_cores
 from mvmae.data import explain_loader_error
 
 Config = TypeVar("Config")
@@ -75,7 +76,7 @@ def within_cores(config: Config) -> Config:
 
     If that is fewer, a line above the script's first one says so: not above an error that comes before it.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = processor_cores()
     asked: int = getattr(config, "workers", 0)
     if asked <= cores:
         return config

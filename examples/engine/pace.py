@@ -127,6 +127,11 @@ def peak_memory(device: torch.device) -> int:
     return 0
 
 
+def processor_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hint(waiting: float, workers: int, names: Sequence[str]) -> str:
     """Return what may help a run that waits for its data.
 
@@ -135,7 +140,7 @@ def hint(waiting: float, workers: int, names: Sequence[str]) -> str:
         workers: loading processes of each training process.
         names: of images of a batch.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = processor_cores()
     more = f"--workers {cores} instead of {workers}" if workers < cores else "smaller image files, or more processor cores"
     jpeg = any(name.lower().endswith((".jpg", ".jpeg")) for name in names)
     if jpeg and importlib.util.find_spec("simplejpeg") is None:

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mvmae import MultiViewMAE
 from mvmae.metrics import linear_cka, mean_cosine
 from tasks.choice import Choice
 from tasks.monitor import NEIGHBOURS, Monitor
-from tasks.probe import DECAY, logistic_regression, measure
+from tasks.probe import logistic_accuracy, measure
 
 SHOTS = (1, 5)
 """Labels for each class of the rows with few labels, each the mean of `probe.DRAWS` draws."""
@@ -44,9 +43,7 @@ def measured(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor
     shots, neighbours = (SHOTS, NEIGHBOURS) if known else ((), 0)
     found = measure(({"avg": bank}, labels), ({"avg": queries}, query_labels), neighbours=neighbours, few_shot=shots)
     if known:
-        weight, bias = logistic_regression(F.normalize(bank), labels, int(labels.max()) + 1, decay=DECAY)
-        right = F.linear(F.normalize(queries), weight, bias).argmax(dim=1) == query_labels
-        found["linear"] = 100 * right.double().mean().item()
+        found["linear"] = logistic_accuracy(bank, labels, queries, query_labels, int(labels.max()) + 1)
     return found
 
 

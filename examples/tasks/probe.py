@@ -56,7 +56,12 @@ def few_label_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labe
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     members = [order[labels[order] == label][:shots] for label in labels.unique()]
     rows = torch.cat(members)
-    weight, bias = logistic_regression(F.normalize(bank[rows]), labels[rows], int(labels.max()) + 1, decay=DECAY)
+    return logistic_accuracy(bank[rows], labels[rows], queries, query_labels, int(labels.max()) + 1)
+
+
+def logistic_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, classes: int) -> float:
+    """Compute the accuracy in percent of logistic regression on features of unit length."""
+    weight, bias = logistic_regression(F.normalize(bank), labels, classes, decay=DECAY)
     right = F.linear(F.normalize(queries), weight, bias).argmax(dim=1) == query_labels
     return 100 * as_double(right).mean().item()
 

@@ -130,6 +130,18 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
 
 
+def check_share(batch_size: int, rank: int, world_size: int) -> None:
+    """Check that processes can share a batch alike.
+
+    Raises:
+        ValueError: They cannot, or there is no such process.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be 0 to {world_size - 1} for {world_size} processes, got {rank}")
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"batch size must be a positive multiple of the {world_size} processes, got {batch_size}")
+
+
 class StepSampler(Sampler[list[Key]]):
     """This process's part of each step's batch, from any step on.
 
@@ -160,10 +172,7 @@ class StepSampler(Sampler[list[Key]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be 0 to {world_size - 1} for {world_size} processes, got {rank}")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch size must be a positive multiple of the {world_size} processes, got {batch_size}")
+        check_share(batch_size, rank, world_size)
         if length < batch_size:
             raise ValueError(f"batch size must be at most the {length} images, got {batch_size}: use a smaller batch")
         self.length, self.batch_size, self.seed = length, batch_size, seed

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .decode import ImageError
-from .sampling import MAX_TRIES, PAUSES, Bad, DataError, Sample, generator, try_again
+from .sampling import MAX_TRIES, PAUSES, Bad, DataError, Sample, check_share, generator, try_again
 from .shards import ImageOrError
 from .streams import ImageStream, Position, Reader, Streamed, image_or_error
 
@@ -63,10 +63,7 @@ class StreamSampler(Sampler[list[StreamKey]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be 0 to {world_size - 1} for {world_size} processes, got {rank}")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch size must be a positive multiple of the {world_size} processes, got {batch_size}")
+        check_share(batch_size, rank, world_size)
         self.stream, self.batch_size, self.seed, self.num_steps = stream, batch_size, seed, num_steps
         self.rank, self.world_size, self.start_step = rank, world_size, 0
         self._places = torch.empty(0, len(Position().numbers()), dtype=torch.long)  # (W, numbers) after the last whole step
