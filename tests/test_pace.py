@@ -160,7 +160,7 @@ def test_without_a_bar_a_line_comes_a_minute_after_the_last(tmp_path, monkeypatc
     log = Log(tmp_path, 0, 1000)
     for step in range(1, 201):
         clock.time += 1
-        log.advance(step, {"images_per_second": 8.0})
+        log.advance(step, lambda: {"images_per_second": 8.0})
         if step == 90:
             log.say("something else")
     told = capsys.readouterr().out.splitlines()

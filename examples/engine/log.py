@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,19 @@ class Log:
             if text:
                 self.say(f"{name:<{max(map(len, parts))}}  {text}")
 
-    def advance(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Move the bar to ``step``, with numbers of `CLOCK`; without a bar, print them a minute after the last line."""
+    def advance(self, step: int, measure: Callable[[], Mapping[str, float]]) -> None:
+        """Move the bar to ``step``, with numbers of `CLOCK`; without a bar, print them a minute after the last line.
+
+        Args:
+            step: the last that is done.
+            measure: returns the numbers, and is called only where they are shown.
+        """
         if self.bar is not None:
-            if "waiting" in numbers:
+            if "waiting" in (numbers := measure()):
                 self.bar.set_postfix_str(words(numbers), refresh=False)
             self.bar.update(step - self.bar.n)
-        elif time.monotonic() - self.spoke >= MINUTE:
-            self.say(f"{self.at(step)}  {words(numbers)}".rstrip())
+        elif not self.silent and time.monotonic() - self.spoke >= MINUTE:
+            self.say(f"{self.at(step)}  {words(measure())}".rstrip())
 
     def at(self, step: Any) -> str:
         """Return a step as it is printed, with the last one where that is known."""

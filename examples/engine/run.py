@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -260,7 +261,7 @@ class Run:
         Raises:
             Stop: if the state of an earlier step holds NaN or infinity.
         """
-        self.log.advance(step, self.pace.numbers(step))
+        self.log.advance(step, partial(self.pace.numbers, step))
         self.writer.settle()
         if step == self.last:
             self.writer.save(step)
