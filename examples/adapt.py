@@ -29,7 +29,7 @@ from engine.cli import run as run_script
 from engine.config import REQUIRED
 from engine.distributed import autocast, parallel, start_processes, to_device
 from engine.ends import Stop
-from engine.optim import cosine_schedule
+from engine.optim import cosine_schedule, optimizer_options
 from engine.run import DROPOUT, Run
 from mvmae import MultiViewMAE, MultiViewTransform
 from mvmae.data import sample_seed
@@ -211,9 +211,9 @@ def main(config: Config) -> None:
 
     # optimizer
     lr = config.base_lr * config.batch_size / 256
-    betas, fused = (0.9, config.beta2), device.type == "cuda"
+    named = optimizer_options(config.optimizer, config.beta2, device)
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
-    optimizer = create_optimizer_v2(groups, opt="adamw", lr=lr, weight_decay=config.weight_decay, betas=betas, fused=fused)
+    optimizer = create_optimizer_v2(groups, lr=lr, weight_decay=config.weight_decay, **named)
     freeze = Freeze(encoder, round(config.freeze_epochs * per_epoch))
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
 

@@ -21,7 +21,7 @@ from timm.optim import create_optimizer_v2
 
 from engine.cli import run as run_script
 from engine.distributed import autocast, parallel, start_processes, to_device
-from engine.optim import cosine_schedule
+from engine.optim import cosine_schedule, optimizer_options
 from engine.run import DROPOUT, Run
 from mvmae.data import sample_seed
 from mvmae.hub import describe
@@ -51,6 +51,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         "save_every": 100,
         "monitor": 10,
     },
+    "small": {
+        "help": "for small sets of photographs, hours of two CPU cores: a small ViT at 64 pixels, a projector, jitter, Muon",
+        "output_dir": "runs/small",
+        "encoder": "mvmae_vit_tiny_patch16",
+        "encoder_args": "patch_size=8 embed_dim=192 depth=4 num_heads=3",
+        "image_size": (64,),
+        "jitter": (0.4, 0.4, 0.4, 0.1),
+        "grayscale": 0.2,
+        "mask_ratio": 0.75,
+        "loss_weight": 1.0,
+        "temperature": 0.2,
+        "projector": 128,
+        "projector_hidden": 512,
+        "projector_depth": 3,
+        "projector_norm": True,
+        "decoder_dim": 96,
+        "decoder_depth": 1,
+        "decoder_heads": 3,
+        "epochs": 0,
+        "optimizer": "muon",
+        "base_lr": 4e-3,
+        "workers": 2,
+        "monitor": 10,
+    },
 }
 
 
@@ -73,8 +97,8 @@ def main(config: Config) -> None:
 
     # optimizer
     lr = config.base_lr * config.batch_size / 256
-    betas, fused = (0.9, config.beta2), device.type == "cuda"
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=config.weight_decay, betas=betas, fused=fused)
+    named = optimizer_options(config.optimizer, config.beta2, device)
+    optimizer = create_optimizer_v2(model, lr=lr, weight_decay=config.weight_decay, **named)
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
 
     # run

@@ -27,12 +27,13 @@ from mvmae import hub
 
 sys.path.insert(0, str(EXAMPLES))
 
-from timm.optim import Lars
+from timm.optim import Lars, create_optimizer_v2
 
 from engine import checkpoint, locks, snapshot
 from engine.config import RunConfig
 from engine.distributed import Processes
 from engine.ends import Stop
+from engine.optim import optimizer_options
 from engine.run import Run
 from mvmae.files import write_text
 
@@ -67,6 +68,7 @@ OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "lars": lambda model: Lars(model.parameters(), lr=0.1, momentum=0.9),
+    "muon": lambda model: create_optimizer_v2(model, lr=0.1, **optimizer_options("muon", 0.95, torch.device("cpu"))),
 }
 
 
@@ -80,9 +82,10 @@ def test_what_fits_is_restored_and_the_options_stay_as_the_run_sets_them(tmp_pat
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
     ours, theirs = second.state_dict(), optimizer.state_dict()
     assert ours["param_groups"] == theirs["param_groups"]
-    assert all(
-        torch.equal(theirs["state"][i][key], ours["state"][i][key]) for i in theirs["state"] for key in theirs["state"][i]
-    )
+    for number, entry in theirs["state"].items():
+        assert all(
+            torch.equal(torch.as_tensor(value), torch.as_tensor(ours["state"][number][key])) for key, value in entry.items()
+        )
 
 
 def entry(saved):

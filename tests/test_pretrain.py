@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from running import EXAMPLES, run_processes
+from running import EXAMPLES, run_processes, run_script
 from tiny_run import ARGUMENTS, SMALL, assert_identical, end_of, losses, pretrain, start, wait_for_steps
 
 from mvmae import CentreCropTransform
@@ -118,6 +118,43 @@ def test_the_optimizer_is_adamw_with_the_papers_betas_and_decays_what_has_two_di
     mean, square = (torch.cat([entry[key].flatten() for entry in saved["state"].values()]) for key in ("exp_avg", "exp_avg_sq"))
     assert mean.count_nonzero() > 1000
     torch.testing.assert_close(square, (1 - 0.95) / (1 - 0.9) ** 2 * mean**2, rtol=1e-3, atol=1e-12)
+
+
+def update(folder, images, *arguments):
+    """What the second step changes in each weight; the first has a rate of 0."""
+    result = pretrain(folder, images, "--max-steps", 2, "--save-every", 1, "--weight-decay", 0, *arguments)
+    assert result.code == 0, result.err
+    start = torch.load(folder / "run" / "checkpoint-previous.pt", weights_only=True)["model"]
+    return {name: weight - start[name] for name, weight in end_of(folder)["model"].items()}
+
+
+def test_muon_makes_the_update_of_a_matrix_orthogonal_and_leaves_vectors_to_adamw(images, tmp_path):
+    adamw, muon = (update(tmp_path / name, images, "--optimizer", name) for name in ("adamw", "muon"))
+    vectors = [name for name, change in adamw.items() if change.ndim == 1 and "qkv" not in name]  # a key's bias has no gradient
+    assert len(vectors) > 10
+    for name in vectors:
+        torch.testing.assert_close(muon[name], adamw[name], rtol=1e-3, atol=1e-7)
+    name, rate = "encoder.blocks.0.attn.proj.weight", 4e-3 * 8 / 256 / 4
+    spread = [torch.linalg.svdvals(changes[name]) for changes in (adamw, muon)]
+    assert spread[0][16] < 0.3 * spread[0][0] and spread[1][16] > 0.5 * spread[1][0]  # of 32 singular values
+    assert 0.1 < muon[name].pow(2).mean().sqrt() / rate < 0.3  # 0.2 as for AdamW, which is of the order of 1 in a first step
+
+
+def test_muon_resumes_bit_identical(images, tmp_path):
+    for name, steps in (("whole", (4,)), ("cut", (2, 4))):
+        for last in steps:
+            given = ["--optimizer", "muon", "--workers", 0, "--max-steps", last, "--resume"]
+            assert pretrain(tmp_path / name, images, *given).code == 0
+    assert_identical(end_of(tmp_path / "cut"), end_of(tmp_path / "whole"))
+
+
+def test_the_small_recipe_trains_on_few_images(images, tmp_path):
+    given = ["--preset", "small", "--data", images, "--max-steps", 2, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
+    result = run_script("pretrain.py", *given, "--log-every", 1, "--monitor-images", 0, folder=tmp_path)
+    assert result.code == 0, result.err
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "small" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["loss_con"] > 0 for line in lines)
+    assert "1.83 M parameters" in result.out and "of 8, 1739 epochs" in result.out  # 44 x sqrt(50 000 / 32)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,8 @@ def assert_identical(left, right):
     assert left["model"].keys() == right["model"].keys()
     assert [name for name in left["model"] if not torch.equal(left["model"][name], right["model"][name])] == []
     moments = [state["optimizer"]["state"] for state in (left, right)]
-    assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
+    pairs = [(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i]]
+    assert all(torch.equal(torch.as_tensor(one), torch.as_tensor(other)) for one, other in pairs)
 
 
 def assert_unfit_checkpoints_are_refused(whole, folder, script, *arguments):

@@ -1,7 +1,28 @@
-"""The schedule of the learning rate."""
+"""The optimizer of pretraining, and the schedule of the learning rate."""
+
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+def optimizer_options(optimizer: str, beta2: float, device: torch.device) -> dict[str, Any]:
+    """Return timm's arguments for one of `OPTIMIZERS`.
+
+    Muon (Jordan et al., 2024) makes the update of each matrix orthogonal; vectors are trained by AdamW. Updates are scaled to
+    the size of AdamW's (Liu et al., 2025, arXiv 2502.16982), so that learning rates are of the same size for both.
+
+    Args:
+        optimizer: one of `OPTIMIZERS`.
+        beta2: decay of the squared gradients' mean in AdamW; that of the gradients' mean is 0.9.
+        device: of the parameters; AdamW runs as one fused kernel on CUDA.
+    """
+    options: dict[str, Any] = {"opt": optimizer, "betas": (0.9, beta2)}
+    if optimizer == "muon":
+        return options | {"adjust_lr_fn": "match_rms_adamw"}
+    return options | {"fused": device.type == "cuda"}
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int, min_lr: float = 0.0) -> CosineLRScheduler:

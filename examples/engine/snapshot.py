@@ -127,10 +127,10 @@ def _optimizer_differences(found: Mapping[str, Any], optimizer: torch.optim.Opti
         yield f"optimizer.param_groups holds {sizes} parameters instead of {own}"
     if not state and found["step"] > found.get("skipped", 0):
         yield "optimizer.state is empty"
-    kept = _kept(optimizer)
+    kept = (_kept(optimizer, group, parameter) for group in optimizer.param_groups for parameter in group["params"])
     entries = {
-        number: {key: parameter.detach() if like.ndim else like for key, like in kept.items()}
-        for number, parameter in enumerate(parameters)
+        number: {key: parameter.detach() if getattr(like, "ndim", 0) else like for key, like in own.items()}
+        for number, (parameter, own) in enumerate(zip(parameters, kept, strict=True))
         if number in state
     }
     if entries:
@@ -139,15 +139,14 @@ def _optimizer_differences(found: Mapping[str, Any], optimizer: torch.optim.Opti
         yield from (f"optimizer.state.{key} is unexpected" for key in state)
 
 
-def _kept(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return what an optimizer keeps of a parameter, found by a step of a copy on a small parameter."""
-    twin = copy.copy(optimizer)
-    parameter = nn.Parameter(torch.ones(2, device=optimizer.param_groups[0]["params"][0].device))
-    parameter.grad = torch.ones_like(parameter)
-    twin.param_groups = [{**optimizer.param_groups[0], "params": [parameter]}]
+def _kept(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Return what an optimizer keeps of a parameter, found by a step of a copy on another: Muon goes by its shape."""
+    twin, other = copy.copy(optimizer), nn.Parameter(torch.ones_like(parameter))
+    other.grad = torch.ones_like(other)
+    twin.param_groups = [{**group, "params": [other]}]
     twin.state = type(optimizer.state)(dict)
     twin.step()
-    return dict(twin.state[parameter])
+    return dict(twin.state[other])
 
 
 def _number(value: Any) -> bool:

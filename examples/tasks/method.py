@@ -8,6 +8,7 @@ import mvmae
 from engine.attention import fit_attention
 from engine.cli import inherit, option
 from engine.config import RunConfig
+from engine.optim import OPTIMIZERS
 from mvmae.data import MAX_PIXELS
 from tasks.starting import start_encoder
 
@@ -129,8 +130,13 @@ class Config(RunConfig):
     )
     warmup_epochs: float = option(40, "epochs of linear warm-up of the learning rate (paper)", at_least=0)
     batch_size: int = option(256, "number of images per step, over all processes (paper)", at_least=1)
+    optimizer: str = option(
+        "adamw",
+        "optimizer; muon: Muon for matrices, scaled to the updates of AdamW, which trains the rest (paper: adamw)",
+        OPTIMIZERS,
+    )
     base_lr: float = option(1.5e-4, "learning rate for a batch of 256; it is scaled with the batch (paper and MAE)", at_least=0)
-    weight_decay: float = option(0.05, "weight decay of AdamW; 1-D parameters have none (MAE)", at_least=0)
+    weight_decay: float = option(0.05, "weight decay; 1-D parameters have none (MAE)", at_least=0)
     beta2: float = option(0.95, "beta2 of AdamW; beta1 is 0.9 (paper)", at_least=0, below=1)
     clip_grad: float = option(0.0, "maximum norm of the gradient; 0: no clipping (MAE)", at_least=0)
     seed: int = inherit(RunConfig, "seed", 0, "seed of the random numbers: weights, order of images, crops, masks")
