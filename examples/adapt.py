@@ -35,8 +35,7 @@ from mvmae import MultiViewMAE, MultiViewTransform
 from mvmae.data import sample_seed
 from mvmae.hub import describe
 from tasks import choice as choosing
-from tasks import gentle, method
-from tasks.gains import compare
+from tasks import gains, gentle, method
 from tasks.guard import KINDS, Guard
 from tasks.inputs import names, normalize
 from tasks.method import build_model
@@ -260,10 +259,13 @@ def main(config: Config) -> None:
                 choice.consider(step, found)
             run.checkpoint(step)
 
-    table = compare(choice, model, sets) if monitor.limit else []
+    rows = gains.compare(choice, model, sets) if monitor.limit else []
     choice.apply(choice.chosen())
     if processes.rank == 0:
-        finish(config, model, run.log, monitor, choice.found, start, [*table, "", *choice.lines(last)])
+        if rows:
+            gains.draw(run.folder / "gains.png", rows)
+        lines = [*gains.table(rows), "", *choice.lines(last)] if rows else choice.lines(last)
+        finish(config, model, run.log, monitor, choice.found, start, lines)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,7 @@ def test_a_cut_run_ends_bit_identical_under_each_way(way, runs, tmp_path):
     assert without_clock(logs[0]) == without_clock(logs[1])
     summary = (folder / "run" / "summary.md").read_text()
     assert "## Before and after\n\n| images | encoder | effective rank |" in summary and "| own | after | " in result.out
+    assert (folder / "run" / "gains.png").stat().st_size > 10_000
     assert (result.out.splitlines()[-1] in summary) and "parameters for the " in result.out
     trained = sum(len(group["params"]) for group in right["optimizer"]["param_groups"])
     assert len(right["optimizer"]["state"]) == trained  # of frozen weights there is none

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from running import EXAMPLES
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -16,8 +17,8 @@ sys.path.append(str(EXAMPLES))
 from engine.distributed import Processes
 from engine.ends import Stop
 from engine.snapshot import restore
+from tasks import gains
 from tasks.choice import Average, Choice, interpolate, score
-from tasks.gains import compare, measured
 from tasks.guard import Guard, cosine_penalty, relational_penalty
 
 ALONE = Processes(0, 1, torch.device("cpu"), None)
@@ -204,13 +205,13 @@ def test_the_measures_of_the_table_are_those_of_scikit_learn():
     centres = 2 * torch.randn(3, 6)
     labels, known = torch.arange(90) % 3, torch.arange(60) % 3
     bank, queries = (centres[of] + 1.5 * torch.randn(len(of), 6) for of in (labels, known))
-    found = measured(bank, labels, queries, known)
+    found = gains.measured(bank, labels, queries, known)
     assert found.keys() >= {"knn_avg", "linear", "shot1_avg", "shot5_avg", "rank_avg"} and 40 < found["linear"] < 100
     x, y = (nn.functional.normalize(part).numpy() for part in (bank, queries))
     peer = LogisticRegression(C=1 / (1e-3 * len(x)), tol=1e-8, max_iter=5000).fit(x, labels.numpy())
     assert found["linear"] == pytest.approx(100 * peer.score(y, known.numpy()))
-    assert measured(bank[:0], labels[:0], queries, torch.full((60,), -1)).keys() == {"rank_avg"}
-    assert measured(bank, torch.full((90,), -1), queries, known).keys() == {"rank_avg"}
+    assert gains.measured(bank[:0], labels[:0], queries, torch.full((60,), -1)).keys() == {"rank_avg"}
+    assert gains.measured(bank, torch.full((90,), -1), queries, known).keys() == {"rank_avg"}
 
 
 class Looked:
@@ -227,7 +228,7 @@ class Looked:
         return encode(source[0]), source[1]
 
 
-def test_the_table_compares_the_start_with_what_is_left_and_puts_the_weights_back():
+def test_the_table_compares_the_start_with_what_is_left_and_puts_the_weights_back(tmp_path, monkeypatch):
     encoder = nn.Linear(6, 6, bias=False)
     nn.init.eye_(encoder.weight)
     model = nn.Module()
@@ -238,7 +239,8 @@ def test_the_table_compares_the_start_with_what_is_left_and_puts_the_weights_bac
     ended = encoder.weight.detach().clone()
     centres = 5 * torch.eye(6)[1:4]
     train, val = ((centres[torch.arange(60) % 3] + torch.randn(60, 6), torch.arange(60) % 3) for _ in range(2))
-    lines = compare(choice, model, {"own": Looked(train, val), "also": Looked((train[0], torch.full((60,), -1)), None)})
+    found = gains.compare(choice, model, {"own": Looked(train, val), "also": Looked((train[0], torch.full((60,), -1)), None)})
+    lines = gains.table(found)
     assert torch.equal(encoder.weight, ended) and model.training
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0][:4] == ["images", "encoder", "k-NN", "linear probe"] and set(cells[1]) == {"---"}
@@ -249,3 +251,12 @@ def test_the_table_compares_the_start_with_what_is_left_and_puts_the_weights_bac
     expected = nn.functional.cosine_similarity(val[0], val[0] * ended[0]).mean().item()
     assert float(rows[1]["cosine to the start"]) == pytest.approx(expected, abs=6e-4) and rows[0]["cosine to the start"] == ""
     assert "±" in rows[0]["1 label a class"]
+    figures = []
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.pyplot.close", figures.append)
+        gains.draw(tmp_path / "gains.png", found)
+    panels = {axis.get_title(): [line.lines[0].get_ydata().tolist() for line in axis.containers] for axis in figures[0].axes}
+    assert [len(lines) for lines in panels.values()] == [1, 1, 1, 1, 2, 2, 2, 0]  # without labels, also has no accuracies
+    assert panels["k-NN"] == [[row["knn_avg"] for row in found[:2]]] and panels["CKA with the start"][0] == [1, found[1]["cka"]]
+    with Image.open(tmp_path / "gains.png") as image:
+        assert min(image.size) > 300

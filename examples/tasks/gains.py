@@ -3,7 +3,8 @@
 Shapes: N images of a bank, Q queries, D width of a feature.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,19 +14,22 @@ from mvmae import MultiViewMAE
 from mvmae.metrics import linear_cka, mean_cosine
 from tasks.choice import Choice
 from tasks.monitor import NEIGHBOURS, Monitor
+from tasks.plots import limits, plot
 from tasks.probe import logistic_accuracy, measure
 
 SHOTS = (1, 5)
 """Labels for each class of the rows with few labels, each the mean of `probe.DRAWS` draws."""
+SETS = {"own": "images of --data", "also": "images of --also"}
 COLUMNS = {
-    "knn_avg": "k-NN",
-    "linear": "linear probe",
-    "shot1_avg": "1 label a class",
-    "shot5_avg": "5 labels a class",
-    "rank_avg": "effective rank",
-    "similarity": "cosine to the start",
-    "cka": "CKA with the start",
+    "knn_avg": ("k-NN", "accuracy, %"),
+    "linear": ("linear probe", "accuracy, %"),
+    "shot1_avg": ("1 label a class", "accuracy, %"),
+    "shot5_avg": ("5 labels a class", "accuracy, %"),
+    "rank_avg": ("effective rank", "dimensions"),
+    "similarity": ("cosine to the start", "mean, -1 to 1"),
+    "cka": ("CKA with the start", "0 to 1"),
 }
+"""What a measure is, and its unit."""
 
 
 def measured(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor) -> dict[str, float]:
@@ -48,8 +52,8 @@ def measured(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor
 
 
 @torch.no_grad()
-def compare(choice: Choice, model: MultiViewMAE, sets: Mapping[str, Monitor]) -> list[str]:
-    """Return the lines of a Markdown table: each set of images, before and after, by the measures that its labels allow.
+def compare(choice: Choice, model: MultiViewMAE, sets: Mapping[str, Monitor]) -> list[dict[str, Any]]:
+    """Measure each set of images, before and after, by what its labels allow: two rows for each, the first of them before.
 
     All processes must call it. The encoder has its weights back at the end.
 
@@ -75,10 +79,49 @@ def compare(choice: Choice, model: MultiViewMAE, sets: Mapping[str, Monitor]) ->
             before = queries
             rows.append(row)
     model.train(training)
-    shown = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)}
-    lines = [" | ".join(["images", "encoder", *shown.values()]), " | ".join(["---"] * (2 + len(shown)))]
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the rows of `compare` as lines of a Markdown table."""
+    shown = _shown(rows)
+    lines = [" | ".join(["images", "encoder", *(COLUMNS[key][0] for key in shown)]), " | ".join(["---"] * (2 + len(shown)))]
     lines += [" | ".join([row["set"], row["moment"], *(_cell(row, key) for key in shown)]) for row in rows]
     return [f"| {line} |" for line in lines]
+
+
+def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the rows of `compare` into a PNG: a panel for each measure, in it a line from before to after for each set."""
+    shown = _shown(rows)
+    columns = min(4, len(shown))
+    with plot(path, -(-len(shown) // columns), columns, figsize=(3.0 * columns, 3.0 * -(-len(shown) // columns))) as (_, axes):
+        for axis, key in zip(axes.flat, shown, strict=False):
+            title, unit = COLUMNS[key]
+            ends = limits(_ends(rows, key), unit)
+            for name in dict.fromkeys(row["set"] for row in rows):
+                pair = [{key: 1.0, **row} for row in rows if row["set"] == name]  # the start is 1 to itself
+                if not any(key in row for row in rows if row["set"] == name):
+                    continue
+                spread = [row.get(f"{key}_std", 0.0) for row in pair]
+                values = [row[key] for row in pair]
+                axis.errorbar((0, 1), values, yerr=spread if any(spread) else None, marker="o", capsize=3, label=SETS[name])
+                for row, x, side in zip(pair, (-0.1, 1.1), ("right", "left"), strict=True):
+                    axis.text(x, row[key], _cell(row, key), ha=side, va="center", fontsize=8)
+            axis.set(title=title, ylabel=unit, xticks=(0, 1), xticklabels=("before", "after"), xlim=(-1, 2), ylim=ends)
+            axis.grid(alpha=0.3)
+        axes.flat[shown.index("rank_avg")].legend(fontsize=8)
+        for axis in axes.flat[len(shown) :]:
+            axis.axis("off")
+
+
+def _ends(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Return the values that a panel must show."""
+    found = [(row[key], row.get(f"{key}_std", 0.0)) for row in rows if key in row]
+    return [value + sign * spread for value, spread in found for sign in (-1, 1)] + [1.0] * (key in ("similarity", "cka"))
+
+
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [key for key in COLUMNS if any(key in row for row in rows)]
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
