@@ -248,12 +248,13 @@ def main(config: Config) -> None:
                 if config.clip_grad:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 optimizer.step()
-                if choice.average:
+                if choice.average:  # after a step that is left out on the device, the weights count as they are
                     choice.average.update()
             optimizer.zero_grad(set_to_none=True)
             advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
             if step == last or (config.monitor and step % (config.monitor * per_epoch) == 0):
+                run.look_back()
                 with choice.applied():  # what would be exported
                     found = look(config, monitor, model, run.log, step)
                 choice.consider(step, found)

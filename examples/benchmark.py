@@ -4,17 +4,19 @@
       takes about 10 minutes on one CPU core
   python examples/benchmark.py --parts model --batch-size 256 --precision bf16
       training steps on a CUDA device
+  python examples/benchmark.py --parts card feeding --precision bf16 --workers 16 --profile
+      how much of a CUDA device is used, by encoder, batch size and torch.compile, and whether loading keeps up with it
   python examples/benchmark.py --parts loader --data path/to/photographs --workers 8
       loading of your own photographs
 
 Results are ratios of times measured alternately in one process, because the speed of a machine drifts: loading against two full
-decodes with torchvision and against decoding alone, a training step against its matrix products alone. They go to
-benchmark.json in the output folder.
+decodes with torchvision and against decoding alone, a training step against its matrix products alone. The part card gives a
+step's share of the rate of large matrix products, which is measured on the same device (model FLOP utilisation, MFU), and the
+share of its speed that is lost where the loader feeds it (waiting for data). All goes to benchmark.json in the output folder.
 """
 
 import dataclasses
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -33,10 +35,21 @@ from engine.ends import Stop
 from mvmae.data import FORMATS, FileSource, MultiViewDataset, StepSampler, make_loader, open_images
 from mvmae.files import write_json
 from tasks.backbones import create_encoder
+from tasks.card import Bench, measure_card, measure_feeding
+from tasks.peers import ViTMAE, plain_loss
 from tasks.splits import named_images
-from tasks.timing import Products, clock, count_flops, peak_memory_mb, show, time_attention
+from tasks.timing import (
+    Products,
+    clock,
+    count_flops,
+    measure_contrast,
+    measure_large_contrast,
+    peak_memory_mb,
+    show,
+    time_attention,
+)
 
-PARTS = ("loader", "workers", "model", "attention", "contrast", "memory")
+PARTS = ("loader", "workers", "model", "card", "feeding", "attention", "contrast", "memory")
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 """Dense bf16 operations a second, from the vendor's data sheets, for the share of them that a step uses (MFU)."""
 
@@ -45,8 +58,9 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 class Config:
     parts: tuple[str, ...] = option(
         ("loader", "workers", "model", "contrast"),
-        "measurements; loader: loading in one process; workers: in worker processes; model: training steps; attention: fused "
-        "or by matrix products; contrast: time of NT-Xent; memory: memory of NT-Xent",
+        "measurements; loader: loading in one process; workers: in worker processes; model: training steps; card: training "
+        "steps of several sizes; feeding: loading against training; attention: fused or by matrix products; contrast: time "
+        "of NT-Xent; memory: memory of NT-Xent",
         PARTS,
         section="Measurements",
     )
@@ -60,6 +74,17 @@ class Config:
     encoder: str = option("mvmae_vit_base_patch16", "timm name of the encoder, a plain ViT", path=True, section="Model")
     image_size: int = option(224, "side of a view in pixels", at_least=1, section="Data")
     batch_size: int = option(8, "number of images per training step", at_least=1, section="Measurements")
+    encoders: tuple[str, ...] = option(
+        ("mvmae_vit_small_patch16", "mvmae_vit_base_patch16", "mvmae_vit_large_patch16"),
+        "timm names of the encoders of the parts card and feeding",
+    )
+    batch_sizes: tuple[int, ...] = option(
+        (64, 128, 256), "numbers of images per training step of the part card; feeding takes the first", at_least=2
+    )
+    ways: tuple[str, ...] = option(
+        ("eager", "compiled"), "ways to train in the part card; feeding takes the first", ["eager", "compiled"]
+    )
+    profile: bool = option(False, "profile each setting of the part card: its largest kernels, and a Chrome trace in a file")
     rounds: int = option(5, "number of rounds in which everything is timed in turn; the median counts", at_least=1)
     threads: int = option(1, "number of threads of torch on the CPU", at_least=1)
     workers: int = option(2, "number of processes that load images", at_least=0)
@@ -70,7 +95,9 @@ class Config:
         "float32", "precision of the training step; bf16: under autocast", ["float32", "bf16"], section="Measurements"
     )
     against: str = option(
-        "none", "implementation to time as well; vitmae: ViTMAE of transformers on the same images", ["none", "vitmae"]
+        "none",
+        "implementation to time as well; vitmae: ViTMAE of transformers, of the same size, on the same images",
+        ["none", "vitmae"],
     )
 
 
@@ -166,22 +193,6 @@ def measure_workers(config: Config, folder: Path) -> dict[str, Any]:
     return results
 
 
-def plain_loss(model: mvmae.MultiViewMAE, views: Tensor, mask: mvmae.Mask) -> Tensor:
-    """Compute Eq. 7 the plain way: view after view, every patch embedded before the visible tokens are gathered."""
-    vit, number, latents, loss_rec = model.encoder, views.shape[1], [], views.new_zeros(())
-    for v in range(number):
-        images, part = views[:, v], mask.select(slice(v, None, number))
-        tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
-        tokens = tokens.gather(1, part.visible[:, :, None].expand(-1, -1, tokens.shape[2]))
-        prefix = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        tokens = vit.norm(vit.blocks(torch.cat([prefix, tokens], dim=1)))
-        target = mvmae.patchify(images, vit.patch_embed.patch_size)
-        loss_rec = loss_rec + model.reconstruction_loss(model.decoder(tokens, part), target, part.masked) / number
-        latents.append(model.pool_tokens(tokens))
-    loss: Tensor = loss_rec + model.loss_weight * model.contrastive_loss(torch.stack(latents, dim=1))
-    return loss
-
-
 def measure_model(config: Config, device: torch.device) -> dict[str, Any]:
     """Time training steps against their matrix products alone, and against the plain way to write them."""
     torch.manual_seed(0)
@@ -212,7 +223,8 @@ def measure_model(config: Config, device: torch.device) -> dict[str, Any]:
     ways: dict[str, Callable[[], object]] = {"matrix products alone": products.alone(device), "step": ours}
     ways["plain step"] = lambda: step(lambda: plain_loss(model, views, mask))
     if config.against != "none":
-        ways["transformers' ViTMAE, one view"] = vitmae_step(config, views, device, step)
+        peer = ViTMAE(model.encoder).to(device)
+        ways["transformers' ViTMAE, views alone"] = lambda: step(lambda: peer(views))
     timed = clock(ways, config.rounds, device, config.batch_size)
     results: dict[str, Any] = {"timed": timed, "flops_per_image": flops, "share_of_floor": timed["step"]["times_the_first"]}
     results["plain_over_ours"] = timed["step"]["times_the_first"] / timed["plain step"]["times_the_first"]
@@ -226,19 +238,6 @@ def measure_model(config: Config, device: torch.device) -> dict[str, Any]:
     return results
 
 
-def vitmae_step(
-    config: Config, views: Tensor, device: torch.device, step: Callable[[Callable[[], Tensor]], None]
-) -> Callable[[], None]:
-    """Return a training step of transformers' ViTMAE (forward and backward) on both views, as images of their own."""
-    try:
-        from transformers import ViTMAEConfig, ViTMAEForPreTraining
-    except ImportError as error:
-        raise Stop("--against vitmae needs transformers: pip install transformers") from error
-    settings = {"image_size": config.image_size, "mask_ratio": 0.8, "norm_pix_loss": True, "decoder_num_hidden_layers": 4}
-    peer: nn.Module = ViTMAEForPreTraining(ViTMAEConfig(**settings)).to(device)
-    return lambda: step(lambda: peer(views.flatten(0, 1)).loss)
-
-
 def measure_attention(config: Config, device: torch.device) -> dict[str, Any]:
     """Time fused attention against two matrix products, forward and backward, for short and long sequences."""
     results, dtype = {}, torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -248,26 +247,20 @@ def measure_attention(config: Config, device: torch.device) -> dict[str, Any]:
     return results
 
 
-def measure_contrast(config: Config, device: torch.device) -> dict[str, Any]:
-    """Time NT-Xent on large batches, forward and backward: all logits at once against chunks of them."""
-    results = {}
-    for batch in (1024, 2048):
-        z = torch.randn(batch, 2, 768, device=device, requires_grad=True)
-        losses = {"all at once": mvmae.NTXentLoss(chunk_size=2 * batch), "in chunks of 256": mvmae.NTXentLoss(chunk_size=256)}
-        ways = {name: partial(lambda loss, z: torch.autograd.grad(loss(z), z), loss, z) for name, loss in losses.items()}
-        results[str(batch)] = clock(ways, config.rounds, device, batch)
-        show(f"NT-Xent of {batch} images, images/s", results[str(batch)])
-    return results
+def bench(config: Config, device: torch.device, folder: Path) -> Bench:
+    """Return what the parts card and feeding share; their images are so many that the largest batch is filled."""
+    paths = next(iter(image_sets(config, folder).values()))
+    paths = paths * -(-max(config.batch_sizes) // len(paths))
+    (folder / "fed.txt").write_text("".join(f"{path}\n" for path in paths))
+    source = open_images(str(folder / "fed.txt"))
+    return Bench(source, config.image_size, config.precision, device, config.rounds, config.workers)
 
 
-def measure_large_contrast(device: torch.device) -> dict[str, float]:
-    """Measure the memory that NT-Xent takes beyond its 2 x 32 768 latents of width 768, forward and backward."""
-    z = torch.randn(32768, 2, 768, device=device, requires_grad=True)
-    before, start = peak_memory_mb(device), time.perf_counter()
-    mvmae.NTXentLoss()(z).backward()
-    extra = peak_memory_mb(device) - before
-    print(f"NT-Xent of 2 x 32768 latents: {extra:.0f} MB beyond the latents, {time.perf_counter() - start:.1f} s")
-    return {"extra_memory_mb": extra}
+def measure_device(config: Config, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Measure how much of the device training steps use."""
+    ways = config.ways + (("vitmae",) if config.against == "vitmae" else ())
+    traces = Path(config.output_dir) if config.profile else None
+    return measure_card(bench(config, device, folder), config.encoders, ways, config.batch_sizes, traces)
 
 
 def main(config: Config) -> None:
@@ -275,23 +268,27 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     device = start_processes(config.device).device
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "torch": torch.__version__, "device": str(device)}
+    path = Path(config.output_dir) / "benchmark.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if config.data != "sample" and {"loader", "workers"} & set(config.parts):
+        if config.data != "sample" and {"loader", "workers", "card", "feeding"} & set(config.parts):
             image_sets(config, folder)  # a wrong --data ends the script before anything is measured
         measures: dict[str, Callable[[], Any]] = {
             "memory": lambda: measure_large_contrast(device),  # first: the peak of a process never falls
             "loader": lambda: measure_loader(config, folder),
             "workers": lambda: measure_workers(config, folder),
             "model": lambda: measure_model(config, device),
+            "card": lambda: measure_device(config, device, folder),
+            "feeding": lambda: measure_feeding(
+                bench(config, device, folder), config.encoders, config.ways[0], config.batch_sizes[0]
+            ),
             "attention": lambda: measure_attention(config, device),
-            "contrast": lambda: measure_contrast(config, device),
+            "contrast": lambda: measure_contrast(config.rounds, device),
         }
         for part, measure in measures.items():
             if part in config.parts:
                 results[part] = measure()
-    path = Path(config.output_dir) / "benchmark.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, results)
     print(f"\nwritten to {path}")
 

@@ -127,6 +127,7 @@ def main(config: Config) -> None:
             advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
             if config.monitor and step % (config.monitor * per_epoch) == 0 and step != last:
+                run.look_back()
                 look(config, monitor, model, run.log, step, MONITORED)
             run.checkpoint(step)
 

@@ -107,5 +107,6 @@ def random_mask(
     mask = Mask(shown, restore, masked)
     if device is None:
         return mask
-    waits = torch.device(device).type != "cuda"
-    return Mask(*(part.to(device, non_blocking=not waits) for part in mask))
+    if torch.device(device).type == "cuda" and noise.device.type == "cpu":  # from pinned memory, without a wait for the device
+        return Mask(*(part.pin_memory().to(device, non_blocking=True) for part in mask))
+    return Mask(*(part.to(device) for part in mask))

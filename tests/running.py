@@ -65,19 +65,19 @@ def run_script(script, *arguments, folder, timeout=900, **options):
     return Started(script, arguments, folder, **options).finish(timeout)
 
 
-def run_processes(script, *arguments, folder, count=2, timeout=900, faults=(), folders=()):
+def run_processes(script, *arguments, folder, count=2, timeout=900, faults=(), folders=(), patch=None, env=None):
     """Run a script as torchrun would, in ``count`` processes that find each other on this machine, each in its folder."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in range(count):
-        env = {key: str(value) for key, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        given = {key: str(value) for key, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()} | (env or {})
         fault = faults[rank] if faults else None
-        started.append(Started(script, arguments, folders[rank] if folders else folder, env, fault=fault))
+        started.append(Started(script, arguments, folders[rank] if folders else folder, given, patch=patch, fault=fault))
     return [process.finish(timeout) for process in started]
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -67,3 +68,72 @@ def test_the_products_of_a_step_are_all_counted(monkeypatch, kernel, backward):
     attention = [(7, 8, 7), (7, 7, 8)]
     assert sorted(counted) == sorted(forward + gradients + attention + backward)
     products.alone(torch.device("cpu"))()
+
+
+def test_it_measures_how_much_of_a_device_a_step_uses_and_whether_loading_keeps_up(tmp_path):
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images")
+    arguments = ["--parts", "card", "feeding", "--data", "images", "--image-size", 32, "--rounds", 1, "--workers", 0]
+    arguments += ["--encoders", "vit_tiny_patch16_224", "--batch-sizes", 2, "--ways", "eager", "--device", "cpu", "--profile"]
+    result = run_script("benchmark.py", *arguments, folder=tmp_path)
+    assert result.code == 0, result.err
+    figures = json.loads((tmp_path / "runs" / "benchmark" / "benchmark.json").read_text())
+    (found,) = figures["card"]["settings"].values()
+    rate, peak = found["images_per_second"], figures["card"]["product_flops_per_second"]
+    assert found["mfu"] == pytest.approx(found["flops_per_image"] * rate / peak)
+    assert found["waiting"] == pytest.approx(max(1 - found["fed_images_per_second"] / rate, 0)) and found["peak_memory_mb"] > 0
+    shares = [kernel["share"] for kernel in found["kernels"]]
+    assert len(shares) == 5 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
+    assert all(kernel["kernel"] in result.out for kernel in found["kernels"])
+    trace = json.loads((tmp_path / "runs" / "benchmark" / found["trace"]).read_text())
+    assert found["kernels"][0]["kernel"] in {event.get("name") for event in trace["traceEvents"]}
+    fed, (own,) = figures["feeding"], figures["feeding"]["encoders"].values()
+    assert own["workers_that_keep_up"] == math.ceil(own["images_per_second"] / fed["loader_images_per_second"])
+
+
+def test_a_setting_without_memory_is_told_and_the_others_are_measured(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from tasks import card
+
+    def measure(bench, encoder, way, batch_size, *_):
+        if batch_size == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return {"images_per_second": 1.0, "mfu": 0.5, "waiting": 0.0, "peak_memory_mb": 1.0}
+
+    monkeypatch.setattr(card, "measure_setting", measure)
+    monkeypatch.setattr(card, "flops_per_image", lambda bench, encoder: 1.0)
+    monkeypatch.setattr(card, "product_rate", lambda bench: 1.0)
+    bench = card.Bench([], 32, "float32", torch.device("cpu"), 1, 0)
+    found = card.measure_card(bench, ("vit",), ("eager",), (4, 2), None)["settings"]
+    assert found["vit, eager, 4 images"] == {"flops_per_image": 1.0, "error": "out of memory"}
+    assert found["vit, eager, 2 images"]["mfu"] == 0.5
+    assert "out of memory" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="another error"):
+        card.within_memory(lambda: (_ for _ in ()).throw(RuntimeError("another error")))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_rate_of_a_card_is_that_of_a_matrix_product_in_the_step_s_type(monkeypatch, precision, dtype):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from tasks import card
+
+    multiplied = []
+    matmul = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda a, b, out: multiplied.append((a.shape, b.dtype)) or matmul(a, b, out=out))
+    monkeypatch.setattr(
+        card, "clock", lambda ways, rounds, device, units: ways["product"]() or {"product": {"per_second": units}}
+    )
+    bench = card.Bench([], 32, precision, torch.device("cpu"), 1, 0)
+    assert card.product_rate(bench, 8) == 2 * 8**3 and multiplied == [((8, 8), dtype)]
+
+
+def test_the_peer_has_the_size_of_our_encoder(monkeypatch, tiny_vit):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from tasks.peers import ViTMAE
+
+    encoder = tiny_vit()
+    peer = ViTMAE(encoder)
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (encoder, peer.model.vit)]
+    assert sizes[0] == sizes[1]
+    assert peer(torch.randn(2, 2, 3, 32, 32)).isfinite()

@@ -47,14 +47,14 @@ def pretrain(folder, images, *arguments, **options):
     return start(folder, images, *arguments, **options).finish()
 
 
-def run_of(folder, model, optimizer, last, **options):
+def run_of(folder, model, optimizer, last, device="cpu", **options):
     """A `Run` in this process, alone, with a checkpoint and a line of the log after every step unless ``options`` say else."""
     from engine.config import RunConfig
     from engine.distributed import Processes
     from engine.run import Run
 
     config = RunConfig(**{"output_dir": str(folder), "log_every": 1, "save_every": 1, "save_minutes": 0.0, **options})
-    run = Run(config, Processes(0, 1, torch.device("cpu"), None), "images")
+    run = Run(config, Processes(0, 1, torch.device(device), None), "images")
     run.take_up(last=last, model=model, optimizer=optimizer)
     return run
 

@@ -31,6 +31,14 @@ class Processes(NamedTuple):
         dist.all_reduce(votes, group=self.control)
         return bool(votes)
 
+    def any_on_device(self, flag: Tensor) -> Tensor:
+        """Return whether a flag on the device is set in any process, as a flag on the device: nccl lets no host wait for it."""
+        if self.world_size == 1:
+            return flag
+        votes = flag.float()
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return votes > 0
+
     def gather(self, item: Item) -> list[Item]:
         """Return the items of all processes, in the order of the ranks, in each process."""
         if self.world_size == 1:
@@ -49,6 +57,8 @@ class Processes(NamedTuple):
 def start_processes(device: str) -> Processes:
     """Join the processes that torchrun started, if any: nccl on CUDA devices, gloo on the CPU.
 
+    Where a machine has fewer CUDA devices than processes, these share them, through gloo, which is slow: nccl refuses that.
+
     Args:
         device: one of `DEVICES`; ``auto`` is CUDA if there is a CUDA device, else the CPU.
 
@@ -64,13 +74,16 @@ def start_processes(device: str) -> Processes:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "mps" and world_size > 1:
         raise Stop(f"--device mps must run in one process, got {world_size}: start the script without torchrun")
-    chosen = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
-    if chosen.type == "cuda":
+    chosen, backend = torch.device(device), "gloo"
+    if device == "cuda":
+        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count
+        chosen, backend = torch.device(device, place % count if shared else place), "gloo" if shared else "nccl"
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Processes(0, 1, chosen, None)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group(backend)
     return Processes(rank, world_size, chosen, dist.new_group(backend="gloo"))
 
 

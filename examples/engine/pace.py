@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from engine.distributed import Processes
+
 CLOCK = ("time", "images_per_second", "waiting", "memory_gb", "seconds_left")
 """Fields of ``log.jsonl`` that no two runs share: Unix time; images per second; share of time, 0 to 1; 10^9 bytes; seconds."""
 WAITING = 0.2
@@ -91,6 +93,13 @@ class Pace:
         numbers.pop("seconds_left")
         left, measured = self.last - step, f"measured in steps {step - ENOUGH + 1} to {step}"
         return f"estimate: {duration(left * self.busy / self.steps)} for {left} more steps, {words(numbers)} ({measured})"
+
+
+def slowest(numbers: dict[str, float], processes: Processes) -> dict[str, float]:
+    """Return numbers of `CLOCK` with the longest wait and the most memory of any process."""
+    found = processes.gather(numbers)
+    most = {name: max(each.get(name, 0.0) for each in found) for name in ("waiting", "memory_gb") if name in numbers}
+    return numbers | most
 
 
 def words(numbers: Mapping[str, Any]) -> str:

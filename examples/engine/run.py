@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.checkpoint import machine, open_run
 from engine.cli import changeable
 from engine.config import RunConfig
 from engine.distributed import Processes
 from engine.ends import UNBEGUN, Stop, StopSignal
+from engine.finite import MOST, Late, Noted, Statistics, leaves_out, step_numbers, wrong
 from engine.log import Log, Meter
-from engine.pace import ENOUGH, WAITING, Pace, hint
+from engine.pace import ENOUGH, WAITING, Pace, hint, slowest
 from engine.snapshot import restore
 from engine.trackers import Trackers
 from engine.writer import Writer
@@ -99,6 +99,7 @@ class Run:
         """
         self.last, self.model, self.about = last, model, dict(about or {})
         self.parts = {"model": model, "optimizer": optimizer, **more}
+        self.late = Late(optimizer, self.processes) if leaves_out(optimizer) else None
         if self.found:
             values = {name: part for name, part in more.items() if isinstance(part, dict)}
             modules = {name: part for name, part in self.parts.items() if name != "optimizer" and name not in values}
@@ -133,8 +134,7 @@ class Run:
         self.hinted = False
         self.writer = Writer(self.folder, self.state, self.log, self.processes, self.stop, self.step)
         self.whole: int | None = self.step  # the step that model and optimizer are at; None while they change
-        self.norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
-        self.statistics = self.copy_statistics()
+        self.statistics = Statistics(self.model)
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
@@ -145,8 +145,10 @@ class Run:
         """
         self.log.close()
         if error is not None and self.whole not in (None, self.writer.tried):
-            self.restore_statistics()
+            self.statistics.take_back()
             self.stop.saving = True
+            if problem := self.count(alone=True):
+                self.log.say(f"warning: {problem}; left out")
             self.writer.save(self.whole)
             self.log.say(f"{self.writer.kept(self.whole)}: {self.again()}")
         self.writer.settle(wait=True)
@@ -184,6 +186,7 @@ class Run:
         if step == self.last or not self.processes.any(error is not None or self.stop.received is not None):
             return batch
         self.stop.saving = True  # from here to the end
+        self.look_back()
         self.writer.save_once(step)
         reason = None if error is None else f"{type(error).__name__}: {error}"
         ends = self.processes.gather((self.stop.received, reason))  # the others wait here for the save
@@ -200,7 +203,8 @@ class Run:
     def finite(self, step: int, losses: Mapping[str, Tensor], images: Callable[[], Sequence[str]]) -> bool:
         """Tell whether losses and gradients are finite in all processes, so that the optimizer may take this step.
 
-        Where they are, the losses are counted for the log. Where not, ``nonfinite.txt`` names the batch's images.
+        Where they are, the losses are counted for the log. Where not, ``nonfinite.txt`` names the batch's images. Where the
+        optimizer can leave out a step on the device, the answer is always yes, and `look_back` tells later what was left out.
 
         Args:
             step: counted from 1.
@@ -211,26 +215,49 @@ class Run:
             Stop: if they were not more than ``config.skip_nonfinite`` times, once the state before the step is saved.
         """
         self.names = images
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        numbers = torch.stack([loss.detach().float() for loss in losses.values()] + [nn.utils.get_total_norm(gradients)])
-        finite = numbers.isfinite().tolist()  # the one wait for the device in a step
-        if not self.processes.any(not all(finite)):
-            self.meter.add(losses)
-            self.statistics, self.whole = self.copy_statistics(), None
-            return True
-        self.restore_statistics()
-        wrong = [name for name, good in zip(losses, finite, strict=False) if not good]
-        found = self.processes.gather((wrong[-1:], list(images())))  # the last is the most particular
-        parts = [f"{names[0]} in process {rank}" for rank, (names, _) in enumerate(found) if names] or ["the gradient"]
-        problem = f"step {step}: {', '.join(parts)} is not finite"
-        listed = [name for names, batch in found for name in (batch if names or parts == ["the gradient"] else [])]
-        self.log.append("nonfinite.txt", "\n".join((problem, *(f"  {name!r}" for name in listed))))
-        self.skipped += 1
-        if self.skipped <= self.config.skip_nonfinite:
-            self.log.say(f"warning: {problem}; left out, {self.skipped} of at most {self.config.skip_nonfinite}")
+        noted = Noted(step, tuple(losses), images, step_numbers(self.model, losses))
+        if self.late:
+            self.statistics.take_back(where=self.late.note(noted))
+        elif self.processes.any(not all(good := noted.numbers.isfinite().tolist())):  # the one wait for the device in a step
+            self.statistics.take_back()
+            if problem := self.leave_out(noted, good):
+                self.skipped -= 1
+                self.end(problem, step - 1)
             return False
-        self.skipped -= 1
-        self.writer.save(step - 1)
+        else:
+            self.meter.add(losses)
+        self.statistics.keep()
+        self.whole = None
+        return True
+
+    def look_back(self) -> None:
+        """Look at the numbers of the steps since the last look, where that is late; end the run if too many were left out."""
+        if problem := self.count():
+            self.end(problem, self.whole or 0)
+
+    def count(self, *, alone: bool = False) -> str:
+        """Count the steps since the last look; return what is wrong with the first of those left out that is one too many."""
+        problems = []
+        for noted, good, left_out in self.late.look() if self.late else ():
+            if left_out:
+                problems.append(self.leave_out(noted, good, alone=alone))
+            else:
+                self.meter.add(dict(zip(noted.losses, noted.numbers, strict=False)))
+        return next(filter(None, problems), "")
+
+    def leave_out(self, noted: Noted, good: list[bool], *, alone: bool = False) -> str:
+        """Count a step that is left out, and name its images; return what is wrong with it, if it is one too many."""
+        problem, names = wrong(noted, good, self.processes, alone=alone)
+        self.log.append("nonfinite.txt", "\n".join((problem, *(f"  {name!r}" for name in names))))
+        self.skipped += 1
+        if self.skipped > self.config.skip_nonfinite:
+            return problem
+        self.log.say(f"warning: {problem}; left out, {self.skipped} of at most {self.config.skip_nonfinite}")
+        return ""
+
+    def end(self, problem: str, step: int) -> None:
+        """Save the state after ``step`` and end the run."""
+        self.writer.save(step)
         self.log.close()
         where = f"{self.folder / 'nonfinite.txt'} names the images"
         raise Stop(f"{problem}: {where}, step {self.writer.saved} is saved; --skip-nonfinite N leaves out such batches", 1)
@@ -238,22 +265,20 @@ class Run:
     def report(self, step: int, **numbers: float) -> None:
         """Write these numbers, and the losses' means since the last time, to the log, where that is due: the step is done."""
         self.whole = step
+        due = step % self.config.log_every == 0 or step == self.last
+        if self.late and (due or self.pace.steps in (-1, ENOUGH - 1) or len(self.late.noted) >= MOST):
+            self.look_back()  # before the clock is read
         self.pace.finish()
         if estimate := self.pace.estimate(step):
             self.log.say(estimate)
-        if step % self.config.log_every == 0 or step == self.last:
+        if due:
             skipped = {"skipped": self.skipped} if self.skipped else {}
-            pace = self.slowest(self.pace.numbers(step))
+            pace = slowest(self.pace.numbers(step), self.processes)
             self.pace.restart()
             self.log.write(step=step, **numbers, **self.meter.means(), **skipped, **pace)
             if pace.get("waiting", 0.0) > WAITING and self.pace.steps >= ENOUGH and not self.hinted:
                 self.hinted = True
                 self.log.say(hint(pace["waiting"], self.config.workers, self.names()))
-
-    def slowest(self, pace: dict[str, float]) -> dict[str, float]:
-        """Return numbers of `Pace` with the longest wait and the most memory of any process."""
-        found = self.processes.gather(pace)
-        return pace | {name: max(each.get(name, 0.0) for each in found) for name in ("waiting", "memory_gb") if name in pace}
 
     def checkpoint(self, step: int) -> None:
         """Save the run after a whole step where that is due, by steps or by time: beside the next steps, the end at once.
@@ -263,17 +288,8 @@ class Run:
         """
         self.log.advance(step, partial(self.pace.numbers, step))
         self.writer.settle()
-        if step == self.last:
-            self.writer.save(step)
-        elif step % self.config.save_every == 0 or self.writer.minutes() >= (self.config.save_minutes or math.inf):
-            self.writer.save(step, wait=False)
-
-    def copy_statistics(self) -> list[list[Tensor]]:
-        """Copy what a forward pass changes: the running statistics of batch normalisation."""
-        return [[buffer.clone() for buffer in norm.buffers()] for norm in self.norms]
-
-    def restore_statistics(self) -> None:
-        """Take back what the forward pass of a batch has changed that does not count."""
-        for norm, kept in zip(self.norms, self.statistics, strict=True):
-            for buffer, old in zip(norm.buffers(), kept, strict=True):
-                buffer.copy_(old)
+        if due := step % self.config.save_every == 0 or step == self.last:
+            self.look_back()
+        unseen = self.late and self.late.noted  # the processes look at the same steps, and each has a clock of its own
+        if due or (not unseen and self.writer.minutes() >= (self.config.save_minutes or math.inf)):
+            self.writer.save(step, wait=step == self.last)

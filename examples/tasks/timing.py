@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+import mvmae
 
 
 def count_flops(step: Callable[[], object]) -> int:
@@ -117,3 +120,25 @@ def show(title: str, timed: Mapping[str, Mapping[str, float]]) -> None:
     print(f"\n{title}")
     for name, row in timed.items():
         print(f"  {name:34s} {row['per_second']:10.2f} /s   {row['times_the_first']:6.2f} x the first")
+
+
+def measure_contrast(rounds: int, device: torch.device) -> dict[str, Any]:
+    """Time NT-Xent on large batches, forward and backward: all logits at once against chunks of them."""
+    results = {}
+    for batch in (1024, 2048):
+        z = torch.randn(batch, 2, 768, device=device, requires_grad=True)
+        losses = {"all at once": mvmae.NTXentLoss(chunk_size=2 * batch), "in chunks of 256": mvmae.NTXentLoss(chunk_size=256)}
+        ways = {name: partial(lambda loss, z: torch.autograd.grad(loss(z), z), loss, z) for name, loss in losses.items()}
+        results[str(batch)] = clock(ways, rounds, device, batch)
+        show(f"NT-Xent of {batch} images, images/s", results[str(batch)])
+    return results
+
+
+def measure_large_contrast(device: torch.device) -> dict[str, float]:
+    """Measure the memory that NT-Xent takes beyond its 2 x 32 768 latents of width 768, forward and backward."""
+    z = torch.randn(32768, 2, 768, device=device, requires_grad=True)
+    before, start = peak_memory_mb(device), time.perf_counter()
+    mvmae.NTXentLoss()(z).backward()
+    extra = peak_memory_mb(device) - before
+    print(f"NT-Xent of 2 x 32768 latents: {extra:.0f} MB beyond the latents, {time.perf_counter() - start:.1f} s")
+    return {"extra_memory_mb": extra}
