@@ -45,7 +45,8 @@ def opening(
         lr: peak learning rate.
     """
     parameters, device = sum(parameter.numel() for parameter in model.parameters()), monitor.processes.device
-    decoder = f"{len(model.decoder.blocks)} blocks of width {config.decoder_dim}"
+    depth = len(model.decoder.blocks)
+    decoder = f"{depth} block{'s' if depth > 1 else ''} of width {config.decoder_dim}"
     peak = f"peak learning rate {lr:.3g} ({config.base_lr:.3g} x {config.batch_size} / 256)"
     return {
         "model": summary(model.encoder, name=config.encoder),
