@@ -18,8 +18,9 @@ from .gradients import num_processes, sum_over_processes
 class BatchNorm(nn.Module):
     """Batch normalisation over the rows of all processes, in float32 at least, for a module that is used in training alone.
 
-    Unlike torch's `BatchNorm1d` it keeps no running statistics: a batch is normalised by its own, in evaluation too. Unlike
-    torch's `SyncBatchNorm` it works on a CPU. All processes must have the same number of rows.
+    Unlike torch's `BatchNorm1d` it keeps no running statistics: a batch is normalised by its own, in evaluation too, where each
+    process has its own batch. Unlike torch's `SyncBatchNorm` it works on a CPU. In training, all processes must have the same
+    number of rows.
 
     Args:
         dim: width D.
@@ -42,9 +43,10 @@ class BatchNorm(nn.Module):
         """Normalise rows, (N, D), to mean 0 and variance 1 in each column, then scale and shift them."""
         with torch.autocast(x.device.type, enabled=False):
             x = x if x.dtype == torch.float64 else x.float()
-            count = len(x) * num_processes()
-            centred = x - sum_over_processes(x.sum(dim=0)) / count
-            variance = sum_over_processes(centred.square().sum(dim=0)) / count
+            total = sum_over_processes if self.training else torch.Tensor.clone  # one process alone may evaluate
+            count = len(x) * (num_processes() if self.training else 1)
+            centred = x - total(x.sum(dim=0)) / count
+            variance = total(centred.square().sum(dim=0)) / count
             return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
 
     def extra_repr(self) -> str:

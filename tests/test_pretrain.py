@@ -233,6 +233,14 @@ def test_two_processes_see_the_same_images_crops_and_masks(whole, images, tmp_pa
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
 
 
+def test_two_processes_with_a_normalised_projector_end_with_pictures(images, tmp_path):
+    """Which one of them draws alone."""
+    given = ["--projector", 8, "--projector-hidden", 8, "--projector-norm", "--max-steps", 1, "--workers", 0]
+    results = run_processes("pretrain.py", "--data", images, "--output-dir", "run", *ARGUMENTS, *given, folder=tmp_path)
+    assert [result.code for result in results] == [0, 0], results
+    assert (tmp_path / "run" / "reconstructions.png").exists()
+
+
 def test_a_batch_in_parts_gives_the_same_losses(whole, images, tmp_path):
     result = pretrain(tmp_path, images, "--max-steps", 6, "--workers", 0, "--accumulate", 4)
     assert result.code == 0, result.err
