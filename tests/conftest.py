@@ -67,6 +67,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_bright(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of black images and one, 7.png, whose normalised pixels overflow with mean 0 and deviation 1e-30; to be read."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("bright")
+    for i in range(32):
+        Image.new("RGB", (48, 40), (255, 255, 255) if i == 7 else (0, 0, 0)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """A folder in which `pretrain` took `STEPS` of `tiny_run` in one go, only to be read: run, and printed.txt."""
     from tiny_run import STEPS, pretrain

@@ -392,15 +392,6 @@ def test_f10_going_on_with_another_number_of_processes(whole, images, tmp_path, 
 # ----------------------------------------------------------------------------------------------------- non-finite numbers
 
 
-@pytest.fixture(scope="module")
-def one_bright(tmp_path_factory):
-    """Black images and one whose normalised pixels overflow: mean 0, deviation 1e-30."""
-    folder = tmp_path_factory.mktemp("bright")
-    for i in range(32):
-        Image.new("RGB", (48, 40), (255, 255, 255) if i == 7 else (0, 0, 0)).save(folder / f"{i}.png")
-    return folder
-
-
 OVERFLOW = ["--mean", 0, 0, 0, "--std", 1e-30, 1e-30, 1e-30, "--max-steps", 4, "--log-every", 1]
 
 

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 from running import EXAMPLES, run_processes, run_script, without_clock
 from tiny_run import ARGUMENTS, STEPS, assert_identical, end_of, pretrain, run_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -223,15 +222,6 @@ def fuse_at_once():
     import engine.run
 
     engine.run.leaves_out = finite.leaves_out
-
-
-@pytest.fixture(scope="module")
-def one_bright(tmp_path_factory):
-    """Black images and one whose normalised pixels overflow: mean 0, deviation 1e-30."""
-    folder = tmp_path_factory.mktemp("bright")
-    for i in range(32):
-        Image.new("RGB", (48, 40), (255, 255, 255) if i == 7 else (0, 0, 0)).save(folder / f"{i}.png")
-    return folder
 
 
 OVERFLOW = ["--mean", 0, 0, 0, "--std", 1e-30, 1e-30, 1e-30, "--max-steps", 8, "--log-every", 5, "--save-every", 100]

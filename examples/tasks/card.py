@@ -21,7 +21,7 @@ from mvmae.data import ImageSource, MultiViewDataset, StepSampler, make_loader
 from tasks.backbones import create_encoder
 from tasks.inputs import normalize
 from tasks.peers import ViTMAE
-from tasks.timing import clock, count_flops, peak_memory_mb
+from tasks.timing import clock, count_flops, peak_memory_mb, wait_for
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST = 5
@@ -70,12 +70,15 @@ class Bench(NamedTuple):
         for batch in make_loader(dataset, sampler, num_workers=self.workers, pin_memory=self.device.type == "cuda"):
             yield to_device(batch.views, self.device)
 
-    def wait(self) -> None:
-        """Wait until the device has done its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+    def drawn(self, batch_size: int) -> Tensor:
+        """Draw views of a step that lie on the device, (B, V, C, H, W) uint8."""
+        size = (batch_size, 2, 3, self.image_size, self.image_size)
+        return torch.randint(0, 256, size, dtype=torch.uint8, device=self.device)
+
+    def speed(self, step: Step, pixels: Tensor) -> float:
+        """Return the images per second of steps on the same views, which lie on the device."""
+        way, images = {"step": partial(repeated, step, pixels, self.steps)}, self.steps * len(pixels)
+        return clock(way, self.rounds, self.device, images)["step"]["per_second"]
 
     def rate(self, batch_size: int, step: Step, steps: int) -> float:
         """Return the images per second of steps that are fed by the loader, once what was loaded before them is used up."""
@@ -83,9 +86,9 @@ class Bench(NamedTuple):
         for number, pixels in enumerate(self.batches(batch_size, self.ahead + steps)):
             step(pixels)
             if number + 1 == self.ahead:
-                self.wait()
+                wait_for(self.device)
                 start = time.perf_counter()
-        self.wait()
+        wait_for(self.device)
         return batch_size * steps / (time.perf_counter() - start)
 
 
@@ -180,13 +183,11 @@ def measure_setting(
         peak: operations per second of a large matrix product.
         trace: file for a Chrome trace; no profile where it is None.
     """
-    step, size = training_step(bench, bench.build(encoder), way), bench.image_size
-    pixels = torch.randint(0, 256, (batch_size, 2, 3, size, size), dtype=torch.uint8, device=bench.device)
+    step, pixels = training_step(bench, bench.build(encoder), way), bench.drawn(batch_size)
     repeated(step, pixels, 1)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
-    timed = clock({"step": partial(repeated, step, pixels, bench.steps)}, bench.rounds, bench.device, bench.steps * batch_size)
-    rate = timed["step"]["per_second"]
+    rate = bench.speed(step, pixels)
     found: dict[str, Any] = {"images_per_second": rate, "peak_memory_mb": peak_memory_mb(bench.device)}
     if way != "vitmae":
         found["mfu"] = flops * rate / peak
@@ -206,7 +207,7 @@ def largest_kernels(bench: Bench, step: Callable[[], object], trace: Path) -> li
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         for _ in range(3):
             step()
-        bench.wait()
+        wait_for(bench.device)
     profiler.export_chrome_trace(str(trace))
     times: dict[str, float] = {}
     for event in profiler.key_averages():
@@ -270,13 +271,9 @@ def measure_feeding(bench: Bench, encoders: tuple[str, ...], way: str, batch_siz
     loader = bench.rate(batch_size, lambda _: None, max(bench.rounds * bench.steps, 4))
     print(f"\nloading alone with {bench.workers} workers: {loader:.1f} images/s of two views")
     found: dict[str, Any] = {"loader_images_per_second": loader, "encoders": {}}
-    size = (batch_size, 2, 3, bench.image_size, bench.image_size)
 
     def measure(encoder: str) -> dict[str, Any]:
-        step = training_step(bench, bench.build(encoder), way)
-        pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=bench.device)
-        timed = clock({"": partial(repeated, step, pixels, bench.steps)}, bench.rounds, bench.device, bench.steps * batch_size)
-        rate = timed[""]["per_second"]
+        rate = bench.speed(training_step(bench, bench.build(encoder), way), bench.drawn(batch_size))
         return {"images_per_second": rate, "workers_that_keep_up": math.ceil(max(bench.workers, 1) * rate / loader)}
 
     for encoder in encoders:

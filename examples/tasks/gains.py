@@ -94,14 +94,13 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the rows of `compare` into a PNG: a panel for each measure, in it a line from before to after for each set."""
     shown = _shown(rows)
     columns = min(4, len(shown))
-    with plot(path, -(-len(shown) // columns), columns, figsize=(3.0 * columns, 3.0 * -(-len(shown) // columns))) as (_, axes):
+    lines = -(-len(shown) // columns)
+    with plot(path, lines, columns, figsize=(3.0 * columns, 3.0 * lines)) as (_, axes):
         for axis, key in zip(axes.flat, shown, strict=False):
             title, unit = COLUMNS[key]
             ends = limits(_ends(rows, key), unit)
-            for name in dict.fromkeys(row["set"] for row in rows):
+            for name in dict.fromkeys(row["set"] for row in rows if key in row):
                 pair = [{key: 1.0, **row} for row in rows if row["set"] == name]  # the start is 1 to itself
-                if not any(key in row for row in rows if row["set"] == name):
-                    continue
                 spread = [row.get(f"{key}_std", 0.0) for row in pair]
                 values = [row[key] for row in pair]
                 axis.errorbar((0, 1), values, yerr=spread if any(spread) else None, marker="o", capsize=3, label=SETS[name])

@@ -27,6 +27,14 @@ def count_flops(step: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done its work; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def clock(
     paths: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, units: float = 1.0
 ) -> dict[str, dict[str, float]]:
@@ -36,10 +44,7 @@ def clock(
         for name, path in paths.items():
             start = time.perf_counter()
             path()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            elif device.type == "mps":
-                torch.mps.synchronize()
+            wait_for(device)
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     first = seconds[next(iter(paths))]
