@@ -114,7 +114,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         if self.augment is None:
             return image.as_subclass(Tensor), labels.long()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sample_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
             pixels, planes = self.augment(image, labels)
         return pixels.as_subclass(Tensor), planes.long()
 

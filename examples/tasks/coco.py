@@ -122,7 +122,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         boxes: Tensor = BoundingBoxes(box_convert(sides, "xywh", "xyxy"), format="XYXY", canvas_size=pixels.shape[1:])
         if self.side:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(sample_seed(self.seed, epoch, index))
+                torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
                 pixels, masks, boxes = jitter(pixels, masks, boxes, self.side, self.scale)
         seen = masks.bool().flatten(1).any(1) if self.with_masks else (boxes[:, 2:] > boxes[:, :2]).all(1)
         labels = torch.tensor([self.category_ids.index(item["category_id"]) + 1 for item in objects], dtype=torch.long)
