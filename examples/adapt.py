@@ -4,15 +4,14 @@ r"""Continue training an existing encoder, on unlabelled images of your own.
     --data path/to/images --output-dir runs/adapted
       downloads the weights; prints how far the features have moved, and the k-NN accuracy if the images have labels
   python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 \
-    --freeze-epochs 1 --warmup-epochs 1 --batch-size 64 --decoder-dim 64 --decoder-depth 2 \
-    --decoder-heads 4 --workers 2
-      takes two minutes of one CPU core, from the encoder of pretrain.py --preset quick; in a run this short the features
-      hardly move: k-NN accuracy stays at 87 %
+    --freeze-epochs 1 --warmup-epochs 1 --workers 2
+      takes minutes of one CPU core, from the encoder of pretrain.py --preset quick
 
-The method is that of pretrain.py, trained more gently: the encoder is frozen while the new decoder learns to use it, and then
-its lower layers have smaller learning rates. --train last, lora and explora change less of it; --guard holds its features near
-those of the start. The run leaves the encoder that measured best, which can be the one that it started from. Add --resume to
-continue an interrupted run. examples/README.md tells how to choose an encoder, and what to look at.
+The recipe is that of pretrain.py --preset small, trained more gently: the encoder is frozen while the new decoder learns to use
+it, and then its lower layers have smaller learning rates. Length, batch and decoder suit the images and the encoder.
+--train last, lora and explora change less of it; --guard holds its features near those of the start. The run leaves the encoder
+that measured best, which can be the one that it started from. Add --resume to continue an interrupted run. examples/README.md
+tells how to choose an encoder, and what to look at.
 """
 
 import dataclasses
@@ -53,7 +52,7 @@ from tasks.pretraining import (
     view_loader,
 )
 from tasks.splits import open_splits
-from tasks.starting import Freeze, parameter_groups, starting_weights, told
+from tasks.starting import Stages, parameter_groups, starting_weights, told
 
 LIDAR_VIEWS = 8
 """Random views of each image of which --keep-by lidar is computed (LiDAR: 50)."""
@@ -76,7 +75,8 @@ class Config(method.Config):
     # a random decoder's gradients would spoil the encoder, as a random head's do (LP-FT)
     freeze_epochs: float = option(
         5,
-        "epochs at the start with a frozen encoder, whose learning rate then warms up over as many; 0: no freezing",
+        "epochs at the start with a frozen encoder, whose learning rate then warms up over as many; 0: no freezing; "
+        "where --epochs is 0, percent of what they come to",
         at_least=0,
         section="Optimization",
     )
@@ -120,11 +120,29 @@ class Config(method.Config):
     projector: int = inherit(
         method.Config, "projector", 128, "output width of an MLP between the features and the contrastive loss; 0: no MLP"
     )
-    # own images are few; the drift in curves.png shows where to stop
-    epochs: float = inherit(method.Config, "epochs", 100, "number of passes over the images")
-    warmup_epochs: float = inherit(method.Config, "warmup_epochs", 5, "epochs of linear warm-up of the learning rate")
-    # below pretraining's: the way from good weights is short
-    base_lr: float = inherit(method.Config, "base_lr", 1e-4, "learning rate for a batch of 256; it is scaled with the batch")
+    # the recipe of pretrain.py --preset small
+    jitter: tuple[float, ...] = inherit(
+        method.Config,
+        "jitter",
+        (0.4, 0.4, 0.4, 0.1),
+        "strength of the colour jitter of each view: brightness, contrast, and in RGB images saturation and hue; 0 0: none",
+    )
+    grayscale: float = inherit(method.Config, "grayscale", 0.2, "probability that a view becomes grey, of RGB images")
+    mask_ratio: float = inherit(method.Config, "mask_ratio", 0.75)
+    loss_weight: float = inherit(method.Config, "loss_weight", 1.0)
+    contrast_from: float = inherit(method.Config, "contrast_from", 0.5)
+    temperature: float = inherit(method.Config, "temperature", 0.2)
+    projector_hidden: int = inherit(method.Config, "projector_hidden", 512)
+    projector_depth: int = inherit(method.Config, "projector_depth", 3)
+    projector_norm: bool = inherit(method.Config, "projector_norm", True)
+    decoder_dim: int = inherit(method.Config, "decoder_dim", 0)
+    decoder_depth: int = inherit(method.Config, "decoder_depth", 1)
+    decoder_heads: int = inherit(method.Config, "decoder_heads", 0)
+    epochs: float = inherit(method.Config, "epochs", 0)
+    warmup_epochs: float = inherit(method.Config, "warmup_epochs", 5)
+    batch_size: int = inherit(method.Config, "batch_size", 0)
+    optimizer: str = inherit(method.Config, "optimizer", "muon")
+    base_lr: float = inherit(method.Config, "base_lr", 4e-3)
     monitor: int = inherit(method.Config, "monitor", 10)
     monitor_images: int = inherit(
         method.Config,
@@ -171,7 +189,11 @@ def main(config: Config) -> None:
     device = processes.device
 
     # images and model
-    config, images = open_data(config, processes)
+    fitted, images = open_data(config, processes)
+    share = 1 if config.epochs else fitted.epochs / 100
+    config = dataclasses.replace(fitted, freeze_epochs=share * config.freeze_epochs)
+    if config.in_chans != 3:
+        config = dataclasses.replace(config, jitter=config.jitter[:2], grayscale=0.0)
     if config.freeze_epochs >= config.epochs:
         raise Stop(
             f"--freeze-epochs {config.freeze_epochs:g} leaves nothing of --epochs {config.epochs:g} to train the encoder in"
@@ -213,7 +235,7 @@ def main(config: Config) -> None:
     named = optimizer_options(config.optimizer, config.beta2, device)
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     optimizer = create_optimizer_v2(groups, lr=lr, weight_decay=config.weight_decay, **named)
-    freeze = Freeze(encoder, round(config.freeze_epochs * per_epoch))
+    stages = Stages(model, frozen=round(config.freeze_epochs * per_epoch), alone=round(config.contrast_from * steps))
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
 
     # run
@@ -234,16 +256,17 @@ def main(config: Config) -> None:
 
     with run:
         for step, batch in run.batches(loader):
-            if step in (run.step + 1, freeze.steps + 1):  # what is trained is wrapped anew
-                freeze.apply(step)
+            if step == run.step + 1 or stages.begins(step):  # what is trained is wrapped anew
+                stages.apply(step)
                 trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
             schedule.step_update(step - 1)
-            freeze.scale_rates(optimizer, step)
+            stages.scale_rates(optimizer, step)
             views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
                 penalty = {"loss_guard": held.backward(views)} if held else {}
-                losses = backward(trained, views, draw_masks(config, encoder, step, processes), config.accumulate)
+                mask = draw_masks(config, encoder, step, processes)
+                losses = backward(trained, views, mask, config.accumulate, contrast=stages.contrasts(step))
             if run.finite(step, losses._asdict() | penalty, partial(names, images, batch.indices)):
                 if config.clip_grad:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)

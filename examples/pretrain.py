@@ -31,6 +31,7 @@ from tasks.method import build_model
 from tasks.monitor import MONITORED
 from tasks.outcome import build_monitor, finish, look, opening
 from tasks.pretraining import advance, backward, draw_masks, open_data, position, statistics, step_sampler, view_loader
+from tasks.starting import Stages
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"help": "the paper's run: ViT-B/16 at 224 pixels, 1600 epochs"},
@@ -52,7 +53,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "monitor": 10,
     },
     "small": {
-        "help": "for small sets of photographs, hours of two CPU cores: a small ViT at 64 pixels, a projector, jitter, Muon",
+        "help": "for small sets of photographs, hours of two CPU cores: a small ViT at 64 pixels, contrast late and behind a "
+        "projector, jitter, Muon",
         "output_dir": "runs/small",
         "encoder": "mvmae_vit_tiny_patch16",
         "encoder_args": "patch_size=8 embed_dim=192 depth=4 num_heads=3",
@@ -61,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grayscale": 0.2,
         "mask_ratio": 0.75,
         "loss_weight": 1.0,
+        "contrast_from": 0.5,
         "temperature": 0.2,
         "projector": 128,
         "projector_hidden": 512,
@@ -70,6 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_depth": 1,
         "decoder_heads": 3,
         "epochs": 0,
+        "batch_size": 0,
         "optimizer": "muon",
         "base_lr": 4e-3,
         "workers": 2,
@@ -100,6 +104,7 @@ def main(config: Config) -> None:
     named = optimizer_options(config.optimizer, config.beta2, device)
     optimizer = create_optimizer_v2(model, lr=lr, weight_decay=config.weight_decay, **named)
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
+    stages = Stages(model, alone=round(config.contrast_from * steps))
 
     # run
     about = {"description": describe(model), "mean": mean, "std": std, "command": shlex.join(sys.argv)}
@@ -112,13 +117,16 @@ def main(config: Config) -> None:
         monitor.before = look(config, monitor, model, run.log, 0)
 
     with run:
-        trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
         for step, batch in run.batches(loader):
+            if step == run.step + 1 or stages.begins(step):  # what is trained is wrapped anew
+                stages.apply(step)
+                trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
             schedule.step_update(step - 1)
             views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
-                losses = backward(trained, views, draw_masks(config, encoder, step, processes), config.accumulate)
+                mask = draw_masks(config, encoder, step, processes)
+                losses = backward(trained, views, mask, config.accumulate, contrast=stages.contrasts(step))
             if run.finite(step, losses._asdict(), partial(names, images, batch.indices)):
                 if config.clip_grad:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)

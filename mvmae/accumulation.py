@@ -22,7 +22,7 @@ class Losses(NamedTuple):
     loss_con: Tensor
 
 
-def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask) -> Losses:
+def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask, contrast: bool = True) -> Losses:
     """Add the gradients of Eq. 7 over the batch to ``parameter.grad``, with the activations of one part in memory at a time.
 
     Ordinary gradient accumulation does not enlarge the batch of a contrastive loss: each part would have the negatives of
@@ -38,6 +38,7 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
         views: (B, V, C, H, W), normalised; B images of this process.
         parts: number K of parts, a divisor of B.
         mask: over the B * V views.
+        contrast: False leaves out Eqs. 4 to 6, as in `MultiViewMAE.forward`.
 
     Raises:
         ValueError: if the batch cannot be cut into that many equal parts, or a compiled model draws random numbers.
@@ -59,7 +60,7 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
             "a compiled encoder must draw no random numbers (dropout, drop path), which differ in the second pass: "
             "build the encoder with rates of 0, do not compile it, or use one part"
         )
-    loss_con, gradient = _contrast(core, torch.cat(latents))
+    loss_con, gradient = _contrast(core, torch.cat(latents)) if contrast else (views.new_zeros(()), None)
     loss_rec = views.new_zeros(())
     for i, (piece, piece_mask) in enumerate(pieces):
         _set_random_state(states[i], views.device)

@@ -45,6 +45,17 @@ def test_four_parts_equal_the_whole_batch(options, dtype, tolerance):
         torch.testing.assert_close(gradients(parts)[name], gradient, rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
+def test_the_contrastive_loss_can_be_left_out_of_parts_too():
+    views, mask = torch.randn(8, 2, 3, 16, 16, dtype=torch.float64), random_mask(16, 16, 0.75)
+    whole, parts = build(loss_weight=0), build()
+    whole(views, mask=mask).loss.backward()
+    losses = backward_in_parts(parts, views, 4, mask=mask, contrast=False)
+    assert losses.loss == losses.loss_rec > 0 and losses.loss_con == 0
+    assert gradients(whole).keys() == gradients(parts).keys()
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(parts)[name], gradient, msg=name)
+
+
 def test_plain_accumulation_does_not():
     """The reason for all this: four small batches have other negatives than one large one."""
     views, mask = torch.randn(16, 2, 3, 16, 16, dtype=torch.float64), random_mask(32, 16, 0.75)

@@ -71,7 +71,11 @@ def test_the_defaults_train_an_existing_encoder_gently_and_pretraining_has_no_su
     own = {"pretrained": True, "freeze_epochs": 5, "layer_decay": 0.75, "train": "all", "train_blocks": 2, "lora_rank": 16}
     own |= {"lora_layers": "attention", "guard": 0.0, "guard_kind": "cosine", "guard_images": 8, "ema": 0.0, "interpolate": 1.0}
     own |= {"keep": "best", "keep_by": "auto", "also": ""}
-    changed = {"output_dir": "runs/adapt", "projector": 128, "epochs": 100, "warmup_epochs": 5, "base_lr": 1e-4, "monitor": 10}
+    recipe = "jitter grayscale mask_ratio loss_weight contrast_from temperature projector projector_hidden projector_depth "
+    recipe += "projector_norm decoder_depth epochs batch_size optimizer base_lr monitor"
+    small = pretrain.PRESETS["small"]
+    changed = {name: small[name] for name in recipe.split()} | {"decoder_dim": 0, "decoder_heads": 0}
+    changed |= {"output_dir": "runs/adapt", "warmup_epochs": 5}
     assert chosen == plain | own | changed and not own.keys() & plain.keys()
     with pytest.raises(ValueError, match="--encoder must be given"):
         parse(adapt_script.Config, {}, None, given[:2])
@@ -296,6 +300,25 @@ def test_own_images_deep_oblong_few_and_changed_by_a_function(tmp_path):
     assert cfg["mean"] == pytest.approx([0.5], abs=0.02) and 0.05 < cfg["std"][0] < 0.3
     wrong = adapt(tmp_path, *arguments, "--transform", "mine:invent", "--output-dir", "other")
     assert wrong.code == 2 and "--transform must be module:function" in wrong.err and "got mine:invent" in wrong.err
+
+
+@pytest.mark.parametrize(("channels", "changed"), [(3, (0.4, 0.4, 0.4, 0.1)), (1, (0.4, 0.4))])
+def test_the_run_suits_the_number_of_images_and_the_encoder(channels, changed, tmp_path):
+    """Without options for it: 56 images, 3 steps of 16 in an epoch, 44 (50 000 / 56)^1/2 = 1315 epochs."""
+    (tmp_path / "images").mkdir()
+    rng, shape = np.random.default_rng(0), (24, 24, 3) if channels == 3 else (24, 24)
+    for i in range(56):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    given = ["--data", "images", "--encoder", "vit_tiny_patch16_224", "--no-pretrained", "--image-size", 16, "--workers", 0]
+    given += ["--encoder-args", "patch_size=8 embed_dim=128 depth=2 num_heads=2", "--monitor-images", 0, "--max-steps", 2]
+    given += ["--in-chans", channels, "--mean", "auto", "--std", "auto", "--device", "cpu", "--output-dir", "run"]
+    result = run_script("adapt.py", *map(str, given), folder=tmp_path)
+    assert result.code == 0, result.err
+    assert re.search(r"^decoder +1 block of width 64; ", result.out, re.MULTILINE)
+    assert re.search(r"^training +3945 steps of 16, 1315 epochs, peak learning rate 0.004 ", result.out, re.MULTILINE)
+    settings = state_of(tmp_path)["settings"]
+    assert settings["freeze_epochs"] == pytest.approx(settings["warmup_epochs"]) == 1315 / 20
+    assert tuple(settings["jitter"]) == changed and settings["grayscale"] == (0.2 if channels == 3 else 0)
 
 
 def test_a_file_of_weights_needs_its_architecture(start, tmp_path):

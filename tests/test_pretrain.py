@@ -24,8 +24,8 @@ sys.path.append(str(EXAMPLES))
 from engine.cli import parse
 from pretrain import PRESETS
 from tasks.drawn_images import varied
-from tasks.method import Config
-from tasks.pretraining import fit_length
+from tasks.method import Config, build_model
+from tasks.pretraining import fit_batch, fit_length
 
 
 def test_a_run_leaves_what_the_readme_promises(whole):
@@ -90,6 +90,26 @@ def test_a_length_that_is_not_given_suits_the_number_of_images(number, views, ep
     assert fit_length(dataclasses.replace(config, monitor=0), number).monitor == 0
 
 
+@pytest.mark.parametrize(
+    ("number", "batch"), [(3, 16), (256, 16), (511, 16), (512, 32), (1562, 64), (4095, 128), (4096, 256), (10**9, 256)]
+)
+def test_a_batch_that_is_not_given_suits_the_number_of_images(number, batch):
+    config = parse(Config, PRESETS, None, ["--data", "x", "--batch-size", "0", "--base-lr", "1"])
+    assert fit_batch(config, number) == dataclasses.replace(config, batch_size=batch, base_lr=256 / batch)
+    given = dataclasses.replace(config, batch_size=7)
+    assert fit_batch(given, number) is given
+
+
+@pytest.mark.parametrize(
+    ("width", "given", "decoder", "heads"), [(384, 0, 192, 6), (192, 0, 96, 3), (48, 0, 32, 1), (192, 64, 64, 2)]
+)
+def test_a_decoder_whose_size_is_not_given_has_half_the_width_of_the_encoder(width, given, decoder, heads):
+    encoder = ["--encoder-args", f"embed_dim={width} depth=1 num_heads=3 patch_size=8"]
+    typed = ["--data", "x", "--preset", "quick", *encoder, "--decoder-dim", str(given), "--decoder-heads", "0"]
+    built = build_model(parse(Config, PRESETS, None, typed)).decoder
+    assert (built.embed.out_features, built.blocks[0].attn.num_heads) == (decoder, heads)
+
+
 def test_the_rate_rises_for_an_epoch_and_falls_as_a_cosine_from_that_of_the_batch(whole):
     peak, warmup, steps = 4e-3 * 8 / 256, 4, 20  # 32 images in batches of 8: 4 steps an epoch, 5 epochs
     expected = [
@@ -148,12 +168,56 @@ def test_muon_resumes_bit_identical(images, tmp_path):
     assert_identical(end_of(tmp_path / "cut"), end_of(tmp_path / "whole"))
 
 
+LATE = ["--contrast-from", 0.25, "--projector", 8, "--save-every", 5]
+"""The contrastive loss from step 6 of 20 on."""
+
+
+@pytest.fixture(scope="module")
+def late(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("late")
+    result = pretrain(folder, images, *LATE, "--max-steps", 8)
+    assert result.code == 0, result.err
+    return folder
+
+
+def test_the_contrastive_loss_may_begin_late(late, images, tmp_path):
+    """Until then the weights are those of a run without it, and the projector is as it was."""
+    found = [line["loss_con"] for line in records(late) if "loss" in line]
+    assert found[:5] == [0] * 5 and min(found[5:]) > 0 and len(found) == 8
+    for name, given in (("alone", ["--loss-weight", 0]), ("cut", LATE), ("first", [*LATE, "--base-lr", 0])):
+        assert pretrain(tmp_path / name, images, "--projector", 8, *given, "--max-steps", 5).code == 0
+    alone, cut, first = (end_of(tmp_path / name)["model"] for name in ("alone", "cut", "first"))
+    assert cut.keys() == alone.keys() and all(torch.equal(cut[name], alone[name]) for name in cut)
+    end = end_of(late)["model"]
+    head = [name for name in end if name.startswith("projector.")]
+    assert len(head) > 2 and all(torch.equal(cut[name], first[name]) for name in head)
+    assert all(not torch.equal(end[name], first[name]) for name in head)
+    description = json.loads((tmp_path / "cut" / "run" / "config.json").read_text())
+    assert description["loss_weight"] == 2 and description["contrast_from"] == 0.25
+
+
+@pytest.mark.parametrize("cut", [3, 5])
+def test_a_run_cut_before_the_contrastive_loss_begins_ends_bit_identical(late, images, tmp_path, cut):
+    for last in (cut, 8):
+        assert pretrain(tmp_path, images, *LATE, "--max-steps", last, "--resume").code == 0
+    assert_identical(end_of(tmp_path), end_of(late))
+
+
+def test_two_processes_and_batches_in_parts_begin_it_alike(late, images, tmp_path):
+    given = [*ARGUMENTS, "--data", images, "--output-dir", "run", *LATE, "--max-steps", 8]
+    results = run_processes("pretrain.py", *map(str, given), folder=tmp_path / "two")
+    assert [result.code for result in results] == [0, 0], results
+    assert pretrain(tmp_path / "parts", images, *LATE, "--max-steps", 8, "--accumulate", 2).code == 0
+    for name in ("two", "parts"):
+        assert list(losses(tmp_path / name).values()) == pytest.approx(list(losses(late).values()), rel=1e-4)
+
+
 def test_the_small_recipe_trains_on_few_images(images, tmp_path):
     given = ["--preset", "small", "--data", images, "--max-steps", 2, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
     result = run_script("pretrain.py", *given, "--log-every", 1, "--monitor-images", 0, folder=tmp_path)
     assert result.code == 0, result.err
     lines = [json.loads(line) for line in (tmp_path / "runs" / "small" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and all(line["loss_con"] > 0 for line in lines)
+    assert [line["step"] for line in lines] == [1, 2] and all(line["loss_con"] == 0 for line in lines)  # of 6956
     assert "1.83 M parameters" in result.out and "of 8, 1739 epochs" in result.out  # 44 x sqrt(50 000 / 32)
 
 

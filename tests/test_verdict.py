@@ -73,6 +73,16 @@ def test_the_start_of_a_run_does_not_count_for_its_end():
     assert name_of(steep[:16]) == "learning" and name_of(steep) == "plateau"
 
 
+def test_lines_before_the_contrastive_loss_was_added_do_not_count_after_it():
+    """The reconstruction gets worse when it comes, and the loss rises from 0."""
+    before = log_of(30, falling(1.0, 0.5), flat(0), ranks=(17,))
+    assert str(judge(before, crops=128, loss_weight=2.0)).startswith("learning (over the newest half of the log: loss_rec -")
+    after = log_of(30, falling(0.7, 0.6), falling(4.0, 3.0), ranks=(17,))
+    assert name_of(before + after[: ENOUGH - 1]) is None
+    said = str(judge(before + after, crops=128, loss_weight=2.0))
+    assert said.startswith("learning (") and "loss_rec -" in said and "loss_con -" in said
+
+
 def test_there_is_no_verdict_on_too_little():
     records = log_of(ENOUGH - 1, falling(1.2, 0.8), falling(3.8, 2.2), waiting=0.9)
     assert judge(records, crops=128, loss_weight=2.0) is None and judge([], crops=128, loss_weight=2.0) is None

@@ -127,9 +127,14 @@ def option(
 
 
 def inherit(config: type[Any], name: str, default: Any, text: str = "") -> Any:
-    """Declare an option of another dataclass again, with another default, and with another help text if one is given."""
-    about = config.__dataclass_fields__[name].metadata
-    return dataclasses.field(default=default, metadata={**about, "help": text or about["help"]})
+    """Declare an option of another dataclass again, with another default, and with another help text if one is given.
+
+    The help text of another default loses the source of the old one.
+    """
+    field = config.__dataclass_fields__[name]
+    known: str = field.metadata["help"]
+    known = known.rsplit(" (", 1)[0] if known.endswith(")") and default != field.default else known
+    return dataclasses.field(default=default, metadata={**field.metadata, "help": text or known})
 
 
 def changeable(config: type[Any]) -> frozenset[str]:

@@ -116,7 +116,6 @@ def differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
 
 def _optimizer_differences(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[str]:
     """Compare the optimizer's part of a checkpoint with what this one keeps; a frozen parameter may have no entry yet."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     content = found.get("optimizer")
     state, groups = (content.get(key) if isinstance(content, Mapping) else None for key in ("state", "param_groups"))
     if not isinstance(state, Mapping) or not isinstance(groups, list):
@@ -127,26 +126,22 @@ def _optimizer_differences(found: Mapping[str, Any], optimizer: torch.optim.Opti
         yield f"optimizer.param_groups holds {sizes} parameters instead of {own}"
     if not state and found["step"] > found.get("skipped", 0):
         yield "optimizer.state is empty"
-    kept = (_kept(optimizer, group, parameter) for group in optimizer.param_groups for parameter in group["params"])
-    entries = {
-        number: {key: parameter.detach() if getattr(like, "ndim", 0) else like for key, like in own.items()}
-        for number, (parameter, own) in enumerate(zip(parameters, kept, strict=True))
-        if number in state
-    }
-    if entries:
-        yield from differences(state, entries, "optimizer.state")
+    parameters = ((group, parameter) for group in optimizer.param_groups for parameter in group["params"])
+    known = {number: _kept(optimizer, *each) for number, each in enumerate(parameters) if number in state}
+    if known:
+        yield from differences(state, known, "optimizer.state")
     else:
         yield from (f"optimizer.state.{key} is unexpected" for key in state)
 
 
 def _kept(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Return what an optimizer keeps of a parameter, found by a step of a copy on another: Muon goes by its shape."""
+    """Return the like of what an optimizer keeps of a parameter, by a step of a copy on another: Muon goes by its shape."""
     twin, other = copy.copy(optimizer), nn.Parameter(torch.ones_like(parameter))
     other.grad = torch.ones_like(other)
     twin.param_groups = [{**group, "params": [other]}]
     twin.state = type(optimizer.state)(dict)
     twin.step()
-    return dict(twin.state[other])
+    return {key: parameter.detach() if getattr(value, "ndim", 0) else value for key, value in twin.state[other].items()}
 
 
 def _number(value: Any) -> bool:

@@ -45,6 +45,7 @@ TABLES: dict[str, list[Arm]] = {
         Arm("pixels as they are", "--no-norm-pix"),
         Arm("temperature 0.2", "--temperature 0.2"),
         Arm("temperature 0.5", "--temperature 0.5"),
+        Arm("contrastive loss from half of the run on", "--contrast-from 0.5"),
     ],
     "negatives": [Arm("of all processes", ""), Arm("of each process alone", "--no-gather")],
     "contrast": [OURS, Arm("without contrastive loss", "--loss-weight 0")],

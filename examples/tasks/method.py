@@ -13,6 +13,8 @@ from mvmae.data import MAX_PIXELS
 from tasks.starting import start_encoder
 
 CPU = torch.device("cpu")
+HEAD = 32
+"""Width of a head of a decoder whose size follows the encoder's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,13 @@ class Config(RunConfig):
     loss_weight: float = option(
         2.0, "weight of the contrastive loss, lambda; 0: no contrastive loss (paper, Table 5)", at_least=0
     )
+    contrast_from: float = option(
+        0.0,
+        "share of the run after which the contrastive loss is added; until then the reconstruction alone trains the encoder "
+        "(paper: 0; MAE-CT)",
+        at_least=0,
+        below=1,
+    )
     temperature: float = option(0.07, "temperature of the contrastive loss, tau (paper, Section 3.2.2)", above=0)
     gather: bool = option(True, "contrast with the crops of all processes; --no-gather: only with those of the same process")
     pool: str = option(
@@ -118,9 +127,9 @@ class Config(RunConfig):
     projector_norm: bool = option(False, "normalise the MLP's hidden layers over the batch of all processes (MoCo v3)")
     norm_pix: bool = option(True, "reconstruct patches normalised by their own mean and standard deviation (MAE)")
     loss_on: str = option("masked", "patches that the reconstruction loss covers (MAE)", ["masked", "all"])
-    decoder_dim: int = option(512, "width of the decoder (MAE)", at_least=1, section="Decoder")
+    decoder_dim: int = option(512, "width of the decoder; 0: half the encoder's (MAE)", at_least=0, section="Decoder")
     decoder_depth: int = option(4, "number of blocks of the decoder (paper, Table 5)", at_least=1)
-    decoder_heads: int = option(16, "number of attention heads of the decoder (MAE)", at_least=1)
+    decoder_heads: int = option(16, "number of attention heads of the decoder; 0: one for 32 of its width (MAE)", at_least=0)
     epochs: float = option(
         1600,
         "number of passes over the images; 0: as many as suit their number, with warm-up and evaluations in proportion (paper)",
@@ -129,7 +138,11 @@ class Config(RunConfig):
         section="Optimization",
     )
     warmup_epochs: float = option(40, "epochs of linear warm-up of the learning rate (paper)", at_least=0)
-    batch_size: int = option(256, "number of images per step, over all processes (paper)", at_least=1)
+    batch_size: int = option(
+        256,
+        "number of images per step, over all processes; 0: as many as suit their number, at the learning rate of 256 (paper)",
+        at_least=0,
+    )
     optimizer: str = option(
         "adamw",
         "optimizer; muon: Muon for matrices, scaled to the updates of AdamW, which trains the rest (paper: adamw)",
@@ -196,11 +209,12 @@ def build_model(config: Config, device: torch.device = CPU, *, pretrained: bool 
     if config.projector:
         widths, depth = (encoder.embed_dim, config.projector_hidden, config.projector), config.projector_depth
         projector = mvmae.projection_mlp(*widths, depth=depth, batch_norm=config.projector_norm)
+    width = config.decoder_dim or max(encoder.embed_dim // 2 // HEAD, 1) * HEAD
     model = mvmae.MultiViewMAE(
         encoder,
-        decoder_dim=config.decoder_dim,
+        decoder_dim=width,
         decoder_depth=config.decoder_depth,
-        decoder_heads=config.decoder_heads,
+        decoder_heads=config.decoder_heads or max(width // HEAD, 1),
         mask_ratio=config.mask_ratio,
         loss_weight=config.loss_weight,
         temperature=config.temperature,

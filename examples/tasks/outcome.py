@@ -46,7 +46,7 @@ def opening(
     """
     parameters, device = sum(parameter.numel() for parameter in model.parameters()), monitor.processes.device
     depth = len(model.decoder.blocks)
-    decoder = f"{depth} block{'s' if depth > 1 else ''} of width {config.decoder_dim}"
+    decoder = f"{depth} block{'s' if depth > 1 else ''} of width {model.decoder.embed.out_features}"
     peak = f"peak learning rate {lr:.3g} ({config.base_lr:.3g} x {config.batch_size} / 256)"
     return {
         "model": summary(model.encoder, name=config.encoder),

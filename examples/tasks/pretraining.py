@@ -4,6 +4,7 @@ Shapes: B images, V views, C channels, H x W pixels.
 """
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -63,6 +64,18 @@ class Images(NamedTuple):
         return self.train.name(index) if self.stream is None else self.stream.name(index)
 
 
+def fit_batch(config: Chosen, number: int) -> Chosen:
+    """Return the options with a batch size, where none is given: about a 16th of the images, a power of two from 16 to 256.
+
+    A small set needs steps more than negatives: so an epoch has 16 of them or more, for 256 images and more. The learning rate
+    is that of a batch of 256.
+    """
+    if config.batch_size:
+        return config
+    batch = min(max(2 ** int(math.log2(max(number / 16, 1))), 16), 256)
+    return dataclasses.replace(config, batch_size=batch, base_lr=config.base_lr * 256 / batch)
+
+
 def fit_length(config: Chosen, number: int) -> Chosen:
     """Return the options with a number of epochs, where none is given, and with warm-up and looks in proportion.
 
@@ -92,7 +105,7 @@ def open_data(config: Chosen, processes: Processes) -> tuple[Chosen, Images]:
     if not per_epoch:
         raise Stop(f"--data {config.data} has a length that is not known: add --images-per-epoch N, the images of one epoch")
     opened = f"{time.monotonic() - start:.1f} s"
-    config = fit_length(config, per_epoch)
+    config = fit_batch(fit_length(config, per_epoch), per_epoch)
     config, clamped = clamp_batch(config, min(per_epoch, length or per_epoch), processes.world_size * config.accumulate)
     if config.loss_weight and config.batch_size // (1 if config.gather else processes.world_size) < 2:
         each = "" if config.gather else f" with --no-gather on {processes.world_size} processes"
@@ -192,11 +205,11 @@ def draw_masks(config: Config, encoder: Any, step: int, processes: Processes) ->
     return mvmae.random_mask(views, length, config.mask_ratio, generator=generator, device=processes.device, rows=own)
 
 
-def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int) -> mvmae.Losses:
+def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int, *, contrast: bool = True) -> mvmae.Losses:
     """Compute losses and gradients of a batch, whole or in parts; the backward pass runs outside autocast."""
     if parts > 1:
-        return mvmae.backward_in_parts(model, views, parts, mask=mask)
-    output = model(views, mask=mask)
+        return mvmae.backward_in_parts(model, views, parts, mask=mask, contrast=contrast)
+    output = model(views, mask=mask, contrast=contrast)
     with torch.autocast(views.device.type, enabled=False):
         output.loss.backward()
     return mvmae.Losses(*(loss.detach() for loss in (output.loss, output.loss_rec, output.loss_con)))

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torch import nn
 
 import mvmae
 from engine.ends import Stop
@@ -146,27 +145,44 @@ def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay
     return [group for group in groups if group["params"]]
 
 
-class Freeze:
-    """Keeps the encoder as it is for the first steps, then warms its learning rate up over as many.
+class Stages:
+    """What is trained in which steps, where the encoder or the contrastive loss has to wait.
 
-    A random decoder's gradients would undo in a few steps what the encoder has learned.
+    A random decoder's gradients would undo in a few steps what an encoder has learned. And features that the reconstruction has
+    shaped are a better start for the contrastive loss than random ones (MAE-CT; Lehner et al., 2023).
 
     Args:
-        encoder: none of its parameters is trained in those steps.
-        steps: how many; 0 freezes nothing.
+        model: the pretraining model; what needs no gradient stays so.
+        frozen: number of first steps in which the encoder is not trained; its learning rate then warms up over as many.
+        alone: number of first steps without the contrastive loss.
     """
 
-    def __init__(self, encoder: nn.Module, steps: int) -> None:
-        self.trained, self.steps = [p for p in encoder.parameters() if p.requires_grad], steps
+    def __init__(self, model: mvmae.MultiViewMAE, *, frozen: int = 0, alone: int = 0) -> None:
+        encoder: Any = model.encoder
+        contrasted = {*encoder.fc_norm.parameters(), *model.projector.parameters()}
+        self.first = {
+            parameter: max(frozen if name.startswith("encoder.") else 0, alone if parameter in contrasted else 0)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and (name.startswith("encoder.") or parameter in contrasted)
+        }
+        self.frozen, self.alone = frozen, alone
+
+    def begins(self, step: int) -> bool:
+        """Return whether a stage begins with this step."""
+        return step in (self.frozen + 1, self.alone + 1)
+
+    def contrasts(self, step: int) -> bool:
+        """Return whether this step has the contrastive loss."""
+        return step > self.alone
 
     def apply(self, step: int) -> None:
-        """Freeze the encoder or set it free, as befits this step."""
-        for parameter in self.trained:
-            parameter.requires_grad_(step > self.steps)
+        """Freeze parameters or set them free, as befits this step."""
+        for parameter, steps in self.first.items():
+            parameter.requires_grad_(step > steps)
 
     def scale_rates(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Scale the learning rates of the encoder, once the schedule has set them for this step."""
-        if 0 < self.steps < step <= 2 * self.steps:
+        if 0 < self.frozen < step <= 2 * self.frozen:
             for group in optimizer.param_groups:
                 if group.get("encoder"):
-                    group["lr"] *= (step - self.steps) / (self.steps + 1)
+                    group["lr"] *= (step - self.frozen) / (self.frozen + 1)

@@ -56,9 +56,12 @@ def judge(records: Records, *, crops: int, loss_weight: float) -> Verdict | None
         crops: number of crops N that the contrastive loss compares, images of a batch times views.
         loss_weight: weight of the contrastive loss; 0: it is not trained, and not judged.
     """
-    found = collapse(records) or (contrast_not_falling(records, crops) if loss_weight else None)
-    found = found or plateau(records, contrast=bool(loss_weight)) or starved(records)
-    return found or learning(records, contrast=bool(loss_weight))
+    contrast = bool(loss_weight) and any(record.get("loss_con") for record in records)
+    if contrast:  # lines before the contrastive loss was added tell nothing of how both fall
+        records = [record for record in records if record.get("loss_con") or "loss" not in record]
+    found = collapse(records) or (contrast_not_falling(records, crops) if contrast else None)
+    found = found or plateau(records, contrast=contrast) or starved(records)
+    return found or learning(records, contrast=contrast)
 
 
 def collapse(records: Records) -> Verdict | None:
