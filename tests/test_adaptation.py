@@ -31,7 +31,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads
 ARGUMENTS = ["--data", "sample", "--output-dir", "run", "--epochs", 2, "--batch-size", 32, "--workers", 0]
 ARGUMENTS += ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2, "--device", "cpu", "--log-every", 1]
 ARGUMENTS += ["--freeze-epochs", 0.15, "--warmup-epochs", 0.1, "--projector", 8]  # four steps of the encoder as it is
-ARGUMENTS += ["--keep", "last"]
+ARGUMENTS += ["--keep", "last", "--contrast-from", 0.05]  # two steps of the reconstruction alone
 
 
 def adapt(folder, *arguments, **kwargs):
@@ -117,7 +117,7 @@ def test_a_run_cut_at_either_side_of_the_freeze_ends_bit_identical(whole, start,
     assert [name for name in right["model"] if not torch.equal(left["model"][name], right["model"][name])] == []
     moments = left["optimizer"]["state"], right["optimizer"]["state"]
     assert moments[0].keys() == moments[1].keys()
-    assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[1] for key in moments[1][i])
+    assert all(torch.equal(*(torch.as_tensor(side[i][key]) for side in moments)) for i in moments[1] for key in moments[1][i])
     assert torch.equal(*(state["monitor"]["start_features"] for state in (left, right)))
     assert left["choice"] == right["choice"] and right["choice"]["weights"] == {}
     assert without_clock(lines(tmp_path)) == without_clock(lines(whole[0]))
@@ -128,7 +128,7 @@ def test_two_processes_train_alike_on_either_side_of_the_freeze(whole, start, tm
     results = run_processes("adapt.py", *map(str, arguments), folder=tmp_path)
     assert [result.code for result in results] == [0, 0], results
     here, there = ({line["step"]: line["loss"] for line in lines(folder) if "loss" in line} for folder in (tmp_path, whole[0]))
-    assert here == pytest.approx(there, rel=1e-5)
+    assert here == pytest.approx(there, rel=1e-4)  # Muon computes in bf16
 
 
 def test_a_resumed_run_may_look_at_more_images_than_before(start, tmp_path):
