@@ -158,11 +158,14 @@ class Config(method.Config):
         may_change=True,
     )
     keep: str = option(
-        "best", "encoder to export; best: of all evaluations, the start's included; last: as it is at the end", ["best", "last"]
+        "best",
+        "encoder to export; best: of the evaluations once the contrastive loss is added, and of the start; last: as at the end",
+        ["best", "last"],
     )
     keep_by: str = option(
         "auto",
-        "measure by which --keep best chooses; auto: k-NN accuracy if the images have labels, else effective rank (RankMe)",
+        "measure by which --keep best chooses; auto: k-NN accuracy if the images have labels, else the last evaluation, or the "
+        "start if its effective rank is higher",
         choosing.MEASURES,
     )
 
@@ -280,7 +283,8 @@ def main(config: Config) -> None:
                 run.look_back()
                 with choice.applied():  # what would be exported
                     found = look(config, monitor, model, run.log, step)
-                choice.consider(step, found)
+                if stages.contrasts(step) or step == last:  # before, measures tell of another loss
+                    choice.consider(step, found, last=step == last)
             run.checkpoint(step)
 
     rows = gains.compare(choice, model, sets) if monitor.limit else []

@@ -130,7 +130,7 @@ def chosen_after(looks, *, keep="best", measure="auto", **options):
         with choice.applied():
             seen = encoder.weight.item()
         assert seen == choice.candidate()["weight"].item()
-        choice.consider(step, found)
+        choice.consider(step, found, last=step == len(looks) - 1)
     assert encoder.weight.item() == len(looks) - 1
     return choice
 
@@ -141,7 +141,7 @@ def weight_of(choice):
 
 def test_the_best_look_is_kept_and_the_start_where_none_beats_it():
     ranks = [{"effective_rank": rank} for rank in (5.0, 7.0, 6.0)]
-    best = chosen_after(ranks)
+    best = chosen_after(ranks, measure="effective_rank")
     assert (best.step, weight_of(best)) == (1, 1) and best.lines(2)[0].startswith(
         "encoder/ holds the best of 3 looks, after step 1 of 2"
     )
@@ -163,6 +163,16 @@ def test_the_best_look_is_kept_and_the_start_where_none_beats_it():
     assert "standard error is up to 5.0 points; the start counts" in start.note(labelled[0])
 
 
+def test_without_labels_the_last_encoder_is_kept_unless_its_rank_fell_below_the_starts():
+    kept, spoilt = ([{"effective_rank": rank} for rank in ranks] for ranks in ((5.0, 9.0, 6.0), (5.0, 9.0, 4.0)))
+    last, start = chosen_after(kept), chosen_after(spoilt)
+    assert (last.step, weight_of(last)) == (2, 2) and (start.step, weight_of(start)) == (0, 0)
+    assert last.lines(2)[0].startswith("encoder/ holds the best of 2 looks, after step 2 of 2 (effective rank (RankMe) 6.00)")
+    assert start.lines(2)[0].startswith("the last look was not better than the start (effective rank (RankMe) 5.00): ")
+    assert "last step is kept, or the start if its effective rank has fallen below" in start.note(spoilt[0])
+    assert weight_of(chosen_after(kept, keep="last")) == 2 == weight_of(chosen_after(spoilt, keep="last"))
+
+
 def test_the_look_sees_and_keeps_the_average_and_the_mix():
     ranks = [{"effective_rank": rank} for rank in (5.0, 6.0, 7.0)]
     average = chosen_after(ranks, decay=0.5)  # 0, then 0.5, then 1.25
@@ -179,10 +189,10 @@ def test_the_look_sees_and_keeps_the_average_and_the_mix():
 @pytest.mark.parametrize("options", [{}, {"keep": "last"}, {"decay": 0.5}, {"keep": "last", "share": 0.5}])
 def test_the_choice_survives_a_checkpoint(options, tmp_path):
     ranks = [{"effective_rank": rank} for rank in (5.0, 7.0, 6.0)]
-    choice = chosen_after(ranks, **options)
+    choice = chosen_after(ranks, measure="effective_rank", **options)
     torch.save({"choice": choice.state_dict()}, tmp_path / "state")
     found = torch.load(tmp_path / "state", weights_only=True)
-    fresh = Choice(nn.Linear(1, 1, bias=False), **{"keep": "best", "measure": "auto"} | options)
+    fresh = Choice(nn.Linear(1, 1, bias=False), **{"keep": "best", "measure": "effective_rank"} | options)
     restore(found, tmp_path, {"choice": fresh})
     assert (fresh.step, fresh.found, fresh.looked, fresh.images) == (choice.step, choice.found, 3, 100)
     if fresh.keep == "best":

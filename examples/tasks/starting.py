@@ -154,11 +154,12 @@ class Stages:
     Args:
         model: the pretraining model; what needs no gradient stays so.
         frozen: number of first steps in which the encoder is not trained; its learning rate then warms up over as many.
-        alone: number of first steps without the contrastive loss.
+        alone: number of first steps without the contrastive loss; none where the model never has it.
     """
 
     def __init__(self, model: mvmae.MultiViewMAE, *, frozen: int = 0, alone: int = 0) -> None:
         encoder: Any = model.encoder
+        alone = alone if model.loss_weight else 0
         contrasted = {*encoder.fc_norm.parameters(), *model.projector.parameters()}
         self.first = {
             parameter: max(frozen if name.startswith("encoder.") else 0, alone if parameter in contrasted else 0)
