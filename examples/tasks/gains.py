@@ -106,7 +106,8 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 axis.errorbar((0, 1), values, yerr=spread if any(spread) else None, marker="o", capsize=3, label=SETS[name])
                 for row, x, side in zip(pair, (-0.1, 1.1), ("right", "left"), strict=True):
                     axis.text(x, row[key], _cell(row, key), ha=side, va="center", fontsize=8)
-            axis.set(title=title, ylabel=unit, xticks=(0, 1), xticklabels=("before", "after"), xlim=(-1, 2), ylim=ends)
+            axis.set_title(title, pad=10)  # above the number of a point at the upper end
+            axis.set(ylabel=unit, xticks=(0, 1), xticklabels=("before", "after"), xlim=(-1, 2), ylim=ends)
             axis.grid(alpha=0.3)
         axes.flat[shown.index("rank_avg")].legend(fontsize=8)
         for axis in axes.flat[len(shown) :]:
