@@ -139,6 +139,8 @@ def _run(arguments, folder, env, files, patch, fault):
         os.dup2(descriptor, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal: a shell's background job ignores Ctrl-C
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     multiprocessing.set_start_method(os.environ.get("MVMAE_START_METHOD"), force=True)  # None: as the script would alone
     sys.argv = arguments
     sys.path.insert(0, str(EXAMPLES))
