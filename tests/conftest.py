@@ -134,6 +134,7 @@ def _process(rank: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, .
         torch.save(fn(*args), folder / f"result{rank}")
         dist.barrier()
         dist.destroy_process_group()
+        os._exit(0)  # a process that had sharded by FSDP once aborted in its orderly exit, all done
     except BaseException:
         (folder / f"unfinished{rank}").write_text(traceback.format_exc())
         (folder / f"unfinished{rank}").rename(folder / f"error{rank}")
