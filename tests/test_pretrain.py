@@ -25,6 +25,7 @@ from engine.cli import parse
 from pretrain import PRESETS
 from tasks.drawn_images import varied
 from tasks.method import Config, build_model
+from tasks.outcome import computed
 from tasks.pretraining import fit_batch, fit_length
 
 
@@ -184,6 +185,7 @@ def test_the_contrastive_loss_may_begin_late(late, images, tmp_path):
     """Until then the weights are those of a run without it, and the projector is as it was."""
     found = [line["loss_con"] for line in records(late) if "loss" in line]
     assert found[:5] == [0] * 5 and min(found[5:]) > 0 and len(found) == 8
+    assert [line["step"] for line in map(computed, records(late)) if "loss_con" in line] == [6, 7, 8]  # what the curves show
     for name, given in (("alone", ["--loss-weight", 0]), ("cut", LATE), ("first", [*LATE, "--base-lr", 0])):
         assert pretrain(tmp_path / name, images, "--projector", 8, *given, "--max-steps", 5).code == 0
     alone, cut, first = (end_of(tmp_path / name)["model"] for name in ("alone", "cut", "first"))

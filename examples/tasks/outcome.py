@@ -30,6 +30,11 @@ from tasks.verdict import Verdict, judge
 CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "similarity", "cka", "lr")
 
 
+def computed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a log's line without a contrastive loss that was not computed, which is logged as 0."""
+    return {name: value for name, value in record.items() if name != "loss_con" or value}
+
+
 def opening(
     config: Config, model: mvmae.MultiViewMAE, weights: str, images: Images, monitor: Monitor, steps: int, lr: float
 ) -> dict[str, str]:
@@ -148,7 +153,7 @@ def finish(
     folder, mean, std, start = Path(config.output_dir), monitor.mean, monitor.std, start or {}
     options = {"background": config.background, "started_from": start, "license": start.get("license", "")}
     export(model, folder / "encoder", mean=mean, std=std, **options)  # type: ignore[arg-type]
-    draw_curves(folder / "curves.png", log.records(), CURVES)
+    draw_curves(folder / "curves.png", map(computed, log.records()), CURVES)
     draw_reconstructions(monitor, model, config.seed).save(folder / "reconstructions.png")
     verdict = verdict_now(config, log, monitor.processes)
     page = summary_page(folder, log.parts, log.records(), monitor.before, after, verdict, data=config.data, command=sys.argv)
