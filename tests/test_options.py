@@ -263,6 +263,11 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(monke
     assert asked == [False]
 
 
+def test_an_encoder_of_random_weights_is_named_without_random():
+    with pytest.raises(Stop, match="takes no 'random:', .* give 'vit_tiny_patch16_224': .*--no-pretrained"):
+        starting.start_encoder("random:vit_tiny_patch16_224")
+
+
 def test_a_mistyped_path_is_told_with_near_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "adapted" / "encoder").mkdir(parents=True)

@@ -47,6 +47,9 @@ def start_encoder(
     options: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
     if image_size:
         options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
+    if name.startswith("random:"):
+        cure = f"give {name.removeprefix('random:')!r}: pretrain.py starts from random weights, adapt.py with --no-pretrained"
+        raise Stop(f"--encoder takes no 'random:', got {name!r}; {cure}")
     architecture, file = find_weights(name, arch)
     try:
         if name.startswith("hf-hub:"):
