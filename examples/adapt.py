@@ -131,7 +131,7 @@ class Config(method.Config):
     mask_ratio: float = inherit(method.Config, "mask_ratio", 0.75)
     loss_weight: float = inherit(method.Config, "loss_weight", 1.0)
     contrast_from: float = inherit(method.Config, "contrast_from", 0.5)
-    temperature: float = inherit(method.Config, "temperature", 0.2)
+    temperature: float = inherit(method.Config, "temperature", 0.1)
     projector_hidden: int = inherit(method.Config, "projector_hidden", 512)
     projector_depth: int = inherit(method.Config, "projector_depth", 3)
     projector_norm: bool = inherit(method.Config, "projector_norm", True)

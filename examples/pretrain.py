@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_ratio": 0.75,
         "loss_weight": 1.0,
         "contrast_from": 0.5,
-        "temperature": 0.2,
+        "temperature": 0.1,
         "projector": 128,
         "projector_hidden": 512,
         "projector_depth": 3,
