@@ -143,7 +143,7 @@ class Config(method.Config):
     batch_size: int = inherit(method.Config, "batch_size", 0)
     optimizer: str = inherit(method.Config, "optimizer", "muon")
     base_lr: float = inherit(method.Config, "base_lr", 4e-3)
-    monitor: int = inherit(method.Config, "monitor", 10)
+    monitor_every: int = inherit(method.Config, "monitor_every", 10)
     monitor_images: int = inherit(
         method.Config,
         "monitor_images",
@@ -279,7 +279,7 @@ def main(config: Config) -> None:
             optimizer.zero_grad(set_to_none=True)
             advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
-            if step == last or (config.monitor and step % (config.monitor * per_epoch) == 0):
+            if step == last or (config.monitor_every and step % (config.monitor_every * per_epoch) == 0):
                 run.look_back()
                 with choice.applied():  # what would be exported
                     found = look(config, monitor, model, run.log, step)

@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base_lr": 4e-3,
         "workers": 2,
         "save_every": 100,
-        "monitor": 10,
+        "monitor_every": 10,
     },
     "small": {
         "help": "for small sets of photographs, hours of two CPU cores: a small ViT at 64 pixels, contrast late and behind a "
@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimizer": "muon",
         "base_lr": 4e-3,
         "workers": 2,
-        "monitor": 10,
+        "monitor_every": 10,
     },
 }
 
@@ -134,7 +134,7 @@ def main(config: Config) -> None:
             optimizer.zero_grad(set_to_none=True)
             advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
-            if config.monitor and step % (config.monitor * per_epoch) == 0 and step != last:
+            if config.monitor_every and step % (config.monitor_every * per_epoch) == 0 and step != last:
                 run.look_back()
                 look(config, monitor, model, run.log, step, MONITORED)
             run.checkpoint(step)

@@ -588,7 +588,7 @@ def test_f28_f38_equal_images_run_and_their_collapse_is_told(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(16):
         Image.new("RGB", (48, 40), (90, 120, 30)).save(tmp_path / "images" / f"{i}.png")
-    result = pretrain(tmp_path, "images", *STEPS, "--monitor-images", 16, "--monitor", 1, "--max-steps", 3)
+    result = pretrain(tmp_path, "images", *STEPS, "--monitor-images", 16, "--monitor-every", 1, "--max-steps", 3)
     assert result.code == 0 and all(map(math.isfinite, losses(tmp_path).values()))
     assert re.search(r"warning: the representation has collapsed: the effective rank of the features is 1\.", result.out), (
         result.out

@@ -156,7 +156,7 @@ def test_two_processes_of_a_run_look_at_what_one_does(classes, tmp_path, count):
         (tmp_path / "some" / name).mkdir(parents=True)
         for i in range(count):
             (tmp_path / "some" / name / f"{i}.png").symlink_to(classes / name / f"{i:02}.png")
-    arguments = [*ARGUMENTS, "--monitor-images", 20, "--monitor", 1, "--epochs", 2, "--workers", 1, "--data", "../some"]
+    arguments = [*ARGUMENTS, "--monitor-images", 20, "--monitor-every", 1, "--epochs", 2, "--workers", 1, "--data", "../some"]
     runs = [run_processes("pretrain.py", *arguments, folder=tmp_path / f"{n}", count=n) for n in (1, 2)]
     assert [done.code for run in runs for done in run] == [0, 0, 0], runs
     lines = [(tmp_path / f"{n}" / "runs" / "quick" / "log.jsonl").read_text().splitlines() for n in (1, 2)]

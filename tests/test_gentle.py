@@ -156,7 +156,8 @@ ARGUMENTS += ["--encoder-args", "patch_size=8 embed_dim=32 depth=3 num_heads=2",
 ARGUMENTS += ["--batch-size", 8, "--workers", 0, "--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2]
 ARGUMENTS += ["--device", "cpu", "--log-every", 1, "--freeze-epochs", 0.5, "--warmup-epochs", 0, "--projector", 8]
 ARGUMENTS += ["--contrast-from", 0.1, "--optimizer", "adamw"]  # two steps of the reconstruction alone
-ARGUMENTS += ["--base-lr", 0.05, "--monitor", 1, "--max-steps", 10, "--train-blocks", 1, "--lora-rank", 4, "--guard-images", 4]
+ARGUMENTS += ["--base-lr", 0.05, "--monitor-every", 1, "--max-steps", 10, "--train-blocks", 1]
+ARGUMENTS += ["--lora-rank", 4, "--guard-images", 4]
 RUNS = {
     "all": ["--guard", 2, "--interpolate", 0.5],
     "last": ["--guard", 2, "--ema", 0.7, "--keep", "last"],

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import EXAMPLES, run_script
 from tiny_run import pretrain
+from torch.distributed.run import get_args_parser
 
 sys.path.insert(0, str(EXAMPLES))
 import ablate
@@ -261,6 +262,14 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(monke
     with pytest.raises(TypeError, match="must be a timm VisionTransformer or Eva, got ResNet"):
         starting.start_encoder("resnet18", "patch_size=8 embed_dim=128", pretrained=True, image_size=(48,))
     assert asked == [False]
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, field in OPTIONS if name not in ("export", "visualize")])
+def test_torchrun_passes_an_option_on(name, field):
+    """Its parser takes the beginning of an option of its own for that option, after the script's name too."""
+    for typed in ([flag(field.name), "1"], [flag(field.name).replace("--", "--no-")]):
+        line = get_args_parser().parse_args(["--nproc-per-node", "2", f"examples/{name}.py", *typed])
+        assert line.training_script_args == typed and line.nproc_per_node == "2"
 
 
 def test_an_encoder_of_random_weights_is_named_without_random():

@@ -85,10 +85,10 @@ def test_a_length_that_is_not_given_suits_the_number_of_images(number, views, ep
     """The views that are seen go with the root of the number, whatever the number of views of an image."""
     config = parse(Config, PRESETS, None, ["--data", "x", "--epochs", "0", "--num-views", str(views)])
     fitted = fit_length(config, number)
-    assert (fitted.epochs, fitted.warmup_epochs, fitted.monitor) == (epochs, epochs / 20, max(round(epochs / 10), 1))
+    assert (fitted.epochs, fitted.warmup_epochs, fitted.monitor_every) == (epochs, epochs / 20, max(round(epochs / 10), 1))
     given = dataclasses.replace(config, epochs=3.0)
     assert fit_length(given, number) is given
-    assert fit_length(dataclasses.replace(config, monitor=0), number).monitor == 0
+    assert fit_length(dataclasses.replace(config, monitor_every=0), number).monitor_every == 0
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def heavy():
 
 @pytest.mark.posix
 def test_a_run_that_is_killed_goes_on_in_its_tracked_run_and_learns_the_same(whole, images, tmp_path):
-    arguments = [*STEPS, "--monitor-images", 12, "--monitor", 1, "--tracker", "tensorboard"]
+    arguments = [*STEPS, "--monitor-images", 12, "--monitor-every", 1, "--tracker", "tensorboard"]
     assert pretrain(tmp_path, images, *arguments, fault="kill@7").code == -signal.SIGKILL
     resumed = pretrain(tmp_path, images, *arguments, "--resume")
     assert resumed.code == 0 and "warning" not in resumed.out, resumed

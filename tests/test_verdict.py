@@ -143,7 +143,7 @@ def test_a_fall_is_told_with_its_size_and_against_its_noise():
 
 SMALL = ["--data", "sample", "--preset", "quick", "--encoder-args", "patch_size=8 embed_dim=64 depth=2 num_heads=2"]
 SMALL += ["--image-size", 32, "--decoder-dim", 32, "--decoder-depth", 1, "--decoder-heads", 2, "--batch-size", 32]
-SMALL += ["--workers", 0, "--monitor-images", 100, "--monitor", 0, "--output-dir", "run", "--warmup-epochs", 0]
+SMALL += ["--workers", 0, "--monitor-images", 100, "--monitor-every", 0, "--output-dir", "run", "--warmup-epochs", 0]
 SHOWN = {
     "learning": ["--max-steps", 60, "--log-every", 4, "--base-lr", 8e-3],
     "plateau": ["--max-steps", 36, "--log-every", 3, "--base-lr", 0],

@@ -178,7 +178,7 @@ class Config(RunConfig):
         section="Data",
     )
     save_every: int = inherit(RunConfig, "save_every", 100_000)
-    monitor: int = option(
+    monitor_every: int = option(
         100,
         "epochs between two evaluations of the features on held-out images; 0: only before and after the run",
         at_least=0,

@@ -85,8 +85,8 @@ def fit_length(config: Chosen, number: int) -> Chosen:
     if config.epochs:
         return config
     epochs = max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
-    looks = max(round(epochs / 10), 1) if config.monitor else 0
-    return dataclasses.replace(config, epochs=float(epochs), warmup_epochs=epochs / 20, monitor=looks)
+    looks = max(round(epochs / 10), 1) if config.monitor_every else 0
+    return dataclasses.replace(config, epochs=float(epochs), warmup_epochs=epochs / 20, monitor_every=looks)
 
 
 def open_data(config: Chosen, processes: Processes) -> tuple[Chosen, Images]:
