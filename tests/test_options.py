@@ -265,7 +265,10 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(monke
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, field in OPTIONS if name not in ("export", "visualize")])
 def test_torchrun_passes_an_option_on(name, field):
-    """Its parser takes the beginning of an option of its own for that option, after the script's name too."""
+    """Its parser takes the beginning of an option of its own for that option, after the script's name too.
+
+    Not asked of the two scripts that run in one process.
+    """
     from torch.distributed.run import get_args_parser  # not collected on Windows, whose signals it was not written for
 
     for typed in ([flag(field.name), "1"], [flag(field.name).replace("--", "--no-")]):

@@ -153,10 +153,11 @@ def finish(
     folder, mean, std, start = Path(config.output_dir), monitor.mean, monitor.std, start or {}
     options = {"background": config.background, "started_from": start, "license": start.get("license", "")}
     export(model, folder / "encoder", mean=mean, std=std, **options)  # type: ignore[arg-type]
-    draw_curves(folder / "curves.png", map(computed, log.records()), CURVES)
+    records = log.records()
+    draw_curves(folder / "curves.png", map(computed, records), CURVES)
     draw_reconstructions(monitor, model, config.seed).save(folder / "reconstructions.png")
     verdict = verdict_now(config, log, monitor.processes)
-    page = summary_page(folder, log.parts, log.records(), monitor.before, after, verdict, data=config.data, command=sys.argv)
+    page = summary_page(folder, log.parts, records, monitor.before, after, verdict, data=config.data, command=sys.argv)
     page = "\n".join([page, "## Before and after\n", *lines, ""]) if any(lines) else page
     write_text(folder / "summary.md", page.encode(errors="backslashreplace").decode())  # names of files are any bytes
     log.end()

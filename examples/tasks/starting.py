@@ -40,16 +40,16 @@ def start_encoder(
         in_chans: channels; weights are adapted to them as timm does.
 
     Raises:
-        Stop: if there is no such model or file, or the weights cannot be loaded.
+        Stop: if there is no such model or file, it is ``random:``, or the weights cannot be loaded.
         TypeError: if it is not a plain ViT.
         WeightsError: if the weights do not fit.
     """
-    options: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
-    if image_size:
-        options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
     if name.startswith("random:"):
         cure = f"give {name.removeprefix('random:')!r}: pretrain.py starts from random weights, adapt.py with --no-pretrained"
         raise Stop(f"--encoder takes no 'random:', got {name!r}; {cure}")
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
+    if image_size:
+        options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
     architecture, file = find_weights(name, arch)
     try:
         if name.startswith("hf-hub:"):

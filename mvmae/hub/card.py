@@ -14,8 +14,8 @@ CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
 PUBLISHED_TEXTS = ("augment", "background", "encoder_args", "loss_on", "mean", "pool", "precision", "std")
 """Settings of a run in words that the card shows besides its numbers; others can name places on the machine it ran on."""
-RUNNING = {f"{each}_every" for each in ("log", "monitor", "save")}
-RUNNING |= {"max_bad", "monitor_images", "other_data", "resume", "save_minutes", "workers"}
+RUNNING = {"log_every", "max_bad", "monitor_every", "monitor_images", "other_data", "resume"}
+RUNNING |= {"save_every", "save_minutes", "workers"}
 """Settings of a run that its weights do not depend on."""
 NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|amlr|seer-license")
 
