@@ -185,7 +185,7 @@ def test_a_run_leaves_a_page_that_says_what_how_long_how_good_and_what_next(imag
         assert f"- {name}: {text}\n" in page
     assert re.search(r"- [\d.]+ images/s \(median", page) and re.search(r"- \d+% of the time waiting for data", page)
     assert re.search(r"- 0:00:\d\d from the first to the last line of the log", page) and "GB of memory at most" in page
-    assert re.search(r"- reconstruction loss: [\d.]+ in the first line of the log, [\d.]+ in the last", page)
+    assert re.search(r"- reconstruction loss: [\d.]+ at first, [\d.]+ at the end", page)
     assert f"--data {images} --models run random:run`" in page and 'timm.create_model("local-dir:run/encoder"' in page
     assert "\n\n\n" not in page and page.startswith("# run\n\n## What\n\n- model: ")
     command = page.rstrip().splitlines()[-1]

@@ -153,8 +153,8 @@ def finish(
     folder, mean, std, start = Path(config.output_dir), monitor.mean, monitor.std, start or {}
     options = {"background": config.background, "started_from": start, "license": start.get("license", "")}
     export(model, folder / "encoder", mean=mean, std=std, **options)  # type: ignore[arg-type]
-    records = log.records()
-    draw_curves(folder / "curves.png", map(computed, records), CURVES)
+    records = [computed(record) for record in log.records()]
+    draw_curves(folder / "curves.png", records, CURVES)
     draw_reconstructions(monitor, model, config.seed).save(folder / "reconstructions.png")
     verdict = verdict_now(config, log, monitor.processes)
     page = summary_page(folder, log.parts, records, monitor.before, after, verdict, data=config.data, command=sys.argv)

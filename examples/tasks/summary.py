@@ -42,7 +42,7 @@ def summary_page(
     parts += ["## How good", *(f"- {line}" for line in report(before, after))]
     for name, told in NAMES.items():
         if (values := [record[name] for record in lines if name in record]) and len(values) > 1:
-            parts.append(f"- {told}: {values[0]:.4g} in the first line of the log, {values[-1]:.4g} in the last")
+            parts.append(f"- {told}: {values[0]:.4g} at first, {values[-1]:.4g} at the end")
     if verdict:
         parts.append(f"- verdict: {verdict.name}: {verdict.why}")
     parts += ["## What to do next", *(f"- {line}" for line in what_next(folder, data, verdict))]
