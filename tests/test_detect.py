@@ -505,6 +505,25 @@ def test_evaluation_alone_gives_the_numbers_of_the_end(whole):
     assert (nothing.code, nothing.err) == (2, "error: --evaluate: other holds no checkpoint\n")
 
 
+def test_an_exported_encoder_can_be_evaluated_and_compared_with_a_random_one(tmp_path):
+    """Both build the exported architecture without its weights, and positions of a larger image are built anew."""
+    vit = timm.create_model("mvmae_vit_tiny_patch16", img_size=16, patch_size=8, embed_dim=24, depth=4, num_heads=3)
+    export(vit, tmp_path / "encoder")
+    arguments = ["--preset", "toy", *SMALL, "--model-args", "", "--steps", 2]
+    for run, model in (("ours", "encoder"), ("untrained", "random:encoder")):
+        chosen = [*arguments, "--model", model, "--output-dir", run]
+        result = run_script("detect.py", *chosen, folder=tmp_path)
+        assert result.code == 0, result.err
+        before = (tmp_path / run / "results.json").read_bytes()
+        result = run_script("detect.py", *chosen, "--evaluate", folder=tmp_path)
+        assert result.code == 0, result.err
+        assert (tmp_path / run / "results.json").read_bytes() == before
+    tables = []
+    for model in (str(tmp_path / "encoder"), f"random:{tmp_path / 'encoder'}"):
+        tables.append(detect.build_model(config_of("toy", *SMALL, "--model-args", "", "--model", model), 2)[1].pos_embed)
+    assert torch.equal(*tables)
+
+
 def test_processes_share_the_images_that_they_detect_in(whole, tmp_path):
     """The detections of one process, each once."""
     (tmp_path / "run").mkdir()

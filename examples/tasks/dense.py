@@ -26,6 +26,7 @@ from engine.run import DROPOUT, Run
 from engine.snapshot import restore
 from mvmae.data import FileSource, NamedImages, StepSampler, make_loader, sample_seed
 from mvmae.dense import WindowedViT
+from mvmae.patches import sincos_table
 from tasks.backbones import load_backbone, summary, timm_arguments
 from tasks.inputs import names
 from tasks.plots import draw_curves
@@ -115,6 +116,9 @@ def build_trunk(
         raise Stop(f"--model-args: a plain ViT of timm has no {', '.join(sorted(unknown))}")
     name = f"random:{config.model.removeprefix('random:')}" if config.evaluate else config.model
     vit: Any = load_backbone(name, arch=config.arch, drop_path_rate=config.drop_path, **arguments)
+    if name.startswith("random:") and options.get("positions") == "rebuild" and vit.pos_embed is not None:
+        with torch.no_grad():  # what timm drew at random is no table to build anew for another size
+            vit.pos_embed[:, -vit.patch_embed.num_patches :] = sincos_table(vit.embed_dim, vit.patch_embed.grid_size)
     options |= {"rel_pos": config.rel_pos, "grad_checkpointing": config.grad_checkpointing}
     options["taps"] = None if taps is None else taps(len(vit.blocks))
     return WindowedViT(vit, config.image_size, window_size=config.window_size or None, **options), vit
