@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from running import EXAMPLES
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from mvmae import MultiViewMAE
@@ -217,9 +218,12 @@ def test_the_measures_of_the_table_are_those_of_scikit_learn():
     bank, queries = (centres[of] + 1.5 * torch.randn(len(of), 6) for of in (labels, known))
     found = gains.measured(bank, labels, queries, known)
     assert found.keys() >= {"knn_avg", "linear", "shot1_avg", "shot5_avg", "rank_avg"} and 40 < found["linear"] < 100
-    x, y = (nn.functional.normalize(part).numpy() for part in (bank, queries))
-    peer = LogisticRegression(C=1 / (1e-3 * len(x)), tol=1e-8, max_iter=5000).fit(x, labels.numpy())
+    scaler = StandardScaler().fit(bank.numpy())
+    x, y = (scaler.transform(part.numpy()) / 6**0.5 for part in (bank, queries))
+    peer = LogisticRegression(C=1 / (1e-4 * len(x)), tol=1e-8, max_iter=5000).fit(x, labels.numpy())
     assert found["linear"] == pytest.approx(100 * peer.score(y, known.numpy()))
+    shared = 1000 * torch.randn(6).double()  # a vector that all features have in common tells nothing
+    assert gains.measured(bank.double() + shared, labels, queries.double() + shared, known)["linear"] == found["linear"]
     assert gains.measured(bank[:0], labels[:0], queries, torch.full((60,), -1)).keys() == {"rank_avg"}
     assert gains.measured(bank, torch.full((90,), -1), queries, known).keys() == {"rank_avg"}
 

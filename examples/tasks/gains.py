@@ -15,7 +15,7 @@ from mvmae.metrics import linear_cka, mean_cosine
 from tasks.choice import Choice
 from tasks.monitor import NEIGHBOURS, Monitor
 from tasks.plots import limits, plot
-from tasks.probe import logistic_accuracy, measure
+from tasks.probe import linear_accuracy, measure
 
 SHOTS = (1, 5)
 """Labels for each class of the rows with few labels, each the mean of `probe.DRAWS` draws."""
@@ -35,7 +35,8 @@ COLUMNS = {
 def measured(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor) -> dict[str, float]:
     """Compute what features are worth: with labels, accuracies in percent; without, their effective rank alone.
 
-    The linear probe is logistic regression on features of unit length, solved by L-BFGS, as that on few labels.
+    The linear probe is logistic regression on standardised features, that on few labels on features of unit length, both solved
+    by L-BFGS.
 
     Args:
         bank: features of labelled images, (N, D); none of N where there are none.
@@ -47,7 +48,7 @@ def measured(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor
     shots, neighbours = (SHOTS, NEIGHBOURS) if known else ((), 0)
     found = measure(({"avg": bank}, labels), ({"avg": queries}, query_labels), neighbours=neighbours, few_shot=shots)
     if known:
-        found["linear"] = logistic_accuracy(bank, labels, queries, query_labels, int(labels.max()) + 1)
+        found["linear"] = linear_accuracy(bank, labels, queries, query_labels)
     return found
 
 

@@ -17,6 +17,8 @@ from mvmae.metrics import as_double, effective_rank, knn_accuracy
 Features = dict[str, Tensor]
 DRAWS = 5  # of the few labelled images
 DECAY = 1e-3  # of the weights of the classifier on few labels, ours
+PROBE_DECAY = 1e-4  # likewise on all of them
+EPS = 1e-6  # added to a feature's variance (MAE)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -56,14 +58,22 @@ def few_label_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labe
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     members = [order[labels[order] == label][:shots] for label in labels.unique()]
     rows = torch.cat(members)
-    return logistic_accuracy(bank[rows], labels[rows], queries, query_labels, int(labels.max()) + 1)
+    return _accuracy(F.normalize(bank[rows]), labels[rows], F.normalize(queries), query_labels, DECAY)
 
 
-def logistic_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, classes: int) -> float:
-    """Compute the accuracy in percent of logistic regression on features of unit length."""
-    weight, bias = logistic_regression(F.normalize(bank), labels, classes, decay=DECAY)
-    right = F.linear(F.normalize(queries), weight, bias).argmax(dim=1) == query_labels
-    return 100 * as_double(right).mean().item()
+def linear_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor) -> float:
+    """Compute the accuracy in percent of logistic regression on features that are standardised, as `Probe` does (MAE).
+
+    Each feature has mean 0 and variance 1 / D over the bank. Without that, a vector that all features share is most of their
+    length, and weight decay keeps the classifier from what distinguishes them.
+    """
+    mean, scale = bank.mean(dim=0), (bank.shape[1] * (bank.var(dim=0, correction=0) + EPS)).sqrt()
+    return _accuracy((bank - mean) / scale, labels, (queries - mean) / scale, query_labels, PROBE_DECAY)
+
+
+def _accuracy(bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, decay: float) -> float:
+    weight, bias = logistic_regression(bank, labels, int(labels.max()) + 1, decay=decay)
+    return 100 * as_double(F.linear(queries, weight, bias).argmax(dim=1) == query_labels).mean().item()
 
 
 def logistic_regression(x: Tensor, labels: Tensor, num_classes: int, *, decay: float) -> tuple[Tensor, Tensor]:
@@ -99,7 +109,7 @@ class Probe(nn.Module):
     ) -> None:
         super().__init__()
         self.multiples = tuple(multiples)
-        norms = {kind: nn.BatchNorm1d(width, affine=False, eps=1e-6) for kind, width in widths.items() if batch_norm}
+        norms = {kind: nn.BatchNorm1d(width, affine=False, eps=EPS) for kind, width in widths.items() if batch_norm}
         self.norms, self.heads = nn.ModuleDict(norms), nn.ModuleDict()
         for kind, width in widths.items():
             for number in range(len(multiples)):
