@@ -21,14 +21,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
 
 from engine.cli import inherit, option
 from engine.cli import run as run_script
 from engine.config import REQUIRED
 from engine.distributed import autocast, parallel, start_processes, to_device
 from engine.ends import Stop
-from engine.optim import cosine_schedule, optimizer_options
+from engine.optim import build_optimizer, cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae import MultiViewMAE, MultiViewTransform
 from mvmae.data import sample_seed
@@ -235,9 +234,9 @@ def main(config: Config) -> None:
 
     # optimizer
     lr = config.base_lr * config.batch_size / 256
-    named = optimizer_options(config.optimizer, config.beta2, device)
+    chosen: dict[str, Any] = {"beta2": config.beta2, "precision": config.precision, "device": device}
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
-    optimizer = create_optimizer_v2(groups, lr=lr, weight_decay=config.weight_decay, **named)
+    optimizer = build_optimizer(groups, config.optimizer, lr=lr, weight_decay=config.weight_decay, **chosen)
     stages = Stages(model, frozen=round(config.freeze_epochs * per_epoch), alone=round(config.contrast_from * steps))
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
 

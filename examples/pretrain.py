@@ -17,11 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
 
 from engine.cli import run as run_script
 from engine.distributed import autocast, parallel, start_processes, to_device
-from engine.optim import cosine_schedule, optimizer_options
+from engine.optim import build_optimizer, cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae.data import sample_seed
 from mvmae.hub import describe
@@ -101,8 +100,8 @@ def main(config: Config) -> None:
 
     # optimizer
     lr = config.base_lr * config.batch_size / 256
-    named = optimizer_options(config.optimizer, config.beta2, device)
-    optimizer = create_optimizer_v2(model, lr=lr, weight_decay=config.weight_decay, **named)
+    chosen: dict[str, Any] = {"beta2": config.beta2, "precision": config.precision, "device": device}
+    optimizer = build_optimizer(model, config.optimizer, lr=lr, weight_decay=config.weight_decay, **chosen)
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
     stages = Stages(model, alone=round(config.contrast_from * steps))
 

@@ -27,13 +27,13 @@ from mvmae import hub
 
 sys.path.insert(0, str(EXAMPLES))
 
-from timm.optim import Lars, create_optimizer_v2
+from timm.optim import Lars
 
 from engine import checkpoint, locks, snapshot
 from engine.config import RunConfig
 from engine.distributed import Processes
 from engine.ends import Stop
-from engine.optim import optimizer_options
+from engine.optim import build_optimizer
 from engine.run import Run
 from mvmae.files import write_text
 
@@ -68,7 +68,9 @@ OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "lars": lambda model: Lars(model.parameters(), lr=0.1, momentum=0.9),
-    "muon": lambda model: create_optimizer_v2(model, lr=0.1, **optimizer_options("muon", 0.95, torch.device("cpu"))),
+    "muon": lambda model: build_optimizer(
+        model, "muon", lr=0.1, weight_decay=0.0, beta2=0.95, precision="float32", device=torch.device("cpu")
+    ),
 }
 
 

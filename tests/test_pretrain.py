@@ -22,6 +22,7 @@ from mvmae.data import open_images
 
 sys.path.append(str(EXAMPLES))
 from engine.cli import parse
+from engine.optim import build_optimizer
 from pretrain import PRESETS
 from tasks.drawn_images import varied
 from tasks.method import Config, build_model
@@ -159,6 +160,21 @@ def test_muon_makes_the_update_of_a_matrix_orthogonal_and_leaves_vectors_to_adam
     spread = [torch.linalg.svdvals(changes[name]) for changes in (adamw, muon)]
     assert spread[0][16] < 0.3 * spread[0][0] and spread[1][16] > 0.5 * spread[1][0]  # of 32 singular values
     assert 0.1 < muon[name].pow(2).mean().sqrt() / rate < 0.3  # 0.2 as for AdamW, which is of the order of 1 in a first step
+
+
+@pytest.mark.parametrize(("precision", "exact"), [("auto", True), ("float32", True), ("bf16", False)])
+def test_muon_computes_in_the_precision_of_the_run(precision, exact):
+    """Against Newton and Schulz's iteration in float64, x <- a x + (b x x' + c (x x')^2) x, with timm's coefficients."""
+    weight = torch.nn.Parameter(torch.zeros(12, 20))
+    weight.grad = torch.randn(12, 20)
+    options = {"lr": 0.1, "weight_decay": 0.0, "beta2": 0.95, "device": torch.device("cpu")}
+    build_optimizer([weight], "muon", precision=precision, **options).step()
+    x = weight.grad.double() / weight.grad.double().norm()
+    for a, b, c in timm.optim.muon.resolve_ns_coefficients("quintic", timm.optim.muon._COEFFICIENTS):
+        product = x @ x.T
+        x = a * x + (b * product + c * product @ product) @ x
+    error = (weight.detach() + 0.1 * 0.2 * 20**0.5 * x).norm() / weight.detach().norm()
+    assert error < 1e-5 if exact else 1e-4 < error < 0.05
 
 
 def test_muon_resumes_bit_identical(images, tmp_path):

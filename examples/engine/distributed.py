@@ -103,6 +103,10 @@ def parallel(model: nn.Module, processes: Processes) -> nn.Module:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Compute in bf16: ``auto`` does so on CUDA, ``bf16`` everywhere (on a Mac's GPU from macOS 14 on), ``float32`` nowhere."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    """Compute in bf16 where `in_bf16` says so (on a Mac's GPU from macOS 14 on)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device))
+
+
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Return whether a run computes in bf16: ``auto`` does so on CUDA, ``bf16`` everywhere, ``float32`` nowhere."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
