@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from engine.distributed import in_bf16
+
 SHORT = 256
 """Tokens up to which two matrix products are faster, forward and backward, by ``benchmark.py --parts attention``."""
 
@@ -18,7 +20,7 @@ def fit_attention(model: nn.Module, tokens: int, precision: str, device: torch.d
         precision: of the training, as in `autocast`.
         device: where it is trained.
     """
-    if precision == "bf16" and device.type == "cpu" and tokens <= SHORT:
+    if device.type == "cpu" and in_bf16(precision, device) and tokens <= SHORT:
         for module in model.modules():
             if isinstance(getattr(module, "fused_attn", None), bool):
                 module.fused_attn = False  # type: ignore[assignment]
