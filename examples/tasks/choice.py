@@ -139,8 +139,8 @@ class Choice:
     def consider(self, step: int, found: Mapping[str, float], *, last: bool = False) -> None:
         """Keep the candidate if a look at it has measured more than at the one kept; the last one if that is asked for.
 
-        Without labels and with the measure ``auto``, only the last one is compared with the start: an effective rank that falls
-        below the start's tells of harm, but among later encoders it does not tell which is better (examples/README.md).
+        Without labels and with the measure ``auto``, only the last one is compared with the start: among later encoders the
+        effective rank does not tell which is better, and one below the start's is no proof of harm (examples/RESULTS.md).
 
         The look is within `applied`; this is after it, when the encoder has its trained weights back.
 
