@@ -38,7 +38,7 @@ from tasks.guard import KINDS, Guard
 from tasks.inputs import names, normalize
 from tasks.method import build_model
 from tasks.monitor import Monitor
-from tasks.outcome import build_monitor, finish, look, opening
+from tasks.outcome import build_monitor, finish, look, look_due, opening
 from tasks.pretraining import (
     advance,
     backward,
@@ -53,8 +53,8 @@ from tasks.pretraining import (
 from tasks.splits import open_splits
 from tasks.starting import Stages, parameter_groups, starting_weights, told
 
-LIDAR_VIEWS = 8
-"""Random views of each image of which --keep-by lidar is computed (LiDAR: 50)."""
+VIEWS = 8
+"""Random views of each image of which --keep-by retrieval and lidar are computed (LiDAR: 50)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,16 +163,16 @@ class Config(method.Config):
     )
     keep_by: str = option(
         "auto",
-        "measure by which --keep best chooses; auto: k-NN accuracy if the images have labels, else the last evaluation, or the "
-        "start if its effective rank is higher",
+        "measure by which --keep best chooses; retrieval: the share of views nearest to a view of their own image; "
+        "auto: k-NN accuracy if the images have labels, else retrieval",
         choosing.MEASURES,
     )
 
 
-def lidar_crops(config: Config, encoder: Any) -> MultiViewTransform:
-    """Return what takes the views of LiDAR: the random crops of training, without its other changes."""
+def random_crops(config: Config, encoder: Any) -> MultiViewTransform:
+    """Return what takes the views of view retrieval and LiDAR: the random crops of training, without its other changes."""
     options = {"scale": config.crop_scale, **pixel_options(config)}
-    return MultiViewTransform(encoder.patch_embed.img_size, num_views=LIDAR_VIEWS, **options)
+    return MultiViewTransform(encoder.patch_embed.img_size, num_views=VIEWS, **options)
 
 
 def compare_anew(config: Config, choice: choosing.Choice, monitor: Monitor, model: MultiViewMAE, run: Run, images: int) -> None:
@@ -219,8 +219,8 @@ def main(config: Config) -> None:
     sampler = step_sampler(config, images, last, processes)
     loader = view_loader(config, encoder, images, sampler, processes)
     monitor = build_monitor(config, encoder, images.splits, mean, std, processes, drift=config.pretrained)
-    if config.keep_by == "lidar":
-        monitor.crops = lidar_crops(config, encoder)
+    if config.keep_by in ("retrieval", "lidar") or (config.keep_by == "auto" and not monitor.labelled):
+        monitor.crops = random_crops(config, encoder)
     sets = {"own": monitor}  # of the table at the end
     if config.also:
         sets["also"] = build_monitor(config, encoder, open_splits(config.also), mean, std, processes)
@@ -278,12 +278,12 @@ def main(config: Config) -> None:
             optimizer.zero_grad(set_to_none=True)
             advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
-            if step == last or (config.monitor_every and step % (config.monitor_every * per_epoch) == 0):
+            if step == last or look_due(config, step, per_epoch, last):
                 run.look_back()
                 with choice.applied():  # what would be exported
                     found = look(config, monitor, model, run.log, step)
                 if stages.contrasts(step) or step == last:  # before, measures tell of another loss
-                    choice.consider(step, found, last=step == last)
+                    choice.consider(step, found)
             run.checkpoint(step)
 
     rows = gains.compare(choice, model, sets) if monitor.limit else []

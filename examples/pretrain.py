@@ -28,7 +28,7 @@ from tasks.inputs import names, normalize
 from tasks.method import Config as Config
 from tasks.method import build_model
 from tasks.monitor import MONITORED
-from tasks.outcome import build_monitor, finish, look, opening
+from tasks.outcome import build_monitor, finish, look, look_due, opening
 from tasks.pretraining import advance, backward, draw_masks, open_data, position, statistics, step_sampler, view_loader
 from tasks.starting import Stages
 
@@ -133,7 +133,7 @@ def main(config: Config) -> None:
             optimizer.zero_grad(set_to_none=True)
             advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
-            if config.monitor_every and step % (config.monitor_every * per_epoch) == 0 and step != last:
+            if look_due(config, step, per_epoch, last):
                 run.look_back()
                 look(config, monitor, model, run.log, step, MONITORED)
             run.checkpoint(step)

@@ -1,6 +1,6 @@
-"""Measures of features: k-NN accuracy and explained variance with labels; rank, uniformity, collapse without; of ``spectrum``.
+"""Measures of features: k-NN accuracy, explained variance with labels; view retrieval, rank, uniformity, collapse without.
 
-Two more compare the features of the same images before and after further training.
+Two more compare the features of the same images before and after further training; and there are those of ``spectrum``.
 
 Shapes: N features in the bank or the set, Q queries, D width of a feature, k neighbours. All functions work in chunks, so that
 memory grows with N * D and never with N * Q or N * N.
@@ -119,6 +119,32 @@ def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Te
         best, order = best.topk(min(k, best.shape[1]), dim=1)
         places = places.gather(1, order)
     return best, places
+
+
+def view_retrieval(features: Tensor, *, chunk_size: int = 1024) -> float:
+    """Compute the share of views whose nearest other view, by cosine similarity, is one of the same image, in 0 to 1.
+
+    The k-NN accuracy, with k = 1, of telling images apart instead of classes (Wu et al., 2018), so it needs no labels. N images
+    that differ no more than their views have about 1 / N.
+
+    Args:
+        features: of Q >= 2 random views of each of N >= 2 images, (N, Q, D), of any length.
+        chunk_size: views at a time, compared with sixteen times as many.
+
+    Raises:
+        ValueError: if there are too few images or views, or a feature is not finite.
+    """
+    if features.ndim != 3 or min(features.shape[:2]) < 2:
+        raise ValueError(f"features must have the shape (N, Q, D) with N and Q >= 2, got {tuple(features.shape)}")
+    views, image = features.flatten(0, 1), torch.arange(len(features)).repeat_interleave(features.shape[1]).to(features.device)
+    right = 0
+    for own in torch.arange(len(views), device=features.device).split(chunk_size):
+        similarity, places = _nearest(_unit(views[own]), views, 2, 16 * chunk_size)  # one of the two may be the view itself
+        if similarity.isnan().any():
+            raise ValueError("a feature is NaN or infinite: the encoder has diverged, or its images are not normalised")
+        nearest = torch.where(places[:, 0] == own, places[:, 1], places[:, 0])
+        right += int((image[nearest] == image[own]).sum())
+    return right / len(views)
 
 
 def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:

@@ -131,7 +131,7 @@ def chosen_after(looks, *, keep="best", measure="auto", **options):
         with choice.applied():
             seen = encoder.weight.item()
         assert seen == choice.candidate()["weight"].item()
-        choice.consider(step, found, last=step == len(looks) - 1)
+        choice.consider(step, found)
     assert encoder.weight.item() == len(looks) - 1
     return choice
 
@@ -164,18 +164,18 @@ def test_the_best_look_is_kept_and_the_start_where_none_beats_it():
     assert "standard error is up to 5.0 points; the start counts" in start.note(labelled[0])
 
 
-def test_without_labels_the_last_encoder_is_kept_unless_its_rank_fell_below_the_starts():
-    kept, spoilt = ([{"effective_rank": rank} for rank in ranks] for ranks in ((5.0, 9.0, 6.0), (5.0, 9.0, 4.0)))
-    last, start = chosen_after(kept), chosen_after(spoilt)
-    assert (last.step, weight_of(last)) == (2, 2) and (start.step, weight_of(start)) == (0, 0)
-    assert last.lines(2)[0].startswith("encoder/ holds the best of 2 looks, after step 2 of 2 (effective rank (RankMe) 6.00)")
-    assert start.lines(2)[0].startswith("the last look was not better than the start (effective rank (RankMe) 5.00): ")
-    assert "last step is kept, or the start if its effective rank has fallen below" in start.note(spoilt[0])
-    assert weight_of(chosen_after(kept, keep="last")) == 2 == weight_of(chosen_after(spoilt, keep="last"))
+def test_without_labels_the_encoder_is_kept_that_tells_views_of_images_apart_best():
+    looks = [{"effective_rank": rank, "retrieval": share} for rank, share in ((5.0, 30.0), (9.0, 60.0), (3.0, 50.0))]
+    best, start = chosen_after(looks), chosen_after([looks[1], looks[2], looks[0]])
+    assert (best.step, weight_of(best)) == (1, 1) and (start.step, weight_of(start)) == (0, 0)
+    assert best.lines(2)[0].startswith("encoder/ holds the best of 3 looks, after step 1 of 2 (view retrieval 60.00)")
+    assert start.lines(2)[0].startswith("no look of 3 was better than the start (view retrieval 60.00): ")
+    assert best.note(looks[0]) == "the encoder with the best view retrieval is kept; the start counts"
+    assert weight_of(chosen_after([found | {"knn": 10.0 * i} for i, found in enumerate(looks)])) == 2  # labels count more
 
 
 def test_the_look_sees_and_keeps_the_average_and_the_mix():
-    ranks = [{"effective_rank": rank} for rank in (5.0, 6.0, 7.0)]
+    ranks = [{"retrieval": share} for share in (5.0, 6.0, 7.0)]
     average = chosen_after(ranks, decay=0.5)  # 0, then 0.5, then 1.25
     assert weight_of(average) == 1.25 and "averaged with decay 0.5" in average.lines(2)[0]
     mixed = chosen_after(ranks, share=0.25)

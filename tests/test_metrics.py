@@ -19,6 +19,7 @@ from mvmae.metrics import (
     lidar,
     uniformity,
     variance_explained,
+    view_retrieval,
 )
 
 
@@ -206,6 +207,25 @@ def test_variance_that_cannot_be_explained_is_an_error(features, groups, words):
         variance_explained(features, groups)
 
 
+@pytest.mark.parametrize("chunk_size", [3, 1024])
+def test_view_retrieval_equals_a_loop_over_all_views(chunk_size):
+    n, q, d = 15, 3, 4
+    features = torch.randn(n, 1, d) + 0.7 * torch.randn(n, q, d)
+    units = features / features.norm(dim=-1, keepdim=True)
+    right = 0
+    for i in range(n):
+        for k in range(q):
+            others = [(float(units[i, k] @ units[j, m]), j) for j in range(n) for m in range(q) if (j, m) != (i, k)]
+            right += max(others)[1] == i
+    assert 0 < right < n * q and view_retrieval(features, chunk_size=chunk_size) == right / (n * q)
+
+
+def test_view_retrieval_is_1_where_views_are_alike_and_small_where_images_are():
+    images, views = torch.randn(200, 1, 8), torch.randn(200, 4, 8)
+    assert view_retrieval(images + 0.01 * views) == 1
+    assert view_retrieval(0.01 * images + views) < 0.1
+
+
 def test_lidar_equals_a_loop_over_the_paper_s_sums():
     n, q, d = 12, 5, 6
     features = torch.randn(n, 1, d, dtype=torch.float64) @ torch.diag(torch.arange(1.0, d + 1).double()) + 0.3 * torch.randn(
@@ -252,8 +272,11 @@ def test_alpha_req_finds_the_exponent_of_a_spectrum_and_equals_a_fit_by_numpy():
 def test_what_has_no_spectrum_is_refused():
     with pytest.raises(ValueError, match=r"\(N, Q, D\) with N and Q >= 2, got \(5, 1, 3\)"):
         lidar(torch.randn(5, 1, 3))
+    with pytest.raises(ValueError, match=r"\(N, Q, D\) with N and Q >= 2, got \(1, 5, 3\)"):
+        view_retrieval(torch.randn(1, 5, 3))
     with pytest.raises(ValueError, match="three directions at least"):
         alpha_req(torch.ones(9, 4) + torch.randn(9, 1) * torch.ones(4))
-    for measure, features in ((lidar, torch.full((3, 3, 3), torch.nan)), (alpha_req, torch.full((9, 3), torch.inf))):
+    bad = torch.full((3, 3, 3), torch.nan)
+    for measure, features in ((lidar, bad), (view_retrieval, bad), (alpha_req, torch.full((9, 3), torch.inf))):
         with pytest.raises(ValueError, match="NaN or infinite"):
             measure(features)

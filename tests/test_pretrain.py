@@ -26,7 +26,7 @@ from engine.optim import build_optimizer
 from pretrain import PRESETS
 from tasks.drawn_images import varied
 from tasks.method import Config, build_model
-from tasks.outcome import computed
+from tasks.outcome import computed, look_due
 from tasks.pretraining import fit_batch, fit_length
 
 
@@ -90,6 +90,16 @@ def test_a_length_that_is_not_given_suits_the_number_of_images(number, views, ep
     given = dataclasses.replace(config, epochs=3.0)
     assert fit_length(given, number) is given
     assert fit_length(dataclasses.replace(config, monitor_every=0), number).monitor_every == 0
+
+
+def test_no_look_is_due_shortly_before_the_one_at_the_end():
+    config = parse(Config, PRESETS, None, ["--data", "x", "--monitor-every", "30"])
+    due = [step for step in range(1, 4833) if look_due(config, step, 16, 4832)]  # 302 epochs of 16 steps
+    assert due == list(range(480, 4800, 480))
+    assert [step for step in range(1, 722) if look_due(config, step, 16, 721)] == [480]
+    assert [step for step in range(1, 961) if look_due(config, step, 16, 960)] == [480]  # 960 has one in any case
+    never = dataclasses.replace(config, monitor_every=0)
+    assert not any(look_due(never, step, 16, 4832) for step in range(1, 4833))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from engine.ends import Stop
 
 Weights = dict[str, Tensor]
-MEASURES = ("auto", "knn", "effective_rank", "lidar", "alpha_req")
+MEASURES = ("auto", "knn", "retrieval", "effective_rank", "lidar", "alpha_req")
 NAMES = {
     "knn": "k-NN accuracy",
+    "retrieval": "view retrieval",
     "effective_rank": "effective rank (RankMe)",
     "lidar": "LiDAR",
     "alpha_req": "distance of alpha-ReQ from 1",
@@ -73,8 +74,8 @@ def score(found: Mapping[str, float], measure: str) -> float | None:
 
 
 def resolve(found: Mapping[str, float], measure: str) -> str:
-    """Return the name of a measure; for ``auto``, k-NN accuracy where a look has it, else effective rank."""
-    return ("knn" if "knn" in found else "effective_rank") if measure == "auto" else measure
+    """Return the name of a measure; for ``auto``, k-NN accuracy where a look has it, else view retrieval."""
+    return ("knn" if "knn" in found else "retrieval") if measure == "auto" else measure
 
 
 class Choice:
@@ -136,21 +137,15 @@ class Choice:
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
 
-    def consider(self, step: int, found: Mapping[str, float], *, last: bool = False) -> None:
+    def consider(self, step: int, found: Mapping[str, float]) -> None:
         """Keep the candidate if a look at it has measured more than at the one kept; the last one if that is asked for.
-
-        Without labels and with the measure ``auto``, only the last one is compared with the start: among later encoders the
-        effective rank does not tell which is better, and one below the start's is no proof of harm (examples/RESULTS.md).
 
         The look is within `applied`; this is after it, when the encoder has its trained weights back.
 
         Args:
             step: after which the look was.
             found: what it measured.
-            last: whether it is the last one.
         """
-        if self.keep == "best" and self.measure == "auto" and "knn" not in found and step and not last:
-            return
         old, new = score(self.found, self.measure), score(found, self.measure)
         self.looked += new is not None
         if self.keep == "last" or (new is not None and (old is None or new > old)):
@@ -199,8 +194,6 @@ class Choice:
             raise Stop(
                 f"--keep-by {name} must be measured, and was not (no labels, or too few images?): choose another measure"
             )
-        if self.measure == "auto" and name == "effective_rank":
-            return "the encoder of the last step is kept, or the start if its effective rank has fallen below the start's"
         error = f", whose standard error is up to {50 / math.sqrt(self.images):.1f} points" if name == "knn" else ""
         return f"the encoder with the best {NAMES[name]} is kept{error}; the start counts"
 
@@ -214,6 +207,6 @@ class Choice:
             return [f"encoder/ holds the encoder after step {last}{how}"] if how else []
         name = NAMES[resolve(self.found, self.measure)]
         if self.step == 0:
-            none = "the last look was not" if self.looked == 2 else f"no look of {self.looked} was"
-            return [f"{none} better than the start ({name} {value:.2f}): encoder/ holds the start, unchanged"]
+            beaten = f"no look of {self.looked} was better than the start"
+            return [f"{beaten} ({name} {value:.2f}): encoder/ holds the start, unchanged"]
         return [f"encoder/ holds the best of {self.looked} looks, after step {self.step} of {last} ({name} {value:.2f}){how}"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.distributed import Processes
 from engine.ends import Stop
 from mvmae.data import CentreCropTransform, ImageSource, MultiViewTransform
-from mvmae.metrics import alpha_req, effective_rank, knn_accuracy, lidar, linear_cka, mean_cosine, uniformity
+from mvmae.metrics import alpha_req, effective_rank, knn_accuracy, lidar, linear_cka, mean_cosine, uniformity, view_retrieval
 from tasks.drawn_images import varied
 from tasks.inputs import normalize
 from tasks.labelled import each_once
@@ -80,7 +80,7 @@ class Monitor:
     Attributes:
         before: what the first look found; `look` leaves it to the caller.
         start: features of the first look (N, D), where drift is followed; none before it.
-        crops: takes the views of which looks compute LiDAR; None, as at first, computes none.
+        crops: takes the views of which looks compute view retrieval and LiDAR; None, as at first, computes neither.
     """
 
     def __init__(
@@ -117,6 +117,12 @@ class Monitor:
         """The images that are held out, or those that are trained on where none are."""
         return self.train if self.val is None else self.val
 
+    @property
+    def labelled(self) -> bool:
+        """Whether there is k-NN accuracy: images are held out, and all of both splits have labels."""
+        parts = [self.train, self.val] if self.val is not None else []
+        return bool(parts) and all(part.labels is not None and part.labels.min() >= 0 for part in parts)
+
     def drawn(self) -> Tensor:
         """Return the images of pictures (B, C, H, W), normalised: of those looked at, else of those that are trained on."""
         if self._drawn is None:
@@ -137,7 +143,7 @@ class Monitor:
         """Compute ``effective_rank`` and ``uniformity`` of at most ``limit`` images, always the same ones.
 
         And ``knn`` (percent) where there are labels; ``similarity``, ``cka`` (see `moved`) and ``alpha_req`` where drift is
-        followed; ``lidar`` of at most `MONITORED` of the images where there are ``crops``.
+        followed; ``retrieval`` (percent) and ``lidar`` of at most `MONITORED` of the images where there are ``crops``.
         """
         if not self.limit:
             return {}
@@ -145,14 +151,15 @@ class Monitor:
         features, labels = self.extract(encode, self.looked_at, limit)
         if self.val is not None:
             bank, known = self.extract(encode, self.train, limit)
-            if min(labels.min(), known.min()) >= 0:
+            if self.labelled:
                 knn["knn"] = 100 * knn_accuracy(bank, known, features, labels, k=min(NEIGHBOURS, len(bank)))
             features = torch.cat([features, bank]) if len(features) < FEW else features
         if len(features) < 2:
             return {}
         found = {"effective_rank": effective_rank(features), "uniformity": uniformity(features)} | knn
         if self.crops is not None:
-            found["lidar"] = lidar(self.views(encode, self.crops, min(limit, MONITORED)))
+            views = self.views(encode, self.crops, min(limit, MONITORED))
+            found |= {"retrieval": 100 * view_retrieval(views), "lidar": lidar(views)}
         if self.drift:
             with suppress(ValueError):  # too few directions for a fit
                 found["alpha_req"] = alpha_req(features)

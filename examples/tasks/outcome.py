@@ -90,6 +90,19 @@ def build_monitor(
     )
 
 
+def look_due(config: Config, step: int, per_epoch: int, last: int) -> bool:
+    """Tell whether features are measured after a step: every ``monitor_every`` epochs, unless the look at the end is near.
+
+    Args:
+        config: options of the run.
+        step: counted from 1.
+        per_epoch: steps of an epoch.
+        last: step of the run, after which there is a look in any case; near is less than half as far as the next would be.
+    """
+    every = config.monitor_every * per_epoch
+    return bool(every) and step % every == 0 and 2 * (last - step) >= every
+
+
 def look(config: Config, monitor: Monitor, model: mvmae.MultiViewMAE, log: Log, step: int, limit: int = 0) -> dict[str, float]:
     """Log what the encoder's features are worth now, with pictures for trackers, and say how the run is doing."""
     found = monitor.look(model.eval().features, limit)
