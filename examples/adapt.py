@@ -54,7 +54,7 @@ from tasks.splits import open_splits
 from tasks.starting import Stages, parameter_groups, starting_weights, told
 
 VIEWS = 8
-"""Random views of each image of which --keep-by retrieval and lidar are computed (LiDAR: 50)."""
+"""Random views of each image of which --keep-by retrieval is computed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class Config(method.Config):
 
 
 def random_crops(config: Config, encoder: Any) -> MultiViewTransform:
-    """Return what takes the views of view retrieval and LiDAR: the random crops of training, without its other changes."""
+    """Return what takes the views of view retrieval: the random crops of training, without its other changes."""
     options = {"scale": config.crop_scale, **pixel_options(config)}
     return MultiViewTransform(encoder.patch_embed.img_size, num_views=VIEWS, **options)
 
@@ -219,7 +219,7 @@ def main(config: Config) -> None:
     sampler = step_sampler(config, images, last, processes)
     loader = view_loader(config, encoder, images, sampler, processes)
     monitor = build_monitor(config, encoder, images.splits, mean, std, processes, drift=config.pretrained)
-    if config.keep_by in ("retrieval", "lidar") or (config.keep_by == "auto" and not monitor.labelled):
+    if config.keep_by == "retrieval" or (config.keep_by == "auto" and not monitor.labelled):
         monitor.crops = random_crops(config, encoder)
     sets = {"own": monitor}  # of the table at the end
     if config.also:

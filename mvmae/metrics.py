@@ -1,6 +1,6 @@
 """Measures of features: k-NN accuracy, explained variance with labels; view retrieval, rank, uniformity, collapse without.
 
-Two more compare the features of the same images before and after further training; and there are those of ``spectrum``.
+Two more compare the features of the same images before and after further training.
 
 Shapes: N features in the bank or the set, Q queries, D width of a feature, k neighbours. All functions work in chunks, so that
 memory grows with N * D and never with N * Q or N * N.
@@ -11,9 +11,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .spectrum import alpha_req as alpha_req
-from .spectrum import lidar as lidar
 
 WITHOUT_FLOAT64 = ("mps",)
 """Types of devices that have no float64: the GPU of a Mac."""

@@ -64,7 +64,7 @@ def look_with_another(folder):
 
 def test_two_processes_share_a_look_and_see_what_one_does(classes, two_processes):
     alone, start = look(classes, ONE)
-    assert alone[0].keys() == {"effective_rank", "uniformity", "knn", "alpha_req"} and alone[1].keys() > {"similarity", "cka"}
+    assert alone[0].keys() == {"effective_rank", "uniformity", "knn"} and alone[1].keys() > {"similarity", "cka"}
     shared = two_processes(look_with_another, str(classes))
     for results, features, count in shared:
         assert results == [pytest.approx(numbers, rel=1e-5) for numbers in alone] and torch.allclose(features, start, atol=1e-6)

@@ -161,7 +161,7 @@ ARGUMENTS += ["--lora-rank", 4, "--guard-images", 4]
 RUNS = {
     "all": ["--guard", 2, "--interpolate", 0.5],
     "last": ["--guard", 2, "--ema", 0.7, "--keep", "last"],
-    "lora": ["--ema", 0.7, "--interpolate", 0.5, "--keep-by", "lidar"],
+    "lora": ["--ema", 0.7, "--interpolate", 0.5, "--keep-by", "retrieval"],
     "explora": ["--guard", 2, "--guard-kind", "relational", "--accumulate", 2, "--grad-checkpointing"],
 }
 

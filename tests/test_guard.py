@@ -141,26 +141,25 @@ def weight_of(choice):
 
 
 def test_the_best_look_is_kept_and_the_start_where_none_beats_it():
-    ranks = [{"effective_rank": rank} for rank in (5.0, 7.0, 6.0)]
-    best = chosen_after(ranks, measure="effective_rank")
+    shares = [{"retrieval": share} for share in (5.0, 7.0, 6.0)]
+    best = chosen_after(shares, measure="retrieval")
     assert (best.step, weight_of(best)) == (1, 1) and best.lines(2)[0].startswith(
         "encoder/ holds the best of 3 looks, after step 1 of 2"
     )
-    labelled = [{"effective_rank": rank, "knn": knn} for rank, knn in ((5.0, 60.0), (7.0, 60.0), (9.0, 59.0))]
+    labelled = [{"retrieval": share, "knn": knn} for share, knn in ((5.0, 60.0), (7.0, 60.0), (9.0, 59.0))]
     start = chosen_after(labelled)
     assert (start.step, weight_of(start)) == (0, 0)
     assert start.lines(2) == [
         "no look of 3 was better than the start (k-NN accuracy 60.00): encoder/ holds the start, unchanged"
     ]
-    assert weight_of(chosen_after(labelled, measure="effective_rank")) == 2
-    assert weight_of(chosen_after([{"alpha_req": a, "knn": 1.0} for a in (2.0, 1.1, 0.8)], measure="alpha_req")) == 1
+    assert weight_of(chosen_after(labelled, measure="retrieval")) == 2
     last = chosen_after(labelled, keep="last")
     assert (last.step, weight_of(last), last.lines(2)) == (2, 2, [])
     unmeasured = chosen_after([{}, {}, {}])
     assert weight_of(unmeasured) == 2 and unmeasured.lines(2) == [] and "because none is measured" in unmeasured.note({})
     assert score({"knn": math.nan}, "auto") is None
-    with pytest.raises(Stop, match="--keep-by lidar must be measured"):
-        chosen_after(ranks, measure="lidar").note(ranks[0])
+    with pytest.raises(Stop, match="--keep-by knn must be measured"):
+        chosen_after(shares, measure="knn").note(shares[0])
     assert "standard error is up to 5.0 points; the start counts" in start.note(labelled[0])
 
 
@@ -175,13 +174,13 @@ def test_without_labels_the_encoder_is_kept_that_tells_views_of_images_apart_bes
 
 
 def test_the_look_sees_and_keeps_the_average_and_the_mix():
-    ranks = [{"retrieval": share} for share in (5.0, 6.0, 7.0)]
-    average = chosen_after(ranks, decay=0.5)  # 0, then 0.5, then 1.25
+    shares = [{"retrieval": share} for share in (5.0, 6.0, 7.0)]
+    average = chosen_after(shares, decay=0.5)  # 0, then 0.5, then 1.25
     assert weight_of(average) == 1.25 and "averaged with decay 0.5" in average.lines(2)[0]
-    mixed = chosen_after(ranks, share=0.25)
+    mixed = chosen_after(shares, share=0.25)
     assert weight_of(mixed) == 0.5 and "0.25 of the way from the start" in mixed.lines(2)[0]
-    assert weight_of(chosen_after(ranks, share=0.0)) == 0
-    last = chosen_after(ranks, keep="last", decay=0.5, share=0.5)
+    assert weight_of(chosen_after(shares, share=0.0)) == 0
+    last = chosen_after(shares, keep="last", decay=0.5, share=0.5)
     assert weight_of(last) == 0.625 and last.lines(2) == [
         "encoder/ holds the encoder after step 2 (averaged with decay 0.5, 0.5 of the way from the start)"
     ]
@@ -189,27 +188,27 @@ def test_the_look_sees_and_keeps_the_average_and_the_mix():
 
 @pytest.mark.parametrize("options", [{}, {"keep": "last"}, {"decay": 0.5}, {"keep": "last", "share": 0.5}])
 def test_the_choice_survives_a_checkpoint(options, tmp_path):
-    ranks = [{"effective_rank": rank} for rank in (5.0, 7.0, 6.0)]
-    choice = chosen_after(ranks, measure="effective_rank", **options)
+    shares = [{"retrieval": share} for share in (5.0, 7.0, 6.0)]
+    choice = chosen_after(shares, **options)
     torch.save({"choice": choice.state_dict()}, tmp_path / "state")
     found = torch.load(tmp_path / "state", weights_only=True)
-    fresh = Choice(nn.Linear(1, 1, bias=False), **{"keep": "best", "measure": "effective_rank"} | options)
+    fresh = Choice(nn.Linear(1, 1, bias=False), **{"keep": "best", "measure": "auto"} | options)
     restore(found, tmp_path, {"choice": fresh})
     assert (fresh.step, fresh.found, fresh.looked, fresh.images) == (choice.step, choice.found, 3, 100)
     if fresh.keep == "best":
         assert torch.equal(fresh.chosen()["weight"], choice.chosen()["weight"])
-        fresh.consider(9, {"effective_rank": 6.5})
+        fresh.consider(9, {"retrieval": 6.5})
         assert fresh.step == 1
-        fresh.consider(9, {"effective_rank": 8.0})
+        fresh.consider(9, {"retrieval": 8.0})
         assert fresh.step == 9
 
 
 def test_looks_at_other_images_compare_anew():
-    choice = chosen_after([{"effective_rank": rank} for rank in (5.0, 7.0)])
-    choice.restart(50, {"effective_rank": 4.0}, {"effective_rank": 4.5})
-    assert (choice.images, choice.step, choice.found, weight_of(choice)) == (50, 1, {"effective_rank": 4.5}, 1)
-    choice.restart(60, {"effective_rank": 4.0}, {"effective_rank": 3.0})
-    assert (choice.step, choice.found, weight_of(choice)) == (0, {"effective_rank": 4.0}, 0)
+    choice = chosen_after([{"retrieval": share} for share in (5.0, 7.0)])
+    choice.restart(50, {"retrieval": 4.0}, {"retrieval": 4.5})
+    assert (choice.images, choice.step, choice.found, weight_of(choice)) == (50, 1, {"retrieval": 4.5}, 1)
+    choice.restart(60, {"retrieval": 4.0}, {"retrieval": 3.0})
+    assert (choice.step, choice.found, weight_of(choice)) == (0, {"retrieval": 4.0}, 0)
 
 
 def test_the_measures_of_the_table_are_those_of_scikit_learn():

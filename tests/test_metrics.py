@@ -4,19 +4,16 @@ import sys
 
 import numpy as np
 import pytest
-import scipy.linalg
 import scipy.stats
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 from mvmae.metrics import (
-    alpha_req,
     collapse_warning,
     effective_rank,
     knn_accuracy,
     knn_predict,
-    lidar,
     uniformity,
     variance_explained,
     view_retrieval,
@@ -226,57 +223,8 @@ def test_view_retrieval_is_1_where_views_are_alike_and_small_where_images_are():
     assert view_retrieval(0.01 * images + views) < 0.1
 
 
-def test_lidar_equals_a_loop_over_the_paper_s_sums():
-    n, q, d = 12, 5, 6
-    features = torch.randn(n, 1, d, dtype=torch.float64) @ torch.diag(torch.arange(1.0, d + 1).double()) + 0.3 * torch.randn(
-        n, q, d
-    )
-    means = [sum(features[i, k] for k in range(q)) / q for i in range(n)]
-    grand = sum(means) / n
-    between = sum(torch.outer(m - grand, m - grand) for m in means) / (n - 1)
-    within = sum(torch.outer(features[i, k] - means[i], features[i, k] - means[i]) for i in range(n) for k in range(q))
-    within = within / (n * (q - 1)) + 1e-4 * torch.eye(d)
-    eigenvalues = scipy.linalg.eigh(
-        between.numpy(), within.numpy(), eigvals_only=True
-    )  # B v = lambda W v: those of W^-1/2 B W^-1/2
-    p = eigenvalues / eigenvalues.sum()
-    assert lidar(features) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-9)
-    assert lidar(features.float()) == pytest.approx(lidar(features), rel=1e-4)
-
-
-def test_lidar_counts_the_directions_in_which_images_differ_and_views_do_not():
-    base = torch.randn(400, 1, 8)
-    noise = 0.01 * torch.randn(400, 10, 8)
-    for directions in (1, 3, 8):
-        assert lidar(torch.cat([base[..., :directions], 0 * base[..., directions:]], dim=2) + noise) == pytest.approx(
-            directions, rel=0.05
-        )
-    stretched = (base + noise) * torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1])
-    assert lidar(stretched, delta=1e-12) == pytest.approx(lidar(base + noise, delta=1e-12), rel=1e-3)  # no linear map matters
-    assert effective_rank(stretched[:, 0]) < 0.8 * effective_rank(base[:, 0])
-
-
-def test_alpha_req_finds_the_exponent_of_a_spectrum_and_equals_a_fit_by_numpy():
-    for alpha in (0.0, 0.5, 1.0, 2.0):
-        basis = torch.linalg.qr(torch.randn(500, 64, dtype=torch.float64))[0]
-        basis = torch.linalg.qr(basis - basis.mean(dim=0))[0]  # centred, orthogonal columns: the eigenvalues are exact
-        features = basis * torch.arange(1, 65).double() ** (-alpha / 2)
-        assert alpha_req(features) == pytest.approx(alpha, abs=1e-9)
-    features = torch.randn(300, 200, dtype=torch.float64) @ torch.randn(200, 200, dtype=torch.float64)
-    spectrum = np.sort(np.linalg.eigvalsh(np.cov(features.numpy().T)))[::-1]
-    j = np.arange(11, 101)
-    slope = np.polyfit(np.log(j), np.log(spectrum[10:100]), 1, w=1 / np.sqrt(j))[0]  # polyfit squares its weights
-    assert alpha_req(features) == pytest.approx(-slope, rel=1e-8)
-
-
-def test_what_has_no_spectrum_is_refused():
-    with pytest.raises(ValueError, match=r"\(N, Q, D\) with N and Q >= 2, got \(5, 1, 3\)"):
-        lidar(torch.randn(5, 1, 3))
+def test_views_that_cannot_be_retrieved_are_an_error():
     with pytest.raises(ValueError, match=r"\(N, Q, D\) with N and Q >= 2, got \(1, 5, 3\)"):
         view_retrieval(torch.randn(1, 5, 3))
-    with pytest.raises(ValueError, match="three directions at least"):
-        alpha_req(torch.ones(9, 4) + torch.randn(9, 1) * torch.ones(4))
-    bad = torch.full((3, 3, 3), torch.nan)
-    for measure, features in ((lidar, bad), (view_retrieval, bad), (alpha_req, torch.full((9, 3), torch.inf))):
-        with pytest.raises(ValueError, match="NaN or infinite"):
-            measure(features)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        view_retrieval(torch.full((3, 3, 3), torch.nan))

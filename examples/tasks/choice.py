@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from engine.ends import Stop
 
 Weights = dict[str, Tensor]
-MEASURES = ("auto", "knn", "retrieval", "effective_rank", "lidar", "alpha_req")
-NAMES = {
-    "knn": "k-NN accuracy",
-    "retrieval": "view retrieval",
-    "effective_rank": "effective rank (RankMe)",
-    "lidar": "LiDAR",
-    "alpha_req": "distance of alpha-ReQ from 1",
-}
+MEASURES = ("auto", "knn", "retrieval")
+NAMES = {"knn": "k-NN accuracy", "retrieval": "view retrieval"}
 
 
 class Average:
@@ -70,7 +64,7 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: f
 def score(found: Mapping[str, float], measure: str) -> float | None:
     """Return a number that is larger the better a look has found the features; None where it did not measure that."""
     value = found.get(resolve(found, measure))
-    return None if value is None or not math.isfinite(value) else -abs(value - 1) if measure == "alpha_req" else value
+    return None if value is None or not math.isfinite(value) else value
 
 
 def resolve(found: Mapping[str, float], measure: str) -> str:

@@ -1,7 +1,6 @@
 """The quality of an encoder's features while it is pretrained: k-NN accuracy, effective rank, uniformity, drift."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from engine.distributed import Processes
 from engine.ends import Stop
 from mvmae.data import CentreCropTransform, ImageSource, MultiViewTransform
-from mvmae.metrics import alpha_req, effective_rank, knn_accuracy, lidar, linear_cka, mean_cosine, uniformity, view_retrieval
+from mvmae.metrics import effective_rank, knn_accuracy, linear_cka, mean_cosine, uniformity, view_retrieval
 from tasks.drawn_images import varied
 from tasks.inputs import normalize
 from tasks.labelled import each_once
@@ -80,7 +79,7 @@ class Monitor:
     Attributes:
         before: what the first look found; `look` leaves it to the caller.
         start: features of the first look (N, D), where drift is followed; none before it.
-        crops: takes the views of which looks compute view retrieval and LiDAR; None, as at first, computes neither.
+        crops: takes the views of which looks compute view retrieval; None, as at first, computes none.
     """
 
     def __init__(
@@ -142,8 +141,8 @@ class Monitor:
     def look(self, encode: Encode, limit: int = 0) -> dict[str, float]:
         """Compute ``effective_rank`` and ``uniformity`` of at most ``limit`` images, always the same ones.
 
-        And ``knn`` (percent) where there are labels; ``similarity``, ``cka`` (see `moved`) and ``alpha_req`` where drift is
-        followed; ``retrieval`` (percent) and ``lidar`` of at most `MONITORED` of the images where there are ``crops``.
+        And ``knn`` (percent) where there are labels; ``similarity`` and ``cka`` (see `moved`) where drift is followed;
+        ``retrieval`` (percent) of at most `MONITORED` of the images, two at least, where there are ``crops``.
         """
         if not self.limit:
             return {}
@@ -157,12 +156,8 @@ class Monitor:
         if len(features) < 2:
             return {}
         found = {"effective_rank": effective_rank(features), "uniformity": uniformity(features)} | knn
-        if self.crops is not None:
-            views = self.views(encode, self.crops, min(limit, MONITORED))
-            found |= {"retrieval": 100 * view_retrieval(views), "lidar": lidar(views)}
-        if self.drift:
-            with suppress(ValueError):  # too few directions for a fit
-                found["alpha_req"] = alpha_req(features)
+        if self.crops is not None and len(views := self.views(encode, self.crops, min(limit, MONITORED))) > 1:
+            found["retrieval"] = 100 * view_retrieval(views)
         return found | (self.moved(features) if self.drift else {})
 
     def views(self, encode: Encode, crops: MultiViewTransform, limit: int) -> Tensor:
