@@ -4,7 +4,7 @@
 ``embed`` of ``mvmae.data`` are imported when they are first asked for. Where to read:
 
 - the method, in the order of the paper: ``model`` (Eqs. 1 to 7), ``patches``, ``masking``, ``masked_vit``, ``decoder``,
-  ``losses`` with ``gradients``, ``projector``, ``accumulation``, ``metrics`` with ``spectrum``;
+  ``losses`` with ``gradients``, ``projector``, ``accumulation``, ``metrics``;
 - its encoders and their files: ``encoders``, ``timm_weights``, ``vitmae``, ``description``, ``weights``, ``files``,
   ``wrappers``;
 - what stands around the method: ``data``, ``dense``, ``visualize``, ``hub``.
