@@ -37,7 +37,7 @@ from tasks import gains, gentle, method
 from tasks.guard import KINDS, Guard
 from tasks.inputs import names, normalize
 from tasks.method import build_model
-from tasks.monitor import Monitor
+from tasks.monitor import MONITORED, Monitor
 from tasks.outcome import build_monitor, finish, look, look_due, opening
 from tasks.pretraining import (
     advance,
@@ -224,7 +224,7 @@ def main(config: Config) -> None:
     sets = {"own": monitor}  # of the table at the end
     if config.also:
         sets["also"] = build_monitor(config, encoder, open_splits(config.also), mean, std, processes)
-    shown = min(config.monitor_images, len(monitor.looked_at))
+    shown = min(config.monitor_images, len(monitor.looked_at), MONITORED if monitor.crops else config.monitor_images)
     kept: dict[str, Any] = {"keep": config.keep, "measure": config.keep_by}
     choice = choosing.Choice(encoder, **kept, share=config.interpolate, decay=config.ema, images=shown)
     held = None

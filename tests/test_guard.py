@@ -141,12 +141,12 @@ def weight_of(choice):
 
 
 def test_the_best_look_is_kept_and_the_start_where_none_beats_it():
-    shares = [{"retrieval": share} for share in (5.0, 7.0, 6.0)]
+    shares = [{"retrieval": share} for share in (5.0, 70.0, 60.0)]
     best = chosen_after(shares, measure="retrieval")
     assert (best.step, weight_of(best)) == (1, 1) and best.lines(2)[0].startswith(
-        "encoder/ holds the best of 3 looks, after step 1 of 2"
+        "encoder/ holds the latest within 5.0 points of the best of 3 looks, after step 1 of 2"
     )
-    labelled = [{"retrieval": share, "knn": knn} for share, knn in ((5.0, 60.0), (7.0, 60.0), (9.0, 59.0))]
+    labelled = [{"retrieval": share, "knn": knn} for share, knn in ((5.0, 60.0), (70.0, 60.0), (90.0, 59.0))]
     start = chosen_after(labelled)
     assert (start.step, weight_of(start)) == (0, 0)
     assert start.lines(2) == [
@@ -160,17 +160,27 @@ def test_the_best_look_is_kept_and_the_start_where_none_beats_it():
     assert score({"knn": math.nan}, "auto") is None
     with pytest.raises(Stop, match="--keep-by knn must be measured"):
         chosen_after(shares, measure="knn").note(shares[0])
-    assert "standard error is up to 5.0 points; the start counts" in start.note(labelled[0])
+    assert "whatever its standard error, at most 5.0 points; the start counts" in start.note(labelled[0])
 
 
 def test_without_labels_the_encoder_is_kept_that_tells_views_of_images_apart_best():
-    looks = [{"effective_rank": rank, "retrieval": share} for rank, share in ((5.0, 30.0), (9.0, 60.0), (3.0, 50.0))]
+    looks = [{"effective_rank": rank, "retrieval": share} for rank, share in ((5.0, 30.0), (9.0, 60.0), (30.0, 50.0))]
     best, start = chosen_after(looks), chosen_after([looks[1], looks[2], looks[0]])
     assert (best.step, weight_of(best)) == (1, 1) and (start.step, weight_of(start)) == (0, 0)
-    assert best.lines(2)[0].startswith("encoder/ holds the best of 3 looks, after step 1 of 2 (view retrieval 60.00)")
-    assert start.lines(2)[0].startswith("no look of 3 was better than the start (view retrieval 60.00): ")
-    assert best.note(looks[0]) == "the encoder with the best view retrieval is kept; the start counts"
+    assert best.lines(2)[0].endswith(" of the best of 3 looks, after step 1 of 2 (view retrieval 60.00)")
+    assert start.lines(2)[0].startswith("no look of 3 was as good as the start (view retrieval 60.00): ")
+    assert "as good as the best, within its standard error, at most 5.0 points; the start counts" in best.note(looks[0])
     assert weight_of(chosen_after([found | {"knn": 10.0 * i} for i, found in enumerate(looks)])) == 2  # labels count more
+
+
+def test_of_encoders_with_the_same_view_retrieval_the_latest_is_kept():
+    def kept(*shares):
+        return chosen_after([{"retrieval": share} for share in shares]).step  # of 100 images: 5 points
+
+    assert kept(97.0, 96.0, 95.5) == 2  # none is clearly worse than the best
+    assert kept(97.0, 93.0, 90.0) == 1  # the second look is compared with the best, not with the one kept
+    assert kept(30.0, 60.0, 54.0) == 1
+    assert kept(30.0, 20.0, 24.0) == 0
 
 
 def test_the_look_sees_and_keeps_the_average_and_the_mix():
@@ -188,7 +198,7 @@ def test_the_look_sees_and_keeps_the_average_and_the_mix():
 
 @pytest.mark.parametrize("options", [{}, {"keep": "last"}, {"decay": 0.5}, {"keep": "last", "share": 0.5}])
 def test_the_choice_survives_a_checkpoint(options, tmp_path):
-    shares = [{"retrieval": share} for share in (5.0, 7.0, 6.0)]
+    shares = [{"retrieval": share} for share in (5.0, 70.0, 60.0)]
     choice = chosen_after(shares, **options)
     torch.save({"choice": choice.state_dict()}, tmp_path / "state")
     found = torch.load(tmp_path / "state", weights_only=True)
@@ -197,18 +207,18 @@ def test_the_choice_survives_a_checkpoint(options, tmp_path):
     assert (fresh.step, fresh.found, fresh.looked, fresh.images) == (choice.step, choice.found, 3, 100)
     if fresh.keep == "best":
         assert torch.equal(fresh.chosen()["weight"], choice.chosen()["weight"])
-        fresh.consider(9, {"retrieval": 6.5})
+        fresh.consider(9, {"retrieval": 64.0})
         assert fresh.step == 1
-        fresh.consider(9, {"retrieval": 8.0})
+        fresh.consider(9, {"retrieval": 66.0})
         assert fresh.step == 9
 
 
 def test_looks_at_other_images_compare_anew():
-    choice = chosen_after([{"retrieval": share} for share in (5.0, 7.0)])
-    choice.restart(50, {"retrieval": 4.0}, {"retrieval": 4.5})
-    assert (choice.images, choice.step, choice.found, weight_of(choice)) == (50, 1, {"retrieval": 4.5}, 1)
-    choice.restart(60, {"retrieval": 4.0}, {"retrieval": 3.0})
-    assert (choice.step, choice.found, weight_of(choice)) == (0, {"retrieval": 4.0}, 0)
+    choice = chosen_after([{"retrieval": share} for share in (5.0, 70.0)])
+    choice.restart(50, {"retrieval": 40.0}, {"retrieval": 45.0})
+    assert (choice.images, choice.step, choice.found, weight_of(choice)) == (50, 1, {"retrieval": 45.0}, 1)
+    choice.restart(60, {"retrieval": 40.0}, {"retrieval": 30.0})
+    assert (choice.step, choice.found, weight_of(choice)) == (0, {"retrieval": 40.0}, 0)
 
 
 def test_the_measures_of_the_table_are_those_of_scikit_learn():
@@ -240,6 +250,9 @@ class Looked:
     def extract(self, encode, source, limit):
         return encode(source[0]), source[1]
 
+    def retrieval(self, encode, limit):
+        return {"retrieval": encode(torch.ones(6)).sum().item()} if self.val is None else {}
+
 
 def test_the_table_compares_the_start_with_what_is_left_and_puts_the_weights_back(tmp_path, monkeypatch):
     encoder = nn.Linear(6, 6, bias=False)
@@ -269,7 +282,8 @@ def test_the_table_compares_the_start_with_what_is_left_and_puts_the_weights_bac
         patch.setattr("matplotlib.pyplot.close", figures.append)
         gains.draw(tmp_path / "gains.png", found)
     panels = {axis.get_title(): [line.lines[0].get_ydata().tolist() for line in axis.containers] for axis in figures[0].axes}
-    assert [len(lines) for lines in panels.values()] == [1, 1, 1, 1, 2, 2, 2, 0]  # without labels, also has no accuracies
+    assert [len(lines) for lines in panels.values()] == [1, 1, 1, 1, 2, 1, 2, 2]  # without labels, also has no accuracies
+    assert panels["view retrieval"] == [[6, 1]] and [row["view retrieval"] for row in rows] == ["", "", "6.0", "1.0"]
     assert panels["k-NN"] == [[row["knn_avg"] for row in found[:2]]] and panels["CKA with the start"][0] == [1, found[1]["cka"]]
     with Image.open(tmp_path / "gains.png") as image:
         assert min(image.size) > 300

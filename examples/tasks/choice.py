@@ -75,6 +75,9 @@ def resolve(found: Mapping[str, float], measure: str) -> str:
 class Choice:
     """Follows what a run would leave: the encoder of the look that measured best, the start's too, or the last.
 
+    View retrieval is near 100 % at the start where images are easily told apart, and only a clear fall is counted against an
+    encoder: of those within a standard error of the best, at most 50 / sqrt(images) points, the latest is kept.
+
     Args:
         encoder: as it starts; what needs a gradient is followed.
         keep: ``best`` or ``last``.
@@ -86,6 +89,7 @@ class Choice:
     Attributes:
         step: of the look that is kept; 0 is the start.
         found: what that look measured; empty where nothing was.
+        top: the best score of all looks; minus infinity where none has one.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Choice:
         self.start = copied(self.trained, "cpu")
         self.best, self.step, self.looked = self.start, 0, 0
         self.found: dict[str, float] = {}
+        self.top = -math.inf
 
     @property
     def plain(self) -> bool:
@@ -132,7 +137,7 @@ class Choice:
             parameter.copy_(weights[name])
 
     def consider(self, step: int, found: Mapping[str, float]) -> None:
-        """Keep the candidate if a look at it has measured more than at the one kept; the last one if that is asked for.
+        """Keep the candidate if a look at it has measured best so far; the last one if that is asked for.
 
         The look is within `applied`; this is after it, when the encoder has its trained weights back.
 
@@ -140,11 +145,22 @@ class Choice:
             step: after which the look was.
             found: what it measured.
         """
-        old, new = score(self.found, self.measure), score(found, self.measure)
-        self.looked += new is not None
-        if self.keep == "last" or (new is not None and (old is None or new > old)):
+        self.looked += score(found, self.measure) is not None
+        if self._wins(found) or self.keep == "last":
             self.step, self.found = step, dict(found)
             self.best = copied(self.candidate(), "cpu") if self.keep == "best" and step else self.start
+
+    def slack(self, found: Mapping[str, float]) -> float:
+        """Return how far below the best a later look may be, in points."""
+        return 50 / math.sqrt(self.images) if resolve(found, self.measure) == "retrieval" else 0.0
+
+    def _wins(self, found: Mapping[str, float]) -> bool:
+        """Tell whether a look is to be kept, and remember the best score."""
+        top, new = self.top, score(found, self.measure)
+        if new is None:
+            return False
+        self.top, slack = max(top, new), self.slack(found)
+        return new > top or (slack > 0 and new >= top - slack)
 
     def restart(self, images: int, found: Mapping[str, float], kept: Mapping[str, float]) -> None:
         """Compare anew, after looks at another number of images.
@@ -154,21 +170,22 @@ class Choice:
             found: what a look at the start measured.
             kept: what a look at the best so far measured.
         """
-        self.images = images
-        new, start = score(kept, self.measure), score(found, self.measure)
-        better = new is not None and (start is None or new > start)
+        self.images, self.top = images, -math.inf
+        self._wins(found)
+        better = self._wins(kept)
         self.step, self.found = (self.step, dict(kept)) if better or self.keep == "last" else (0, dict(found))
         self.best = self.best if better else self.start
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from; ``weights`` are those that the run would leave now, none if as trained."""
         weights = {} if self.plain and self.keep == "last" else dict(self.chosen())
-        return {"step": self.step, "looked": self.looked, "images": self.images, "found": self.found, "weights": weights}
+        kept = {"step": self.step, "looked": self.looked, "images": self.images, "found": self.found, "top": self.top}
+        return kept | {"weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         self.step, self.looked, self.images, self.found = (state[key] for key in ("step", "looked", "images", "found"))
-        self.found = dict(self.found)
+        self.found, self.top = dict(self.found), state["top"]
         if self.keep == "best" and self.found:
             self.best = dict(state["weights"])
 
@@ -188,8 +205,10 @@ class Choice:
             raise Stop(
                 f"--keep-by {name} must be measured, and was not (no labels, or too few images?): choose another measure"
             )
-        error = f", whose standard error is up to {50 / math.sqrt(self.images):.1f} points" if name == "knn" else ""
-        return f"the encoder with the best {NAMES[name]} is kept{error}; the start counts"
+        error = f"its standard error, at most {50 / math.sqrt(self.images):.1f} points"
+        if name == "retrieval":
+            return f"the latest encoder is kept whose {NAMES[name]} is as good as the best, within {error}; the start counts"
+        return f"the encoder with the best {NAMES[name]} is kept, whatever {error}; the start counts"
 
     def lines(self, last: int) -> list[str]:
         """Return a line on what is kept, for the end of a run of ``last`` steps."""
@@ -199,8 +218,9 @@ class Choice:
         value = self.found.get(resolve(self.found, self.measure))
         if self.keep == "last" or value is None:
             return [f"encoder/ holds the encoder after step {last}{how}"] if how else []
-        name = NAMES[resolve(self.found, self.measure)]
+        name, slack = NAMES[resolve(self.found, self.measure)], self.slack(self.found)
         if self.step == 0:
-            beaten = f"no look of {self.looked} was better than the start"
+            beaten = f"no look of {self.looked} was {'as good as' if slack else 'better than'} the start"
             return [f"{beaten} ({name} {value:.2f}): encoder/ holds the start, unchanged"]
-        return [f"encoder/ holds the best of {self.looked} looks, after step {self.step} of {last} ({name} {value:.2f}){how}"]
+        which = f"the latest within {slack:.1f} points of the best" if slack else "the best"
+        return [f"encoder/ holds {which} of {self.looked} looks, after step {self.step} of {last} ({name} {value:.2f}){how}"]

@@ -26,6 +26,7 @@ COLUMNS = {
     "shot1_avg": ("1 label a class", "accuracy, %"),
     "shot5_avg": ("5 labels a class", "accuracy, %"),
     "rank_avg": ("effective rank", "dimensions"),
+    "retrieval": ("view retrieval", "share of crops, %"),
     "similarity": ("cosine to the start", "mean, -1 to 1"),
     "cka": ("CKA with the start", "0 to 1"),
 }
@@ -74,7 +75,8 @@ def compare(choice: Choice, model: MultiViewMAE, sets: Mapping[str, Monitor]) ->
                 bank, labels = queries[:0], query_labels[:0]
                 if monitor.val is not None:
                     bank, labels = monitor.extract(model.features, monitor.train, monitor.limit)
-            row = {"set": name, "moment": moment} | measured(bank, labels, queries, query_labels)
+                row = {"set": name, "moment": moment} | monitor.retrieval(model.features, monitor.limit)
+            row |= measured(bank, labels, queries, query_labels)
             if before is not None:
                 row |= {"similarity": mean_cosine(before, queries), "cka": linear_cka(before, queries)}
             before = queries

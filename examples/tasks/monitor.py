@@ -142,7 +142,7 @@ class Monitor:
         """Compute ``effective_rank`` and ``uniformity`` of at most ``limit`` images, always the same ones.
 
         And ``knn`` (percent) where there are labels; ``similarity`` and ``cka`` (see `moved`) where drift is followed;
-        ``retrieval`` (percent) of at most `MONITORED` of the images, two at least, where there are ``crops``.
+        and view `retrieval` where there are ``crops``.
         """
         if not self.limit:
             return {}
@@ -156,11 +156,15 @@ class Monitor:
         if len(features) < 2:
             return {}
         found = {"effective_rank": effective_rank(features), "uniformity": uniformity(features)} | knn
-        if self.crops is not None and len(views := self.views(encode, self.crops, min(limit, MONITORED))) > 1:
-            found["retrieval"] = 100 * view_retrieval(views)
-        return found | (self.moved(features) if self.drift else {})
+        return found | self.retrieval(encode, limit) | (self.moved(features) if self.drift else {})
 
-    def views(self, encode: Encode, crops: MultiViewTransform, limit: int) -> Tensor:
+    @torch.no_grad()
+    def retrieval(self, encode: Encode, limit: int) -> dict[str, float]:
+        """Compute ``retrieval``, in percent, of at most `MONITORED` images; nothing without ``crops``, or of one image."""
+        views = None if self.crops is None else self._views(encode, self.crops, min(limit, MONITORED))
+        return {} if views is None or len(views) < 2 else {"retrieval": 100 * view_retrieval(views)}
+
+    def _views(self, encode: Encode, crops: MultiViewTransform, limit: int) -> Tensor:
         """Compute features (N, V, D) of random views, always the same ones, of at most ``limit`` images."""
 
         def features(views: Tensor) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from tasks.splits import Splits
 from tasks.summary import summary_page
 from tasks.verdict import Verdict, judge
 
-CURVES = ("loss", "loss_rec", "loss_con", "knn", "effective_rank", "uniformity", "similarity", "cka", "lr")
+CURVES = ("loss", "loss_rec", "loss_con", "knn", "retrieval", "effective_rank", "uniformity", "similarity", "cka", "lr")
 
 
 def computed(record: Mapping[str, Any]) -> dict[str, Any]:

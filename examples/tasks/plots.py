@@ -34,6 +34,7 @@ LABELS = {
     "best": "best linear probe, %",
     "top1": "top-1 accuracy, %",
     "top5": "top-5 accuracy, %",
+    "retrieval": "view retrieval, %",
     "effective_rank": "effective rank, dimensions",
     "uniformity": "uniformity, nats",
     "similarity": "mean cosine to the start",
