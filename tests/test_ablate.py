@@ -76,8 +76,9 @@ def test_an_ablation_that_was_killed_goes_on_where_it_was(photographs, tmp_path)
     assert again.code == 0 and text.strip() in again.out and "run 1 of" not in again.out
 
 
-def test_a_plot_of_many_tables_fits_a_page_and_says_what_it_shows(monkeypatch, tmp_path):
-    found, figures = json.loads((EXAMPLES / "ablation-fashion.json").read_text()), []
+@pytest.mark.parametrize("name", ["ablation-fashion", "ablation-cifar10"])
+def test_a_plot_of_many_tables_fits_a_page_and_says_what_it_shows(name, monkeypatch, tmp_path):
+    found, figures = json.loads((EXAMPLES / f"{name}.json").read_text()), []
 
     @contextmanager
     def plot(*given, **settings):
@@ -88,7 +89,7 @@ def test_a_plot_of_many_tables_fits_a_page_and_says_what_it_shows(monkeypatch, t
     whole = comparison.plot
     monkeypatch.setattr(comparison, "plot", plot)
     comparison.draw(tmp_path / "plot.png", found)
-    with Image.open(tmp_path / "plot.png") as picture, Image.open(EXAMPLES / "ablation-fashion.png") as committed:
+    with Image.open(tmp_path / "plot.png") as picture, Image.open(EXAMPLES / f"{name}.png") as committed:
         assert picture.width <= 1100 and picture.height <= 1500 and committed.size == picture.size
     (figure,) = figures
     assert [axis.get_title() for axis in figure.axes] == list(MEASURES.values())
