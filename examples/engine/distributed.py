@@ -84,7 +84,9 @@ def start_processes(device: str) -> Processes:
         return Processes(0, 1, chosen, None)
     if not dist.is_initialized():
         dist.init_process_group(backend)
-    return Processes(rank, world_size, chosen, dist.new_group(backend="gloo"))
+    group: Any = dist.new_group(backend="gloo")
+    dist.barrier(group)  # a process that ends at once, by an error, takes along the store on which others may still wait
+    return Processes(rank, world_size, chosen, group)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
