@@ -95,8 +95,6 @@ def knn_predict(
     predicted = [test_features.new_empty(0, dtype=torch.long)]
     for queries in test_features.split(chunk_size):
         similarity, neighbours = _nearest(_unit(queries), train_features, k, 16 * chunk_size)  # (Q, k) each
-        if similarity.isnan().any():
-            raise ValueError("a feature is NaN or infinite: the encoder has diverged, or its images are not normalised")
         # the nearest one's weight is 1: ratios of votes stay, and no temperature is too low for exp
         votes = torch.ones_like(similarity) if temperature is None else ((similarity - similarity[:, :1]) / temperature).exp()
         total = votes.new_zeros(len(queries), len(classes)).scatter_add_(1, labels[neighbours], votes)
@@ -106,7 +104,7 @@ def knn_predict(
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest similarities and their places in the bank, (Q, k) each, the largest first."""
+    """Return the k largest similarities and their places in the bank, (Q, k) each, the largest first; refuse NaN."""
     best = queries.new_empty(len(queries), 0)
     places = torch.empty_like(best, dtype=torch.long)
     for start in range(0, len(bank), chunk_size):
@@ -115,6 +113,8 @@ def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Te
         best, places = torch.cat([best, similarity], dim=1), torch.cat([places, place + start], dim=1)
         best, order = best.topk(min(k, best.shape[1]), dim=1)
         places = places.gather(1, order)
+    if best.isnan().any():
+        raise ValueError("a feature is NaN or infinite: the encoder has diverged, or its images are not normalised")
     return best, places
 
 
@@ -133,14 +133,11 @@ def view_retrieval(features: Tensor, *, chunk_size: int = 1024) -> float:
     """
     if features.ndim != 3 or min(features.shape[:2]) < 2:
         raise ValueError(f"features must have the shape (N, Q, D) with N and Q >= 2, got {tuple(features.shape)}")
-    views, image = features.flatten(0, 1), torch.arange(len(features)).repeat_interleave(features.shape[1]).to(features.device)
-    right = 0
+    views, right = features.flatten(0, 1), 0
     for own in torch.arange(len(views), device=features.device).split(chunk_size):
-        similarity, places = _nearest(_unit(views[own]), views, 2, 16 * chunk_size)  # one of the two may be the view itself
-        if similarity.isnan().any():
-            raise ValueError("a feature is NaN or infinite: the encoder has diverged, or its images are not normalised")
+        _, places = _nearest(_unit(views[own]), views, 2, 16 * chunk_size)  # one of the two may be the view itself
         nearest = torch.where(places[:, 0] == own, places[:, 1], places[:, 0])
-        right += int((image[nearest] == image[own]).sum())
+        right += int((nearest // features.shape[1] == own // features.shape[1]).sum())
     return right / len(views)
 
 

@@ -12,6 +12,8 @@ from engine.ends import Stop
 
 Weights = dict[str, Tensor]
 MEASURES = ("auto", "knn", "retrieval")
+KEPT = ("step", "looked", "images", "found", "top")
+"""What of a `Choice` a checkpoint holds beside its weights."""
 NAMES = {"knn": "k-NN accuracy", "retrieval": "view retrieval"}
 
 
@@ -150,9 +152,14 @@ class Choice:
             self.step, self.found = step, dict(found)
             self.best = copied(self.candidate(), "cpu") if self.keep == "best" and step else self.start
 
+    @property
+    def error(self) -> float:
+        """The largest standard error of a share of the images of a look, in points."""
+        return 50 / math.sqrt(self.images)
+
     def slack(self, found: Mapping[str, float]) -> float:
         """Return how far below the best a later look may be, in points."""
-        return 50 / math.sqrt(self.images) if resolve(found, self.measure) == "retrieval" else 0.0
+        return self.error if resolve(found, self.measure) == "retrieval" else 0.0
 
     def _wins(self, found: Mapping[str, float]) -> bool:
         """Tell whether a look is to be kept, and remember the best score."""
@@ -179,13 +186,13 @@ class Choice:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from; ``weights`` are those that the run would leave now, none if as trained."""
         weights = {} if self.plain and self.keep == "last" else dict(self.chosen())
-        kept = {"step": self.step, "looked": self.looked, "images": self.images, "found": self.found, "top": self.top}
-        return kept | {"weights": weights}
+        return {name: getattr(self, name) for name in KEPT} | {"weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
-        self.step, self.looked, self.images, self.found = (state[key] for key in ("step", "looked", "images", "found"))
-        self.found, self.top = dict(self.found), state["top"]
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self.found = dict(self.found)
         if self.keep == "best" and self.found:
             self.best = dict(state["weights"])
 
@@ -205,7 +212,7 @@ class Choice:
             raise Stop(
                 f"--keep-by {name} must be measured, and was not (no labels, or too few images?): choose another measure"
             )
-        error = f"its standard error, at most {50 / math.sqrt(self.images):.1f} points"
+        error = f"its standard error, at most {self.error:.1f} points"
         if name == "retrieval":
             return f"the latest encoder is kept whose {NAMES[name]} is as good as the best, within {error}; the start counts"
         return f"the encoder with the best {NAMES[name]} is kept, whatever {error}; the start counts"
