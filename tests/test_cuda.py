@@ -294,6 +294,7 @@ def test_processes_share_the_devices_where_there_are_more_of_them(monkeypatch, d
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", called.append)
     monkeypatch.setattr(dist, "new_group", lambda backend: backend)
+    monkeypatch.setattr(dist, "barrier", called.append)
     found = start_processes("auto")
     assert found == distributed.Processes(1, 2, torch.device("cuda", place), "gloo")
-    assert called == [torch.device("cuda", place), backend]
+    assert called == [torch.device("cuda", place), backend, "gloo"]
