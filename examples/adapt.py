@@ -37,7 +37,7 @@ from tasks import gains, gentle, method
 from tasks.guard import KINDS, Guard
 from tasks.inputs import names, normalize
 from tasks.method import build_model
-from tasks.monitor import MONITORED, Monitor
+from tasks.monitor import Monitor
 from tasks.outcome import build_monitor, finish, look, look_due, opening
 from tasks.pretraining import (
     advance,
@@ -175,14 +175,14 @@ def random_crops(config: Config, encoder: Any) -> MultiViewTransform:
     return MultiViewTransform(encoder.patch_embed.img_size, num_views=VIEWS, **options)
 
 
-def compare_anew(config: Config, choice: choosing.Choice, monitor: Monitor, model: MultiViewMAE, run: Run, images: int) -> None:
+def compare_anew(config: Config, choice: choosing.Choice, monitor: Monitor, model: MultiViewMAE, run: Run) -> None:
     """Look again at the start and at what is kept, where a resumed run looks at another number of images."""
     looks = []
     for weights in (choice.start, dict(choice.chosen())):
         with choice.applied(weights):
             looks.append(look(config, monitor, model, run.log, run.step))
     monitor.before = looks[0]
-    choice.restart(images, *looks)
+    choice.restart(monitor.counted, *looks)
 
 
 def main(config: Config) -> None:
@@ -224,9 +224,8 @@ def main(config: Config) -> None:
     sets = {"own": monitor}  # of the table at the end
     if config.also:
         sets["also"] = build_monitor(config, encoder, open_splits(config.also), mean, std, processes)
-    shown = min(config.monitor_images, len(monitor.looked_at), MONITORED if monitor.crops else config.monitor_images)
     kept: dict[str, Any] = {"keep": config.keep, "measure": config.keep_by}
-    choice = choosing.Choice(encoder, **kept, share=config.interpolate, decay=config.ema, images=shown)
+    choice = choosing.Choice(encoder, **kept, share=config.interpolate, decay=config.ema, images=monitor.counted)
     held = None
     if config.guard:
         few: dict[str, Any] = {"batch_size": config.batch_size, "processes": processes}
@@ -252,8 +251,8 @@ def main(config: Config) -> None:
     if run.found is None:
         monitor.before = look(config, monitor, model, run.log, 0)
         choice.consider(0, monitor.before)
-    elif choice.images != shown:
-        compare_anew(config, choice, monitor, model, run, shown)
+    elif choice.images != monitor.counted:
+        compare_anew(config, choice, monitor, model, run)
     run.log.say(choice.note(monitor.before))
 
     with run:

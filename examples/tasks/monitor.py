@@ -122,6 +122,11 @@ class Monitor:
         parts = [self.train, self.val] if self.val is not None else []
         return bool(parts) and all(part.labels is not None and part.labels.min() >= 0 for part in parts)
 
+    @property
+    def counted(self) -> int:
+        """Number of images of which view retrieval, or without it k-NN accuracy, is a share."""
+        return min(self.limit, len(self.looked_at), MONITORED if self.crops else self.limit)
+
     def drawn(self) -> Tensor:
         """Return the images of pictures (B, C, H, W), normalised: of those looked at, else of those that are trained on."""
         if self._drawn is None:
