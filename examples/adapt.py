@@ -29,7 +29,7 @@ from engine.distributed import autocast, parallel, start_processes, to_device
 from engine.ends import Stop
 from engine.optim import build_optimizer, cosine_schedule
 from engine.run import DROPOUT, Run
-from mvmae import MultiViewMAE, MultiViewTransform
+from mvmae import MultiViewMAE
 from mvmae.data import sample_seed
 from mvmae.hub import describe
 from tasks import choice as choosing
@@ -44,17 +44,14 @@ from tasks.pretraining import (
     backward,
     draw_masks,
     open_data,
-    pixel_options,
     position,
+    random_crops,
     statistics,
     step_sampler,
     view_loader,
 )
 from tasks.splits import open_splits
 from tasks.starting import Stages, parameter_groups, starting_weights, told
-
-VIEWS = 8
-"""Random views of each image of which --keep-by retrieval is computed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +146,13 @@ class Config(method.Config):
         5000,
         "maximum number of images of each evaluation, with k-NN if they have labels; 0: no evaluation",
     )
+    rehearse: str = option(
+        "",
+        "images like those that the start was trained on, as for --data: as many of them as of --data are trained on too, so "
+        "that less is forgotten (rehearsal)",
+        path=True,
+        empty="none",
+    )
     also: str = option(
         "",
         "further images, as for --data, of the table at the end: such as those that the start was trained on",
@@ -169,12 +173,6 @@ class Config(method.Config):
     )
 
 
-def random_crops(config: Config, encoder: Any) -> MultiViewTransform:
-    """Return what takes the views of view retrieval: the random crops of training, without its other changes."""
-    options = {"scale": config.crop_scale, **pixel_options(config)}
-    return MultiViewTransform(encoder.patch_embed.img_size, num_views=VIEWS, **options)
-
-
 def compare_anew(config: Config, choice: choosing.Choice, monitor: Monitor, model: MultiViewMAE, run: Run) -> None:
     """Look again at the start and at what is kept, where a resumed run looks at another number of images."""
     looks = []
@@ -191,7 +189,7 @@ def main(config: Config) -> None:
     device = processes.device
 
     # images and model
-    fitted, images = open_data(config, processes)
+    fitted, images = open_data(config, processes, config.rehearse)
     share = 1 if config.epochs else fitted.epochs / 100
     config = dataclasses.replace(fitted, freeze_epochs=share * config.freeze_epochs)
     if config.in_chans != 3:
@@ -223,7 +221,7 @@ def main(config: Config) -> None:
         monitor.crops = random_crops(config, encoder)
     sets = {"own": monitor}  # of the table at the end
     if config.also:
-        sets["also"] = build_monitor(config, encoder, open_splits(config.also), mean, std, processes)
+        sets["also"] = build_monitor(config, encoder, open_splits(config.also, "--also"), mean, std, processes)
     kept: dict[str, Any] = {"keep": config.keep, "measure": config.keep_by}
     choice = choosing.Choice(encoder, **kept, share=config.interpolate, decay=config.ema, images=monitor.counted)
     held = None

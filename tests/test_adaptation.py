@@ -23,10 +23,14 @@ sys.path.append(str(EXAMPLES))
 import adapt as adapt_script
 import pretrain
 from engine.cli import parse
+from engine.distributed import Processes
 from tasks.backbones import save_classifier
 from tasks.monitor import report
+from tasks.pretraining import open_data
+from tasks.splits import open_splits
 from tasks.starting import starting_weights, told
 
+ALONE = Processes(0, 1, torch.device("cpu"), None)
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
 ARGUMENTS = ["--data", "sample", "--output-dir", "run", "--epochs", 2, "--batch-size", 32, "--workers", 0]
 ARGUMENTS += ["--decoder-dim", 16, "--decoder-depth", 1, "--decoder-heads", 2, "--device", "cpu", "--log-every", 1]
@@ -71,7 +75,7 @@ def test_the_defaults_train_an_existing_encoder_gently_and_pretraining_has_no_su
     plain = dataclasses.asdict(parse(pretrain.Config, pretrain.PRESETS, None, given))
     own = {"pretrained": True, "freeze_epochs": 5, "layer_decay": 0.75, "train": "all", "train_blocks": 2, "lora_rank": 16}
     own |= {"lora_layers": "attention", "guard": 0.0, "guard_kind": "cosine", "guard_images": 8, "ema": 0.0, "interpolate": 1.0}
-    own |= {"keep": "best", "keep_by": "auto", "also": ""}
+    own |= {"keep": "best", "keep_by": "auto", "also": "", "rehearse": ""}
     recipe = "jitter grayscale mask_ratio loss_weight contrast_from temperature projector projector_hidden projector_depth "
     recipe += "projector_norm decoder_depth epochs batch_size optimizer base_lr monitor_every"
     small = pretrain.PRESETS["small"]
@@ -322,6 +326,33 @@ def test_the_run_suits_the_number_of_images_and_the_encoder(channels, changed, t
     assert tuple(settings["jitter"]) == changed and settings["grayscale"] == (0.2 if channels == 3 else 0)
 
 
+@pytest.mark.parametrize("number", [8, 60])
+def test_rehearsal_trains_on_as_many_old_images_none_of_them_held_out_and_looks_at_the_own_alone(number, start, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in {"own/a": 10, "own/b": 10, "old/x": number // 2, "old/y": number // 2}.items():
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    own, old = (open_splits(str(tmp_path / name)) for name in ("own", "old"))
+    given = ["--data", str(tmp_path / "own"), "--encoder", f"local-dir:{start}", "--output-dir", str(tmp_path / "run")]
+    config, images = open_data(parse(adapt_script.Config, {}, None, given), ALONE, str(tmp_path / "old"))
+    assert len(own.train) == 18 and len(images.train) == images.per_epoch == min(36, 18 + len(old.train))
+    expected = [own.train.name(i) for i in range(18)]
+    names = [images.train.name(i) for i in range(len(images.train))]
+    assert names[:18] == expected and names == [images.train.image(i) for i in range(len(names))]
+    assert set(names[18:]) <= {old.train.name(i) for i in range(len(old.train))} and len(set(names)) == len(names)
+    assert images.train.labels is None and len(images.splits.train) == 18
+    assert config.epochs == round(44 * (50_000 / len(names)) ** 0.5)
+    alone = open_data(parse(adapt_script.Config, {}, None, given), ALONE)[1]
+    assert alone.fingerprint == own.train.fingerprint and images.fingerprint != alone.fingerprint
+    if number == 60:
+        result = adapt(tmp_path, *given[:4], "--rehearse", "old", "--also", "old", "--batch-size", 16, "--loss-weight", 0)
+        assert result.code == 0, result.err
+        assert "18 images and 18 of --rehearse, listed in" in result.out
+        assert "features are measured on 2 held-out images" in result.out
+        assert [line["epoch"] for line in lines(tmp_path) if "epoch" in line] == [0.5, 1.0, 1.5, 2.0]
+
+
 def test_a_file_of_weights_needs_its_architecture(start, tmp_path):
     (tmp_path / "alone").mkdir()
     file = tmp_path / "alone" / "weights.safetensors"
@@ -368,6 +399,9 @@ def test_every_trained_parameter_is_in_one_group(name, monkeypatch):
         (["--encoder", "local-dir:no/such"], ["no/such"]),
         (["--mean", "automatic"], ["--mean must be numbers, or auto alone, got 'automatic'"]),
         (["--crops-per-image", "0"], ["--crops-per-image", "at least 1"]),
+        (["--rehearse", "no/such"], ["--rehearse: no such folder, file or data set: no/such"]),
+        (["--data", "https://x/{0..9}.tar", "--rehearse", "sample"], ["--rehearse needs images that can be counted"]),
+        (["--also", "no/such"], ["--also: no such folder, file or data set: no/such"]),
         (["--freeze-epochs", "2"], ["--freeze-epochs 2", "--epochs 2"]),
         (["--value-range", "9", "3"], ["--value-range must be two numbers, low and high, got 9 3"]),
     ],

@@ -33,10 +33,12 @@ from tasks.inputs import augmented, channel_statistics, jittered, repeated
 from tasks.labelled import clamp_batch
 from tasks.method import Config
 from tasks.monitor import MONITORED
-from tasks.splits import Splits, open_splits, passed_over
+from tasks.splits import Joined, Part, Splits, draw, open_splits, passed_over
 from tasks.starting import with_background
 
 Chosen = TypeVar("Chosen", bound="Config")
+VIEWS = 8
+"""Random views of each image of which view retrieval is computed."""
 EPOCHS, IMAGES = 44, 50_000
 """Epochs of two views for that many images: an hour and a half of two CPU cores at the 400 images/s of ``--preset small``."""
 
@@ -89,17 +91,27 @@ def fit_length(config: Chosen, number: int) -> Chosen:
     return dataclasses.replace(config, epochs=float(epochs), warmup_epochs=epochs / 20, monitor_every=looks)
 
 
-def open_data(config: Chosen, processes: Processes) -> tuple[Chosen, Images]:
+def open_data(config: Chosen, processes: Processes, rehearse: str = "") -> tuple[Chosen, Images]:
     """Open the images; return them, and the options with the background, the length and the batch size that they come to.
+
+    Args:
+        config: options of the run.
+        processes: this one and the others.
+        rehearse: further images that are trained on, and never looked at, as for ``--data``; empty: none.
 
     Raises:
         Stop: if there are none, or a batch leaves the contrastive loss no negatives.
     """
     config = with_background(config, config.encoder, config.arch)
+    if rehearse and is_stream(config.data):
+        raise Stop(f"--rehearse needs images that can be counted, and --data {config.data} is a stream: leave it out")
     start = time.monotonic()
     stream = named_stream(config) if is_stream(config.data) else None
     splits = open_splits(config.data) if stream is None else first_of(stream, config.monitor_images)
     train = repeated(splits.train, config.crops_per_image)
+    own = len(train)
+    if rehearse:
+        train = with_rehearsal(train, rehearse)
     length = len(train) if stream is None else stream.length
     per_epoch = config.images_per_epoch or length
     if not per_epoch:
@@ -112,12 +124,19 @@ def open_data(config: Chosen, processes: Processes) -> tuple[Chosen, Images]:
         raise Stop(
             f"--batch-size {config.batch_size}{each} leaves the contrastive loss no negatives: use more, or --loss-weight 0"
         )
-    listed = f"{len(train)} images, listed in {opened}{passed_over(train)}"
+    more = f" and {len(train) - own} of --rehearse" if rehearse else ""
+    listed = f"{own} images{more}, listed in {opened}{passed_over(train)}"
     if stream is not None:
         listed = f"a stream of {len(stream.shards.names)} shards, opened in {opened}"
     if config.images_per_epoch or stream is not None:
         listed += f", of which {per_epoch} images count as an epoch"
     return config, Images(splits, train, per_epoch, listed, clamped, stream)
+
+
+def with_rehearsal(train: ImageSource, rehearse: str) -> ImageSource:
+    """Return the images with as many others, or all where there are fewer, always the same ones, of those not held out."""
+    old = open_splits(rehearse, "--rehearse").train
+    return Joined([train, Part(old, draw(len(old), len(train)))])
 
 
 def named_stream(config: Config) -> ImageStream:
@@ -167,6 +186,12 @@ def pixel_options(config: Config) -> dict[str, Any]:
 def centre_crop(config: Config, encoder: Any) -> mvmae.CentreCropTransform:
     """Return the transform of images that are looked at rather than trained on."""
     return mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixel_options(config))
+
+
+def random_crops(config: Config, encoder: Any) -> mvmae.MultiViewTransform:
+    """Return what takes the views of view retrieval: the random crops of training, without its other changes."""
+    options = {"scale": config.crop_scale, **pixel_options(config)}
+    return mvmae.MultiViewTransform(encoder.patch_embed.img_size, num_views=VIEWS, **options)
 
 
 def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple[float, ...], tuple[float, ...]]:

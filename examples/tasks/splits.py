@@ -1,5 +1,8 @@
 """The images of all scripts in two splits: what is trained on, and what is held out, the same in all of them."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -46,6 +49,38 @@ class Part(ImageSource):
         return f"{self.source.fingerprint}:{len(self)}:{int(self.indices.sum())}"
 
 
+class Joined(ImageSource):
+    """The images of several sources, one source after the other, without labels."""
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        super().__init__([])
+        self.sources = sources
+        self.ends = list(accumulate(map(len, sources)))
+        self.problems = tuple(problem for source in sources for problem in source.problems)
+        self.passed_over = ", ".join(filter(None, (source.passed_over for source in sources)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def _place(self, index: int) -> tuple[ImageSource, int]:
+        """Return the source of an image, and its number there."""
+        number = bisect_right(self.ends, index)
+        return self.sources[number], index - (self.ends[number] - len(self.sources[number]))
+
+    def image(self, index: int) -> ImageLike:
+        source, place = self._place(index)
+        return source.image(place)
+
+    def name(self, index: int) -> str:
+        source, place = self._place(index)
+        return source.name(place)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprints of the sources."""
+        return "+".join(source.fingerprint for source in self.sources)
+
+
 class Splits(NamedTuple):
     """Images to train on, held-out images if there are any, and a note on them for the log."""
 
@@ -63,24 +98,24 @@ class Labelled(NamedTuple):
     note: str
 
 
-def named_images(data: str, split: str = "train") -> ImageSource:
-    """Open the images of ``--data``, which an error names."""
+def named_images(data: str, split: str = "train", option: str = "--data") -> ImageSource:
+    """Open the images of an option, which an error names."""
     try:
         return open_images(data, split=split)
     except SplitError:
         raise
     except ValueError as error:
-        raise ValueError(f"--data: {error}") from error
+        raise ValueError(f"{option}: {error}") from error
 
 
-def open_splits(data: str) -> Splits:
+def open_splits(data: str, option: str = "--data") -> Splits:
     """Open images to train on, and those held out: the validation split of the data.
 
     Where it has none, one image of ten of each class is held out, the same ones in all scripts; nothing without labels.
     """
-    train = named_images(data)
+    train = named_images(data, option=option)
     try:
-        return Splits(train, named_images(data, "val"), "the data's validation split")
+        return Splits(train, named_images(data, "val", option), "the data's validation split")
     except SplitError:
         labels = torch.empty(0) if train.labels is None else torch.as_tensor(train.labels)
     kept, held = (part.sort().values for part in hold_out(labels))
