@@ -7,11 +7,11 @@ r"""Continue training an existing encoder, on unlabelled images of your own.
     --freeze-epochs 1 --warmup-epochs 1 --workers 2
       takes minutes of one CPU core, from the encoder of pretrain.py --preset quick
 
-The recipe is that of pretrain.py --preset small, trained more gently: the encoder is frozen while the new decoder learns to use
-it, and then its lower layers have smaller learning rates. Length, batch and decoder suit the images and the encoder.
---train last, lora and explora change less of it; --guard holds its features near those of the start. The run leaves the encoder
-that measured best, which can be the one that it started from. Add --resume to continue an interrupted run. examples/README.md
-tells how to choose an encoder, and what to look at.
+The recipe is that of pretrain.py --preset small with contrast from the start, and gentler: the encoder is frozen while the new
+decoder learns to use it, and then its lower layers have smaller learning rates. Length, batch and decoder suit the images and
+the encoder. --train last, lora and explora change less of it; --rehearse DATA, images of the start's own kind, keeps what it
+knew. The run leaves the encoder that measured best, which can be the one that it started from. Add --resume to continue an
+interrupted run. examples/README.md tells how to choose an encoder, and what to look at.
 """
 
 import dataclasses
@@ -126,7 +126,6 @@ class Config(method.Config):
     grayscale: float = inherit(method.Config, "grayscale", 0.2, "probability that a view becomes grey, of RGB images")
     mask_ratio: float = inherit(method.Config, "mask_ratio", 0.75)
     loss_weight: float = inherit(method.Config, "loss_weight", 1.0)
-    contrast_from: float = inherit(method.Config, "contrast_from", 0.5)
     temperature: float = inherit(method.Config, "temperature", 0.1)
     projector_hidden: int = inherit(method.Config, "projector_hidden", 512)
     projector_depth: int = inherit(method.Config, "projector_depth", 3)
@@ -162,7 +161,7 @@ class Config(method.Config):
     )
     keep: str = option(
         "best",
-        "encoder to export; best: of the evaluations once the contrastive loss is added, and of the start; last: as at the end",
+        "encoder to export; best: of all evaluations with the contrastive loss, and of the start; last: as at the end",
         ["best", "last"],
     )
     keep_by: str = option(

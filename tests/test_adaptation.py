@@ -76,7 +76,7 @@ def test_the_defaults_train_an_existing_encoder_gently_and_pretraining_has_no_su
     own = {"pretrained": True, "freeze_epochs": 5, "layer_decay": 0.75, "train": "all", "train_blocks": 2, "lora_rank": 16}
     own |= {"lora_layers": "attention", "guard": 0.0, "guard_kind": "cosine", "guard_images": 8, "ema": 0.0, "interpolate": 1.0}
     own |= {"keep": "best", "keep_by": "auto", "also": "", "rehearse": ""}
-    recipe = "jitter grayscale mask_ratio loss_weight contrast_from temperature projector projector_hidden projector_depth "
+    recipe = "jitter grayscale mask_ratio loss_weight temperature projector projector_hidden projector_depth "
     recipe += "projector_norm decoder_depth epochs batch_size optimizer base_lr monitor_every"
     small = pretrain.PRESETS["small"]
     changed = {name: small[name] for name in recipe.split()} | {"decoder_dim": 0, "decoder_heads": 0}

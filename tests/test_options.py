@@ -181,7 +181,7 @@ def test_f56_the_home_is_put_for_a_tilde_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/somebody")
     for name, script in SCRIPTS.items():
         for field in dataclasses.fields(script.Config):
-            if field.name in ("data", "also", "output_dir", "encoder", "model", "models", "run"):
+            if field.name in ("data", "also", "rehearse", "output_dir", "encoder", "model", "models", "run"):
                 for before in ("", "random:", "random:local-dir:") if "model" in field.name else ("",):
                     typed = [*needed(name), f"{flag(field.name)}={before}~/x"]
                     value = getattr(parse(script.Config, presets_of(name), None, typed), field.name)
