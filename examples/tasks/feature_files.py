@@ -91,7 +91,8 @@ def write_array(path: Path, source: ImageSource, parts: Parts) -> int:
         for rows, features in parts:
             if array is None:
                 shape = len(source), features.shape[1]
-                array = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=shape)
+                create: Any = np.lib.format.open_memmap  # without types before numpy 2.3
+                array = create(new, mode="w+", dtype=np.float32, shape=shape)
             array[rows.start : rows.stop] = features
         array.flush()
         widths.append(array.shape[1])
