@@ -147,8 +147,8 @@ class Config(method.Config):
     )
     rehearse: str = option(
         "",
-        "images like those that the start was trained on, as for --data: as many of them as of --data are trained on too, so "
-        "that less is forgotten (rehearsal)",
+        "images like those that the start was trained on, as for --data: as many of them as of --data are trained on too, "
+        "fewer ones repeatedly, so that less is forgotten (rehearsal)",
         path=True,
         empty="none",
     )

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -336,11 +337,15 @@ def test_rehearsal_trains_on_as_many_old_images_none_of_them_held_out_and_looks_
     own, old = (open_splits(str(tmp_path / name)) for name in ("own", "old"))
     given = ["--data", str(tmp_path / "own"), "--encoder", f"local-dir:{start}", "--output-dir", str(tmp_path / "run")]
     config, images = open_data(parse(adapt_script.Config, {}, None, given), ALONE, str(tmp_path / "old"))
-    assert len(own.train) == 18 and len(images.train) == images.per_epoch == min(36, 18 + len(old.train))
+    different = min(18, len(old.train))
+    assert len(own.train) == 18 and len(images.train) == images.per_epoch == 36
+    few = f" ({different} different ones)" if different < 18 else ""
+    assert images.listed.startswith(f"18 images and 18 of --rehearse{few}, listed in ")
     expected = [own.train.name(i) for i in range(18)]
     names = [images.train.name(i) for i in range(len(images.train))]
     assert names[:18] == expected and names == [images.train.image(i) for i in range(len(names))]
-    assert set(names[18:]) <= {old.train.name(i) for i in range(len(old.train))} and len(set(names)) == len(names)
+    assert set(names[18:]) <= {old.train.name(i) for i in range(len(old.train))} and len(set(names)) == 18 + different
+    assert max(Counter(names[18:]).values()) == -(-18 // different)
     assert images.train.labels is None and len(images.splits.train) == 18
     assert config.epochs == round(44 * (50_000 / len(names)) ** 0.5)
     alone = open_data(parse(adapt_script.Config, {}, None, given), ALONE)[1]

@@ -109,9 +109,9 @@ def open_data(config: Chosen, processes: Processes, rehearse: str = "") -> tuple
     stream = named_stream(config) if is_stream(config.data) else None
     splits = open_splits(config.data) if stream is None else first_of(stream, config.monitor_images)
     train = repeated(splits.train, config.crops_per_image)
-    own = len(train)
+    own, more = len(train), ""
     if rehearse:
-        train = with_rehearsal(train, rehearse)
+        train, more = with_rehearsal(train, rehearse)
     length = len(train) if stream is None else stream.length
     per_epoch = config.images_per_epoch or length
     if not per_epoch:
@@ -124,7 +124,6 @@ def open_data(config: Chosen, processes: Processes, rehearse: str = "") -> tuple
         raise Stop(
             f"--batch-size {config.batch_size}{each} leaves the contrastive loss no negatives: use more, or --loss-weight 0"
         )
-    more = f" and {len(train) - own} of --rehearse" if rehearse else ""
     listed = f"{own} images{more}, listed in {opened}{passed_over(train)}"
     if stream is not None:
         listed = f"a stream of {len(stream.shards.names)} shards, opened in {opened}"
@@ -133,10 +132,15 @@ def open_data(config: Chosen, processes: Processes, rehearse: str = "") -> tuple
     return config, Images(splits, train, per_epoch, listed, clamped, stream)
 
 
-def with_rehearsal(train: ImageSource, rehearse: str) -> ImageSource:
-    """Return the images with as many others, or all where there are fewer, always the same ones, of those not held out."""
-    old = open_splits(rehearse, "--rehearse").train
-    return Joined([train, Part(old, draw(len(old), len(train)))])
+def with_rehearsal(train: ImageSource, rehearse: str) -> tuple[ImageSource, str]:
+    """Return the images with as many others, repeated where they are fewer, and what to say of them.
+
+    They are always the same ones, of those not held out.
+    """
+    old, number = open_splits(rehearse, "--rehearse").train, len(train)
+    drawn = draw(len(old), number)
+    joined = Joined([train, Part(old, drawn.repeat(-(-number // len(drawn)))[:number])])
+    return joined, f" and {number} of --rehearse" + (f" ({len(drawn)} different ones)" if len(drawn) < number else "")
 
 
 def named_stream(config: Config) -> ImageStream:
