@@ -320,7 +320,7 @@ def test_f55_killed_while_the_log_is_rewritten(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", killed)
+        patched.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             Log(tmp_path, 0, 9, start=2)
     assert [record["step"] for record in log.records()] == [1, 2, 3]

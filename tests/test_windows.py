@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def hide():
     for module, names in ATTRIBUTES.items():
         for name in names.split():
             delattr(module, name)
+    shutil._use_fd_functions = False  # chosen when it was imported
     real = os.open
 
     def open_file(path, *arguments, **options):
