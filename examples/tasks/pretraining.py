@@ -139,7 +139,7 @@ def with_rehearsal(train: ImageSource, rehearse: str) -> tuple[ImageSource, str]
     """
     old, number = open_splits(rehearse, "--rehearse").train, len(train)
     drawn = draw(len(old), number)
-    joined = Joined([train, Part(old, drawn.repeat(-(-number // len(drawn)))[:number])])
+    joined = Joined([train, Part(old, drawn[torch.arange(number) % len(drawn)])])
     return joined, f" and {number} of --rehearse" + (f" ({len(drawn)} different ones)" if len(drawn) < number else "")
 
 
