@@ -95,9 +95,9 @@ class MAEDecoder(nn.Module):
                 f"tokens must have the shape ({batch}, {prefix} prefix + {visible} visible, D), got {tuple(tokens.shape)}"
             )
         tokens = self.embed(tokens)  # (B, T + K, E)
-        hidden = self.mask_token.expand(batch, mask.masked.shape[1] - visible, -1)
-        patches = torch.cat([tokens[:, prefix:], hidden], dim=1)  # float32 from here to the norm, under autocast too
-        patches = patches.gather(1, mask.restore[:, :, None].expand_as(patches))  # (B, L, E), in the order of the image
+        hidden = self.mask_token.expand(batch, mask.masked.shape[1], -1)  # float32 from here to the norm, under autocast too
+        places = mask.visible[:, :, None].expand(-1, -1, hidden.shape[2])
+        patches = hidden.scatter(1, places, tokens[:, prefix:].to(hidden.dtype))  # (B, L, E), in the order of the image
         tokens = torch.cat([tokens[:, :prefix], patches + self._positions(grid_size)], dim=1)
         tokens = self.norm(self.blocks(tokens)[:, prefix:])
         return cast(Tensor, self.head(tokens))

@@ -11,16 +11,14 @@ from torch import Tensor
 
 
 class Mask(NamedTuple):
-    """Which patches of each image the encoder sees: Eq. 1 as three tensors that agree with each other.
+    """Which patches of each image the encoder sees: Eq. 1 as two tensors that agree with each other.
 
     Attributes:
         visible: (B, K) int64, positions of the visible patches in ascending order.
-        restore: (B, L) int64, where each patch stands in the sequence "K visible patches, then L - K masked ones".
         masked: (B, L) bool, True where a patch is masked.
     """
 
     visible: Tensor
-    restore: Tensor
     masked: Tensor
 
     @classmethod
@@ -39,8 +37,7 @@ class Mask(NamedTuple):
         counts = set((~masked).sum(dim=1).tolist())
         if len(counts) != 1 or 0 in counts:
             raise ValueError(f"all rows must leave the same number of patches visible, at least 1, got {sorted(counts)}")
-        order = masked.int().argsort(dim=1, stable=True)
-        return cls(order[:, : counts.pop()], order.argsort(dim=1), masked)
+        return cls(masked.int().argsort(dim=1, stable=True)[:, : counts.pop()], masked)
 
     def select(self, rows: slice) -> "Mask":
         """Return the mask of some of the images."""
@@ -98,13 +95,8 @@ def random_mask(
     drawn_on = device if generator is None else generator.device
     source: dict[str, Any] = {} if generator is None else {"generator": generator}  # torch.compile refuses None
     noise = torch.rand(batch_size, length, device=drawn_on, **source)[rows]
-    masked = torch.ones_like(noise, dtype=torch.bool)
-    order = noise.argsort(dim=1, stable=True)
-    shown = order[:, :visible].sort(dim=1).values
-    masked.scatter_(1, shown, False)
-    hidden = order[:, visible:].sort(dim=1).values
-    restore = torch.cat([shown, hidden], dim=1).argsort(dim=1)
-    mask = Mask(shown, restore, masked)
+    shown = noise.argsort(dim=1, stable=True)[:, :visible].sort(dim=1).values
+    mask = Mask(shown, torch.ones_like(noise, dtype=torch.bool).scatter(1, shown, False))
     if device is None:
         return mask
     if torch.device(device).type == "cuda" and noise.device.type == "cpu":  # from pinned memory, without a wait for the device

@@ -155,7 +155,7 @@ def test_a_signature_may_grow():
 
 
 def test_several_tensors_come_back_by_name():
-    assert mvmae.Mask._fields == ("visible", "restore", "masked")
+    assert mvmae.Mask._fields == ("visible", "masked")
     assert {"loss", "loss_rec", "loss_con", "z", "pred", "target", "mask"} <= set(MultiViewOutput._fields)
 
 
