@@ -311,7 +311,7 @@ YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 
 )
 def test_jitter_is_the_slow_change_of_every_pixel(change):
     view = torch.from_numpy(np.array(photograph(9, 7))).permute(2, 0, 1)
-    jittered = ColorJitter(0.4, 0.4, 0.4, 0.1).apply(view, *change)
+    jittered = ColorJitter(0.4, 0.4, 0.4, 0.1).apply(torch.stack([255 - view, view]), [(1, 2, 1, 0.1), change])[1]
     assert (jittered.double() - slow_jitter(view, *change)).abs().max() < 0.51  # of rounding
     assert (jittered == view).all() == (change == (1, 1, 1, 0))
 
@@ -319,7 +319,7 @@ def test_jitter_is_the_slow_change_of_every_pixel(change):
 def test_jitter_without_hue_is_torchvisions_where_nothing_is_clamped():
     view = torch.randint(90, 160, (3, 16, 16), dtype=torch.uint8)
     theirs = TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(view.float() / 255, 1.2), 1.3), 0.6) * 255
-    assert (ColorJitter(1, 1, 1).apply(view, 1.2, 1.3, 0.6, 0).float() - theirs).abs().max() < 0.6
+    assert (ColorJitter(1, 1, 1).apply(view[None], [(1.2, 1.3, 0.6, 0)])[0].float() - theirs).abs().max() < 0.6
 
 
 def test_jitter_has_its_ranges_and_repeats():
@@ -333,12 +333,14 @@ def test_jitter_has_its_ranges_and_repeats():
     photo = photograph(40, 30)
     assert torch.equal(views(photo, generator=seeded(1)), views(photo, generator=seeded(1)))
     assert not torch.equal(*views(torch.full((3, 20, 20), 100, dtype=torch.uint8), generator=seeded(1)))
+    by_function = AugmentedViews(MultiViewTransform(16), lambda view: views.augment(view))  # from the global generator
+    assert torch.equal(views(photo, generator=seeded(1)), by_function(photo, generator=seeded(1)))
 
 
 def test_jitter_of_grey_views_changes_brightness_alone_and_refuses_colour():
     view = torch.arange(64, 128, dtype=torch.uint8).view(1, 8, 8)
     expected = 1.5 * (view.double() - view.double().mean()) + view.double().mean()
-    assert (ColorJitter(0, 1).apply(view, 1, 1.5, 1, 0).double() - expected).abs().max() < 0.51
+    assert (ColorJitter(0, 1).apply(view[None], [(1, 1.5, 1, 0)])[0].double() - expected).abs().max() < 0.51
     with pytest.raises(ValueError, match="must have 3 channels, got 1: leave them 0"):
         ColorJitter(0.4, 0.4, 0.4)(view)
     for wrong in ((-0.1, 0), (0, 0, 0, 0.6)):

@@ -3,12 +3,11 @@
 Shapes: V views, C channels, H W pixels.
 """
 
-import functools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,14 +17,19 @@ from .decode import ImageLike
 
 LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in brightness (ITU-R BT.601), as in Pillow and torchvision."""
+YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+QUARTER = np.linalg.solve(YIQ, np.array([(0, 0, 0), (0, 0, -1), (0, 1, 0)]) @ YIQ)
+"""Takes brightness away and turns the hue by a quarter."""
+Change: TypeAlias = tuple[float, float, float, float]
+"""Factors of all values, of their distance from the view's mean brightness and from grey; and the turn of the hue, in turns."""
 
 
 class ColorJitter:
-    """Random brightness, contrast, saturation and hue of a view, by one matrix product a view (SimCLR, Chen et al., 2020).
+    """Random brightness, contrast, saturation and hue of views, by one matrix product each (SimCLR, Chen et al., 2020).
 
     The ranges are those of torchvision's `ColorJitter`, and so is the result but for its clamps between the four changes and
     its hue, which turns in HSV: here hue turns the chroma plane of YIQ, which keeps the brightness of every pixel. The random
-    numbers come from torch's global generator, which `AugmentedViews` seeds for each sample.
+    numbers come from torch's global generator, or from one that is given.
 
     Args:
         brightness: the factor of all values is uniform in 1 - brightness to 1 + brightness, from 0.
@@ -47,37 +51,41 @@ class ColorJitter:
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
         self.grayscale = grayscale
 
-    def __call__(self, view: Tensor) -> Tensor:
-        """Change a view, (C, H, W) uint8, and return it."""
-        brightness, contrast, saturation, turn, grey = (2 * torch.rand(5, dtype=torch.float64) - 1).tolist()
-        factor = max(1 + self.brightness * brightness, 0.0)
-        spread = max(1 + self.contrast * contrast, 0.0)
-        vivid = 0.0 if (grey + 1) / 2 < self.grayscale else max(1 + self.saturation * saturation, 0.0)
-        return self.apply(view, factor, spread, vivid, self.hue * turn)
+    def __call__(self, views: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Change a view, (C, H, W) uint8, or V views, (V, C, H, W), each by numbers of its own, and return them."""
+        if views.ndim == 3:
+            return self(views[None], generator=generator)[0]
+        drawn = 2 * torch.rand(len(views), 5, dtype=torch.float64, generator=generator) - 1
+        return self.apply(views, [self.change(*numbers) for numbers in drawn.tolist()])
 
-    def apply(self, view: Tensor, brightness: float, contrast: float, saturation: float, turn: float) -> Tensor:
-        """Change a view by these factors, and turn its hue: y = A x + b, rounded, within 0 to 255.
+    def change(self, brightness: float, contrast: float, saturation: float, turn: float, grey: float) -> Change:
+        """Return the change that numbers in -1 to 1 stand for."""
+        vivid = 0.0 if (grey + 1) / 2 < self.grayscale else max(1 + self.saturation * saturation, 0.0)
+        return max(1 + self.brightness * brightness, 0.0), max(1 + self.contrast * contrast, 0.0), vivid, self.hue * turn
+
+    def apply(self, views: Tensor, changes: Sequence[Change]) -> Tensor:
+        """Change each view: y = A x + b, rounded, within 0 to 255.
 
         Args:
-            view: (C, H, W) uint8.
-            brightness: factor of all values.
-            contrast: factor of the distance from the view's mean brightness.
-            saturation: factor of the distance from grey.
-            turn: of the hue, in turns.
+            views: (V, C, H, W) uint8.
+            changes: one of each view.
 
         Returns:
-            (C, H, W) uint8.
+            (V, C, H, W) uint8.
         """
-        channels = len(view)
+        channels = views.shape[1]
         if channels != 3 and (self.saturation or self.hue or self.grayscale):
             raise ValueError(f"jitter of saturation and hue, and grayscale, must have 3 channels, got {channels}: leave them 0")
-        pixels = view.flatten(1).float()  # (C, H * W)
+        pixels = views.flatten(2).float()  # (V, C, H * W)
         luma = pixels.new_tensor(LUMA) if channels == 3 else pixels.new_full((channels,), 1 / channels)
-        mean = luma @ pixels.mean(dim=1)
-        matrix = colour_matrix(saturation, turn) if channels == 3 else torch.eye(channels)
-        offset = ((1 - contrast) * brightness * mean).expand(channels, 1)
-        changed = torch.addmm(offset, matrix, pixels, alpha=brightness * contrast)
-        return changed.round_().clamp_(0, 255).to(torch.uint8).view_as(view)
+        means = (pixels.mean(dim=2) @ luma).tolist()
+        changed = torch.empty_like(pixels)
+        for values, mean, result, change in zip(pixels, means, changed, changes, strict=True):
+            brightness, contrast, saturation, turn = change
+            matrix = colour_matrix(saturation, turn) if channels == 3 else torch.eye(channels)
+            offset = pixels.new_full((1, 1), (1 - contrast) * brightness * mean)
+            torch.addmm(offset, matrix, values, alpha=brightness * contrast, out=result)
+        return changed.round_().clamp_(0, 255).to(torch.uint8).view_as(views)
 
 
 def colour_matrix(saturation: float, turn: float) -> Tensor:
@@ -87,17 +95,9 @@ def colour_matrix(saturation: float, turn: float) -> Tensor:
         saturation: factor of the distance.
         turn: in turns, about the axis of greys, at constant brightness.
     """
-    grey, quarter = _grey_and_quarter_turn()
     across, along = saturation * math.sin(2 * math.pi * turn), saturation * math.cos(2 * math.pi * turn)
-    return (1 - along) * grey + along * torch.eye(3) + across * quarter
-
-
-@functools.cache
-def _grey_and_quarter_turn() -> tuple[Tensor, Tensor]:
-    """Return the matrix that takes colour away, and the one that takes brightness away and turns the hue by a quarter."""
-    yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], dtype=torch.float64)
-    quarter = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=torch.float64)
-    return torch.tensor(LUMA).expand(3, 3), torch.linalg.solve(yiq, quarter @ yiq).float()
+    matrix = (1 - along) * np.broadcast_to(LUMA, (3, 3)) + along * np.eye(3) + across * QUARTER
+    return torch.from_numpy(matrix.astype(np.float32))
 
 
 class AugmentedViews:
@@ -136,7 +136,10 @@ class AugmentedViews:
             (V, C, H, W) uint8.
         """
         views = self.transform(image, generator=generator)
-        with _seeded(int(torch.randint(2**62, (), generator=generator))):
+        seed = int(torch.randint(2**62, (), generator=generator))
+        if isinstance(self.augment, ColorJitter):  # by one generator, which takes far less time than keeping the state of three
+            return self.augment(views, generator=torch.Generator().manual_seed(seed))
+        with _seeded(seed):
             changed = [self.augment(view) for view in views]
         for view in changed:
             if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.shape != views.shape[1:]:
