@@ -35,9 +35,9 @@ import finetune
 import linear_probe
 import pretrain
 from engine.checkpoint import check_same
-from engine.cli import changeable, option, parse, run, within_cores
-from engine.distributed import Processes, start_processes
-from engine.ends import BEFORE, Stop
+from engine.options import changeable, option, parse, run, within_cores
+from engine.distributed import Ranks, start_ranks
+from engine.signals import BEFORE, Stop
 from mvmae.files import write_json, write_text
 from tasks.comparison import MEASURES, OURS, TABLES, Arm, draw, markdown, summarise
 from tasks.method import build_model
@@ -179,12 +179,12 @@ def refuse_other_settings(planned: Planned) -> None:
             raise Stop(f"{planned.folder}, --{name}: {stop}") from stop
 
 
-def run_arm(planned: Planned, processes: Processes) -> None:
+def run_arm(planned: Planned, ranks: Ranks) -> None:
     """Pretrain and measure, unless an earlier call has. A run that an earlier call began is resumed, and not timed."""
     folder, begun, start = planned.folder, planned.folder.exists(), time.monotonic()
-    if processes.any(planned.numbers.exists()):
+    if ranks.any(planned.numbers.exists()):
         return
-    if processes.rank == 0:
+    if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", planned.settings)
     for name, chosen in planned.scripts.items():
@@ -197,16 +197,16 @@ def run_arm(planned: Planned, processes: Processes) -> None:
         probed = json.loads((folder / "probe/results.json").read_text())[0]
         result |= {"knn": probed["knn_avg"], "linear": probed["linear"], "rank": probed["rank_avg"]}
     result["seconds"] = None if begun else round(time.monotonic() - start)
-    if processes.rank == 0:
+    if ranks.rank == 0:
         write_json(planned.numbers, result)
 
 
-def _call(script: Any, chosen: Any, processes: Processes) -> None:
+def _call(script: Any, chosen: Any, ranks: Ranks) -> None:
     """Run a script's main, with the signal handlers of the start; all processes wait for the files that it writes."""
     for number, action in BEFORE.items():
         signal.signal(number, action)
     script.main(within_cores(chosen))
-    processes.gather(None)
+    ranks.gather(None)
 
 
 def done_runs(config: Config, arm: Arm) -> list[dict[str, Any]]:
@@ -234,18 +234,18 @@ def main(config: Config) -> None:
     check_lines(config)
     if not config.finetune and not config.probe:
         raise Stop("nothing would be measured: give --finetune, --probe, or a --preset")
-    processes, folder = start_processes(settings(config, OURS).device), Path(config.output_dir)
-    if "negatives" in config.tables and processes.world_size == 1 and not config.collect:
+    processes, folder = start_ranks(settings(config, OURS).device), Path(config.output_dir)
+    if "negatives" in config.tables and ranks.world_size == 1 and not config.collect:
         raise Stop("--tables negatives compares processes with each other: start several, with torchrun --nproc-per-node 2")
     arms = [arm for table in config.tables for arm in TABLES[table]]
     done_runs(config, OURS)  # refuses, as plan does, what other options have given, before anything is run
     wanted = {planned.folder: planned for planned in (plan(config, arm, seed) for arm in arms for seed in config.seeds)}
     for number, one in enumerate(wanted.values(), 1):
         if not config.collect:
-            if processes.rank == 0:
+            if ranks.rank == 0:
                 print(f"run {number} of {len(wanted)}: {one.arm.name}, seed {one.seed}, in {one.folder}", flush=True)
             run_arm(one, processes)
-    if processes.rank == 0:
+    if ranks.rank == 0:
         found = tables(config)
         if not any(row["runs"] for rows in found.values() for row in rows):
             raise Stop(f"no run in {folder} has finished: call again without --collect")

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from engine.cli import inherit, option
-from engine.cli import run as run_script
+from engine.options import inherit, option
+from engine.options import run as run_script
 from engine.config import REQUIRED
-from engine.distributed import autocast, parallel, start_processes, to_device
-from engine.ends import Stop
+from engine.distributed import autocast, parallel, start_ranks, to_device
+from engine.signals import Stop
 from engine.optim import build_optimizer, cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae import MultiViewMAE
@@ -184,8 +184,8 @@ def compare_anew(config: Config, choice: choosing.Choice, monitor: Monitor, mode
 
 def main(config: Config) -> None:
     """Adapt the encoder, and leave it and its pictures."""
-    processes = start_processes(config.device)
-    device = processes.device
+    processes = start_ranks(config.device)
+    device = ranks.device
 
     # images and model
     fitted, images = open_data(config, processes, config.rehearse)
@@ -260,7 +260,7 @@ def main(config: Config) -> None:
             schedule.step_update(step - 1)
             stages.scale_rates(optimizer, step)
             views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
-            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
+            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
                 penalty = {"loss_guard": held.backward(views)} if held else {}
                 mask = draw_masks(config, encoder, step, processes)
@@ -284,7 +284,7 @@ def main(config: Config) -> None:
 
     rows = gains.compare(choice, model, sets) if monitor.limit else []
     choice.apply(choice.chosen())
-    if processes.rank == 0:
+    if ranks.rank == 0:
         if rows:
             gains.draw(run.folder / "gains.png", rows)
         lines = [*gains.table(rows), "", *choice.lines(last)] if rows else choice.lines(last)

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import mvmae
-from engine.cli import option, run
-from engine.distributed import DEVICES, autocast, start_processes
-from engine.ends import Stop
+from engine.options import option, run
+from engine.distributed import DEVICES, autocast, start_ranks
+from engine.signals import Stop
 from mvmae.data import FORMATS, FileSource, MultiViewDataset, StepSampler, make_loader, open_images
 from mvmae.files import write_json
 from tasks.backbones import create_encoder
@@ -266,7 +266,7 @@ def measure_device(config: Config, device: torch.device, folder: Path) -> dict[s
 def main(config: Config) -> None:
     """Make the requested measurements."""
     torch.set_num_threads(config.threads)
-    device = start_processes(config.device).device
+    device = start_ranks(config.device).device
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "torch": torch.__version__, "device": str(device)}
     path = Path(config.output_dir) / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)

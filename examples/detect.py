@@ -33,10 +33,10 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.transforms.functional import pil_to_tensor
 
-from engine.cli import inherit, option, run
+from engine.options import inherit, option, run
 from engine.config import REQUIRED
-from engine.distributed import Processes, autocast, start_processes, to_device
-from engine.ends import Stop
+from engine.distributed import Ranks, autocast, start_ranks, to_device
+from engine.signals import Stop
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
 from mvmae.files import write_json, write_text
 from mvmae.visualize import contact_sheet, to_pillow
@@ -218,12 +218,12 @@ def losses(model: nn.Module, batch: Sequence[Sample], *, device: torch.device) -
 
 
 @torch.no_grad()
-def detect(config: Config, model: FasterRCNN, data: CocoData, processes: Processes) -> Iterator[dict[str, Any]]:
+def detect(config: Config, model: FasterRCNN, data: CocoData, ranks: Ranks) -> Iterator[dict[str, Any]]:
     """Return the detections in this process's share of the images, as COCO's format has them."""
-    for index in range(processes.rank, len(data), processes.world_size):
+    for index in range(ranks.rank, len(data), ranks.world_size):
         image, target = data[0, index]
-        with autocast(config.precision, processes.device):
-            found = model([image.to(processes.device)])[0]
+        with autocast(config.precision, ranks.device):
+            found = model([image.to(ranks.device)])[0]
         yield from to_coco(found, int(target["image_id"]), data.category_ids)
 
 
@@ -271,7 +271,7 @@ def draw_predictions(path: Path, config: Config, model: FasterRCNN, data: CocoDa
 
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then detect, measure and draw."""
-    processes, config = start_processes(config.device), with_background(config, config.model, config.arch)
+    processes, config = start_ranks(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, processes)
     data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, background=config.background)
     val = CocoData(root, "val", background=config.background)
@@ -281,17 +281,17 @@ def main(config: Config) -> None:
     if val.truth.anns and val.with_masks != data.with_masks:
         raise Stop(f"{root}: training and validation images must both have masks, or both boxes alone")
     model, trunk = build_model(config, len(data.names), with_masks=data.with_masks)
-    model.to(processes.device)
-    compute, images = partial(losses, device=processes.device), fingerprint(root, map(data.name, range(len(data))), [data.file])
+    model.to(ranks.device)
+    compute, images = partial(losses, device=ranks.device), fingerprint(root, map(data.name, range(len(data))), [data.file])
     fit(config, model, trunk, data, compute, processes, images=images, collate=list)
     model.eval()
     detections = gather(detect(config, model, val, processes), processes)
-    if processes.rank == 0:
+    if ranks.rank == 0:
         write_text(folder / "detections.json", json.dumps(detections))
         results = evaluate(val.truth, detections, val.image_ids, with_masks=data.with_masks)
         write_json(folder / "results.json", results)
         if config.pictures:
-            draw_predictions(folder / "predictions.png", config, model, val, processes.device)
+            draw_predictions(folder / "predictions.png", config, model, val, ranks.device)
         for kind, numbers in results.items():
             print(f"{kind:>4} " + "  ".join(f"{name} {value:.1f}" for name, value in numbers.items()))
 

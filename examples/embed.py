@@ -30,10 +30,10 @@ from torch import nn
 
 from engine import locks
 from engine.checkpoint import check_same
-from engine.cli import changeable, inherit, option, run
+from engine.options import changeable, inherit, option, run
 from engine.config import RunConfig
-from engine.distributed import Processes, autocast, start_processes
-from engine.ends import Stop, StopSignal
+from engine.distributed import Ranks, autocast, start_ranks
+from engine.signals import Stop, StopSignal
 from engine.log import Output, printable
 from mvmae.data import EvalTransform, ImageSource, embed_rows, split_rows
 from mvmae.data.features import Rows
@@ -95,19 +95,19 @@ def file_of(config: Config) -> Path:
     return Path(config.output_dir) / f"features.{config.format}"
 
 
-def prepare(config: Config, source: ImageSource, processes: Processes) -> Plan:
+def prepare(config: Config, source: ImageSource, ranks: Ranks) -> Plan:
     """Take the output folder, and find what it lacks; the first process does, and tells the others.
 
     Raises:
         Stop: in all processes, if the folder is in use, cannot be written to, or holds features of another kind.
     """
     plan, problem = None, ""
-    if processes.rank == 0:
+    if ranks.rank == 0:
         try:
-            plan = find_missing(config, source, processes.world_size)
+            plan = find_missing(config, source, ranks.world_size)
         except (Stop, ValueError, OSError) as error:
             problem = str(error)
-    found: tuple[Plan | None, str] = processes.gather((plan, problem))[0]
+    found: tuple[Plan | None, str] = ranks.gather((plan, problem))[0]
     if found[0] is None:
         raise Stop(found[1])
     return found[0]
@@ -162,16 +162,16 @@ def check_bad(config: Config, count: int) -> None:
         raise Stop(f"{count} images cannot be read, more than the {config.max_bad} that --max-bad allows", 1)
 
 
-def compute(config: Config, model: nn.Module, source: ImageSource, plan: Plan, processes: Processes, stop: StopSignal) -> None:
+def compute(config: Config, model: nn.Module, source: ImageSource, plan: Plan, ranks: Ranks, stop: StopSignal) -> None:
     """Compute and save this process's share of the missing parts."""
-    mine, size = plan.missing[processes.rank :: processes.world_size], len(plan.parts[0])
+    mine, size = plan.missing[ranks.rank :: ranks.world_size], len(plan.parts[0])
     batches = [batch for rows in mine for batch in split_rows(rows, config.batch_size)]
     if not batches:
         return
     transform = EvalTransform(model, config.image_size, config.background)
     found = embed_rows(model, source, batches, transform, num_workers=config.workers)
     of_part: list[Rows] = []
-    with autocast(config.precision, processes.device):
+    with autocast(config.precision, ranks.device):
         for batch in watched(config, source, found, sum(map(len, mine)), stop):
             of_part.append(batch)
             rows = plan.parts[batch.rows[0] // size]
@@ -202,23 +202,23 @@ def join(config: Config, source: ImageSource, plan: Plan) -> str:
 
 def main(config: Config) -> None:
     """Compute the features that the output folder lacks, then write the file."""
-    processes, stop = start_processes(config.device), StopSignal()
+    processes, stop = start_ranks(config.device), StopSignal()
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise Stop('--format parquet needs pyarrow: pip install "mvmae[train]"')
     config = with_background(config, config.model, config.arch)
     source = named_images(config.data, config.split)
     torch.manual_seed(config.seed)
-    model = freeze(load_backbone(config.model, arch=config.arch, image_size=config.image_size)).to(processes.device)
+    model = freeze(load_backbone(config.model, arch=config.arch, image_size=config.image_size)).to(ranks.device)
     plan = prepare(config, source, processes)
-    if processes.rank == 0:
-        print(f"{summary(model, config.image_size, config.model)}; {len(source)} images on {processes.device}", flush=True)
+    if ranks.rank == 0:
+        print(f"{summary(model, config.image_size, config.model)}; {len(source)} images on {ranks.device}", flush=True)
     stop.interruptible, start = False, time.monotonic()
     compute(config, model, source, plan, processes, stop)
-    processes.gather(None)  # all parts are written
+    ranks.gather(None)  # all parts are written
     seconds = time.monotonic() - start
-    if processes.rank == 0 and file_of(config).exists():
+    if ranks.rank == 0 and file_of(config).exists():
         print(f"{file_of(config)} is complete")
-    elif processes.rank == 0:
+    elif ranks.rank == 0:
         print(f"{join(config, source, plan)}; {sum(map(len, plan.missing)) / seconds:.1f} images/s")
 
 

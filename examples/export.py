@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.checkpoint import load_checkpoint
-from engine.cli import option, run
-from engine.ends import Stop
+from engine.options import option, run
+from engine.signals import Stop
 from mvmae import MultiViewMAE, hub
 from mvmae.data import open_images
 from mvmae.files import replace_file

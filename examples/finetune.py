@@ -27,10 +27,10 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine.cli import inherit, option, run
+from engine.options import inherit, option, run
 from engine.config import RunConfig
-from engine.distributed import Processes, autocast, parallel, start_processes, to_device
-from engine.ends import Stop
+from engine.distributed import Ranks, autocast, parallel, start_ranks, to_device
+from engine.signals import Stop
 from engine.optim import cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae.data import StepSampler, sample_seed
@@ -171,30 +171,30 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_e
 
 
 @torch.no_grad()
-def validate(config: Config, model: nn.Module, val: Part, processes: Processes) -> dict[str, float]:
+def validate(config: Config, model: nn.Module, val: Part, ranks: Ranks) -> dict[str, float]:
     """Return top-1 and top-5 accuracy in percent, and the loss, over all validation images."""
-    labels = torch.as_tensor(val.labels).to(processes.device)
-    counts = as_double(torch.zeros(4, device=processes.device))
+    labels = torch.as_tensor(val.labels).to(ranks.device)
+    counts = as_double(torch.zeros(4, device=ranks.device))
     loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
     training = model.training
     transform = Seeded(model.eval(), config.image_size, background=config.background)
     for images, rows in labelled.each_once(val, transform, processes, **loading):
-        with autocast(config.precision, processes.device):
+        with autocast(config.precision, ranks.device):
             logits = model(images)
         counts += labelled.count_right(logits, labels[rows])
     model.train(training)
-    return labelled.accuracy(processes.mean(counts))
+    return labelled.accuracy(ranks.mean(counts))
 
 
 def main(config: Config) -> None:
     """Train, validate on the way, write the result for people and programs."""
-    start, processes = time.monotonic(), start_processes(config.device)
+    start, processes = time.monotonic(), start_ranks(config.device)
     config = with_background(config, config.model, config.arch)
-    device, folder, first = processes.device, Path(config.output_dir), processes.rank == 0
+    device, folder, first = ranks.device, Path(config.output_dir), ranks.rank == 0
     data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
-    config, clamped = labelled.clamp_batch(config, len(data.train), 2 * processes.world_size)
-    if config.batch_size // processes.world_size % 2:
-        each = f"--batch-size {config.batch_size} on {processes.world_size} processes"
+    config, clamped = labelled.clamp_batch(config, len(data.train), 2 * ranks.world_size)
+    if config.batch_size // ranks.world_size % 2:
+        each = f"--batch-size {config.batch_size} on {ranks.world_size} processes"
         raise Stop(f"{each}: mixup needs an even number of images on each")
 
     torch.manual_seed(config.seed)
@@ -207,7 +207,7 @@ def main(config: Config) -> None:
     mixup, cross_entropy = build_mixup(config, len(data.class_names)), SoftTargetCrossEntropy()
 
     optimizer = build_optimizer(config, model)
-    group = {"rank": processes.rank, "world_size": processes.world_size}
+    group = {"rank": ranks.rank, "world_size": ranks.world_size}
     sampler = StepSampler(len(data.train), config.batch_size, seed=config.seed, **group)
     per_epoch = sampler.steps_per_epoch
     steps = config.epochs * per_epoch
@@ -243,7 +243,7 @@ def main(config: Config) -> None:
     with run:
         trained = parallel(model, processes)
         for step, batch in run.batches(loader):
-            seed = sample_seed(config.seed, DROPOUT, step, processes.rank)
+            seed = sample_seed(config.seed, DROPOUT, step, ranks.rank)
             torch.manual_seed(seed)  # for stochastic depth
             np.random.seed(seed % 2**32)  # for mixup
             schedule.step_update(step - 1)

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.cli import inherit, option, run
+from engine.options import inherit, option, run
 from engine.config import RunConfig
-from engine.distributed import Processes, autocast, parallel, start_processes, to_device
-from engine.ends import StopSignal
+from engine.distributed import Ranks, autocast, parallel, start_ranks, to_device
+from engine.signals import StopSignal
 from engine.optim import cosine_schedule
 from engine.run import Run
 from mvmae.data import StepSampler
@@ -141,7 +141,7 @@ def batches(
     sampler: StepSampler,
     data: Labelled,
     cached: tuple[Features, Tensor] | None,
-    processes: Processes,
+    ranks: Ranks,
 ) -> Iterator[Step]:
     """Give features and labels of each step: of random crops, or out of the ones that were extracted."""
     if cached is not None:
@@ -153,9 +153,9 @@ def batches(
     transform = Seeded(model, config.image_size, background=config.background, **options)
     labels = torch.as_tensor(data.train.labels)
     for batch in labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad):
-        with torch.no_grad(), autocast(config.precision, processes.device):
-            features = pooled(model, to_device(batch.views, processes.device))
-        yield features, labels[batch.indices].to(processes.device), partial(names, data.train, batch.indices)
+        with torch.no_grad(), autocast(config.precision, ranks.device):
+            features = pooled(model, to_device(batch.views, ranks.device))
+        yield features, labels[batch.indices].to(ranks.device), partial(names, data.train, batch.indices)
 
 
 def numbers(rows: Tensor) -> list[str]:
@@ -175,43 +175,43 @@ def evaluate(probe: Probe, features: Features, labels: Tensor) -> dict[str, dict
     return {name: labelled.accuracy(total) for name, total in counts.items()}
 
 
-def average_statistics(probe: Probe, processes: Processes) -> None:
+def average_statistics(probe: Probe, ranks: Ranks) -> None:
     """Give all processes the same running statistics."""
     for buffer in probe.buffers():
         if buffer.is_floating_point():
-            buffer.copy_(processes.mean(buffer))
+            buffer.copy_(ranks.mean(buffer))
 
 
-def probe_model(config: Config, name: str, data: Labelled, processes: Processes, stop: StopSignal) -> dict[str, Any]:
+def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, stop: StopSignal) -> dict[str, Any]:
     """Measure one model, in a folder of its own, and give its results."""
     config = with_background(config, name, config.arch)
     folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
     run = Run(config, processes, [data.train.fingerprint, data.val.fingerprint], folder, stop, model=name)
     torch.manual_seed(config.seed)
     stop.interruptible = True  # a signal may cut the extraction of features
-    model = freeze(load_backbone(name, arch=config.arch, image_size=config.image_size)).to(processes.device)
+    model = freeze(load_backbone(name, arch=config.arch, image_size=config.image_size)).to(ranks.device)
     transform = Seeded(model, config.image_size, background=config.background)
     loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
 
     def encode(images: Tensor) -> Features:
-        with autocast(config.precision, processes.device):
+        with autocast(config.precision, ranks.device):
             return pooled(model, images)
 
     train_set, val = (extract(encode, part, transform, processes, **loading) for part in (data.train, data.val))
     results = measure(train_set, val, neighbours=config.neighbours, few_shot=config.few_shot)
     torch.manual_seed(config.seed)  # again: loading images draws from the same generator
     length = len(train_set[1]) if config.cached else len(data.train)
-    config, clamped = labelled.clamp_batch(config, length, processes.world_size)
-    probe = build_probe(config, {kind: x.shape[1] for kind, x in val[0].items()}, len(data.class_names)).to(processes.device)
+    config, clamped = labelled.clamp_batch(config, length, ranks.world_size)
+    probe = build_probe(config, {kind: x.shape[1] for kind, x in val[0].items()}, len(data.class_names)).to(ranks.device)
     optimizer = build_optimizer(config, probe)
-    group = {"rank": processes.rank, "world_size": processes.world_size}
+    group = {"rank": ranks.rank, "world_size": ranks.world_size}
     sampler = StepSampler(length, config.batch_size, seed=config.seed, **group)
     steps = config.epochs * sampler.steps_per_epoch
     sampler.num_steps = min(steps, config.max_steps or steps)
     schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * sampler.steps_per_epoch))
     run.take_up(last=sampler.num_steps, model=probe, optimizer=optimizer)
     sampler.start_step = run.step
-    course = f"{steps} steps of {config.batch_size} on {processes.device}{clamped}"
+    course = f"{steps} steps of {config.batch_size} on {ranks.device}{clamped}"
     run.announce(model=summary(model, config.image_size, name), images=data.note, training=course)
     with run:
         trained, per_epoch = parallel(probe.train(), processes), sampler.steps_per_epoch
@@ -239,7 +239,7 @@ def probe_model(config: Config, name: str, data: Labelled, processes: Processes,
     about = {"model": name, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
     about |= {"started_from": starting_weights(model, name, config.arch)}
     about |= {"paper": paper_number(config, name, data), **results, **choice, "seconds": round(time.monotonic() - start, 1)}
-    if processes.rank == 0:
+    if ranks.rank == 0:
         write_json(folder / "results.json", about)
         draw_curves(folder / "curves.png", run.log.records(), ("loss", "lr", "linear", "best"))
     run.log.end()
@@ -257,10 +257,10 @@ def paper_number(config: Config, name: str, data: Labelled) -> float | None:
 
 def main(config: Config) -> None:
     """Measure every model, then write and print the table."""
-    processes, folder, stop = start_processes(config.device), Path(config.output_dir), StopSignal()
+    processes, folder, stop = start_ranks(config.device), Path(config.output_dir), StopSignal()
     data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
     results = [probe_model(config, name, data, processes, stop) for name in config.models]
-    if processes.rank == 0:
+    if ranks.rank == 0:
         text = table(results)
         write_json(folder / "results.json", results)
         write_text(folder / "results.md", text + "\n")

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from engine.cli import run as run_script
-from engine.distributed import autocast, parallel, start_processes, to_device
+from engine.options import run as run_script
+from engine.distributed import autocast, parallel, start_ranks, to_device
 from engine.optim import build_optimizer, cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae.data import sample_seed
@@ -83,8 +83,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(config: Config) -> None:
     """Pretrain, and leave the encoder and its pictures."""
-    processes = start_processes(config.device)
-    device = processes.device
+    processes = start_ranks(config.device)
+    device = ranks.device
 
     # images and model
     config, images = open_data(config, processes)
@@ -122,7 +122,7 @@ def main(config: Config) -> None:
                 trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
             schedule.step_update(step - 1)
             views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
-            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, processes.rank))  # for dropout, if there is any
+            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # for dropout, if there is any
             with autocast(config.precision, device):
                 mask = draw_masks(config, encoder, step, processes)
                 losses = backward(trained, views, mask, config.accumulate, contrast=stages.contrasts(step))
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
             run.checkpoint(step)
 
     after = look(config, monitor, model, run.log, last)
-    if processes.rank == 0:
+    if ranks.rank == 0:
         finish(config, model, run.log, monitor, after)
 
 

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.cli import inherit, option, run
+from engine.options import inherit, option, run
 from engine.config import REQUIRED
-from engine.distributed import Processes, autocast, start_processes, to_device
+from engine.distributed import Ranks, autocast, start_ranks, to_device
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
 from mvmae.files import write_json
 from mvmae.visualize import contact_sheet
@@ -174,13 +174,13 @@ def predict(config: Config, model: nn.Module, image: Tensor) -> Tensor:
     return total.argmax(0)
 
 
-def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Any, processes: Processes) -> Tensor:
+def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Any, ranks: Ranks) -> Tensor:
     """Count right and wrong pixels over all images, each process its share."""
 
     def shares() -> Iterator[Tensor]:
-        for index in range(processes.rank, len(data), processes.world_size):
+        for index in range(ranks.rank, len(data), ranks.world_size):
             image, labels = data[0, index]
-            with autocast(config.precision, processes.device):
+            with autocast(config.precision, ranks.device):
                 pred = predict(config, model, prepare(image))
             yield confusion(pred.cpu(), labels, config.num_classes)
 
@@ -210,7 +210,7 @@ def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMa
 
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then test, measure and draw."""
-    processes, config = start_processes(config.device), with_background(config, config.model, config.arch)
+    processes, config = start_ranks(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, processes)
     reduced, ignored = config.reduce_zero_label, config.ignore_label
     if not config.num_classes:
@@ -222,18 +222,18 @@ def main(config: Config) -> None:
     kept = partial(LabelMaps, root, reduce_zero_label=reduced, ignore=ignored)
     layout = partial(kept, num_classes=config.num_classes, background=config.background)
     data, val = layout("train", augment=augment, seed=config.seed), layout("val")
-    if processes.world_size > 1 and processes.device.type == "cuda":
+    if ranks.world_size > 1 and ranks.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(processes.device)
+    model.to(ranks.device)
 
     def prepare(images: Tensor) -> Tensor:
-        return normalize(to_device(images, processes.device), mean, std)
+        return normalize(to_device(images, ranks.device), mean, std)
 
     compute = partial(losses, prepare=prepare, aux_weight=config.aux_weight)
     fit(config, model, model.backbone.trunk, data, compute, processes, images=fingerprint(root, data.images, data.labels))
     model.eval()
     counts = evaluate(config, model, val, prepare, processes)
-    if processes.rank == 0:
+    if ranks.rank == 0:
         results = scores(counts, val.names)
         write_json(folder / "results.json", results)
         if config.pictures:

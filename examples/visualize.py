@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 import mvmae
-from engine.cli import inherit, option, run
+from engine.options import inherit, option, run
 from engine.config import RunConfig
-from engine.distributed import start_processes
-from engine.ends import Stop
+from engine.distributed import start_ranks
+from engine.signals import Stop
 from mvmae.data import ImageSource
 from mvmae.files import write_json
 from mvmae.masked_vit import check_encoder
@@ -254,7 +254,7 @@ def write(folder: Path, kind: str, sheet: Sheet) -> None:
 def main(config: Config) -> None:
     """Draw the requested pictures."""
     config = with_background(config, config.models[0], config.arch)
-    device, folder = start_processes(config.device).device, Path(config.output_dir)
+    device, folder = start_ranks(config.device).device, Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     source = named_images(config.data)
     models = [load(config, name, device) for name in config.models]

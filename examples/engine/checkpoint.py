@@ -1,107 +1,275 @@
-"""Checkpoints of a run on the disk: written as a whole or not at all, checked when read, the previous one kept."""
+"""Checkpoints of a run: written whole or not at all, checked when read, the one before kept; one run to a folder."""
 
 import contextlib
-import json
 import os
 import pickle
-import platform
-import re
 import shutil
+import socket
 import sys
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine import locks
-from engine.distributed import Processes
-from engine.ends import Stop
-from engine.snapshot import is_plain, named_tensors, not_finite
-from mvmae.files import first_line, write_json
+from engine.distributed import Ranks
+from engine.log import Log
+from engine.signals import NOTHING_SAVED, Signals, Stop
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
-PARTS = frozenset({"step", "settings", "optimizer"})
+SAVE_MINUTES = 15.0
+"""Minutes after which a checkpoint is due, however few steps were taken."""
 
 
-class SaveError(Exception):
-    """Why a checkpoint could not be written."""
+class Checkpoint:
+    """What a run can go on from, and when it is saved.
 
-
-class NotFinite(SaveError):
-    """A state that holds NaN or infinity, with which no run can go on."""
-
-
-def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write ``checkpoint.pt``, keeping the one before as ``checkpoint-previous.pt``.
-
-    Written beside, brought to the disk, then renamed: whatever ends the process, one of the two is whole.
+        checkpoint = Checkpoint(folder, settings, ranks, may_change=..., resume=config.resume)
+        checkpoint.restore(log, signals, model=model, optimizer=optimizer)
+        with checkpoint.saved_on_error():
+            for step, batch in enumerate(signals.batches(loader), checkpoint.step + 1):
+                ...                                           # forward and backward
+                checkpoint.require_finite(step, losses, names)   # all ranks stop here, before the optimizer
+                optimizer.step()
+                ...
+                checkpoint.advance(step, last, save_every)    # saved where due; a signal saves and ends the run
 
     Args:
-        folder: the run's folder, made again if it was deleted.
-        state: tensors, numbers, strings, lists and dictionaries of them.
+        folder: the run's; made, and locked against other runs while this process lives.
+        settings: what the run depends on, as plain values: the options, and the fingerprint of its data.
+        ranks: this process and the others; the first one writes.
+        may_change: names of settings that a resumed run may have otherwise.
+        resume: go on from the newest checkpoint that is whole, if there is one.
+
+    Attributes:
+        step: the last step that the checkpoint to go on from holds; 0 for a new run.
 
     Raises:
-        NotFinite: if a tensor holds NaN or infinity.
-        SaveError: if it cannot be written, such as to a full disk; what was there is there still.
+        Stop: in all ranks, if the folder is in use or cannot be written to, holds a run and ``resume`` is False, was begun with
+            other settings, or none of its checkpoints can be read.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], ranks: Ranks, *, may_change: frozenset[str], resume: bool
+    ) -> None:
+        self.folder, self.settings, self.ranks, self.resume = folder, dict(settings), ranks, resume
+        problem = ""
+        try:
+            if ranks.rank == 0:
+                self._lock = lock(folder)
+            self.found, name = read_newest(folder)
+        except Stop as error:
+            problem = str(error)
+        if problem := next(filter(None, ranks.gather(problem)), ""):
+            raise Stop(problem)
+        self.step: int = self.found["step"] if self.found else 0
+        if len(steps := ranks.gather(self.step)) != steps.count(self.step):
+            raise Stop(f"the processes find different checkpoints in {folder} (steps {steps}): put it on a disk they all share")
+        if self.found and not resume:
+            raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
+        changed = changed_settings(self.found["settings"], self.settings, may_change) if self.found else []
+        if ranks.rank == 0:
+            if self.found and name == PREVIOUS and (folder / NEWEST).exists():  # the next save must not put it over the good one
+                os.replace(folder / NEWEST, folder / DAMAGED)
+            if self.found:
+                print(f"resuming {folder} after step {self.step}" + "".join(f"; {line}" for line in changed), flush=True)
+            elif resume:
+                print(f"no checkpoint in {folder}: starting at step 0", flush=True)
+        self.saved, self.failure, self._time = self.step, "", time.monotonic()
+
+    def restore(self, log: Log, signals: Signals, *, model: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> None:
+        """Name what is saved, and load what the checkpoint holds of it: all of it, or nothing.
+
+        Args:
+            log: of the run.
+            signals: are asked between two steps.
+            model: that is trained, not wrapped.
+            optimizer: of its parameters; gets back what it keeps of each, while its options stay as this run sets them.
+            **more: anything with ``state_dict`` and ``load_state_dict``; a plain dictionary is updated.
+
+        Raises:
+            Stop: if the checkpoint lacks something, or holds other names or shapes.
+        """
+        self.log, self.signals, self.model = log, signals, model
+        self.objects = {"model": model, "optimizer": optimizer, **more}
+        if self.found:
+            self._check_fit(self.found)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": self.found["optimizer"]["state"], "param_groups": groups})
+            for name, thing in self.objects.items():
+                if isinstance(thing, dict):
+                    thing.update(self.found[name])
+                elif name != "optimizer":
+                    thing.load_state_dict(self.found[name])
+        self.found = None  # free its memory
+        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._whole(self.step)
+
+    def _check_fit(self, found: Mapping[str, Any]) -> None:
+        problems = [f"{name} is missing" for name in self.objects if name not in found]
+        saved, own = found.get("model", {}), self.model.state_dict()
+        problems += [f"model.{name} is missing" for name in own.keys() - saved.keys()]
+        problems += [f"model.{name} is unexpected" for name in saved.keys() - own.keys()]
+        pairs = [(name, tuple(saved[name].shape), tuple(own[name].shape)) for name in own.keys() & saved.keys()]
+        problems += [f"model.{name} is {theirs} instead of {ours}" for name, theirs, ours in pairs if theirs != ours]
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise Stop(f"the checkpoint in {self.folder} does not fit this run: {'; '.join(sorted(problems)[:4])}{more}")
+
+    @contextlib.contextmanager
+    def saved_on_error(self) -> Iterator[None]:
+        """Save the last whole step, where an error ends the steps, and say how to go on.
+
+        Raises:
+            Stop: if a signal has cut a wait for data short, or the last save has failed.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Stop):  # saved already
+                raise
+            step = self._at
+            if step is not None:
+                self._restore_statistics()
+                if step != self.saved:
+                    self.save(step)
+            if isinstance(error, KeyboardInterrupt):
+                raise self._stopped(self.saved, int(error.args[0] if error.args else 2)) from error
+            if self.saved:
+                self.log.say(f"step {self.saved} is saved: {self.again()}")
+            self.log.close(failed=True)
+            raise
+        if self.failure:
+            raise Stop(f"the end is not saved, only step {self.saved} ({self.failure}): mend that, then {self.again()}", 1)
+
+    def require_finite(self, step: int, losses: Mapping[str, Tensor], images: Sequence[str]) -> None:
+        """Stop all ranks before the optimizer, where a loss or a gradient of any of them is NaN or infinite.
+
+        The state before the step is saved, and ``nonfinite.txt`` names the images of the batch.
+
+        Args:
+            step: counted from 1, after its backward pass.
+            losses: scalars of this rank.
+            images: names of this rank's part of the batch.
+
+        Raises:
+            Stop: naming the step and what is not finite.
+        """
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        numbers = {**losses, "the gradient": nn.utils.get_total_norm(gradients)}
+        values = torch.stack([value.detach().float() for value in numbers.values()]).tolist()  # waits for the device
+        bad = [name for name, value in zip(numbers, values, strict=True) if not abs(value) < float("inf")]
+        if not self.ranks.any(bool(bad)):
+            self._at = None  # the weights change from here on
+            return
+        self._restore_statistics()
+        self.save(step - 1)
+        found = self.ranks.gather((bad, list(images) if bad else []))
+        parts = "; ".join(f"{parts[-2:][0]} in process {rank}" for rank, (parts, _) in enumerate(found) if parts)
+        names = [name for _, part in found for name in part]
+        self.log.append("nonfinite.txt", "\n".join([f"step {step}: {parts}", *(f"  {name!r}" for name in names)]))
+        self.log.close(failed=True)
+        where = f"{self.folder / 'nonfinite.txt'} names the images"
+        raise Stop(f"step {step}: {parts} is not finite: {where}, step {self.saved} is saved; a lower --base-lr may help", 1)
+
+    def advance(self, step: int, last: int, save_every: int) -> None:
+        """End a step: save where that is due, or a signal has come, which ends the run in all ranks at the same step.
+
+        Raises:
+            Stop: after a signal, except in the last step.
+        """
+        self._whole(step)
+        late = time.monotonic() > self._time + 60 * SAVE_MINUTES
+        stop, late = self.ranks.any(self.signals.received is not None), self.ranks.any(late)
+        if stop or late or step % save_every == 0 or step == last:
+            self.save(step)
+        if stop and step != last:
+            received = self.ranks.gather(self.signals.received)
+            raise self._stopped(step, next(number for number in received if number is not None), last)
+
+    def _stopped(self, step: int, number: int, last: int = 0) -> Stop:
+        self.log.close(failed=True)
+        if not step:
+            return Stop(NOTHING_SAVED, 128 + number)
+        saved = f"step {step} is saved" if self.saved == step else f"only step {self.saved} is saved ({self.failure})"
+        return Stop(f"stopped after step {step}{f' of {last}' if last else ''}; {saved}: {self.again()}", 128 + number)
+
+    def _whole(self, step: int) -> None:
+        """Note that the state is that after ``step``; batch statistics, which a forward pass changes, are copied."""
+        self._at: int | None = step
+        self._statistics = [[buffer.clone() for buffer in norm.buffers()] for norm in self._norms]
+
+    def _restore_statistics(self) -> None:
+        for norm, statistics in zip(self._norms, self._statistics, strict=True):
+            for buffer, before in zip(norm.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+
+    def save(self, step: int) -> None:
+        """Write the state after ``step``; where that fails, warn and go on."""
+        self._time = time.monotonic()
+        if self.ranks.rank != 0:
+            self.saved = step
+            return
+        state = {name: thing if isinstance(thing, dict) else thing.state_dict() for name, thing in self.objects.items()}
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            self.failure = "the weights hold NaN or infinity"
+        else:
+            with self.signals.saving():
+                self.failure = write(self.folder, {**state, "settings": self.settings, "step": step})
+        if not self.failure:
+            self.saved = step
+        else:
+            self.log.say(f"warning: step {step} is not saved: {self.failure}; the newest checkpoint is of step {self.saved}")
+
+    def again(self) -> str:
+        """Return how a user continues the run."""
+        return f"run the same command {'again' if self.resume else 'with --resume'} to continue"
+
+
+def write(folder: Path, state: Mapping[str, Any]) -> str:
+    """Write ``checkpoint.pt`` beside, bring it to the disk, rename it; return why that failed, or nothing.
+
+    Whatever ends the process, the new checkpoint or the one before, ``checkpoint-previous.pt``, is whole.
     """
     newest, unfinished = folder / NEWEST, folder / (NEWEST + ".unfinished")
-    if name := not_finite(state):
-        raise NotFinite(f"{name} holds NaN or infinity after step {state['step']}")
     try:
-        locks.keep(folder)
-        unfinished.unlink(missing_ok=True)
-        with unfinished.open("xb") as file:  # a new file: no link is followed
+        folder.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
         if newest.exists():
             os.replace(newest, folder / PREVIOUS)
         os.replace(unfinished, newest)
-        _sync_folder(folder)
+        if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that fails
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "torch could not write all of it"
-        raise SaveError(f"cannot write {newest}: {reason}, {_free_space(folder)}; make room") from error
-    except Stop as error:
-        raise SaveError(f"cannot write {newest}: {error}") from error
+        free = f", {shutil.disk_usage(folder).free >> 20} MB are free" if folder.exists() else ""
+        return f"cannot write {newest}: {reason}{free}; make room"
+    return ""
 
 
-def _free_space(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free >> 20} MB are free"
-    except OSError as error:
-        return str(error)
-
-
-def _sync_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def load_checkpoint(folder: Path, parts: frozenset[str] = frozenset()) -> dict[str, Any] | None:
-    """Read the newest checkpoint that is whole and holds these parts; None where the folder holds none at all.
+def read_newest(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Read the newest checkpoint that is whole, and return it with its file's name; None where the folder holds none at all.
 
     Raises:
-        Stop: if there are checkpoints, and none of them is whole.
+        Stop: if there are checkpoints, and none of them can be read: a run must not start at 0 then.
     """
-    return _newest(folder, parts)[0]
-
-
-def _newest(folder: Path, parts: frozenset[str]) -> tuple[dict[str, Any] | None, str]:
-    """Return the newest checkpoint that is whole, and the name of its file."""
     reasons = []
     for name in (NEWEST, PREVIOUS):
-        if os.path.lexists(folder / name):  # a link to nowhere counts: a run must not start at 0 for it
+        if os.path.lexists(folder / name):
             try:
-                return read_checkpoint(folder / name, parts), name
+                return read(folder / name), name
             except ValueError as error:
                 reasons.append(str(error))
                 print(f"warning: {error}", file=sys.stderr, flush=True)
@@ -110,16 +278,14 @@ def _newest(folder: Path, parts: frozenset[str]) -> tuple[dict[str, Any] | None,
     return None, ""
 
 
-def read_checkpoint(path: Path, parts: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Read one checkpoint: every byte of it is checked against its checksum, and no code in it is run.
+def read(path: Path) -> dict[str, Any]:
+    """Read one checkpoint: each byte is checked against its checksum, and no code in it runs.
 
     Raises:
-        ValueError: naming the file, if it is damaged, holds more than finite tensors and plain values, or lacks a part.
+        ValueError: naming the file, if it is damaged or no checkpoint of a run.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type for member in archive.infolist()):
-                raise zipfile.BadZipFile("it is compressed, as torch writes none")
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -127,126 +293,42 @@ def read_checkpoint(path: Path, parts: frozenset[str] = frozenset()) -> dict[str
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what torch makes of damaged bytes can be anything
-        raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
+        raise ValueError(f"{path} is damaged or cut short: {type(error).__name__}: {str(error).split(chr(10))[0]}") from error
     if damaged:
         raise ValueError(f"{path} is damaged: wrong checksum of {damaged!r}")
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint: it must hold a dictionary, got {type(state).__name__}")
-    if missing := parts - {key for key in state if isinstance(key, str)}:
+    missing = {"step", "settings", "optimizer"} - set(state) if isinstance(state, dict) else {"dictionary"}
+    if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
-    if odd := next((name for name, value in named_tensors(state) if not is_plain(value)), ""):
-        raise ValueError(f"{path} is not the checkpoint of a run: {odd} is no plain tensor")
-    if name := not_finite(state):
-        raise ValueError(f"{path} is of a run that has diverged: {name} holds NaN or infinity")
-    for key in ("step", "skipped"):
-        if key in state and (type(state[key]) is not int or state[key] < 0):
-            raise ValueError(f"{path} is not the checkpoint of a run: {key} is not a whole number from 0 on")
-    for key in ("settings", "machine"):
-        if key in state and not _is_plain_dictionary(state[key]):
-            raise ValueError(f"{path} is not the checkpoint of a run: {key} is not a dictionary of plain values")
-    return state
+    return dict(state)
 
 
-def _is_plain_dictionary(value: Any) -> bool:
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:
+    """Compare the settings of a run with those it is resumed with; return a line for each that did change and may.
+
+    Raises:
+        Stop: naming each other setting that changed, with both values.
+    """
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    lines = {name: f"{name} was {before.get(name)!r} and is {now.get(name)!r} now" for name in changed}
+    if refused := [line for name, line in lines.items() if name not in may_change]:
+        raise Stop(f"cannot resume with other settings: {'; '.join(refused)}. Use the old ones, or another --output-dir")
+    return [line for name, line in lines.items() if name != "resume"]
+
+
+def lock(folder: Path) -> FileLock:
+    """Make a run's folder and lock it while this process lives.
+
+    Raises:
+        Stop: if another process holds it, with its number and machine, or the folder cannot be written to.
+    """
+    held, owner = FileLock(folder / ".lock"), folder / ".owner"
     try:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value) and bool(json.dumps(value))
-    except (TypeError, ValueError, RecursionError):
-        return False
-
-
-def open_run(
-    folder: Path, settings: Mapping[str, Any], may_change: frozenset[str], *, resume: bool, processes: Processes
-) -> dict[str, Any] | None:
-    """Make a run's folder with its ``config.json``, or find the checkpoint to go on from.
-
-    Args:
-        folder: the run's folder.
-        settings: what the run depends on, as plain values; ``images`` is the fingerprint of its data.
-        may_change: names of settings that a resumed run may have otherwise.
-        resume: go on from the newest checkpoint, if there is one.
-        processes: this one and the others; the first writes and prints.
-
-    Returns:
-        the checkpoint, or None for a new run.
-
-    Raises:
-        Stop: in all processes, if the folder is in use, cannot be written to, holds a run that is not to be resumed or cannot
-            be, or holds other checkpoints for one process than for another.
-    """
-    state, name, problem = None, "", ""
-    try:
-        if processes.rank == 0:
-            locks.take(folder, replaced=(NEWEST, PREVIOUS, DAMAGED))
-        state, name = _newest(folder, PARTS)
-    except Stop as error:
-        problem = str(error)
-    same_everywhere(folder, state, processes, problem)
-    if state is not None and not resume:
-        raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
-    changed, here = [], machine(processes)
-    if state:
-        free = may_change | ({"images"} if settings.get("other_data") else set())
-        same = {"resume": resume}  # no news
-        changed = check_same({**state["settings"], **same}, {**settings, **same}, free)
-        if differs := check_same(state.get("machine", here), here, frozenset({*state.get("machine", ()), *here})):
-            changed.append(f"the last bits of the results can differ from an uncut run's: {', '.join(differs)}")
-    if processes.rank == 0:
-        try:
-            if name == PREVIOUS and os.path.lexists(folder / NEWEST):  # else the next save would put it over the good one
-                os.replace(folder / NEWEST, folder / DAMAGED)
-                changed.append(f"{NEWEST} is kept as {DAMAGED}")
-            write_json(folder / "config.json", settings)
-        except OSError as error:
-            raise Stop(f"cannot write to the output folder {folder}: {error.strerror}") from error
-        if state:
-            print(f"resuming {folder} after step {state['step']}" + "".join(f"; {line}" for line in changed), flush=True)
-        elif resume:
-            print(f"no checkpoint in {folder}: starting at step 0", flush=True)
-    return state
-
-
-def same_everywhere(folder: Path, state: Mapping[str, Any] | None, processes: Processes, problem: str = "") -> None:
-    """Compare the steps of the checkpoints that all processes have found.
-
-    Raises:
-        Stop: in all processes, if they differ, or one of them has met a problem.
-    """
-    found = processes.gather((problem, "none" if state is None else f"step {state.get('step')}"))
-    if problem := next((text for text, _ in found if text), ""):
-        raise Stop(problem)
-    if len({step for _, step in found}) > 1:
-        listed = ", ".join(f"{step} in process {rank}" for rank, (_, step) in enumerate(found))
-        raise Stop(f"the processes find different checkpoints in {folder} ({listed}): put it on a disk that all of them share")
-
-
-def machine(processes: Processes) -> dict[str, Any]:
-    """Return what the last bits of a result depend on, besides the settings."""
-    cpus, cuda = Path("/proc/cpuinfo"), processes.device.type == "cuda"
-    names = re.findall(r"^model name\s*: (.+)$", cpus.read_text() if cpus.exists() else "", re.MULTILINE)
-    processor = f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    device = torch.cuda.get_device_name(processes.device) if cuda else processes.device.type
-    numbers = {"threads": torch.get_num_threads(), "processes": processes.world_size}
-    return {**numbers, "processor": processor, "device": device, "torch": str(torch.__version__)}
-
-
-def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], free: frozenset[str]) -> list[str]:
-    """Compare the settings of a run with those it is resumed with.
-
-    Args:
-        stored: settings in the checkpoint.
-        given: settings of this call.
-        free: names that may change.
-
-    Returns:
-        a line for each setting that did change and may.
-
-    Raises:
-        Stop: naming every other setting that changed, with both values.
-    """
-    changed = {name for name in {*stored, *given} if stored.get(name) != given.get(name)}
-    lines = {name: f"{name} was {stored.get(name)!r} and is {given.get(name)!r} now" for name in sorted(changed)}
-    refused = [line for name, line in lines.items() if name not in free]
-    if refused:
-        cure = "; --other-data goes on with other images" if "images" in changed - free else ""
-        raise Stop(f"cannot resume with other settings: {'; '.join(refused)}. Use the old ones, or another --output-dir{cure}")
-    return list(lines.values())
+        folder.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=6)  # the workers of a killed run, which hold its lock too, end within 5 s
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout as error:
+        holder = owner.read_text() if owner.exists() else "another process"
+        raise Stop(f"{folder} is in use by {holder}: choose another --output-dir") from error
+    except OSError as error:
+        raise Stop(f"cannot write to the output folder {folder}: {error.strerror}") from error
+    return held

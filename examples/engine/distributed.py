@@ -1,4 +1,4 @@
-"""The processes of a run, the device of each, and what they compute together."""
+"""The ranks of a run: this process among all that torchrun started, its device, and what they agree on."""
 
 import inspect
 import os
@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.ends import Stop
+from engine.signals import Stop
 
 Item = TypeVar("Item")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Values of ``--device``."""
 
 
-class Processes(NamedTuple):
+class Ranks(NamedTuple):
     """This process among all processes of the run, and its device."""
 
     rank: int
@@ -24,20 +24,16 @@ class Processes(NamedTuple):
     control: Any
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process: the same answer in all of them, without waiting for the device."""
+        """Return whether the flag is set in any process: the same answer in all of them."""
         if self.control is None:
             return flag
         votes = torch.tensor(int(flag))
         dist.all_reduce(votes, group=self.control)
         return bool(votes)
 
-    def any_on_device(self, flag: Tensor) -> Tensor:
-        """Return whether a flag on the device is set in any process, as a flag on the device: nccl lets no host wait for it."""
-        if self.world_size == 1:
-            return flag
-        votes = flag.float()
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
-        return votes > 0
+    def all(self, flag: bool) -> bool:
+        """Return whether the flag is set in all ranks."""
+        return not self.any(not flag)
 
     def gather(self, item: Item) -> list[Item]:
         """Return the items of all processes, in the order of the ranks, in each process."""
@@ -48,13 +44,13 @@ class Processes(NamedTuple):
         return items
 
     def mean(self, values: Tensor) -> Tensor:
-        """Average a tensor over all processes."""
+        """Average a tensor over all ranks."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values / self.world_size
 
 
-def start_processes(device: str) -> Processes:
+def start_ranks(device: str) -> Ranks:
     """Join the processes that torchrun started, if any: nccl on CUDA devices, gloo on the CPU.
 
     Where a machine has fewer CUDA devices than processes, these share them, through gloo, which is slow: nccl refuses that.
@@ -81,12 +77,12 @@ def start_processes(device: str) -> Processes:
         chosen, backend = torch.device(device, place % count if shared else place), "gloo" if shared else "nccl"
         torch.cuda.set_device(chosen)
     if world_size == 1:
-        return Processes(0, 1, chosen, None)
+        return Ranks(0, 1, chosen, None)
     if not dist.is_initialized():
         dist.init_process_group(backend)
     group: Any = dist.new_group(backend="gloo")
     dist.barrier(group)  # a process that ends at once, by an error, takes along the store on which others may still wait
-    return Processes(rank, world_size, chosen, group)
+    return Ranks(rank, world_size, chosen, group)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -94,11 +90,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-def parallel(model: nn.Module, processes: Processes) -> nn.Module:
+def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Wrap a model so that its gradients are averaged over all processes, where there are several."""
-    if processes.world_size == 1:
+    if ranks.world_size == 1:
         return model
-    wrap, devices = nn.parallel.DistributedDataParallel, [processes.device.index] if processes.device.type == "cuda" else None
+    wrap, devices = nn.parallel.DistributedDataParallel, [ranks.device.index] if ranks.device.type == "cuda" else None
     new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # torch 2.14's name for it
     kept: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
     return wrap(model, device_ids=devices, **kept)

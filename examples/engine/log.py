@@ -1,149 +1,191 @@
-"""What a script prints and logs: standard output that cannot end a run, ``log.jsonl``, a progress bar, means of losses."""
+"""What a run prints and writes down: ``log.jsonl``, a bar on a terminal, lines elsewhere, trackers; nothing but on rank 0."""
 
+import datetime
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from engine.distributed import Processes
-from engine.pace import CLOCK, words
+from engine.distributed import Ranks
 from engine.trackers import Trackers
 from mvmae.files import write_text
 
-MINUTE = 60.0
-"""Seconds after which a run without a bar prints a line, once a step is done."""
+Batch = TypeVar("Batch")
+CLOCK = ("time", "images_per_second", "waiting", "memory_gb", "seconds_left")
+"""Fields of ``log.jsonl`` that no two runs share: Unix time; throughput; share of the time spent waiting for data; 10^9 bytes."""
 
 
 class Log:
-    """Writes ``log.jsonl``, a progress bar on a terminal, and plain lines elsewhere; nothing but on rank 0."""
+    """The log of a run.
 
-    def __init__(self, folder: Path, rank: int, total: int, start: int = 0) -> None:
-        self.folder, self.silent, self.bar, self.cut = folder, rank != 0, None, set[str]()
-        self.total, self.spoke = total, time.monotonic()
-        self.trackers: Trackers | None = None
-        self.parts: dict[str, str] = {}
+    Args:
+        folder: the run's.
+        ranks: this process and the others.
+        last: the last step of the run; 0 where it has no steps.
+        start: the step that the run goes on from: later lines of an earlier part of the run are removed.
+        batch_size: images of a step over all ranks, for the throughput.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, last: int = 0, start: int = 0, batch_size: int = 0) -> None:
+        self.folder, self.ranks, self.last, self.batch_size = folder, ranks, last, batch_size
+        self.silent, self.bar = ranks.rank != 0, None
+        self.trackers = Trackers()
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.waited, self.left = 0, 0.0, last - start
+        self.since: float | None = None  # of the first line's steps the first is left out: it starts workers and compiles
         if self.silent:
             return
-        kept = [record for record in self.records() if record.get("step", 0) <= start]
-        write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-        stream = getattr(sys.stderr, "stream", sys.stderr)
-        if stream is not None and stream.isatty():
+        kept = [json.dumps(record) + "\n" for record in self.records() if record.get("step", 0) <= start]
+        write_text(folder / "log.jsonl", "".join(kept))
+        if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            bar: Any = Output(stream, raw=True)
-            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}"
-            self.bar = tqdm(total=total, initial=start, bar_format=form, dynamic_ncols=True, leave=False, file=bar)
+            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}<{remaining}"
+            self.bar = tqdm(total=last, initial=start, bar_format=form, dynamic_ncols=True, leave=False, file=sys.stderr)
 
     def records(self) -> list[dict[str, Any]]:
-        """Read the lines back, without those that were cut in the middle."""
+        """Read the lines back, without those that a killed process cut."""
         path, found = self.folder / "log.jsonl", []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
             with suppress(json.JSONDecodeError):
                 found.append(json.loads(line))
         return [record for record in found if isinstance(record, dict) and isinstance(record.get("step", 0), int)]
 
-    def block(self, **parts: str) -> None:
-        """Print what a run trains: a line for each part, its name first; none for a part of which there is nothing to say."""
-        self.parts = parts
-        for name, text in parts.items():
-            if text:
-                self.say(f"{name:<{max(map(len, parts))}}  {text}")
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and measure how long the run waits for each."""
+        waiting = iter(batches)
+        while True:
+            start = time.monotonic()
+            try:
+                batch = next(waiting)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - start
+            yield batch
 
-    def advance(self, step: int, measure: Callable[[], Mapping[str, float]]) -> None:
-        """Move the bar to ``step``, with numbers of `CLOCK`; without a bar, print them a minute after the last line.
-
-        Args:
-            step: the last that is done.
-            measure: returns the numbers, and is called only where they are shown.
-        """
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Count a step and its losses, scalars on the device: `write` logs their means."""
+        if not self.steps:
+            self.sums = {}
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.steps, self.left = self.steps + 1, self.left - 1
+        if self.since is None:
+            self.since, self.waited, self.first = time.monotonic(), 0.0, 1
         if self.bar is not None:
-            if "waiting" in (numbers := measure()):
-                self.bar.set_postfix_str(words(numbers), refresh=False)
-            self.bar.update(step - self.bar.n)
-        elif not self.silent and time.monotonic() - self.spoke >= MINUTE:
-            self.say(f"{self.at(step)}  {words(measure())}".rstrip())
+            self.bar.update()
 
-    def at(self, step: Any) -> str:
-        """Return a step as it is printed, with the last one where that is known."""
-        return f"step {step}/{self.total}" if self.total else f"step {step}"
+    def write_step(self, step: int, **numbers: float) -> None:
+        """Log the means, over steps and ranks, of what was added since the last line; all ranks must call it."""
+        means = {}
+        if self.steps:
+            sums = self.ranks.mean(torch.stack(list(self.sums.values()))) / self.steps
+            means = dict(zip(self.sums, sums.tolist(), strict=True))
+        self.write(step=step, **numbers, **means, **self._clock())
+        self.steps, self.waited, self.since, self.first = 0, 0.0, time.monotonic(), 0
+
+    def _clock(self) -> dict[str, float]:
+        steps, seconds = self.steps - self.first, time.monotonic() - (self.since or 0.0)
+        found: dict[str, float] = {}
+        if steps > 0 and seconds > 0:
+            if self.batch_size:
+                found["images_per_second"] = float(f"{steps * self.batch_size / seconds:.4g}")
+            found["waiting"] = round(min(self.waited / seconds, 1.0), 3)
+            found["seconds_left"] = round(self.left * seconds / steps, 1)
+        if peak := peak_memory(self.ranks.device):
+            found["memory_gb"] = round(peak / 1e9, 3)
+        return found
 
     def write(self, **record: Any) -> None:
-        """Add one line; numbers only, except for names. The file's line also holds the time."""
+        """Add a line to ``log.jsonl``, and print it."""
         self.append("log.jsonl", json.dumps(record | {"time": round(time.time(), 3)}))
-        shown = [self.at(record["step"])] if "step" in record else []
+        shown = [f"step {record['step']}/{self.last}" if self.last else f"step {record['step']}"] if "step" in record else []
         for key, value in record.items():
             if key not in ("step", *CLOCK):
                 shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-        self.say("  ".join([*shown, words(record)]).rstrip())
-        if self.trackers:
-            self.trackers.numbers(record)
+        self.say("  ".join([*shown, in_words(record)]).rstrip())
+        if not self.silent:
+            self.trackers.log(record)
 
     def append(self, name: str, text: str) -> None:
-        """Add lines to a file of the folder. A failure prints a warning; a line that it cut is ended at the next call."""
+        """Add lines to a file of the folder; a failure prints a warning."""
         if self.silent:
             return
         try:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write("\n" * (name in self.cut) + text + "\n")
-            self.cut.discard(name)
+            with (self.folder / name).open("a+b") as file:
+                if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":  # a full disk has cut the last line
+                    file.write(b"\n")
+                file.write(f"{text}\n".encode(errors="backslashreplace"))
         except OSError as error:
-            self.cut.add(name)
             self.say(f"warning: cannot write {self.folder / name}: {error.strerror}")
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
         if self.silent:
             return
-        self.spoke = time.monotonic()
         if self.bar is not None:
             self.bar.clear()
-        print(printable(line), flush=True)
+        print(line, flush=True)
         if self.bar is not None:
             self.bar.refresh()
 
-    def close(self) -> None:
-        """Remove the bar."""
+    def close(self, *, failed: bool = False) -> None:
+        """Remove the bar and end the trackers."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
+        self.trackers.close(failed=failed)
 
-    def end(self, *, failed: bool = False) -> None:
-        """Remove the bar and end the trackers: nothing is logged any more."""
-        self.close()
-        if self.trackers:
-            self.trackers.close(failed=failed)
+
+def in_words(record: Mapping[str, Any]) -> str:
+    """Return the numbers of `CLOCK` as a user reads them; empty without any."""
+    parts = {
+        "images_per_second": lambda value: f"{value:.0f} images/s" if value >= 100 else f"{value:.1f} images/s",
+        "waiting": "{:.0%} waiting for data".format,
+        "memory_gb": "{:.2f} GB".format,
+        "seconds_left": lambda value: f"{datetime.timedelta(seconds=round(value))} left",
+    }
+    return ", ".join(part(record[name]) for name, part in parts.items() if name in record)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: of a CUDA device, else of its own memory; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    with suppress(OSError, StopIteration, ValueError):  # Linux: getrusage would return the parent's peak after a fork
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    return 0
 
 
 class Output:
-    """A stream that cannot end a run: if it is closed or fails, the printed text is lost, and nothing else happens.
+    """A stream that cannot end a run: where it is closed or full, the text is lost; what it cannot encode is escaped."""
 
-    Args:
-        stream: standard output or error; None where it is closed.
-        raw: let control characters through, for a progress bar. Else they and what the encoding lacks are shown as escapes.
-    """
-
-    def __init__(self, stream: Any, *, raw: bool = False) -> None:
-        self.stream, self.raw, self.above = stream, raw, ""
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
 
     def write(self, text: str) -> int:
         """Print a text."""
         with suppress(OSError, ValueError, AttributeError):
-            encoding = self.stream.encoding
-            above, self.above = self.above, ""
-            shown = text if self.raw else printable(above + text, keep="\n\t")
-            self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+            encoding = self.stream.encoding or "utf-8"
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream."""
         with suppress(OSError, ValueError, AttributeError):
             self.stream.flush()
+
+    def isatty(self) -> bool:
+        """Return whether it is a terminal."""
+        return self.stream is not None and bool(self.stream.isatty())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -155,38 +197,4 @@ def open_outputs() -> None:
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(number, True)
         os.close(number)
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-
-
-def print_above(line: str) -> None:
-    """Print a line with the next one that goes to standard output, above it; never if nothing else is printed."""
-    if isinstance(sys.stdout, Output):
-        sys.stdout.above += f"{line}\n"
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Return a text with control characters, which could change a terminal or forge a line, as escapes, except ``keep``."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
-
-
-class Meter:
-    """Means of named numbers over the steps since the last line of the log, kept on the device until then."""
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes, self.steps = processes, 0
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count one step's numbers, scalars on the device."""
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value.detach() if self.steps else value.detach().clone()
-        self.steps += 1
-
-    def means(self) -> dict[str, float]:
-        """Return the mean of each number over steps and processes, and start again; nothing if no step was counted."""
-        if not self.steps:
-            return {}
-        names, sums = list(self.sums), torch.stack(list(self.sums.values()))
-        values = (self.processes.mean(sums) / self.steps).tolist()
-        self.sums, self.steps = {}, 0
-        return dict(zip(names, values, strict=True))
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]

@@ -1,239 +1,176 @@
 """Trackers that a run tells its numbers, pictures and options to: TensorBoard, Weights & Biases, MLflow, trackio.
 
-Each is one small class over the library, which is imported only when its tracker is asked for. None can end a run: one that
-fails, whenever it does, is left out from then on, with one line.
+Each library is imported only when its tracker is asked for. None can end a run: one that fails, whenever it does, is left out
+from then on, with one line. A resumed run goes on in the trackers' runs by the names kept in ``trackers.json``.
 """
 
 import contextlib
 import io
 import json
 import os
-import re
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-from mvmae.files import first_line, write_text
+from mvmae.files import write_text
 
-PROJECT = "mvmae"
-"""What runs are filed under, unless the tracker's own environment variable (``WANDB_PROJECT``, ...) says otherwise."""
-FILE = "trackers.json"
-"""The names that trackers know a run by, in its folder, so that a resumed run goes on in them."""
+NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
-class Tracker(Protocol):
-    """A tracked run.
-
-    Attributes:
-        where: how a user finds it.
-    """
+class Tracker(NamedTuple):
+    """What a run calls of a tracker, and where a user finds the tracked run."""
 
     where: str
-
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], step: int, fresh: bool) -> None:
-        """Begin or go on.
-
-        Args:
-            folder: of the run.
-            name: that the tracker knows the run by, without spaces.
-            config: options of the run, as plain values.
-            step: the last that is done.
-            fresh: whether the tracker has not seen the run before.
-        """
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of a line of the log."""
-
-    def picture(self, step: int, name: str, image: Any) -> None:
-        """Take an image of Pillow."""
-
-    def close(self, failed: bool) -> None:
-        """End, and write what is not written."""
+    numbers: Callable[[int, dict[str, float]], Any]
+    picture: Callable[[int, str, Any], Any]
+    close: Callable[[bool], Any]
 
 
-class TensorBoard:
-    """Event files in ``tensorboard/`` of the run's folder; ``tensorboard --logdir`` shows the runs below a folder."""
+def tensorboard(folder: Path, name: str, config: Mapping[str, Any], step: int) -> Tracker:
+    """Write event files to ``tensorboard/`` of the run's folder."""
+    import numpy as np
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], step: int, fresh: bool) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in config.items()), step)
 
-        self.where = str(folder / "tensorboard")
-        self.writer: Any = SummaryWriter(self.where, purge_step=None if fresh else step + 1)
-        if fresh:
-            self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in config.items()), step)
+    def numbers(step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+    def picture(step: int, title: str, image: Any) -> None:
+        writer.add_image(title, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
-    def picture(self, step: int, name: str, image: Any) -> None:
-        import numpy as np
-
-        self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-        self.writer.flush()
-
-    def close(self, failed: bool) -> None:
-        self.writer.close()
+    return Tracker(str(folder / "tensorboard"), numbers, picture, lambda _: writer.close())
 
 
-class Wandb:
-    """A run of Weights & Biases; ``WANDB_MODE=offline`` keeps it in ``wandb/`` of the run's folder, for ``wandb sync``."""
+def wandb(folder: Path, name: str, config: Mapping[str, Any], step: int) -> Tracker:
+    """Log to Weights & Biases; ``WANDB_MODE=offline`` keeps the run in ``wandb/`` of its folder, for ``wandb sync``."""
+    import wandb
 
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], step: int, fresh: bool) -> None:
-        import wandb
-
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
-        quiet = wandb.Settings(silent=True, console="off", finish_timeout=60)
-        how: dict[str, Any] = {"dir": str(folder), "config": dict(config), "settings": quiet, "reinit": "create_new"}
-        asked, sys.stdin = sys.stdin, io.StringIO()  # without a login it would ask for one, and the run would wait
-        try:
-            self.run: Any = wandb.init(project=project, id=name, name=folder.name, resume="allow", **how)
-        finally:
-            sys.stdin = asked
-        self.run.define_metric("*", step_metric="step")  # wandb's own steps may not go back, as those of a resumed run do
-        self.where = str(Path(self.run.dir).parent) if self.run.offline else str(self.run.url)
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log({"step": step, **values})
-
-    def picture(self, step: int, name: str, image: Any) -> None:
-        import wandb
-
-        self.run.log({"step": step, name: wandb.Image(image)})
-
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+    project, settings = os.environ.get("WANDB_PROJECT", "mvmae"), wandb.Settings(silent=True, console="off", finish_timeout=60)
+    how: dict[str, Any] = {"dir": str(folder), "config": dict(config), "settings": settings, "reinit": "create_new"}
+    stdin, sys.stdin = sys.stdin, io.StringIO()  # without a login it would ask for one, and the run would wait
+    try:
+        run: Any = wandb.init(project=project, id=name, name=folder.name, resume="allow", **how)
+    finally:
+        sys.stdin = stdin
+    run.define_metric("*", step_metric="step")  # wandb's own steps may not go back, as those of a resumed run do
+    return Tracker(
+        str(Path(run.dir).parent) if run.offline else str(run.url),
+        lambda step, values: run.log({"step": step, **values}),
+        lambda step, title, image: run.log({"step": step, title: wandb.Image(image)}),
+        lambda failed: run.finish(exit_code=int(failed)),
+    )
 
 
-class MLflow:
-    """A run of MLflow, at ``MLFLOW_TRACKING_URI``, or in ``mlruns/`` of the run's folder."""
+def mlflow(folder: Path, name: str, config: Mapping[str, Any], step: int) -> Tracker:
+    """Log to ``MLFLOW_TRACKING_URI``, or to ``mlruns/`` of the run's folder."""
+    for variable, value in (("HTTP_REQUEST_TIMEOUT", "10"), ("HTTP_REQUEST_MAX_RETRIES", "1"), ("ALLOW_FILE_STORE", "true")):
+        os.environ.setdefault(f"MLFLOW_{variable}", value)  # a dead server holds up no run
+    from mlflow import MlflowClient
 
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], step: int, fresh: bool) -> None:
-        for variable, value in (("REQUEST_TIMEOUT", "10"), ("REQUEST_MAX_RETRIES", "1")):  # a dead server holds up no run
-            os.environ.setdefault(f"MLFLOW_HTTP_{variable}", value)
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        from mlflow import MlflowClient
+    where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").absolute().as_uri()
+    client: Any = MlflowClient(tracking_uri=where)
+    project = os.environ.get("MLFLOW_EXPERIMENT_NAME", "mvmae")
+    known = client.get_experiment_by_name(project)
+    experiment = known.experiment_id if known else client.create_experiment(project)
+    mine = client.search_runs([experiment], f"tags.mvmae = '{name}'")
+    number = mine[0].info.run_id if mine else client.create_run(experiment, run_name=folder.name, tags={"mvmae": name}).info.run_id
+    for key, value in () if mine else config.items():
+        client.log_param(number, key, str(value)[:500])
 
-        self.where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").absolute().as_uri()
-        self.client: Any = MlflowClient(tracking_uri=self.where)
-        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        known = self.client.get_experiment_by_name(project)
-        experiment = known.experiment_id if known else self.client.create_experiment(project)
-        mine = [] if fresh else self.client.search_runs([experiment], f"tags.mvmae = '{name}'")
-        if mine:
-            self.id = mine[0].info.run_id
-            self.client.update_run(self.id, status="RUNNING")
-            return
-        self.id = self.client.create_run(experiment, run_name=folder.name, tags={"mvmae": name}).info.run_id
-        for key, value in config.items():
-            self.client.log_param(self.id, key, str(value)[:500])
+    def numbers(step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            client.log_metric(number, key, value, step=step)
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.client.log_metric(self.id, name, value, step=step)
-
-    def picture(self, step: int, name: str, image: Any) -> None:
-        self.client.log_image(self.id, image, key=name, step=step)
-
-    def close(self, failed: bool) -> None:
-        self.client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
+    return Tracker(
+        where,
+        numbers,
+        lambda step, title, image: client.log_image(number, image, key=title, step=step),
+        lambda failed: client.set_terminated(number, "FAILED" if failed else "FINISHED"),
+    )
 
 
-class Trackio:
-    """A run of trackio, where that keeps its runs: in the user's cache, in ``TRACKIO_DIR``, or on a Space."""
-
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], step: int, fresh: bool) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a page
-            import trackio
-
-            project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-            self.run: Any = trackio.init(project, name=name, config=dict(config), resume="allow", embed=False)
-        self.where = f"trackio show --project {project}"
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def picture(self, step: int, name: str, image: Any) -> None:
+def trackio(folder: Path, name: str, config: Mapping[str, Any], step: int) -> Tracker:
+    """Log where trackio keeps its runs: in the user's cache, in ``TRACKIO_DIR``, or on a Space."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a page
         import trackio
 
-        self.run.log({name: trackio.Image(image)}, step=step)
-
-    def close(self, failed: bool) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.run.finish()
-
-
-TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
+        project = os.environ.get("TRACKIO_PROJECT", "mvmae")
+        run: Any = trackio.init(project, name=name, config=dict(config), resume="allow", embed=False)
+    return Tracker(
+        f"trackio show --project {project}",
+        lambda step, values: run.log(values, step=step),
+        lambda step, title, image: run.log({title: trackio.Image(image)}, step=step),
+        lambda _: run.finish(),
+    )
 
 
 class Trackers:
-    """The trackers of a run.
+    """The trackers of a run; none at first."""
 
-    Args:
-        names: of `TRACKERS`.
-        folder: the run's.
-        config: its options.
-        step: the last that is done.
-        say: prints a line.
-    """
-
-    def __init__(
-        self, names: Sequence[str], folder: Path, config: Mapping[str, Any], step: int, say: Callable[[str], None]
-    ) -> None:
-        self.say, self.open = say, dict[str, Tracker]()
-        known, own = known_names(folder) if step else {}, re.sub(r"[^\w-]+", "-", folder.absolute().name, flags=re.ASCII)
-        given = {name: known.get(name) or f"{own}-{uuid.uuid4().hex[:8]}" for name in names}
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-        for name, told in given.items():
-            with self.left_out(name):
-                self.open[name] = TRACKERS[name](folder, told, plain, step, name not in known)
-                say(f"tracked by {name}: {self.open[name].where}")
-        with contextlib.suppress(OSError):
-            write_text(folder / FILE, json.dumps(known | {name: given[name] for name in self.open}))
+    def __init__(self) -> None:
+        self.open: dict[str, Tracker] = {}
+        self.say: Callable[[str], None] = print
 
     def __bool__(self) -> bool:
         return bool(self.open)
 
-    @contextlib.contextmanager
-    def left_out(self, name: str) -> Any:
-        """Leave a tracker out from now on, with one line, if an error comes from it."""
-        try:
-            yield
-        except (Exception, SystemExit) as error:
-            self.open.pop(name, None)
-            reason = first_line(error) if str(error) else type(error).__name__
-            missing = f'; pip install "mvmae[{name}]" installs it' if isinstance(error, ImportError) else ""
-            self.say(f"warning: the run goes on without {name}: {reason}{missing}")
+    def start(
+        self, names: Sequence[str], folder: Path, config: Mapping[str, Any], step: int, say: Callable[[str], None]
+    ) -> None:
+        """Begin, or go on in the runs of the same folder.
 
-    def numbers(self, record: Mapping[str, Any]) -> None:
-        """Pass on a line of the log."""
-        known = ("step", "time")
-        values = {key: float(value) for key, value in record.items() if key not in known and isinstance(value, int | float)}
+        Args:
+            names: of `NAMES`.
+            folder: the run's.
+            config: its options, as plain values.
+            step: the last that is done.
+            say: prints a line.
+        """
+        self.say, known, file = say, dict[str, str](), folder / "trackers.json"
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(file.read_text()) if step else {}
+        for name in names:
+            own = known.setdefault(name, f"mvmae-{uuid.uuid4().hex[:8]}")
+            with self._left_out(name):
+                self.open[name] = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow, "trackio": trackio}[name](
+                    folder, own, config, step
+                )
+                say(f"tracked by {name}: {self.open[name].where}")
+        if names:
+            with contextlib.suppress(OSError):
+                write_text(file, json.dumps(known))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Pass on the numbers of a line of the log."""
+        values = {k: float(v) for k, v in record.items() if k not in ("step", "time") and isinstance(v, int | float)}
         for name, tracker in list(self.open.items()):
-            with self.left_out(name):
-                tracker.numbers(record["step"], values)
+            with self._left_out(name):
+                tracker.numbers(record.get("step", 0), values)
 
     def picture(self, step: int, title: str, image: Any) -> None:
         """Pass on an image of Pillow."""
         for name, tracker in list(self.open.items()):
-            with self.left_out(name):
+            with self._left_out(name):
                 tracker.picture(step, title, image)
 
     def close(self, *, failed: bool = False) -> None:
         """End all of them."""
         for name, tracker in list(self.open.items()):
-            with self.left_out(name):
+            with self._left_out(name):
                 tracker.close(failed)
-        self.open.clear()
+        self.open = {}
 
-
-def known_names(folder: Path) -> dict[str, str]:
-    """Return the names that trackers know the run of a folder by; none where its file is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return {key: value for key, value in found.items() if isinstance(value, str)}
-    return {}
+    @contextlib.contextmanager
+    def _left_out(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            self.open.pop(name, None)
+            missing = f'; pip install "mvmae[{name}]" installs it' if isinstance(error, ImportError) else ""
+            self.say(f"warning: the run goes on without {name}: {type(error).__name__}: {str(error).split(chr(10))[0]}{missing}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.ends import Stop
+from engine.signals import Stop
 
 Weights = dict[str, Tensor]
 MEASURES = ("auto", "knn", "retrieval")

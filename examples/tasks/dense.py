@@ -17,10 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
 from engine.checkpoint import load_checkpoint, same_everywhere
-from engine.cli import option
+from engine.options import option
 from engine.config import REQUIRED, RunConfig
-from engine.distributed import Processes, autocast, parallel
-from engine.ends import Stop
+from engine.distributed import Ranks, autocast, parallel
+from engine.signals import Stop
 from engine.pace import CLOCK
 from engine.run import DROPOUT, Run
 from engine.snapshot import restore
@@ -170,7 +170,7 @@ def fit(
     trunk: WindowedViT,
     dataset: NamedImages,
     losses: Callable[[nn.Module, Any], dict[str, Tensor]],
-    processes: Processes,
+    ranks: Ranks,
     *,
     images: str,
     collate: Callable[[list[Any]], Any] = default_collate,
@@ -190,7 +190,7 @@ def fit(
     Raises:
         Stop: if a signal or a loss that is not finite ends the run, or there is nothing to evaluate.
     """
-    folder, first = Path(config.output_dir), processes.rank == 0
+    folder, first = Path(config.output_dir), ranks.rank == 0
     if config.evaluate:
         state = load_checkpoint(folder)
         same_everywhere(folder, state, processes)
@@ -198,25 +198,25 @@ def fit(
             raise Stop(f"--evaluate: {folder} holds no checkpoint")
         restore(state, folder, {"model": model})
         return
-    optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr, fused=processes.device.type == "cuda")
+    optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr, fused=ranks.device.type == "cuda")
     last = min(config.steps, config.max_steps or config.steps)
-    where = {"rank": processes.rank, "world_size": processes.world_size}
+    where = {"rank": ranks.rank, "world_size": ranks.world_size}
     sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **where)
     run = Run(config, processes, images)
     run.take_up(last=last, model=model, optimizer=optimizer)
     sampler.start_step = run.step
-    pinned = processes.device.type == "cuda"
+    pinned = ranks.device.type == "cuda"
     loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, collate=collate)
-    course = f"{config.steps} steps of {config.batch_size}, on {processes.device}"
+    course = f"{config.steps} steps of {config.batch_size}, on {ranks.device}"
     run.announce(model=summary(trunk, config.image_size, config.model), images=f"{len(dataset)} images", training=course)
     trained = parallel(model.train(), processes)
     with run:
         for step, (keys, batch) in run.batches(zip(sampler, loader, strict=True)):
-            seed = sample_seed(config.seed, DROPOUT, step, processes.rank)
+            seed = sample_seed(config.seed, DROPOUT, step, ranks.rank)
             torch.manual_seed(seed)  # for drop path and the sampling of regions
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * group["lr_scale"] * lr_factor(step - 1, config)
-            with autocast(config.precision, processes.device):
+            with autocast(config.precision, ranks.device):
                 parts = losses(trained, batch)
                 loss = torch.stack(list(parts.values())).sum()
             loss.backward()
@@ -232,7 +232,7 @@ def fit(
     run.log.end()
 
 
-def data_folder(config: DenseConfig, processes: Processes) -> Path:
+def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it.
 
     Raises:
@@ -243,9 +243,9 @@ def data_folder(config: DenseConfig, processes: Processes) -> Path:
             raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
         return Path(config.data)
     root = Path(config.output_dir) / "toy"
-    if processes.rank == 0:
+    if ranks.rank == 0:
         write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
-    processes.any(False)  # the others wait for the drawings
+    ranks.any(False)  # the others wait for the drawings
     return root
 
 
@@ -255,6 +255,6 @@ def fingerprint(root: Path, *files: Iterable[str | Path]) -> str:
     return "+".join(FileSource(root, part).fingerprint for part in names)
 
 
-def gather(items: Iterable[Any], processes: Processes) -> list[Any]:
+def gather(items: Iterable[Any], ranks: Ranks) -> list[Any]:
     """Collect the items of all processes, in the order of the ranks."""
-    return [item for part in processes.gather(list(items)) for item in part]
+    return [item for part in ranks.gather(list(items)) for item in part]

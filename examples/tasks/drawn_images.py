@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ends import Stop
+from engine.signals import Stop
 from mvmae.data import ImageError, ImageSource
 
 GROUPS = 10

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.ends import Stop
+from engine.signals import Stop
 from mvmae.data import ImageSource
 from mvmae.data.loader import escape
 from mvmae.files import replace_file, write_text

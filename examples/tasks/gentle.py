@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.ends import Stop
+from engine.signals import Stop
 
 WAYS = ("all", "last", "lora", "explora")
 LAYERS = ("attention", "all")

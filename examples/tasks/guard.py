@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.distributed import Processes
-from engine.ends import Stop
+from engine.distributed import Ranks
+from engine.signals import Stop
 from mvmae import MultiViewMAE
 from mvmae.gradients import gather_latents
 
@@ -68,14 +68,14 @@ class Guard:
     """
 
     def __init__(
-        self, model: MultiViewMAE, weight: float, kind: str, images: int, *, batch_size: int, processes: Processes
+        self, model: MultiViewMAE, weight: float, kind: str, images: int, *, batch_size: int, ranks: Ranks
     ) -> None:
-        if images % processes.world_size or images > batch_size or (kind == "relational" and images < 3):
+        if images % ranks.world_size or images > batch_size or (kind == "relational" and images < 3):
             raise Stop(
                 f"--guard-images {images} must be at most the batch of {batch_size} images, a multiple of "
-                f"{processes.world_size} processes, and 3 or more for --guard-kind relational: choose another number"
+                f"{ranks.world_size} processes, and 3 or more for --guard-kind relational: choose another number"
             )
-        self.model, self.weight, self.kind, self.share = model, weight, kind, images // processes.world_size
+        self.model, self.weight, self.kind, self.share = model, weight, kind, images // ranks.world_size
         self.start: nn.Module = copy.deepcopy(model.encoder).eval().requires_grad_(False)
 
     def backward(self, views: Tensor) -> Tensor:

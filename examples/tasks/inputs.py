@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mvmae
-from engine.ends import Stop
+from engine.signals import Stop
 from mvmae.data import AugmentedViews, ColorJitter, ImageSource, NamedSamples, RepeatedSource, measure_channels
 
 

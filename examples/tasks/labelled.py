@@ -16,9 +16,9 @@ from PIL import Image
 from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 
-from engine.cli import option
+from engine.options import option
 from engine.config import REQUIRED, RunConfig
-from engine.distributed import Processes, to_device
+from engine.distributed import Ranks, to_device
 from mvmae.data import (
     ImageLike,
     ImageSource,
@@ -104,9 +104,9 @@ def posterize_to_a_bit(image: Image.Image, bits: int, **options: Any) -> Image.I
 class InOrder(StepSampler):
     """Every image once, in order: each process takes one in ``world_size``, ``share`` at a time."""
 
-    def __init__(self, length: int, share: int, processes: Processes) -> None:
+    def __init__(self, length: int, share: int, ranks: Ranks) -> None:
         self.length, self.share, self.seed = length, share, 0
-        self.rank, self.world_size, self.batch_size = processes.rank, processes.world_size, share * processes.world_size
+        self.rank, self.world_size, self.batch_size = ranks.rank, ranks.world_size, share * ranks.world_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         keys = [(0, index) for index in range(self.rank, self.length, self.world_size)]
@@ -131,7 +131,7 @@ def training_loader(
 
 
 def each_once(
-    source: ImageSource, transform: Callable[..., Tensor], processes: Processes, *, batch_size: int, **loading: Any
+    source: ImageSource, transform: Callable[..., Tensor], ranks: Ranks, *, batch_size: int, **loading: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this process's share of the images, (B, C, H, W), and their positions, (B,), without unreadable images.
 
@@ -142,10 +142,10 @@ def each_once(
         batch_size: images at a time over all processes.
         **loading: as in `training_loader`.
     """
-    sampler = InOrder(len(source), max(batch_size // processes.world_size, 1), processes)
+    sampler = InOrder(len(source), max(batch_size // ranks.world_size, 1), processes)
     for keys, batch in zip(sampler, training_loader(source, transform, sampler, **loading), strict=True):
         read = batch.indices == torch.tensor([index for _, index in keys])
-        yield to_device(batch.views[read], processes.device), batch.indices[read].to(processes.device)
+        yield to_device(batch.views[read], ranks.device), batch.indices[read].to(ranks.device)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> Tensor:

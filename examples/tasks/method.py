@@ -6,7 +6,7 @@ import torch
 
 import mvmae
 from engine.attention import fit_attention
-from engine.cli import inherit, option
+from engine.options import inherit, option
 from engine.config import RunConfig
 from engine.optim import OPTIMIZERS
 from mvmae.data import MAX_PIXELS

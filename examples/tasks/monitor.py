@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.distributed import Processes
-from engine.ends import Stop
+from engine.distributed import Ranks
+from engine.signals import Stop
 from mvmae.data import CentreCropTransform, ImageSource, MultiViewTransform
 from mvmae.metrics import effective_rank, knn_accuracy, linear_cka, mean_cosine, uniformity, view_retrieval
 from tasks.drawn_images import varied
@@ -29,7 +29,7 @@ def extract(
     encode: Callable[[Tensor], Mapping[str, Tensor]],
     source: ImageSource,
     transform: Callable[..., Tensor],
-    processes: Processes,
+    ranks: Ranks,
     **loading: Any,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Compute features (N, D) and labels (N,) of all images that can be read, in their order, in all processes.
@@ -42,16 +42,16 @@ def extract(
         **loading: as in `labelled.each_once`.
     """
     found: dict[str, Tensor] = {}
-    read = torch.zeros(len(source), dtype=torch.int64, device=processes.device)
+    read = torch.zeros(len(source), dtype=torch.int64, device=ranks.device)
     for images, rows in each_once(source, transform, processes, **loading):
         for kind, values in encode(images).items() if len(rows) else ():
             if kind not in found:
                 found[kind] = values.new_zeros(len(source), values.shape[1])
             found[kind][rows] = values
         read[rows] = 1
-    if processes.world_size > 1:  # each row is zero in all processes but one
+    if ranks.world_size > 1:  # each row is zero in all processes but one
         shapes: dict[str, torch.Size] = {}
-        for each in processes.gather({kind: values.shape for kind, values in found.items()}):
+        for each in ranks.gather({kind: values.shape for kind, values in found.items()}):
             shapes |= each
         found |= {kind: torch.zeros(shape, device=read.device) for kind, shape in shapes.items() if kind not in found}
         for values in [*(found[kind] for kind in shapes), read]:
@@ -59,7 +59,7 @@ def extract(
     if not read.any():
         raise Stop(f"none of {len(source)} images can be read: {source.name(0)} is one of them", 1)
     labels = torch.full((len(source),), -1) if source.labels is None else torch.as_tensor(source.labels)
-    return {kind: values[read.bool()] for kind, values in found.items()}, labels.to(processes.device)[read.bool()]
+    return {kind: values[read.bool()] for kind, values in found.items()}, labels.to(ranks.device)[read.bool()]
 
 
 class Monitor:
@@ -89,7 +89,7 @@ class Monitor:
         mean: Sequence[float],
         std: Sequence[float],
         limit: int,
-        processes: Processes,
+        ranks: Ranks,
         *,
         width: int,
         drift: bool = False,
@@ -131,7 +131,7 @@ class Monitor:
         """Return the images of pictures (B, C, H, W), normalised: of those looked at, else of those that are trained on."""
         if self._drawn is None:
             source = self.looked_at if self.limit else self.train
-            self._drawn = normalize(varied(source, self.transform).to(self.processes.device), self.mean, self.std)
+            self._drawn = normalize(varied(source, self.transform).to(self.ranks.device), self.mean, self.std)
         return self._drawn
 
     @property

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import mvmae
-from engine.distributed import Processes
+from engine.distributed import Ranks
 from engine.log import Log
 from mvmae.files import write_text
 from mvmae.hub import export
@@ -49,7 +49,7 @@ def opening(
         steps: of the whole schedule.
         lr: peak learning rate.
     """
-    parameters, device = sum(parameter.numel() for parameter in model.parameters()), monitor.processes.device
+    parameters, device = sum(parameter.numel() for parameter in model.parameters()), monitor.ranks.device
     depth = len(model.decoder.blocks)
     decoder = f"{depth} block{'s' if depth > 1 else ''} of width {model.decoder.embed.out_features}"
     peak = f"peak learning rate {lr:.3g} ({config.base_lr:.3g} x {config.batch_size} / 256)"
@@ -69,7 +69,7 @@ def build_monitor(
     splits: Splits,
     mean: Sequence[float],
     std: Sequence[float],
-    processes: Processes,
+    ranks: Ranks,
     *,
     drift: bool = False,
 ) -> Monitor:
@@ -83,7 +83,7 @@ def build_monitor(
         processes,
         width=encoder.embed_dim,
         drift=drift,
-        batch_size=min(config.batch_size, 256 * processes.world_size),
+        batch_size=min(config.batch_size, 256 * ranks.world_size),
         workers=config.workers,
         max_bad=config.max_bad,
         bad_file=Path(config.output_dir) / "bad_files.txt",
@@ -119,9 +119,9 @@ def look(config: Config, monitor: Monitor, model: mvmae.MultiViewMAE, log: Log, 
     return found
 
 
-def verdict_now(config: Config, log: Log, processes: Processes) -> Verdict | None:
+def verdict_now(config: Config, log: Log, ranks: Ranks) -> Verdict | None:
     """Return the verdict on the run as far as it is logged."""
-    batch = config.batch_size // (1 if config.gather else processes.world_size)
+    batch = config.batch_size // (1 if config.gather else ranks.world_size)
     return judge(log.records(), crops=batch * config.num_views, loss_weight=config.loss_weight)
 
 

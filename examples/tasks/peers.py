@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mvmae
-from engine.ends import Stop
+from engine.signals import Stop
 
 
 def plain_loss(model: mvmae.MultiViewMAE, views: Tensor, mask: mvmae.Mask) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import mvmae
-from engine.distributed import Processes
-from engine.ends import Stop
+from engine.distributed import Ranks
+from engine.signals import Stop
 from engine.run import MASKS, Run
 from mvmae.data import (
     ImageSource,
@@ -91,7 +91,7 @@ def fit_length(config: Chosen, number: int) -> Chosen:
     return dataclasses.replace(config, epochs=float(epochs), warmup_epochs=epochs / 20, monitor_every=looks)
 
 
-def open_data(config: Chosen, processes: Processes, rehearse: str = "") -> tuple[Chosen, Images]:
+def open_data(config: Chosen, ranks: Ranks, rehearse: str = "") -> tuple[Chosen, Images]:
     """Open the images; return them, and the options with the background, the length and the batch size that they come to.
 
     Args:
@@ -118,9 +118,9 @@ def open_data(config: Chosen, processes: Processes, rehearse: str = "") -> tuple
         raise Stop(f"--data {config.data} has a length that is not known: add --images-per-epoch N, the images of one epoch")
     opened = f"{time.monotonic() - start:.1f} s"
     config = fit_batch(fit_length(config, per_epoch), per_epoch)
-    config, clamped = clamp_batch(config, min(per_epoch, length or per_epoch), processes.world_size * config.accumulate)
-    if config.loss_weight and config.batch_size // (1 if config.gather else processes.world_size) < 2:
-        each = "" if config.gather else f" with --no-gather on {processes.world_size} processes"
+    config, clamped = clamp_batch(config, min(per_epoch, length or per_epoch), ranks.world_size * config.accumulate)
+    if config.loss_weight and config.batch_size // (1 if config.gather else ranks.world_size) < 2:
+        each = "" if config.gather else f" with --no-gather on {ranks.world_size} processes"
         raise Stop(
             f"--batch-size {config.batch_size}{each} leaves the contrastive loss no negatives: use more, or --loss-weight 0"
         )
@@ -158,9 +158,9 @@ def first_of(stream: ImageStream, most: int) -> Splits:
     return Splits(stream.first(min(most, MONITORED) or 64), None, "a stream: its first ones, and no image is held out")
 
 
-def step_sampler(config: Config, images: Images, last: int, processes: Processes) -> StepSampler | StreamSampler:
+def step_sampler(config: Config, images: Images, last: int, ranks: Ranks) -> StepSampler | StreamSampler:
     """Say which images stand where in which step."""
-    where = {"seed": config.seed, "num_steps": last, "rank": processes.rank, "world_size": processes.world_size}
+    where = {"seed": config.seed, "num_steps": last, "rank": ranks.rank, "world_size": ranks.world_size}
     if images.stream is not None:
         return StreamSampler(images.stream, config.batch_size, **where)
     return StepSampler(len(images.train), config.batch_size, **where)
@@ -175,10 +175,10 @@ def position(sampler: StepSampler | StreamSampler, run: Run) -> dict[str, Any]:
     return {"stream": sampler}
 
 
-def advance(sampler: StepSampler | StreamSampler, step: int, processes: Processes) -> None:
+def advance(sampler: StepSampler | StreamSampler, step: int, ranks: Ranks) -> None:
     """Note that a step is whole."""
     if isinstance(sampler, StreamSampler):
-        sampler.advance(step, processes.gather)
+        sampler.advance(step, ranks.gather)
 
 
 def pixel_options(config: Config) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple
 
 
 def view_loader(
-    config: Config, encoder: Any, images: Images, sampler: StepSampler | StreamSampler, processes: Processes
+    config: Config, encoder: Any, images: Images, sampler: StepSampler | StreamSampler, ranks: Ranks
 ) -> Loader:
     """Load V views of each image of a step."""
     transform = mvmae.MultiViewTransform(
@@ -220,18 +220,18 @@ def view_loader(
     kept: dict[str, Any] = {"seed": config.seed, "max_bad": config.max_bad}
     stream = images.stream
     dataset = MultiViewDataset(images.train, views, **kept) if stream is None else StreamedViews(stream, views, **kept)
-    bad_file, pinned = Path(config.output_dir) / "bad_files.txt", processes.device.type == "cuda"
+    bad_file, pinned = Path(config.output_dir) / "bad_files.txt", ranks.device.type == "cuda"
     return make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, bad_file=bad_file)
 
 
-def draw_masks(config: Config, encoder: Any, step: int, processes: Processes) -> mvmae.Mask:
+def draw_masks(config: Config, encoder: Any, step: int, ranks: Ranks) -> mvmae.Mask:
     """Draw this process's part of the masks of a step, which are the same for any number of processes."""
     views = config.batch_size * config.num_views
     generator = torch.Generator().manual_seed(sample_seed(config.seed, MASKS, step))
-    share = views // processes.world_size
-    own = slice(processes.rank * share, (processes.rank + 1) * share)
+    share = views // ranks.world_size
+    own = slice(ranks.rank * share, (ranks.rank + 1) * share)
     length = encoder.patch_embed.num_patches
-    return mvmae.random_mask(views, length, config.mask_ratio, generator=generator, device=processes.device, rows=own)
+    return mvmae.random_mask(views, length, config.mask_ratio, generator=generator, device=ranks.device, rows=own)
 
 
 def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int, *, contrast: bool = True) -> mvmae.Losses:

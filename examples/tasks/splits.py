@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.ends import Stop
+from engine.signals import Stop
 from mvmae.data import ImageLike, ImageSource, SplitError, open_images
 
 HELD_OUT = 10  # one in 10 images is held out of data without a validation split

@@ -9,7 +9,7 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import mvmae
-from engine.ends import Stop
+from engine.signals import Stop
 from mvmae.data import colour
 from mvmae.encoders import check_source
 from mvmae.files import CONFIG_FILE, first_line, locate, read_json

@@ -1,0 +1,316 @@
+"""A script's command line: argparse over one dataclass, whose fields hold help text, range and section of each option."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import operator
+import os
+import shlex
+import shutil
+import signal
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from engine.distributed import DEVICES
+from engine.log import open_outputs
+from engine.signals import NOTHING_SAVED, Stop, end_process
+from engine.trackers import NAMES
+from mvmae.data import explain_loader_error
+
+Config = TypeVar("Config")
+Presets = Mapping[str, Mapping[str, Any]]
+REQUIRED = dataclasses.MISSING
+SECTIONS = ("Data", "Run", "Length", "Method", "Model", "Optimizer", "Evaluation", "Pictures", "Card and upload", "Speed")
+BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+    "at least": operator.ge,
+    "above": operator.gt,
+    "at most": operator.le,
+    "below": operator.lt,
+}
+LARGEST = 2**31
+"""Numbers must be below it, where their option has no upper bound of its own."""
+LOST = ("peer", "gloo", "nccl", "socket", "tcpstore")
+"""Words in torch's errors when another process has ended."""
+
+
+def option(
+    default: Any,
+    text: str,
+    choices: Iterable[Any] = (),
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    lengths: tuple[int, ...] = (),
+    path: bool = False,
+    may_change: bool = False,
+    section: str = "",
+) -> Any:
+    """Declare a field of a script's dataclass.
+
+    Args:
+        default: value if neither the user nor the preset sets one; with `REQUIRED` one of them has to.
+        text: line of ``--help``: what the option is, with its unit, what 0 or nothing means, and the default's source.
+        choices: values that are allowed; any if empty.
+        at_least: smallest value of the number, or of each number of a tuple.
+        above: number that each value must be greater than.
+        at_most: largest value.
+        below: number that each value must be less than.
+        lengths: numbers of values that a tuple may have; any from 1 on if empty. (2,) is a range: low, then high.
+        path: whether the value is a path, or the name of a model that may be one; then ``~`` is the user's home.
+        may_change: whether ``--resume`` accepts another value than the run began with.
+        section: one of `SECTIONS`, of this option and those after it.
+    """
+    limits = dict(zip(BOUNDS, (at_least, above, at_most, below), strict=True))
+    bounds = {word: limit for word, limit in limits.items() if limit is not None}
+    about = {"help": text, "choices": tuple(choices), "bounds": bounds, "lengths": lengths, "path": path}
+    return dataclasses.field(default=default, metadata={**about, "may_change": may_change, "section": section})
+
+
+def redefine(config: type[Any], name: str, default: Any, text: str = "") -> Any:
+    """Declare an option of another dataclass again, with another default, and another help text if one is given."""
+    metadata = config.__dataclass_fields__[name].metadata
+    return dataclasses.field(default=default, metadata={**metadata, "help": text or metadata["help"]})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Options of every script that trains; a script's own dataclass adds what it trains."""
+
+    output_dir: str = option(
+        REQUIRED, "folder of the run: log, checkpoints, results", path=True, may_change=True, section="Run"
+    )
+    resume: bool = option(
+        False, "continue from the newest checkpoint in the output folder, if there is one", may_change=True
+    )
+    seed: int = option(0, "seed of weights, order of images, augmentation and masks", at_least=0)
+    save_every: int = option(1000, "steps between two checkpoints; one is due after 15 minutes too", at_least=1, may_change=True)
+    log_every: int = option(20, "steps between two lines of the log", at_least=1, may_change=True)
+    tracker: tuple[str, ...] = option((), "trackers that also get numbers, options and pictures", NAMES, may_change=True)
+    max_steps: int = option(
+        0,
+        "stop after this many steps of the schedule, for tests; 0: train to the end; for a shorter run use fewer epochs",
+        at_least=0,
+        may_change=True,
+    )
+    device: str = option("auto", "device; auto: CUDA if there is one, else CPU", DEVICES, may_change=True, section="Speed")
+    precision: str = option("auto", "precision; auto: bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
+    workers: int = option(
+        8, "processes that load images, for each training process; 0: the training process", at_least=0, may_change=True
+    )
+
+
+def changeable(config: type[Any]) -> frozenset[str]:
+    """Return the names of the options that may change when a run is resumed."""
+    return frozenset(field.name for field in dataclasses.fields(config) if field.metadata.get("may_change"))
+
+
+def run(main: Callable[[Config], None], config: type[Config], presets: Presets, about: str | None) -> None:
+    """Parse the command line into ``config``, call ``main``, and turn an error into one line and an exit code."""
+    open_outputs()
+    try:
+        main(parse(config, presets, about))
+    except KeyboardInterrupt as error:
+        _end(NOTHING_SAVED, 128 + (error.args[0] if error.args else signal.SIGINT))
+    except MemoryError as error:
+        _end(f"the memory is used up ({error}): use a smaller --batch-size, or fewer --workers", 1)
+    except (Stop, ValueError, TypeError, OSError, ImportError) as error:
+        _end(str(error), error.code if isinstance(error, Stop) else 2)
+    except RuntimeError as error:
+        if reason := explain_loader_error(error):
+            _end(reason, 1)
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(word in str(error).lower() for word in LOST):
+            raise
+        _end(f"another process of this run has ended, see its message; --resume continues ({first_line(error)})", 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _end(message: str, code: int) -> None:
+    if os.environ.get("MVMAE_TRACEBACK"):  # for finding mistakes of these scripts
+        raise
+    print(" ".join((message if code > 128 else f"error: {message}").splitlines()), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    end_process(code)
+
+
+def parse(config: type[Config], presets: Presets, about: str | None, arguments: list[str] | None = None) -> Config:
+    """Read the command line: a dataclass declares the options, a preset sets other defaults, and what the user types wins.
+
+    Args:
+        config: a dataclass whose fields are declared by `option`; fields without one are no options.
+        presets: values of some options by the name of the preset, with ``"help"``, a line on what it is for; the first is the
+            default. If there are none, there is no ``--preset``.
+        about: text of ``--help`` before the options.
+        arguments: words of the command line; if None, those of this process.
+
+    Raises:
+        ValueError: in one line, if an option is unknown or missing, or its value is not allowed.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    fields = {field.name: field for field in dataclasses.fields(config) if field.metadata}  # type: ignore[arg-type]
+    chooser = _Parser(add_help=False, allow_abbrev=False)
+    if presets:
+        text = "set of defaults: " + "; ".join(f"{name}: {preset['help']}" for name, preset in presets.items())
+        chooser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), metavar="NAME", help=text)
+    chosen = getattr(chooser.parse_known_args(arguments)[0], "preset", "")
+    preset = {name: value for name, value in presets.get(chosen, {}).items() if name != "help"}
+    defaults = {name: preset.get(name, field.default) for name, field in fields.items()}
+    known, unknown = _parser(config, fields, defaults, chooser, about).parse_known_args(arguments)
+    if unknown:
+        raise ValueError(_unknown(unknown[0], [*(["--preset"] if presets else []), *map(flag, fields)]))
+    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items() if name in fields}
+    for name, value in typed.items():
+        _check_length(flag(name), value, fields[name].metadata["lengths"])
+    if "encoder" in typed and "encoder_args" in preset:  # a preset's arguments are for its own encoder
+        defaults["encoder_args"] = ""
+    values = {**preset, **defaults, **typed}
+    if missing := [flag(name) for name, value in values.items() if value is REQUIRED]:
+        raise ValueError(f"{' and '.join(missing)} must be given; --help lists all options")
+    return config(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(" ".join(message.removeprefix("argument ").split()))
+
+
+def flag(name: str) -> str:
+    """Return what a user types for a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _parser(
+    config: type[Any], fields: Mapping[str, Any], defaults: Mapping[str, Any], chooser: _Parser, about: str | None
+) -> _Parser:
+    """Build the parser of a script, with its options in sections."""
+    width = min(shutil.get_terminal_size().columns - 2, 120)
+    needed = [f"{flag(name)} ..." for name, value in defaults.items() if value is REQUIRED]
+    parser = _Parser(
+        parents=[chooser],
+        description=about,
+        usage=" ".join(["%(prog)s", *needed, "[options]"]),
+        formatter_class=partial(_Formatter, width=width, max_help_position=28),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    hints, section, sections = typing.get_type_hints(config), SECTIONS[0], dict[str, list[str]]()
+    for part in reversed(config.__mro__):  # an option stays in the section of the dataclass that declares it first
+        for name in vars(part).get("__annotations__", {}):
+            if name in fields and not any(name in names for names in sections.values()):
+                section = vars(part)["__dataclass_fields__"][name].metadata["section"] or section
+                sections.setdefault(section, []).append(name)
+    for section in sorted(sections, key=SECTIONS.index):
+        group = parser.add_argument_group(section)
+        for name in sections[section]:
+            group.add_argument(flag(name), **_argument(fields[name], hints[name], defaults[name]))
+    return parser
+
+
+def _argument(field: "dataclasses.Field[Any]", hint: Any, default: Any) -> dict[str, Any]:
+    """Return what argparse takes for a field."""
+    about = field.metadata
+    notes = [f"any of {', '.join(about['choices'])}"] if about["choices"] and isinstance(field.default, tuple) else []
+    notes += [f"{stated(about['bounds'])}"] if about["bounds"].keys() - {"at least"} or about["bounds"].get("at least") else []
+    notes += [f"default: {shown(default)}"] if default not in ("", (), REQUIRED) else []
+    text = about["help"] + (f" [{'; '.join(notes)}]" if notes else "")
+    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if hint is bool:
+        return settings | {"action": argparse.BooleanOptionalAction}
+    several = typing.get_origin(hint) is tuple
+    kind = typing.get_args(hint)[0] if several else hint
+    word = {int: "N", float: "X"}.get(kind, "X" if kind == float | str else field.name.rpartition("_")[2].upper())
+    settings |= {"type": _reader(kind, about), "metavar": word} | ({"nargs": "+"} if several else {})
+    return settings | ({"choices": about["choices"], "metavar": "NAME" if several else None} if about["choices"] else {})
+
+
+def _reader(kind: Any, about: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Return what reads a value and holds it against the range of its option."""
+    bounds: dict[str, float] = about["bounds"]
+    if not {"at most", "below"} & bounds.keys():
+        bounds = bounds | {"below": LARGEST}
+
+    def read(text: str) -> Any:
+        if kind is str:
+            return expand_home(text) if about["path"] else text
+        value: Any
+        try:
+            value = int(text) if kind is int else float(text)
+        except ValueError:
+            value = text if kind == float | str else math.nan
+        if isinstance(value, str) or (abs(value) <= sys.float_info.max and all(BOUNDS[w](value, bounds[w]) for w in bounds)):
+            return value
+        expected = f"a {'whole' if kind is int else 'finite'} number {stated(bounds)}".strip()
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text[:40]!r}")
+
+    return read
+
+
+def expand_home(text: str) -> str:
+    """Replace ``~`` at the start of a path, also after ``random:`` or ``local-dir:``, by the user's home."""
+    start = len(text) - len(text.removeprefix("random:").removeprefix("local-dir:"))
+    if not text[start:].startswith("~"):
+        return text
+    try:
+        return text[:start] + str(Path(text[start:]).expanduser())
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} names no user's home: ./~... is a path that starts with ~") from error
+
+
+def stated(bounds: Mapping[str, float]) -> str:
+    """Return the range of a number in words."""
+    return " and ".join(f"{word} {limit:.12g}" for word, limit in bounds.items())
+
+
+def shown(value: Any) -> str:
+    """Return a value as a user types it: 1 for 1.0, words for a tuple, yes or no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join(f"{one:.12g}" if isinstance(one, float) else shlex.quote(str(one)) for one in values)
+
+
+def _check_length(name: str, value: Any, lengths: tuple[int, ...]) -> None:
+    if value == () or (lengths and len(value) not in lengths):
+        raise ValueError(f"{name} must be {' or '.join(map(str, lengths)) or '1 or more'} values, got {len(value)}")
+    if lengths == (2,) and value[0] > value[1]:
+        raise ValueError(f"{name} must be two numbers, low and high, got {shown(value)}")
+
+
+def _unknown(word: str, known: list[str]) -> str:
+    name = word.split("=")[0]
+    if not name.startswith("-"):
+        return f"{word!r} belongs to no option: --help lists all options"
+    near = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known)
+    return f"there is no option {name}: " + (f"did you mean {' or '.join(near)}?" if near else "--help lists all options")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps text, and leaves lines that two spaces begin, which are commands, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts, lines = list[str](), text.splitlines()
+        while lines:
+            if lines[0].startswith("  ") or not lines[0].strip():
+                parts.append(lines.pop(0))
+                continue
+            words = list[str]()
+            while lines and lines[0].strip() and not lines[0].startswith("  "):
+                words.append(lines.pop(0))
+            parts.append(textwrap.fill(" ".join(words), width, break_long_words=False, break_on_hyphens=False))
+        return "\n".join(parts)

@@ -1,0 +1,114 @@
+"""Features of images by any model: one transform, one pooling and one loop for k-NN, linear probe and `embed.py`.
+
+Shapes: N images, B of a batch, V views, C channels, H x W pixels, D width of a feature.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine.distributed import Ranks
+from engine.signals import Stop
+from mvmae.data import EvalTransform, ImageSource, MultiViewTransform, embed_rows
+
+POOLS = ("avg", "token", "model")
+
+
+class Pooled(nn.Module):
+    """A model of timm whose feature is the pooled vector of choice, for `embed_rows`.
+
+    Args:
+        model: of timm.
+        pool: ``"avg"``: the mean patch token of a transformer; ``"token"``: its class token; ``"model"``: what timm pools for
+            its classifier, which for the encoders of this package is the mean patch token too. Of other models all three are
+            what timm pools.
+    """
+
+    def __init__(self, model: Any, pool: str = "avg") -> None:
+        super().__init__()
+        self.model, self.pool = model, pool
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Compute tokens or maps, as timm does."""
+        features: Tensor = self.model.forward_features(images)
+        return features
+
+    def forward_head(self, tokens: Tensor, *, pre_logits: bool = True) -> Tensor:
+        """Pool (B, T, D) to (B, D)."""
+        prefix = getattr(self.model, "num_prefix_tokens", None)
+        if self.pool == "model" or tokens.ndim != 3 or prefix is None:
+            pooled: Tensor = self.model.forward_head(tokens, pre_logits=pre_logits)
+            return pooled
+        if self.pool == "token" and getattr(self.model, "cls_token", None) is None:
+            raise Stop("--pool token must have a model with a class token, got one without: use --pool avg")
+        norm = getattr(self.model, "fc_norm", None) or nn.Identity()
+        vector: Tensor = norm(tokens[:, 0] if self.pool == "token" else tokens[:, prefix:].mean(dim=1))
+        return vector
+
+
+class OfViews(nn.Module):
+    """Features (B, V * D) of V views of each image, (B, V, C, H, W) uint8, for `embed_rows`."""
+
+    def __init__(self, pooled: Pooled, normalize: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pooled, self.normalize = pooled, normalize
+
+    def forward_features(self, views: Tensor) -> Tensor:
+        """Compute the pooled feature of each view."""
+        features = self.pooled.forward_head(self.pooled.forward_features(self.normalize(views.flatten(0, 1))))
+        return features.unflatten(0, views.shape[:2])
+
+    def forward_head(self, features: Tensor, *, pre_logits: bool = True) -> Tensor:
+        """Return the features of an image in one row."""
+        return features.flatten(1)
+
+
+@torch.no_grad()
+def extract(
+    model: nn.Module,
+    source: ImageSource,
+    transform: EvalTransform | MultiViewTransform,
+    ranks: Ranks,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Compute features (N, D) and labels (N,) of all images that can be read, in their order, in all ranks.
+
+    Args:
+        model: `Pooled` or `OfViews`; in evaluation mode here, and then as it was.
+        source: the images; labels are -1 where it has none.
+        transform: of an image, for evaluation.
+        ranks: this process and the others, each of which loads and encodes its share.
+        batch_size: images at a time, of each rank.
+        workers: processes that load images; 0: this one.
+
+    Raises:
+        Stop: if no image can be read.
+    """
+    share = range(ranks.rank, len(source), ranks.world_size)
+    batches: Sequence[Sequence[int]] = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+    modes = {module: module.training for module in model.modules()}
+    features, read = torch.empty(0), torch.zeros(len(source), dtype=torch.bool)
+    for part in embed_rows(model.eval(), source, batches, transform, num_workers=workers):  # type: ignore[arg-type]
+        rows = torch.tensor([row for row in part.rows if row not in part.bad], dtype=torch.long)
+        good = torch.tensor([row not in part.bad for row in part.rows])
+        features = features if len(features) else torch.zeros(len(source), part.features.shape[1])
+        features[rows], read[rows] = part.features[good], True
+    for module, training in modes.items():
+        module.training = training
+    features, read = features.to(ranks.device), read.to(ranks.device)
+    if ranks.world_size > 1:  # each row is zero in all ranks but one
+        width = max(ranks.gather(features.shape[1] if len(features) else 0))
+        features = features if len(features) else torch.zeros(len(source), width, device=ranks.device)
+        votes = read.int()
+        dist.all_reduce(features)
+        dist.all_reduce(votes)
+        read = votes > 0
+    if not read.any():
+        raise Stop(f"none of {len(source)} images can be read: {source.name(0)} is one of them", 1)
+    labels = torch.full((len(source),), -1) if source.labels is None else torch.as_tensor(source.labels)
+    return features[read], labels.to(ranks.device)[read]
