@@ -83,6 +83,7 @@ class Checkpoint:
             elif resume:
                 print(f"no checkpoint in {folder}: starting at step 0", flush=True)
         self.saved, self.failure, self._time = self.step, "", time.monotonic()
+        self._at: int | None = self.step  # the step that the state is at; None while it changes
 
     def restore(self, log: Log, signals: Signals, *, model: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> None:
         """Name what is saved, and load what the checkpoint holds of it: all of it, or nothing.
@@ -135,8 +136,7 @@ class Checkpoint:
         except BaseException as error:
             if isinstance(error, Stop):  # saved already
                 raise
-            step = self._at
-            if step is not None:
+            if (step := self._at) is not None:
                 self._restore_statistics()
                 if step != self.saved:
                     self.save(step)
@@ -203,7 +203,7 @@ class Checkpoint:
 
     def _whole(self, step: int) -> None:
         """Note that the state is that after ``step``; batch statistics, which a forward pass changes, are copied."""
-        self._at: int | None = step
+        self._at = step
         self._statistics = [[buffer.clone() for buffer in norm.buffers()] for norm in self._norms]
 
     def _restore_statistics(self) -> None:
@@ -301,7 +301,7 @@ def read(path: Path) -> dict[str, Any]:
     missing = {"step", "settings", "optimizer"} - set(state) if isinstance(state, dict) else {"dictionary"}
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
-    return dict(state)
+    return state  # type: ignore[no-any-return]
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:
