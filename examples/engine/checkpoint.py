@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class Checkpoint:
         self.log, self.signals, self.model = log, signals, model
         self.objects = {"model": model, "optimizer": optimizer, **more}
         if self.found:
-            check_fit(self.folder, self.found, model, self.objects)
+            self._check_fit(self.found)
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": self.found["optimizer"]["state"], "param_groups": groups})
             for name, thing in self.objects.items():
@@ -109,6 +109,17 @@ class Checkpoint:
         self.found = None  # free its memory
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._whole(self.step)
+
+    def _check_fit(self, found: Mapping[str, Any]) -> None:
+        problems = [f"{name} is missing" for name in self.objects if name not in found]
+        saved, own = found.get("model", {}), self.model.state_dict()
+        problems += [f"model.{name} is missing" for name in own.keys() - saved.keys()]
+        problems += [f"model.{name} is unexpected" for name in saved.keys() - own.keys()]
+        pairs = [(name, tuple(saved[name].shape), tuple(own[name].shape)) for name in own.keys() & saved.keys()]
+        problems += [f"model.{name} is {theirs} instead of {ours}" for name, theirs, ours in pairs if theirs != ours]
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise Stop(f"the checkpoint in {self.folder} does not fit this run: {'; '.join(sorted(problems)[:4])}{more}")
 
     @contextlib.contextmanager
     def saved_on_error(self) -> Iterator[None]:
@@ -289,24 +300,6 @@ def read(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
     return dict(state)
-
-
-def check_fit(folder: Path, saved: Mapping[str, Any], model: nn.Module, names: Iterable[str] = ("model",)) -> None:
-    """Check that a checkpoint holds these objects, and the model's weights under its names and in its shapes.
-
-    Raises:
-        Stop: naming what is missing, unexpected or of another shape.
-    """
-    problems = [f"{name} is missing" for name in names if name not in saved]
-    weights, own = saved.get("model", {}), model.state_dict()
-    if "model" in saved:
-        problems += [f"model.{name} is missing" for name in own.keys() - weights.keys()]
-        problems += [f"model.{name} is unexpected" for name in weights.keys() - own.keys()]
-    pairs = [(name, tuple(weights[name].shape), tuple(own[name].shape)) for name in own.keys() & weights.keys()]
-    problems += [f"model.{name} is {theirs} instead of {ours}" for name, theirs, ours in pairs if theirs != ours]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise Stop(f"the checkpoint in {folder} does not fit this run: {'; '.join(sorted(problems)[:4])}{more}")
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:
