@@ -175,7 +175,7 @@ def fit(
         saved, _ = read_newest(folder)
         if saved is None:
             raise Stop(f"--evaluate: {folder} holds no checkpoint")
-        check_fit(folder, saved, model)
+        check_fit(folder, saved, {"model": model})
         model.load_state_dict(saved["model"])
         model.eval()
         return
