@@ -1,5 +1,6 @@
-"""detect.py: COCO in its variants, average precision, the recipes, and runs that are cut."""
+"""detect.py: COCO in its variants, average precision, the recipes, the heads; `test_dense_runs` has whole runs."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -9,8 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageColor
-from running import EXAMPLES, run_processes, run_script
-from tiny_run import assert_unfit_checkpoints_are_refused, end_of
+from running import EXAMPLES, run_script
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 sys.path.insert(0, str(EXAMPLES))
@@ -22,8 +22,8 @@ from torchvision.ops import box_iou
 from torchvision.tv_tensors import BoundingBoxes
 
 import detect
-from engine.cli import parse
-from engine.ends import Stop
+from engine.options import parse
+from engine.signals import Stop
 from mvmae.hub import export
 from tasks.backbones import load_backbone
 from tasks.coco import CocoData, evaluate, jitter, to_coco
@@ -31,14 +31,15 @@ from tasks.dense import lr_factor, param_groups
 from tasks.shapes import write_toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11
-UNTRAINED = ["--data", "x", "--model", "random:mvmae_vit_base_patch16"]
 TINY = "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2"
-SMALL = ["--model-args", TINY, "--image-size", 32, "--channels", 16, "--fc-width", 16, "--toy-images", 12, "--workers", 0]
-SMALL += ["--batch-size", 2, "--steps", 6, "--log-every", 1, "--device", "cpu", "--pictures", 2, "--proposals", 20]
+SMALL = ["--model-args", TINY, "--image-size", 32, "--channels", 16, "--toy-images", 12, "--workers", 0, "--batch-size", 2]
+SMALL += ["--steps", 2, "--log-every", 1, "--device", "cpu", "--pictures", 2]
 
 
 def config_of(preset, *arguments):
-    return parse(detect.Config, detect.PRESETS, None, ["--preset", preset, *UNTRAINED, *map(str, arguments)])
+    given = ["--preset", preset, "--data", "x", "--model", "random:mvmae_vit_base_patch16", *map(str, arguments)]
+    config = parse(detect.Config, detect.PRESETS, None, given)
+    return dataclasses.replace(config, fc_width=16, proposals=20) if preset == "toy" else config
 
 
 def rectangle(height, width, top, left, bottom, right):
@@ -130,6 +131,67 @@ def test_coco_is_read_in_all_its_variants(folder, tmp_path, monkeypatch):
         CocoData(folder / "train2017", "train")
 
 
+def edited(folder, root, edit, splits=("train2017", "val2017")):
+    """A copy of a data set whose annotations a function changes."""
+    shutil.copytree(folder, root)
+    for split in splits:
+        path = root / f"annotations/instances_{split}.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(edit(content) or content))
+    return root
+
+
+def drop_outlines(content):
+    for item in content["annotations"]:
+        item.pop("segmentation")
+
+
+def drop_all_that_has_a_default(content):
+    for item in content["annotations"]:
+        for name in ("id", "area", *([] if item.get("iscrowd") else ["iscrowd"])):
+            item.pop(name, None)
+
+
+def number_from_0(content):
+    for item in content["annotations"]:
+        item["id"] -= 1
+
+
+@pytest.mark.parametrize("edit", [drop_all_that_has_a_default, number_from_0])
+def test_what_converters_leave_out_or_number_otherwise_changes_nothing(folder, tmp_path, edit):
+    """To pycocotools alone, missing keys are a KeyError after training, and a match with id 0 is none."""
+    data = CocoData(edited(folder, tmp_path / "data", edit), "val")
+    for numbers in evaluate(data.truth, truth_as_detections(data), data.image_ids).values():
+        assert numbers["AP"] == numbers["AR100"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda content: [content], "TypeError"),
+        (lambda content: content.pop("images") and None, "KeyError 'images'"),
+        (lambda content: content["annotations"][1].pop("bbox") and None, "KeyError 'bbox' in annotation 2"),
+        (lambda content: content["annotations"][2].update(category_id=77), "KeyError 77 in annotation 3"),
+        (lambda content: content["annotations"][0].update(image_id="x"), "KeyError 'x' in annotation 1"),
+    ],
+)
+def test_wrong_annotations_are_refused_by_file_and_number(folder, tmp_path, edit, words):
+    root = edited(folder, tmp_path / "data", edit)
+    with pytest.raises(ValueError, match=rf"instances_val2017\.json must be JSON in COCO's format, got {words}"):
+        CocoData(root, "val")
+
+
+def test_images_are_upright_as_their_annotations_are(folder, tmp_path):
+    """Labelling tools draw on the image as it is seen; orientation 6 is stored turned to the left."""
+    root, pixels = tmp_path / "data", np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    shutil.copytree(folder, root)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90).save(root / "val2017/7.png", exif=exif)
+    seen, _ = CocoData(root, "val")[0, 0]
+    np.testing.assert_array_equal((255 * seen).round().permute(1, 2, 0), pixels)
+
+
 def boxes_in(image, *boxes):
     return BoundingBoxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), format="XYXY", canvas_size=image.shape[1:])
 
@@ -207,20 +269,8 @@ def test_the_jitter_of_a_sample_depends_on_seed_epoch_and_index_alone(folder):
     assert {type(value) for value in (image, *target.values())} == {torch.Tensor}
 
 
-def without_outlines(folder, root, splits=("train2017", "val2017")):
-    """The same data set, its objects boxes alone."""
-    shutil.copytree(folder, root)
-    for split in splits:
-        path = root / f"annotations/instances_{split}.json"
-        content = json.loads(path.read_text())
-        for item in content["annotations"]:
-            item.pop("segmentation")
-        path.write_text(json.dumps(content))
-    return root
-
-
 def test_objects_may_be_boxes_alone(folder, tmp_path):
-    root = without_outlines(folder, tmp_path / "boxes")
+    root = edited(folder, tmp_path / "boxes", drop_outlines)
     data, val = CocoData(root, "train"), CocoData(root, "val")
     assert not data.with_masks and CocoData(folder, "train").with_masks
     assert (data.image_ids, val.image_ids) == ([7, 8, 9, 30], [7, 8, 9, 30])  # of the line of two points there is a box
@@ -251,34 +301,39 @@ def test_objects_may_be_boxes_alone(folder, tmp_path):
 def test_without_masks_the_model_is_faster_r_cnn(folder, tmp_path):
     model, _ = detect.build_model(config_of("toy", *SMALL), 2, with_masks=False)
     assert type(model).__name__ == "FasterRCNN" and not model.roi_heads.has_mask()
-    data = CocoData(without_outlines(folder, tmp_path / "boxes"), "val")
+    data = CocoData(edited(folder, tmp_path / "boxes", drop_outlines), "val")
     parts = detect.losses(model, [data[0, 0], data[0, 3]], device=torch.device("cpu"))
     assert set(parts) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
     sum(parts.values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_a_run_on_boxes_alone_leaves_the_numbers_of_boxes(folder, tmp_path):
-    root = without_outlines(write_toy(tmp_path / "toy", side=32, train=6, val=4), tmp_path / "boxes")
-    arguments = ["--preset", "toy", *SMALL, "--steps", 2, "--output-dir", "run"]
-    result = run_script("detect.py", *arguments, "--data", root, folder=tmp_path)
+def test_a_run_on_boxes_alone_leaves_the_numbers_of_boxes(tmp_path):
+    toy = write_toy(tmp_path / "toy", side=32, train=6, val=4)
+    edited(toy, tmp_path / "boxes", drop_outlines)
+    arguments = ["--preset", "toy", *SMALL, "--output-dir", "run"]
+    result = run_script("detect.py", *arguments, "--data", "boxes", folder=tmp_path)
     assert result.code == 0, result.err
     assert list(json.loads((tmp_path / "run/results.json").read_text())) == ["box"]
     assert (tmp_path / "run/predictions.png").exists() and "mask" not in result.out
-    before = (tmp_path / "run/results.json").read_bytes()
-    result = run_script("detect.py", *arguments, "--data", root, "--evaluate", folder=tmp_path)
-    assert result.code == 0, result.err
-    assert (tmp_path / "run/results.json").read_bytes() == before
-    mixed = without_outlines(tmp_path / "toy", tmp_path / "mixed", ["val2017"])
-    result = run_script("detect.py", *arguments, "--data", mixed, "--output-dir", "other", folder=tmp_path)
+
+
+def swap_names(content):
+    content["categories"][0]["name"], content["categories"][1]["name"] = "cross", "circle"
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (drop_outlines, "must both have masks, or both boxes alone"),
+        (swap_names, "must have the same categories, got [(2, 'circle')"),
+    ],
+)
+def test_splits_that_differ_are_refused_in_one_line(tmp_path, edit, words):
+    edited(write_toy(tmp_path / "toy", side=32, train=6, val=4), tmp_path / "mixed", edit, ["val2017"])
+    result = run_script("detect.py", "--preset", "toy", *SMALL, "--data", "mixed", "--output-dir", "run", folder=tmp_path)
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "must both have masks, or both boxes alone" in result.err
-    truth = json.loads((mixed / "annotations/instances_val2017.json").read_text())
-    truth["categories"][0]["id"] = 77
-    (mixed / "annotations/instances_val2017.json").write_text(json.dumps(truth | {"annotations": []}))
-    result = run_script("detect.py", *arguments, "--data", mixed, "--output-dir", "other", folder=tmp_path)
-    assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "must have the same category ids, got [2, 77] in one of them alone" in result.err
+    assert words in result.err
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("li2021", 118.6), ("vitdet", 113.9)])
@@ -347,7 +402,8 @@ def test_the_recipe_of_vitdet_reaches_optimizer_schedule_and_model():
     assert isinstance(model.roi_heads.mask_head[0][1], torch.nn.LayerNorm)
     assert (model.backbone.style, model.backbone.fpn) == ("vitdet", None)
     for preset, steps in (("li2021-25", 46_094), ("li2021-50", 92_188)):
-        assert config_of(preset).steps == steps
+        shorter = config_of(preset)
+        assert shorter.steps == steps and lr_factor(230, shorter) == pytest.approx(0.5, abs=1e-2)  # a quarter of an epoch too
 
 
 def test_a_checkpoint_that_matches_no_block_stops_with_the_names_of_keys(tmp_path):
@@ -376,15 +432,15 @@ def test_an_encoder_is_taken_from_a_run_a_folder_or_a_file(tmp_path):
 
 def test_patches_that_no_stride_of_torchvision_fits_are_refused():
     config = config_of("toy", "--model-args", "img_size=56 patch_size=14 embed_dim=32 depth=4 num_heads=2", "--image-size", 56)
-    with pytest.raises(ValueError, match="must be squares of 4, 8, 16 or 32 pixels, got 14x14"):
+    with pytest.raises(Stop, match="must be squares of 4, 8, 16 or 32 pixels, got 14x14"):
         detect.build_model(config, 3)
 
 
 @torch.no_grad()
 def test_boxes_are_exact_under_autocast():
     """Above 512 pixels bf16 has a grid of 4: with the heads' outputs fixed, nothing of a box may depend on it."""
-    size = ["--model-args", TINY.replace("patch_size=8", "patch_size=32"), "--image-size", 640, "--proposals", 200]
-    model, _ = detect.build_model(config_of("toy", *SMALL, *size), 2)
+    size = ["--model-args", TINY.replace("patch_size=8", "patch_size=32"), "--image-size", 640]
+    model, _ = detect.build_model(dataclasses.replace(config_of("toy", *SMALL, *size), proposals=200), 2)
     for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred, *model.roi_heads.box_predictor.children()):
         layer.weight.zero_()
     model.rpn.head.bbox_pred.bias.copy_(torch.tensor([0.1, -0.2, 0.3, -0.4] * 3))
@@ -419,7 +475,7 @@ def test_a_perfect_second_stage_gives_boxes_that_meet_every_threshold():
 
 
 def test_detection_learns_one_batch_and_objects_may_be_absent(folder):
-    config = config_of("toy", *SMALL, "--scale", 1, 1, "--regions", 16)
+    config = dataclasses.replace(config_of("toy", *SMALL), regions=16)
     model, _ = detect.build_model(config, 2)
     data = CocoData(folder, "val")
     batch = [data[0, 0], data[0, 3]]  # one with an object, one without
@@ -439,28 +495,6 @@ def test_detection_learns_one_batch_and_objects_may_be_absent(folder):
     assert all(torch.isfinite(value) for value in alone.values())
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Six steps in one go."""
-    place = tmp_path_factory.mktemp("detect")
-    result = run_script("detect.py", "--preset", "toy", *SMALL, "--output-dir", "run", folder=place)
-    assert result.code == 0, result.err
-    return place
-
-
-def test_a_run_leaves_its_numbers_detections_and_pictures(whole):
-    names = {path.name for path in (whole / "run").iterdir()}
-    expected = {"config.json", "log.jsonl", "checkpoint.pt", "curves.png", "detections.json", "results.json", "predictions.png"}
-    assert expected <= names
-    results = json.loads((whole / "run/results.json").read_text())
-    assert {kind: len(numbers) for kind, numbers in results.items()} == {"box": 12, "mask": 12}
-    with Image.open(whole / "run/predictions.png") as picture:
-        assert picture.width > 2 * 256 and picture.height > 256
-    for detection in json.loads((whole / "run/detections.json").read_text())[:3]:
-        assert set(detection) == {"image_id", "category_id", "score", "bbox", "segmentation"}
-        assert detection["category_id"] in (2, 5, 9)
-
-
 def test_what_is_drawn_leaves_the_objects_as_they_are():
     image, mask = torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
     mask[:, 20:40, 10:50] = 1
@@ -478,73 +512,17 @@ def test_what_is_drawn_leaves_the_objects_as_they_are():
     assert 10 <= written[:, 0].max() - written[:, 0].min() <= 30
 
 
-@pytest.mark.posix
-def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(whole, tmp_path):
-    arguments = ["--preset", "toy", *SMALL, "--output-dir", "run", "--save-every", 2]
-    killed = run_script("detect.py", *arguments, folder=tmp_path, fault="kill@3")
-    assert killed.code == -9
-    again = run_script("detect.py", *arguments, "--workers", 1, "--resume", folder=tmp_path)
-    assert again.code == 0, again.err
-    assert "after step 2" in again.out
-    ours, theirs = end_of(tmp_path)["model"], end_of(whole)["model"]
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert (tmp_path / "run/results.json").read_text() == (whole / "run/results.json").read_text()
-
-
-def test_f43_a_checkpoint_that_does_not_fit_is_refused_in_one_line(whole, tmp_path):
-    assert_unfit_checkpoints_are_refused(whole, tmp_path, "detect.py", "--preset", "toy", *SMALL, "--output-dir", "run")
-
-
-def test_evaluation_alone_gives_the_numbers_of_the_end(whole):
-    before = (whole / "run/results.json").read_text()
-    (whole / "run/results.json").unlink()
-    result = run_script("detect.py", "--preset", "toy", *SMALL, "--output-dir", "run", "--evaluate", folder=whole)
-    assert result.code == 0, result.err
-    assert (whole / "run/results.json").read_text() == before
-    nothing = run_script("detect.py", "--preset", "toy", *SMALL, "--output-dir", "other", "--evaluate", folder=whole)
-    assert (nothing.code, nothing.err) == (2, "error: --evaluate: other holds no checkpoint\n")
-
-
 def test_an_exported_encoder_can_be_evaluated_and_compared_with_a_random_one(tmp_path):
     """Both build the exported architecture without its weights, and positions of a larger image are built anew."""
     vit = timm.create_model("mvmae_vit_tiny_patch16", img_size=16, patch_size=8, embed_dim=24, depth=4, num_heads=3)
     export(vit, tmp_path / "encoder")
-    arguments = ["--preset", "toy", *SMALL, "--model-args", "", "--steps", 2]
-    for run, model in (("ours", "encoder"), ("untrained", "random:encoder")):
-        chosen = [*arguments, "--model", model, "--output-dir", run]
-        result = run_script("detect.py", *chosen, folder=tmp_path)
-        assert result.code == 0, result.err
-        before = (tmp_path / run / "results.json").read_bytes()
-        result = run_script("detect.py", *chosen, "--evaluate", folder=tmp_path)
-        assert result.code == 0, result.err
-        assert (tmp_path / run / "results.json").read_bytes() == before
-    tables = []
-    for model in (str(tmp_path / "encoder"), f"random:{tmp_path / 'encoder'}"):
-        tables.append(detect.build_model(config_of("toy", *SMALL, "--model-args", "", "--model", model), 2)[1].pos_embed)
-    assert torch.equal(*tables)
-
-
-def test_processes_share_the_images_that_they_detect_in(whole, tmp_path):
-    """The detections of one process, each once."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoint.pt").write_bytes((whole / "run" / "checkpoint.pt").read_bytes())
-    results = run_processes("detect.py", "--preset", "toy", *SMALL, "--output-dir", "run", "--evaluate", folder=tmp_path)
-    assert [result.code for result in results] == [0, 0], results
-    one, two = (json.loads((place / "run/detections.json").read_text()) for place in (whole, tmp_path))
-    assert len({found["image_id"] for found in one}) > 1
-    assert sorted(two, key=json.dumps) == sorted(one, key=json.dumps)
-
-
-def test_two_processes_with_bf16_train_and_evaluate_together(tmp_path):
-    arguments = ["--preset", "toy", *SMALL, "--steps", 2, "--precision", "bf16", "--output-dir", "run"]
-    results = run_processes("detect.py", *arguments, folder=tmp_path)
-    assert [result.code for result in results] == [0, 0], results
-    images = {detection["image_id"] for detection in json.loads((tmp_path / "run/detections.json").read_text())}
-    assert not images or {number % 2 for number in images} == {0, 1}
-
-
-@pytest.mark.slow
-def test_the_toy_preset_reaches_a_mask_ap50_of_40(tmp_path):
-    result = run_script("detect.py", "--preset", "toy", "--output-dir", "run", folder=tmp_path, timeout=900)
+    arguments = ["--preset", "toy", *SMALL, "--model-args", "", "--model", "encoder", "--output-dir", "run"]
+    assert run_script("detect.py", *arguments, folder=tmp_path).code == 0
+    before = (tmp_path / "run/results.json").read_bytes()
+    result = run_script("detect.py", *arguments, "--evaluate", folder=tmp_path)
     assert result.code == 0, result.err
-    assert json.loads((tmp_path / "run/results.json").read_text())["mask"]["AP50"] > 40
+    assert (tmp_path / "run/results.json").read_bytes() == before
+    names = (str(tmp_path / "encoder"), f"random:{tmp_path / 'encoder'}")
+    models = [detect.build_model(config_of("toy", *SMALL, "--model-args", "", "--model", name), 2)[1] for name in names]
+    assert torch.equal(models[0].pos_embed, models[1].pos_embed)
+    assert not torch.equal(models[0].blocks[0].attn.qkv.weight, models[1].blocks[0].attn.qkv.weight)

@@ -24,7 +24,8 @@ from mvmae.data import sample_seed
 from tasks.dense import read_image
 
 NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val")}
-METRICS = "AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large".split()
+SIZES = ("_small", "_medium", "_large")
+METRICS = [f"AP{kind}" for kind in ("", "50", "75", *SIZES)] + [f"AR{kind}" for kind in ("1", "10", "100", *SIZES)]
 
 
 class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
