@@ -41,7 +41,7 @@ from mvmae.dense import ViTPyramid, WindowedViT, group_norm
 from mvmae.files import write_json, write_text
 from mvmae.visualize import contact_sheet, to_pillow
 from tasks.coco import CocoData, evaluate, to_coco
-from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
+from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
 from tasks.starting import with_background
 
 COLOURS = ["red", "deepskyblue", "lime", "gold", "magenta", "orange", "cyan", "white"]
@@ -160,11 +160,6 @@ def build_model(config: Config, num_classes: int, *, with_masks: bool = True) ->
 
     Under autocast, trunk, pyramid and hidden layers compute in bf16, scores and boxes in float32 (as in detectron2).
 
-    Args:
-        config: settings.
-        num_classes: number of categories, without the background.
-        with_masks: whether to predict masks.
-
     Raises:
         Stop: if the patch side is not a power of two: torchvision's pooling of regions needs such strides.
     """
@@ -227,11 +222,11 @@ def draw(image: Tensor, objects: Mapping[str, Tensor]) -> Tensor:
         pixels = torch.where(outline[0], torch.tensor(colour)[:, None, None] / 255, pixels)
     picture = to_pillow(pixels)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=18)
-    for colour, box in zip(colours, (objects["boxes"] * zoom).tolist(), strict=True):
+    scores = [f"{score:.2f}" for score in objects["scores"].tolist()] if "scores" in objects else [""] * len(colours)
+    for colour, box, score in zip(colours, (objects["boxes"] * zoom).tolist(), scores, strict=True):
         pen.rectangle(box, outline=colour)
-    for colour, box, score in zip(colours, (objects["boxes"] * zoom).tolist(), objects.get("scores", ()), strict=False):
         corner = (box[0] + 2, min(box[1] + 2, picture.height - 22))
-        pen.text(corner, f"{score:.2f}", colour, font, stroke_width=2, stroke_fill="black")
+        pen.text(corner, score, colour, font, stroke_width=2, stroke_fill="black")
     drawn: Tensor = pil_to_tensor(picture) / 255
     return drawn
 
@@ -269,7 +264,7 @@ def main(config: Config) -> None:
     record = {"images": fingerprint(root, [*map(data.name, range(len(data))), data.file]), "classes": data.names}
     fit(config, model, trunk, data, partial(losses, device=ranks.device), ranks, record=record, collate=list)
 
-    detections = gather(detect(config, model, val, ranks), ranks)
+    detections = [found for share in ranks.gather(list(detect(config, model, val, ranks))) for found in share]
     if ranks.rank == 0:
         write_text(folder / "detections.json", json.dumps(detections))
         results = evaluate(val.truth, detections, val.image_ids, with_masks=data.with_masks)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize
 
@@ -35,6 +34,9 @@ from mvmae.visualize import contact_sheet
 from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
 from tasks.starting import with_background
+
+Prepare = Callable[[Tensor], Tensor]
+"""Brings uint8 images to the device and normalises them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,9 +126,7 @@ def build_model(config: Config, num_classes: int) -> tuple[UPerNet, Any]:
     return UPerNet(ViTPyramid(trunk, "beit"), num_classes, channels=config.channels, aux_channels=config.aux_channels), vit
 
 
-def losses(
-    model: nn.Module, batch: tuple[Tensor, Tensor], *, prepare: Callable[[Tensor], Tensor], aux_weight: float
-) -> dict[str, Tensor]:
+def losses(model: nn.Module, batch: tuple[Tensor, Tensor], *, prepare: Prepare, aux_weight: float) -> dict[str, Tensor]:
     """Compute the cross-entropy of both heads: a mean over all pixels, ignored ones too, as in BEiT's code."""
     images, labels = batch
     main, auxiliary = model(prepare(images))
@@ -153,19 +153,19 @@ def slide(model: nn.Module, image: Tensor, side: int, stride: int) -> Tensor:
 @torch.no_grad()
 def predict(config: Config, model: nn.Module, image: Tensor) -> Tensor:
     """Name every pixel of a normalised image: (3, H, W) to (H, W), over all sizes and mirrored images of the test."""
-    size, total = image.shape[1:], torch.zeros((), device=image.device)
+    height, width = image.shape[1:]
+    total = torch.zeros((), device=image.device)
     for ratio in config.ratios:
-        resized = F.interpolate(
-            image[None], fitting_size((size[0], size[1]), config.image_size, ratio), mode="bilinear", antialias=True
-        )[0]
+        size = fitting_size((height, width), config.image_size, ratio)
+        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         for flipped in (False, True)[: 1 + config.flip_test]:
             values = slide(model, resized.flip(2) if flipped else resized, config.image_size, config.stride)
             values = values.flip(2) if flipped else values
-            total = total + F.interpolate(values[None], size, mode="bilinear")[0].softmax(0)
+            total = total + F.interpolate(values[None], (height, width), mode="bilinear")[0].softmax(0)
     return total.argmax(0)
 
 
-def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Callable[[Tensor], Tensor], ranks: Ranks) -> Tensor:
+def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Prepare, ranks: Ranks) -> Tensor:
     """Count right and wrong pixels over all images, each process its share."""
     counts = torch.zeros(len(data.names), len(data.names), dtype=torch.long)
     for index in range(ranks.rank, len(data), ranks.world_size):
@@ -176,21 +176,16 @@ def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Callabl
     return torch.stack(ranks.gather(counts)).sum(0)
 
 
-def draw_predictions(
-    path: Path, config: Config, model: nn.Module, data: LabelMaps, prepare: Callable[[Tensor], Tensor]
-) -> None:
+def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMaps, prepare: Prepare) -> None:
     """Draw the first images, the truth, and the prediction; below, the colours of the classes that occur."""
-    palette = Image.new("HSV", (len(data.names), 1))  # hues a golden angle apart
-    palette.putdata([(round(n * 0.618 * 256) % 256, 200 - 60 * (n % 2), 230) for n in range(len(data.names))])
-    colours = torch.zeros(256, 3, dtype=torch.uint8)  # pixels that are left out stay black
-    colours[: len(data.names)] = torch.tensor(list(palette.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3)
+    colours = torch.randint(48, 256, (256, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    colours[IGNORE] = 0
     columns: tuple[list[Tensor], ...] = ([], [], [])
     occurring: set[int] = set()
     for index in range(min(config.pictures, len(data))):
         image, labels = data[0, index]
         pred = predict(config, model, prepare(image)).cpu()
-        pictures = (image, colours[labels].permute(2, 0, 1), colours[pred].permute(2, 0, 1))
-        for column, picture in zip(columns, pictures, strict=True):
+        for column, picture in zip(columns, (image, *(colours[x].permute(2, 0, 1) for x in (labels, pred))), strict=True):
             column.append(picture / 255)
         occurring |= {*labels.unique().tolist(), *pred.unique().tolist()}
     names = {**dict(enumerate(data.names)), IGNORE: "left out"}
@@ -203,14 +198,8 @@ def main(config: Config) -> None:
     ranks, config = start_ranks(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, ranks)
 
-    dataset = partial(
-        LabelMaps,
-        root,
-        reduce_zero_label=config.reduce_zero_label,
-        ignore=config.ignore_label,
-        background=config.background,
-        seed=config.seed,
-    )
+    labels = {"reduce_zero_label": config.reduce_zero_label, "ignore": config.ignore_label}
+    dataset = partial(LabelMaps, root, **labels, background=config.background, seed=config.seed)
     val = dataset("val", num_classes=config.num_classes)
     config = dataclasses.replace(config, num_classes=len(val.names))
     model, vit = build_model(config, len(val.names))
@@ -218,7 +207,7 @@ def main(config: Config) -> None:
     augment = Augment(config.image_size, ratio=config.ratio, fill=tuple(round(255 * value) for value in mean))
     data = dataset("train", num_classes=len(val.names), augment=augment)
     if ranks.world_size > 1 and ranks.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # BEiT's; the CPU has none
     model.to(ranks.device)
 
     def prepare(images: Tensor) -> Tensor:

@@ -72,31 +72,26 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         if missing := [path for path in self.labels if not path.exists()]:
             raise FileNotFoundError(f"{missing[0]} is missing")
         self.augment, self.seed, self.background = augment, seed, background
+
         left_out = {IGNORE, *ignore} | ({0} if reduce_zero_label else set())
         labels = [label for label in range(256) if label not in left_out]
         self.classes = torch.full((256,), IGNORE, dtype=torch.uint8)
         self.classes[labels] = torch.arange(len(labels), dtype=torch.uint8)
         file = root / "classes.txt"  # its lines name the labels from 0 on, or from 1 on (ADE20K)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        named = [line for label, line in enumerate(lines, start=int(reduce_zero_label)) if label not in ignore]
-        if named and num_classes not in (0, len(named)):
-            raise ValueError(
-                f"the number of classes must be {len(named)}, as {file} names them, got {num_classes}: "
-                "leave --num-classes out, or edit the file"
-            )
-        self.names = named or list(map(str, labels[: num_classes or self._count(root)]))
-
-    def _count(self, root: Path) -> int:
-        with ThreadPoolExecutor() as pool:
-            maps = pool.map(
-                lambda path: largest(read_labels(path, self.classes)), sorted((root / "annotations").rglob("*.png"))
-            )
-            count = 1 + max(maps)
-        if count < 2:  # a network that names all pixels alike would be perfect
-            left_out = ", ".join(map(str, (self.classes == IGNORE).nonzero().flatten().tolist()))
-            cure = "number the classes from 0 or 1 on; --no-reduce-zero-label learns label 0 too"
-            raise ValueError(f"{root}/annotations must hold two labels other than {left_out}, got {count}: {cure}")
-        return count
+        self.names = [line for label, line in enumerate(lines, start=int(reduce_zero_label)) if label not in ignore]
+        if self.names and num_classes not in (0, len(self.names)):
+            cure = f"got {num_classes}: leave --num-classes out, or edit the file"
+            raise ValueError(f"the number of classes must be {len(self.names)}, as {file} names them, {cure}")
+        if not self.names and not num_classes:
+            with ThreadPoolExecutor() as pool:
+                maps = pool.map(lambda path: read_labels(path, self.classes), sorted((root / "annotations").rglob("*.png")))
+                num_classes = 1 + max(map(largest, maps))
+            if num_classes < 2:  # what names all pixels alike would be perfect
+                found = f"labels other than {', '.join(map(str, sorted(left_out)))}, got {num_classes}"
+                cure = "number the classes from 0 or 1 on; --no-reduce-zero-label learns label 0 too"
+                raise ValueError(f"{root}/annotations must hold two {found}: {cure}")
+        self.names = self.names or list(map(str, labels[:num_classes]))
 
     def __len__(self) -> int:
         return len(self.images)

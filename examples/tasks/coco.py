@@ -52,7 +52,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         split: str,
         *,
         side: int = 0,
-        scale: tuple[float, float] = (1.0, 1.0),
+        scale: tuple[float, float] = (1, 1),
         seed: int = 0,
         background: str = "white",
     ) -> None:
@@ -61,8 +61,8 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             needed = f"annotations/instances_{NAMES[split][0]}.json"
             raise FileNotFoundError(f"--data: {root} must hold {needed}, as COCO's layout does")
         self.file, self.folder = root / f"annotations/instances_{name}.json", root / name
-        self.truth = read_coco(self.file)
         self.side, self.scale, self.seed, self.background = side, scale, seed, background
+        self.truth = read_coco(self.file)
         self.categories = {number: self.truth.cats[number]["name"] for number in sorted(self.truth.cats)}
         self.category_ids, self.names = list(self.categories), list(self.categories.values())
         self.with_masks = any(map(outline, self.truth.anns.values()))
@@ -91,28 +91,25 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """
         epoch, index = key
         number = self.image_ids[index]
-        pixels, objects = read_image(self.name(index), self.background), self._objects(number)
-        planes = [torch.from_numpy(self.truth.annToMask(item)) for item in objects if self.with_masks]
-        masks = torch.stack(planes) if planes else torch.zeros(0, *pixels.shape[1:], dtype=torch.uint8)
-        known = self.truth.imgs[number]
-        if (known["height"], known["width"]) != pixels.shape[1:]:
-            size = f"{known['width']}x{known['height']}"
-            raise ValueError(
-                f"{self.name(index)} must have {size} pixels, as {self.file} says, got {pixels.shape[2]}x{pixels.shape[1]}"
-            )
-        sides = torch.tensor([item["bbox"] for item in objects if not self.with_masks], dtype=torch.float32).view(-1, 4)
-        boxes: Tensor = BoundingBoxes(box_convert(sides, "xywh", "xyxy"), format="XYXY", canvas_size=pixels.shape[1:])
+        pixels, objects, known = read_image(self.name(index), self.background), self._objects(number), self.truth.imgs[number]
+        size = (pixels.shape[1], pixels.shape[2])
+        if size != (known["height"], known["width"]):
+            needed = f"{known['width']}x{known['height']} pixels, as {self.file} says"
+            raise ValueError(f"{self.name(index)} must have {needed}, got {size[1]}x{size[0]}")
+        masks = torch.zeros(len(objects) * self.with_masks, *size, dtype=torch.uint8)
+        for mask, item in zip(masks, objects, strict=self.with_masks):
+            mask.copy_(torch.from_numpy(self.truth.annToMask(item)))
+        sides = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).view(-1, 4)
+        boxes: Tensor = BoundingBoxes(box_convert(sides, "xywh", "xyxy"), format="XYXY", canvas_size=size)
         if self.side:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
                 pixels, masks, boxes = jitter(pixels, masks, boxes, self.side, self.scale)
-        seen = masks.bool().flatten(1).any(1) if self.with_masks else (boxes[:, 2:] > boxes[:, :2]).all(1)
         labels = torch.tensor([self.category_ids.index(item["category_id"]) + 1 for item in objects], dtype=torch.long)
-        target = {"labels": labels[seen], "image_id": torch.tensor(number)}
+        seen = masks.bool().flatten(1).any(1) if self.with_masks else (boxes[:, 2:] > boxes[:, :2]).all(1)
+        target = {"labels": labels[seen], "boxes": boxes[seen], "image_id": torch.tensor(number)}
         if self.with_masks:  # boxes around what is seen; torchvision's include the last pixel, COCO's end behind it
             target |= {"masks": masks[seen], "boxes": masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])}
-        else:
-            target["boxes"] = boxes[seen]
         return pixels.float() / 255, target
 
 

@@ -44,8 +44,8 @@ class DenseConfig(RunConfig):
         REQUIRED, "data set folder, or toy: shapes drawn into the output folder", path=True, may_change=True, section="Data"
     )
     image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1)
-    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; if not given, the encoder's, else white")
-    toy_images: int = option(600, "training images that --data toy draws; it draws a sixth as many for validation", at_least=1)
+    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; default: the encoder's, else white")
+    toy_images: int = option(600, "training images that --data toy draws; for validation it draws a sixth of them", at_least=1)
     steps: int = option(REQUIRED, "training steps", at_least=1, section="Length")
     warmup_steps: int = option(0, "steps of linear warm-up of the learning rate; 0: the preset's share of --steps", at_least=0)
     model: str = option(
@@ -56,12 +56,8 @@ class DenseConfig(RunConfig):
     )
     arch: str = option("", "timm name of the encoder, if it is a file of weights without a config.json beside it")
     model_args: str = option("", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'")
-    window_size: int = option(
-        REQUIRED, "side of an attention window in patches; 0: global attention in every block", at_least=0
-    )
-    drop_path: float = option(
-        REQUIRED, "rate of stochastic depth in the last block of the encoder, rising from 0 in the first", at_least=0, below=1
-    )
+    window_size: int = option(REQUIRED, "side of an attention window in patches; 0: global attention in all blocks", at_least=0)
+    drop_path: float = option(REQUIRED, "stochastic depth in the last block, rising from 0 in the first", at_least=0, below=1)
     batch_size: int = option(REQUIRED, "images per step, over all processes", at_least=1, section="Optimizer")
     lr: float = option(REQUIRED, "learning rate of AdamW after warm-up", at_least=0)
     layer_decay: float = option(
@@ -99,14 +95,11 @@ def lr_factor(step: int, config: DenseConfig) -> float:
 
 
 def build_trunk(
-    config: DenseConfig, *, positions: str = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
+    config: DenseConfig, *, positions: Any = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
 ) -> tuple[WindowedViT, Any]:
     """Return the encoder with attention in windows, and the plain one, for its mean and standard deviation.
 
-    Args:
-        config: settings.
-        positions: as in `WindowedViT`.
-        taps: function from the number of blocks to the blocks whose output is used.
+    ``taps`` gives, for a number of blocks, those whose output is used; ``positions`` is that of `WindowedViT`.
     """
     torch.manual_seed(config.seed)
     arguments = timm_arguments(config.model_args)
@@ -117,9 +110,8 @@ def build_trunk(
     if name.startswith("random:") and positions == "rebuild" and vit.pos_embed is not None:
         with torch.no_grad():  # what timm drew at random is no table to build anew for another size
             vit.pos_embed[:, -vit.patch_embed.num_patches :] = sincos_table(vit.embed_dim, vit.patch_embed.grid_size)
-    options: dict[str, Any] = {"positions": positions, "taps": None if taps is None else taps(len(vit.blocks))}
-    options |= {"window_size": config.window_size or None, "grad_checkpointing": config.grad_checkpointing}
-    return WindowedViT(vit, config.image_size, **options), vit
+    options: Any = {"window_size": config.window_size or None, "grad_checkpointing": config.grad_checkpointing}
+    return WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options), vit
 
 
 def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> list[dict[str, Any]]:
@@ -135,12 +127,8 @@ def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> l
             if parameter.requires_grad:
                 groups[depth.get(id(parameter), last), decayed and name not in POSITIONS].append(parameter)
     return [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay * decayed,
-            "lr_scale": config.layer_decay ** (last - layer),
-        }
-        for (layer, decayed), parameters in groups.items()
+        {"params": params, "weight_decay": config.weight_decay * decayed, "lr_scale": config.layer_decay ** (last - layer)}
+        for (layer, decayed), params in groups.items()
     ]
 
 
@@ -164,7 +152,7 @@ def fit(
         dataset: (epoch, index) -> sample.
         losses: (model, batch) -> named losses; their sum is minimised.
         ranks: this process and the others.
-        record: what tells the data of this run from others, with the names of the ``classes``; saved in config.json.
+        record: of the data: ``images``, which tells it from other data, and the names of the ``classes``; saved in config.json.
         collate: samples -> batch.
 
     Raises:
@@ -237,12 +225,7 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
 
 
 def read_image(path: str | Path, background: str) -> Tensor:
-    """Read an image upright by EXIF, as labelling tools show it: (3, H, W) uint8.
-
-    Args:
-        path: of the file.
-        background: colour behind transparent pixels.
-    """
+    """Read an image upright by EXIF, as labelling tools show it, transparent pixels on a background: (3, H, W) uint8."""
     opened = open_image(path)
     pixels: Tensor = F.pil_to_tensor(Image.fromarray(opened.upright(opened.decode(background=colour(background)))))
     return pixels
@@ -251,8 +234,3 @@ def read_image(path: str | Path, background: str) -> Tensor:
 def fingerprint(root: Path, files: Iterable[str | Path]) -> str:
     """Return what tells the data of a run from others: its files, wherever their folder lies."""
     return FileSource(root, [os.fsencode(os.path.relpath(file, root)) for file in files]).fingerprint
-
-
-def gather(items: Iterable[Any], ranks: Ranks) -> list[Any]:
-    """Collect the items of all ranks, in their order."""
-    return [item for part in ranks.gather(list(items)) for item in part]
