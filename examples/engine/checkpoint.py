@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class Checkpoint:
         if self.failure:
             raise Stop(f"the end is not saved, only step {self.saved} ({self.failure}): mend that, then {self.again()}", 1)
 
-    def require_finite(self, step: int, losses: Mapping[str, Tensor], images: Sequence[str]) -> None:
+    def require_finite(self, step: int, losses: Mapping[str, Tensor], images: Iterable[str]) -> None:
         """Stop all ranks before the optimizer, where a loss or a gradient of any of them is NaN or infinite.
 
         The state before the step is saved, and ``nonfinite.txt`` names the images of the batch.

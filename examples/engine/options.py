@@ -91,9 +91,7 @@ class RunConfig:
     )
     resume: bool = option(False, "continue from the newest checkpoint in the output folder, if there is one", may_change=True)
     seed: int = option(0, "seed of weights, order of images, augmentation and masks", at_least=0)
-    save_every: int = option(
-        1000, "steps between two checkpoints; one is due after 15 minutes too", at_least=1, may_change=True
-    )
+    save_every: int = option(1000, "steps between two checkpoints; 15 minutes make one due too", at_least=1, may_change=True)
     log_every: int = option(20, "steps between two lines of the log", at_least=1, may_change=True)
     tracker: tuple[str, ...] = option((), "trackers that also get numbers, options and pictures", NAMES, may_change=True)
     max_steps: int = option(
@@ -213,8 +211,9 @@ def _parser(
     hints, section, sections = typing.get_type_hints(config), SECTIONS[0], dict[str, list[str]]()
     for part in reversed(config.__mro__):  # an option stays in the section of the dataclass that declares it first
         for name in vars(part).get("__annotations__", {}):
-            if name in fields and not any(name in names for names in sections.values()):
-                section = vars(part)["__dataclass_fields__"][name].metadata["section"] or section
+            metadata = vars(part)["__dataclass_fields__"][name].metadata
+            if metadata and not any(name in names for names in sections.values()):
+                section = metadata["section"] or section
                 sections.setdefault(section, []).append(name)
     for section in sorted(sections, key=SECTIONS.index):
         group = parser.add_argument_group(section)
