@@ -198,14 +198,13 @@ def main(config: Config) -> None:
     ranks, config = start_ranks(config.device), with_background(config, config.model, config.arch)
     folder, root = Path(config.output_dir), data_folder(config, ranks)
 
-    labels = {"reduce_zero_label": config.reduce_zero_label, "ignore": config.ignore_label}
-    dataset = partial(LabelMaps, root, **labels, background=config.background, seed=config.seed)
-    val = dataset("val", num_classes=config.num_classes)
+    layout = partial(LabelMaps, root, reduce_zero_label=config.reduce_zero_label, ignore=config.ignore_label)
+    val = layout("val", num_classes=config.num_classes, background=config.background)
     config = dataclasses.replace(config, num_classes=len(val.names))
     model, vit = build_model(config, len(val.names))
     mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
     augment = Augment(config.image_size, ratio=config.ratio, fill=tuple(round(255 * value) for value in mean))
-    data = dataset("train", num_classes=len(val.names), augment=augment)
+    data = layout("train", num_classes=len(val.names), background=config.background, augment=augment, seed=config.seed)
     if ranks.world_size > 1 and ranks.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # BEiT's; the CPU has none
     model.to(ranks.device)
