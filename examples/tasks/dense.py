@@ -204,6 +204,9 @@ def fit(
         drawn = {name: None for line in log.records() for name in line if name not in ("step", *CLOCK)}  # in their order
         draw_curves(folder / "curves.png", log.records(), drawn)
     log.close()
+    signals.release()
+    if signals.received is not None:
+        raise Stop("stopped after the last step, which is saved: --evaluate goes on from there", 128 + signals.received)
     model.eval()
 
 
