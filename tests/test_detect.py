@@ -109,6 +109,9 @@ def test_coco_is_read_in_all_its_variants(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(val, "folder", tmp_path)
     with pytest.raises(ValueError, match=r"7\.png must have 60x40 pixels, as .*instances_val2017\.json says, got 40x60"):
         val[0, 0]
+    root = edited(folder, tmp_path / "lost", lambda content: content["images"][3].update(file_name="a\\b.png"))
+    with pytest.raises(FileNotFoundError, match=r"b\.png is missing, which .*instances_val2017\.json names"):
+        CocoData(root, "val")
     with pytest.raises(FileNotFoundError, match="as COCO's layout does"):
         CocoData(folder / "train2017", "train")
 
@@ -119,7 +122,8 @@ def edited(folder, root, edit, splits=("train2017", "val2017")):
     for split in splits:
         path = root / f"annotations/instances_{split}.json"
         content = json.loads(path.read_text())
-        path.write_text(json.dumps(edit(content) or content))
+        changed = edit(content)
+        path.write_text(json.dumps(changed if isinstance(changed, list) else content))
     return root
 
 
@@ -134,12 +138,16 @@ def drop_all_that_has_a_default(content):
             item.pop(name, None)
 
 
+def flatten_polygons(content):
+    content["annotations"][0]["segmentation"] = content["annotations"][0]["segmentation"][0]
+
+
 def number_from_0(content):
     for item in content["annotations"]:
         item["id"] -= 1
 
 
-@pytest.mark.parametrize("edit", [drop_all_that_has_a_default, number_from_0])
+@pytest.mark.parametrize("edit", [drop_all_that_has_a_default, number_from_0, flatten_polygons])
 def test_what_converters_leave_out_or_number_otherwise_changes_nothing(folder, tmp_path, edit):
     """To pycocotools alone, missing keys are a KeyError after training, and a match with id 0 is none."""
     data = CocoData(edited(folder, tmp_path / "data", edit), "val")
@@ -155,6 +163,9 @@ def test_what_converters_leave_out_or_number_otherwise_changes_nothing(folder, t
         (lambda content: content["annotations"][1].pop("bbox") and None, "KeyError 'bbox' in annotation 2"),
         (lambda content: content["annotations"][2].update(category_id=77), "KeyError 77 in annotation 3"),
         (lambda content: content["annotations"][0].update(image_id="x"), "KeyError 'x' in annotation 1"),
+        (lambda content: content["images"][0].update(id="x"), "ValueError .*'x'"),
+        (lambda content: content["annotations"][1]["bbox"].pop(), "ValueError .* in annotation 2"),
+        (lambda content: content["annotations"][1]["bbox"].__setitem__(2, float("nan")), "ValueError .*nan.* in annotation 2"),
     ],
 )
 def test_wrong_annotations_are_refused_by_file_and_number(folder, tmp_path, edit, words):

@@ -6,6 +6,7 @@ Shapes: H x W pixels, N objects.
 import contextlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         background: colour behind transparent pixels.
 
     Raises:
-        FileNotFoundError: if the annotations are not there.
+        FileNotFoundError: if the annotations or an image are not there.
         ValueError: if they cannot be read, or no image has an object.
     """
 
@@ -69,6 +70,8 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.image_ids = [number for number in sorted(self.truth.imgs) if split != "train" or self._objects(number)]
         if not self.image_ids:
             raise ValueError(f"{self.file} must hold images with objects, got none")
+        if missing := next((path for path in map(self.name, range(len(self))) if not Path(path).exists()), ""):
+            raise FileNotFoundError(f"{missing} is missing, which {self.file} names")
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -122,13 +125,18 @@ def read_coco(path: Path) -> Any:
     number = 0
     try:
         content = json.loads(path.read_bytes())
-        images = {image["id"]: (image["file_name"], image["width"], image["height"]) for image in content["images"]}
+        images = {int(image["id"]): (image["file_name"], image["width"], image["height"]) for image in content["images"]}
         categories = {category["id"]: category["name"] for category in content["categories"]}
         for number, item in enumerate(content["annotations"], start=1):
             _ = images[item["image_id"]], categories[item["category_id"]]
             item["id"] = number  # pycocotools takes a match with id 0 for none, and ids may repeat
             item["iscrowd"] = item.get("iscrowd") or 0
-            item["area"] = item.get("area", item["bbox"][2] * item["bbox"][3])
+            left, top, width, height = item["bbox"]
+            if not math.isfinite(left + top + width + height):
+                raise ValueError(f"the box {item['bbox']}")
+            item["area"] = item.get("area", width * height)
+            if isinstance(shape := item.get("segmentation"), list) and shape and not isinstance(shape[0], list):
+                item["segmentation"] = [shape]  # one polygon
     except (ValueError, TypeError, KeyError, IndexError) as error:
         place = f" in annotation {number}" if number else ""
         raise ValueError(f"{path} must be JSON in COCO's format, got {type(error).__name__} {error}{place}") from error
