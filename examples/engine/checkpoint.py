@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,9 @@ class Checkpoint:
             raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
         changed = changed_settings(self.found["settings"], self.settings, may_change) if self.found else []
         if ranks.rank == 0:
-            if self.found and name == PREVIOUS and (folder / NEWEST).exists():  # the next save must not put it over the good one
+            if (
+                self.found and name == PREVIOUS and (folder / NEWEST).exists()
+            ):  # the next save must not put it over the good one
                 os.replace(folder / NEWEST, folder / DAMAGED)
             if self.found:
                 print(f"resuming {folder} after step {self.step}" + "".join(f"; {line}" for line in changed), flush=True)
@@ -147,7 +149,7 @@ class Checkpoint:
         if self.failure:
             raise Stop(f"the end is not saved, only step {self.saved} ({self.failure}): mend that, then {self.again()}", 1)
 
-    def require_finite(self, step: int, losses: Mapping[str, Tensor], images: Sequence[str]) -> None:
+    def require_finite(self, step: int, losses: Mapping[str, Tensor], images: Iterable[str]) -> None:
         """Stop all ranks before the optimizer, where a loss or a gradient of any of them is NaN or infinite.
 
         The state before the step is saved, and ``nonfinite.txt`` names the images of the batch.

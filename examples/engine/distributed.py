@@ -90,13 +90,19 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """Wrap a model so that its gradients are averaged over all processes, where there are several."""
+def parallel(model: nn.Module, ranks: Ranks, *, unused: bool = False) -> nn.Module:
+    """Wrap a model so that its gradients are averaged over all ranks, where there are several.
+
+    Args:
+        model: that is trained.
+        ranks: this process and the others.
+        unused: whether a step may leave parameters without a gradient.
+    """
     if ranks.world_size == 1:
         return model
     wrap, devices = nn.parallel.DistributedDataParallel, [ranks.device.index] if ranks.device.type == "cuda" else None
     new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # torch 2.14's name for it
-    kept: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    kept: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False, "find_unused_parameters": unused}
     return wrap(model, device_ids=devices, **kept)
 
 
