@@ -74,7 +74,9 @@ class Checkpoint:
             raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
         changed = changed_settings(self.found["settings"], self.settings, may_change) if self.found else []
         if ranks.rank == 0:
-            if self.found and name == PREVIOUS and (folder / NEWEST).exists():  # the next save must not put it over the good one
+            if (
+                self.found and name == PREVIOUS and (folder / NEWEST).exists()
+            ):  # the next save must not put it over the good one
                 os.replace(folder / NEWEST, folder / DAMAGED)
             if self.found:
                 print(f"resuming {folder} after step {self.step}" + "".join(f"; {line}" for line in changed), flush=True)

@@ -89,11 +89,11 @@ class RunConfig:
     output_dir: str = option(
         REQUIRED, "folder of the run: log, checkpoints, results", path=True, may_change=True, section="Run"
     )
-    resume: bool = option(
-        False, "continue from the newest checkpoint in the output folder, if there is one", may_change=True
-    )
+    resume: bool = option(False, "continue from the newest checkpoint in the output folder, if there is one", may_change=True)
     seed: int = option(0, "seed of weights, order of images, augmentation and masks", at_least=0)
-    save_every: int = option(1000, "steps between two checkpoints; one is due after 15 minutes too", at_least=1, may_change=True)
+    save_every: int = option(
+        1000, "steps between two checkpoints; one is due after 15 minutes too", at_least=1, may_change=True
+    )
     log_every: int = option(20, "steps between two lines of the log", at_least=1, may_change=True)
     tracker: tuple[str, ...] = option((), "trackers that also get numbers, options and pictures", NAMES, may_change=True)
     max_steps: int = option(

@@ -79,7 +79,9 @@ def mlflow(folder: Path, name: str, config: Mapping[str, Any], step: int) -> Tra
     known = client.get_experiment_by_name(project)
     experiment = known.experiment_id if known else client.create_experiment(project)
     mine = client.search_runs([experiment], f"tags.mvmae = '{name}'")
-    number = mine[0].info.run_id if mine else client.create_run(experiment, run_name=folder.name, tags={"mvmae": name}).info.run_id
+    number = (
+        mine[0].info.run_id if mine else client.create_run(experiment, run_name=folder.name, tags={"mvmae": name}).info.run_id
+    )
     for key, value in () if mine else config.items():
         client.log_param(number, key, str(value)[:500])
 
@@ -173,4 +175,6 @@ class Trackers:
         except (Exception, SystemExit) as error:
             self.open.pop(name, None)
             missing = f'; pip install "mvmae[{name}]" installs it' if isinstance(error, ImportError) else ""
-            self.say(f"warning: the run goes on without {name}: {type(error).__name__}: {str(error).split(chr(10))[0]}{missing}")
+            self.say(
+                f"warning: the run goes on without {name}: {type(error).__name__}: {str(error).split(chr(10))[0]}{missing}"
+            )

@@ -67,9 +67,7 @@ class Guard:
         Stop: if the processes cannot share the images alike, or there are too many or too few.
     """
 
-    def __init__(
-        self, model: MultiViewMAE, weight: float, kind: str, images: int, *, batch_size: int, ranks: Ranks
-    ) -> None:
+    def __init__(self, model: MultiViewMAE, weight: float, kind: str, images: int, *, batch_size: int, ranks: Ranks) -> None:
         if images % ranks.world_size or images > batch_size or (kind == "relational" and images < 3):
             raise Stop(
                 f"--guard-images {images} must be at most the batch of {batch_size} images, a multiple of "

@@ -204,9 +204,7 @@ def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple
     return channel_statistics(typed, encoder.pretrained_cfg, source, centre_crop(config, encoder))
 
 
-def view_loader(
-    config: Config, encoder: Any, images: Images, sampler: StepSampler | StreamSampler, ranks: Ranks
-) -> Loader:
+def view_loader(config: Config, encoder: Any, images: Images, sampler: StepSampler | StreamSampler, ranks: Ranks) -> Loader:
     """Load V views of each image of a step."""
     transform = mvmae.MultiViewTransform(
         encoder.patch_embed.img_size,
