@@ -11,31 +11,51 @@ The defaults are the paper's, or MAE's where the paper gives none. Add --resume 
 the weights of an existing encoder, on images of your own, use adapt.py.
 """
 
-import shlex
-import sys
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.options import run as run_script
+import mvmae
+from engine.checkpoint import Checkpoint
 from engine.distributed import autocast, parallel, start_ranks, to_device
-from engine.optim import build_optimizer, cosine_schedule
-from engine.run import DROPOUT, Run
+from engine.log import Log
+from engine.optim import build_optimizer, cosine
+from engine.options import changeable
+from engine.options import run as run_script
+from engine.signals import Signals
 from mvmae.data import sample_seed
-from mvmae.hub import describe
-from tasks.inputs import names, normalize
+from tasks.best import Best
+from tasks.evaluation import VIEWS, Evaluation
+from tasks.gains import compare, draw, table
+from tasks.inputs import normalize
 from tasks.method import Config as Config
 from tasks.method import build_model
-from tasks.monitor import MONITORED
-from tasks.outcome import build_monitor, finish, look, look_due, opening
-from tasks.pretraining import advance, backward, draw_masks, open_data, position, statistics, step_sampler, view_loader
-from tasks.starting import Stages
+from tasks.outcome import Pictures, describe_run, evaluate, finish
+from tasks.pretraining import (
+    DROPOUT,
+    backward,
+    describe_length,
+    fit_length,
+    load_run,
+    open_data,
+    parameter_groups,
+    pixel_options,
+    random_views,
+    set_rates,
+    settings_of,
+    statistics,
+    step_mask,
+    train_last_blocks,
+    view_loader,
+)
+from tasks.splits import open_splits
+from tasks.starting import starting_weights, told, with_background
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"help": "the paper's run: ViT-B/16 at 224 pixels, 1600 epochs"},
+    "paper": {"help": "the paper's run, ViT-B/16 at 224 pixels, 1600 epochs", "warmup": 40 / 1600},
     "quick": {
-        "help": "a small ViT at 48 pixels, 30 epochs: minutes on two CPU cores",
+        "help": "a small ViT at 48 pixels, 30 epochs, minutes on two CPU cores",
         "output_dir": "runs/quick",
         "encoder": "mvmae_vit_tiny_patch16",
         "encoder_args": "patch_size=8 embed_dim=128 depth=4 num_heads=4",
@@ -44,12 +64,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_depth": 2,
         "decoder_heads": 4,
         "epochs": 30,
-        "warmup_epochs": 3,
+        "warmup": 0.1,
         "batch_size": 64,
         "base_lr": 4e-3,
         "workers": 2,
         "save_every": 100,
-        "monitor_every": 10,
     },
     "small": {
         "help": "for small sets of photographs, hours of two CPU cores: a small ViT at 64 pixels, contrast late and behind a "
@@ -65,9 +84,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "contrast_from": 0.5,
         "temperature": 0.1,
         "projector": 128,
-        "projector_hidden": 512,
-        "projector_depth": 3,
-        "projector_norm": True,
         "decoder_dim": 96,
         "decoder_depth": 1,
         "decoder_heads": 3,
@@ -76,71 +92,95 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimizer": "muon",
         "base_lr": 4e-3,
         "workers": 2,
-        "monitor_every": 10,
     },
 }
 
 
 def main(config: Config) -> None:
-    """Pretrain, and leave the encoder and its pictures."""
-    processes = start_ranks(config.device)
+    """Train, from random weights or from those of an encoder, and leave the encoder and its pictures."""
+    ranks = start_ranks(config.device)
     device = ranks.device
 
-    # images and model
-    config, images = open_data(config, processes)
+    # data and model
+    config = with_background(config, config.encoder, config.arch)
+    images = open_data(config)
     model = build_model(config, device).train()
-    encoder = model.encoder
+    encoder: Any = model.encoder
+    taken = load_run(model, config) if config.pretrained else ""
+    trained_part = train_last_blocks(encoder, config.train_blocks)
     mean, std = statistics(config, encoder, images.train)
-    per_epoch = images.per_epoch // config.batch_size
-    steps = max(round(config.epochs * per_epoch), 1)
-    last = min(steps, config.max_steps or steps)
-    sampler = step_sampler(config, images, last, processes)
-    loader = view_loader(config, encoder, images, sampler, processes)
-    monitor = build_monitor(config, encoder, images.splits, mean, std, processes)
+    length = fit_length(config, len(images.train), ranks)
+    last = min(length.steps, config.max_steps or length.steps)
+    pixels, crops = pixel_options(config), random_views(config, encoder, VIEWS)
+    options = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers, **pixels}
+    evaluation = Evaluation(encoder, images.splits, crops, **options)
+    centre = mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixels)
+    pictures = Pictures(evaluation, centre, mean, std, config.seed)
 
     # optimizer
-    lr = config.base_lr * config.batch_size / 256
-    chosen: dict[str, Any] = {"beta2": config.beta2, "precision": config.precision, "device": device}
-    optimizer = build_optimizer(model, config.optimizer, lr=lr, weight_decay=config.weight_decay, **chosen)
-    schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * per_epoch))
-    stages = Stages(model, alone=round(config.contrast_from * steps))
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    optimizer = build_optimizer(groups, config.optimizer, lr=length.lr, precision=config.precision, device=device)
 
-    # run
-    about = {"description": describe(model), "mean": mean, "std": std, "command": shlex.join(sys.argv)}
-    run = Run(config, processes, images.fingerprint)
-    run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about, **position(sampler, run))
-    sampler.start_step = run.step
-    weights = "from random weights" if run.found is None else ""
-    run.announce(**opening(config, model, weights, images, monitor, steps, lr))
-    if run.found is None:
-        monitor.before = look(config, monitor, model, run.log, 0)
-
-    with run:
-        for step, batch in run.batches(loader):
-            if step == run.step + 1 or stages.begins(step):  # what is trained is wrapped anew
-                stages.apply(step)
-                trained = parallel(torch.compile(model) if config.compile else model, processes)  # type: ignore[arg-type]
-            schedule.step_update(step - 1)
-            views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
-            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # for dropout, if there is any
-            with autocast(config.precision, device):
-                mask = draw_masks(config, encoder, step, processes)
-                losses = backward(trained, views, mask, config.accumulate, contrast=stages.contrasts(step))
-            if run.finite(step, losses._asdict(), partial(names, images, batch.indices)):
-                if config.clip_grad:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            advance(sampler, step, processes)
-            run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
-            if look_due(config, step, per_epoch, last):
-                run.look_back()
-                look(config, monitor, model, run.log, step, MONITORED)
-            run.checkpoint(step)
-
-    after = look(config, monitor, model, run.log, last)
+    # resume
+    settings = settings_of(config, images)
+    checkpoint = Checkpoint(Path(config.output_dir), settings, ranks, may_change=changeable(Config), resume=config.resume)
+    start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
+    best, before = Best(encoder), dict[str, float]()
+    log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, length.batch_size), Signals()
+    checkpoint.restore(log, signals, model=model, optimizer=optimizer, best=best, before=before)
     if ranks.rank == 0:
-        finish(config, model, run.log, monitor, after)
+        log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
+    loader = view_loader(config, encoder, images, length, checkpoint.step, last, ranks)
+    training = f"{describe_length(length, config)}; {config.optimizer} on {device}"
+    weights = f"{told(start)}{taken}" if start else "random"
+    parts = {"start": weights, "trained": trained_part, "images": images.listed, "split": images.splits.note}
+    about = describe_run(log, config, model, settings, **parts, training=training, evaluation=evaluation.describe())
+    if not checkpoint.step:
+        before.update(evaluate(log, evaluation, model, pictures, 0))
+        best.consider(0, before, evaluation.images)
+
+    # one wrapped model for the whole run: a stage scales a learning rate or the weight of a loss
+    trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=length.alone > 0)  # type: ignore[arg-type]
+    with checkpoint.saved_on_error():
+        for step, batch in enumerate(log.timed(signals.batches(loader)), checkpoint.step + 1):
+            rate = length.lr * cosine(step, length.steps, length.warmup)
+            set_rates(optimizer, rate, length.encoder_rate(step))
+            views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
+            mask = step_mask(config, encoder, length.batch_size, step, ranks)  # this rank's rows of the global mask
+            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
+            with autocast(config.precision, device):
+                losses = backward(trained, views, mask, config.accumulate, contrast=step > length.alone)  # Eqs. 1-7
+            checkpoint.require_finite(step, losses._asdict(), (images.train.name(i) for i in batch.indices.tolist()))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.add(losses._asdict())
+            if step % config.log_every == 0 or step == last:
+                log.write_step(step, epoch=round(step / length.per_epoch, 3), lr=rate)
+            if length.eval_every and step % length.eval_every == 0 and 2 * (last - step) >= length.eval_every:
+                metrics = evaluate(log, evaluation, model, pictures, step)
+                if step > length.alone:  # before, it tells of another loss
+                    best.consider(step, metrics, evaluation.images)
+            checkpoint.advance(step, last, config.save_every)
+
+    # export
+    after, lines = evaluate(log, evaluation, model, pictures, last), list[str]()
+    if config.pretrained:
+        best.consider(last, after, evaluation.images)
+        sets = {"own": evaluation}
+        if config.rehearse:
+            sets["rehearsed"] = Evaluation(encoder, open_splits(config.rehearse, "--rehearse"), crops, **options)
+        rows = compare(best, sets) if config.eval_images else []
+        after, lines = best.metrics, [best.describe(last), "", *table(rows)]
+        encoder.load_state_dict(best.chosen())
+        if rows and ranks.rank == 0:
+            draw(checkpoint.folder / "gains.png", rows)
+    if ranks.rank == 0:
+        if last < length.steps:
+            lines = [
+                f"stopped at step {last} of {length.steps}: the schedule was not finished, this encoder is for trying out",
+                *lines,
+            ]
+        finish(log, config, model, pictures, about, before, after, start, lines)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,15 @@ class Ranks(NamedTuple):
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process: the same answer in all of them."""
+        return bool(self.max(int(flag)))
+
+    def max(self, number: int) -> int:
+        """Return the largest number of all processes, in each process."""
         if self.control is None:
-            return flag
-        votes = torch.tensor(int(flag))
-        dist.all_reduce(votes, group=self.control)
-        return bool(votes)
+            return number
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
 
     def all(self, flag: bool) -> bool:
         """Return whether the flag is set in all ranks."""
@@ -90,13 +94,19 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """Wrap a model so that its gradients are averaged over all processes, where there are several."""
+def parallel(model: nn.Module, ranks: Ranks, *, unused: bool = False) -> nn.Module:
+    """Wrap a model so that its gradients are averaged over all ranks, where there are several.
+
+    Args:
+        model: that is trained.
+        ranks: this process and the others.
+        unused: whether a step may leave parameters without a gradient.
+    """
     if ranks.world_size == 1:
         return model
     wrap, devices = nn.parallel.DistributedDataParallel, [ranks.device.index] if ranks.device.type == "cuda" else None
     new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # torch 2.14's name for it
-    kept: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    kept: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False, "find_unused_parameters": unused}
     return wrap(model, device_ids=devices, **kept)
 
 

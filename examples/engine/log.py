@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from mvmae.files import write_text
 
 Batch = TypeVar("Batch")
 CLOCK = ("time", "images_per_second", "waiting", "memory_gb", "seconds_left")
-"""Fields of ``log.jsonl`` that no two runs share: Unix time; throughput; share of the time spent waiting for data; 10^9 bytes."""
+"""Fields of ``log.jsonl`` that no two runs share: Unix time, throughput, share of time waiting, 10^9 bytes, seconds."""
 
 
 class Log:
@@ -81,6 +81,14 @@ class Log:
             self.since, self.waited, self.first = time.monotonic(), 0.0, 1
         if self.bar is not None:
             self.bar.update()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep what goes on here, such as an evaluation, out of the throughput."""
+        start = time.monotonic()
+        yield
+        if self.since is not None:
+            self.since += time.monotonic() - start
 
     def write_step(self, step: int, **numbers: float) -> None:
         """Log the means, over steps and ranks, of what was added since the last line; all ranks must call it."""
@@ -197,4 +205,4 @@ def open_outputs() -> None:
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(number, True)
         os.close(number)
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)

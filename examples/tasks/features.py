@@ -7,17 +7,52 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.distributed import Ranks
 from engine.signals import Stop
-from mvmae.data import EvalTransform, ImageSource, MultiViewTransform
+from mvmae import CentreCropTransform, MultiViewTransform
+from mvmae.data import EvalTransform, ImageLike, ImageSource
 from mvmae.data import embed_rows as embed_rows
 
 _logger = logging.getLogger(__name__)
 POOLS = ("avg", "token", "model")
+
+
+class CentreCrop:
+    """The evaluation transform for images that timm's own transform cannot take: (C, H, W) float32, normalised.
+
+    Args:
+        model: whose cfg holds mean, std, size and the share of the image that is kept.
+        **pixels: how images become pixels, as for `CentreCropTransform`.
+    """
+
+    def __init__(self, model: Any, **pixels: Any) -> None:
+        cfg = timm.data.resolve_model_data_config(model)
+        self.mean, self.std = (torch.tensor(cfg[name])[:, None, None] for name in ("mean", "std"))
+        self.crop = CentreCropTransform(cfg["input_size"][1:], crop=cfg["crop_pct"], **pixels)
+        self.shape = (4, *cfg["input_size"])  # bytes
+
+    def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return the centre of an image; nothing is random."""
+        pixels: Tensor = self.crop(image)
+        normalised: Tensor = (pixels.float() / 255 - self.mean) / self.std
+        return normalised
+
+
+def evaluation_transform(model: nn.Module, **pixels: Any) -> EvalTransform | CentreCrop:
+    """Return the transform of images whose features are computed: timm's own for evaluation, wherever that can read them.
+
+    Args:
+        model: whose cfg holds mean, std, size, interpolation and crop.
+        **pixels: ``in_chans``, ``value_range``, ``background``, ``max_pixels``: how images become pixels.
+    """
+    if pixels.get("in_chans", 3) in (1, 3) and not pixels.get("value_range"):
+        return EvalTransform(model, background=pixels.get("background") or "white")
+    return CentreCrop(model, **pixels)
 
 
 class Pooled(nn.Module):
@@ -74,7 +109,7 @@ class OfViews(nn.Module):
 def extract(
     model: nn.Module,
     source: ImageSource,
-    transform: EvalTransform | MultiViewTransform,
+    transform: EvalTransform | CentreCrop | MultiViewTransform,
     ranks: Ranks,
     *,
     batch_size: int = 64,

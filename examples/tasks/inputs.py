@@ -12,17 +12,7 @@ from torch import Tensor
 
 import mvmae
 from engine.signals import Stop
-from mvmae.data import AugmentedViews, ColorJitter, ImageSource, NamedSamples, RepeatedSource, measure_channels
-
-
-def repeated(source: ImageSource, crops_per_image: int) -> ImageSource:
-    """Return a source that holds each image ``crops_per_image`` times."""
-    return RepeatedSource(source, crops_per_image) if crops_per_image != 1 else source
-
-
-def names(source: ImageSource | NamedSamples, indices: Iterable[int] | Tensor) -> list[str]:
-    """Return the names of a batch's images."""
-    return [source.name(int(index)) for index in indices]
+from mvmae.data import AugmentedViews, ColorJitter, ImageSource, measure_channels
 
 
 def channel_statistics(

@@ -35,7 +35,8 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
     """Build any model of timm without a head, with its weights unless ``random:`` stands before its name.
 
     Args:
-        name, arch: see above.
+        name: see above.
+        arch: likewise.
         image_size: side in pixels; the model's own where 0.
         options: for timm, such as ``drop_path_rate``; those that the model does not have are left out.
     """

@@ -1,242 +1,222 @@
-"""What pretrain.py and adapt.py train on, and how: images, views, masks, and the losses of a step.
+"""What pretrain.py and adapt.py train on, and how: images, length, views, masks, parameter groups, the losses of a step.
 
 Shapes: B images, V views, C channels, H x W pixels.
 """
 
 import dataclasses
 import math
-import time
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
 
 import mvmae
 from engine.distributed import Ranks
 from engine.signals import Stop
-from engine.run import MASKS, Run
-from mvmae.data import (
-    ImageSource,
-    ImageStream,
-    Loader,
-    MultiViewDataset,
-    StepSampler,
-    StreamedViews,
-    StreamSampler,
-    is_stream,
-    make_loader,
-    open_stream,
-    sample_seed,
-)
-from tasks.inputs import augmented, channel_statistics, jittered, repeated
-from tasks.labelled import clamp_batch
+from mvmae.data import ImageSource, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
+from mvmae.weights import PRETRAINING_FILE, read_pretraining
+from tasks.backbones import find_weights
+from tasks.inputs import augmented, channel_statistics, jittered
 from tasks.method import Config
-from tasks.monitor import MONITORED
 from tasks.splits import Joined, Part, Splits, draw, open_splits, passed_over
-from tasks.starting import with_background
 
-Chosen = TypeVar("Chosen", bound="Config")
-VIEWS = 8
-"""Random views of each image of which view retrieval is computed."""
+MASKS, DROPOUT = -1, -2
+"""Streams of random numbers for the steps of a run, as in ``sample_seed(seed, DROPOUT, step)``; those of images are epochs."""
 EPOCHS, IMAGES = 44, 50_000
 """Epochs of two views for that many images: an hour and a half of two CPU cores at the 400 images/s of ``--preset small``."""
 
 
 class Images(NamedTuple):
-    """The images of a run: both splits, those trained on, how many are an epoch, and what is said of them.
-
-    Of a stream, the first images stand for all where images are looked at or measured.
-    """
+    """The images of a run: both splits, those that are trained on, and a line about them."""
 
     splits: Splits
     train: ImageSource
-    per_epoch: int
     listed: str
-    clamped: str
-    stream: ImageStream | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells these images from others."""
-        return self.train.fingerprint if self.stream is None else self.stream.fingerprint
-
-    def name(self, index: int) -> str:
-        """Return the name of an image that is trained on."""
-        return self.train.name(index) if self.stream is None else self.stream.name(index)
 
 
-def fit_batch(config: Chosen, number: int) -> Chosen:
-    """Return the options with a batch size, where none is given: about a 16th of the images, a power of two from 16 to 256.
+class Length(NamedTuple):
+    """The length of a run and of its stages in steps, and the images of a step over all ranks."""
 
-    A small set needs steps more than negatives: so an epoch has 16 of them or more, for 256 images and more. The learning rate
-    is that of a batch of 256.
-    """
-    if config.batch_size:
-        return config
-    batch = min(max(2 ** int(math.log2(max(number / 16, 1))), 16), 256)
-    return dataclasses.replace(config, batch_size=batch, base_lr=config.base_lr * 256 / batch)
+    batch_size: int
+    lr: float
+    steps: int
+    warmup: int
+    frozen: int
+    alone: int
+    eval_every: int
+    per_epoch: int
+
+    def encoder_rate(self, step: int) -> float:
+        """Return the encoder's share of the learning rate: 0 while it is frozen, then a warm-up as long as that.
+
+        A random decoder's gradients would undo in a few steps what an encoder has learned (LP-FT; Kumar et al., 2022).
+        """
+        return 1.0 if not self.frozen else min(max(step - self.frozen, 0) / (self.frozen + 1), 1.0)
+
+    def loss_weight(self, step: int, weight: float) -> float:
+        """Return lambda of a step: 0 while the reconstruction trains alone (MAE-CT; Lehner et al., 2023)."""
+        return weight if step > self.alone else 0.0
 
 
-def fit_length(config: Chosen, number: int) -> Chosen:
-    """Return the options with a number of epochs, where none is given, and with warm-up and looks in proportion.
+def open_data(config: Config) -> Images:
+    """Open the images, with as many of ``--rehearse`` beside them where that is given."""
+    splits = open_splits(config.data)
+    train, more = splits.train, ""
+    if config.rehearse:
+        old, number = open_splits(config.rehearse, "--rehearse").train, len(train)
+        drawn = draw(len(old), number)  # fewer images than that take turns
+        train = Joined([train, Part(old, drawn[torch.arange(number) % len(drawn)])])
+        more = f" and {number} of --rehearse" + (f" ({len(drawn)} different ones)" if len(drawn) < number else "")
+    return Images(splits, train, f"{len(splits.train)} images{more}{passed_over(train)}")
 
-    A larger set is passed fewer times, though more of its images are seen in all: both go with the square root of its size.
-    With one view instead of two, twice as many images are seen.
-    """
-    if config.epochs:
-        return config
-    epochs = max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
-    looks = max(round(epochs / 10), 1) if config.monitor_every else 0
-    return dataclasses.replace(config, epochs=float(epochs), warmup_epochs=epochs / 20, monitor_every=looks)
 
+def fit_length(config: Config, number: int, ranks: Ranks) -> Length:
+    """Return the length of a run on ``number`` images; what is not given is chosen from that number.
 
-def open_data(config: Chosen, ranks: Ranks, rehearse: str = "") -> tuple[Chosen, Images]:
-    """Open the images; return them, and the options with the background, the length and the batch size that they come to.
-
-    Args:
-        config: options of the run.
-        processes: this one and the others.
-        rehearse: further images that are trained on, and never looked at, as for ``--data``; empty: none.
+    Batch: about a 16th of the images, a power of two from 16 to 256, at the learning rate of 256: a small set needs steps more
+    than negatives. Epochs: as the inverse square root of the number, so that a larger set is passed fewer times, though more
+    images are seen in all; twice as many with one view instead of two.
 
     Raises:
-        Stop: if there are none, or a batch leaves the contrastive loss no negatives.
+        Stop: if a batch leaves the contrastive loss no negatives, or the stages leave nothing to train the encoder in.
     """
-    config = with_background(config, config.encoder, config.arch)
-    if rehearse and is_stream(config.data):
-        raise Stop(f"--rehearse needs images that can be counted, and --data {config.data} is a stream: leave it out")
-    start = time.monotonic()
-    stream = named_stream(config) if is_stream(config.data) else None
-    splits = open_splits(config.data) if stream is None else first_of(stream, config.monitor_images)
-    train = repeated(splits.train, config.crops_per_image)
-    own, more = len(train), ""
-    if rehearse:
-        train, more = with_rehearsal(train, rehearse)
-    length = len(train) if stream is None else stream.length
-    per_epoch = config.images_per_epoch or length
-    if not per_epoch:
-        raise Stop(f"--data {config.data} has a length that is not known: add --images-per-epoch N, the images of one epoch")
-    opened = f"{time.monotonic() - start:.1f} s"
-    config = fit_batch(fit_length(config, per_epoch), per_epoch)
-    config, clamped = clamp_batch(config, min(per_epoch, length or per_epoch), ranks.world_size * config.accumulate)
-    if config.loss_weight and config.batch_size // (1 if config.gather else ranks.world_size) < 2:
-        each = "" if config.gather else f" with --no-gather on {ranks.world_size} processes"
-        raise Stop(
-            f"--batch-size {config.batch_size}{each} leaves the contrastive loss no negatives: use more, or --loss-weight 0"
-        )
-    listed = f"{own} images{more}, listed in {opened}{passed_over(train)}"
-    if stream is not None:
-        listed = f"a stream of {len(stream.shards.names)} shards, opened in {opened}"
-    if config.images_per_epoch or stream is not None:
-        listed += f", of which {per_epoch} images count as an epoch"
-    return config, Images(splits, train, per_epoch, listed, clamped, stream)
+    batch = config.batch_size or min(max(2 ** int(math.log2(max(number / 16, 1))), 16), 256)
+    multiple = ranks.world_size * config.accumulate
+    if batch > number >= multiple:
+        batch = number // multiple * multiple
+    lr = config.base_lr * (batch / 256 if config.batch_size else 1.0)
+    if config.loss_weight and batch < 2:
+        raise Stop(f"--batch-size {batch} leaves the contrastive loss no negatives: use more, or --loss-weight 0")
+    epochs = config.epochs or max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
+    per_epoch = max(number // batch, 1)
+    steps = config.steps or max(round(epochs * per_epoch), 1)
+    warmup = round(config.warmup * steps if config.warmup_epochs is None else config.warmup_epochs * per_epoch)
+    every = round(0.1 * steps if config.eval_every is None else config.eval_every * per_epoch)
+    frozen, alone = round(config.freeze * steps), round(config.contrast_from * steps) if config.loss_weight else 0
+    return Length(batch, lr, steps, warmup, frozen, alone, every, per_epoch)
 
 
-def with_rehearsal(train: ImageSource, rehearse: str) -> tuple[ImageSource, str]:
-    """Return the images with as many others, repeated where they are fewer, and what to say of them.
-
-    They are always the same ones, of those not held out.
-    """
-    old, number = open_splits(rehearse, "--rehearse").train, len(train)
-    drawn = draw(len(old), number)
-    joined = Joined([train, Part(old, drawn[torch.arange(number) % len(drawn)])])
-    return joined, f" and {number} of --rehearse" + (f" ({len(drawn)} different ones)" if len(drawn) < number else "")
-
-
-def named_stream(config: Config) -> ImageStream:
-    """Open the stream that ``--data`` names."""
-    if config.crops_per_image != 1:
-        raise Stop(f"--crops-per-image must be 1 for a stream, got {config.crops_per_image}: leave it out")
-    try:
-        return open_stream(config.data, buffer=config.shuffle_buffer)
-    except ValueError as error:
-        raise ValueError(f"--data: {error}") from error
-
-
-def first_of(stream: ImageStream, most: int) -> Splits:
-    """Read the first images of a stream, which are trained on too, for all that looks at images or measures them."""
-    return Splits(stream.first(min(most, MONITORED) or 64), None, "a stream: its first ones, and no image is held out")
-
-
-def step_sampler(config: Config, images: Images, last: int, ranks: Ranks) -> StepSampler | StreamSampler:
-    """Say which images stand where in which step."""
-    where = {"seed": config.seed, "num_steps": last, "rank": ranks.rank, "world_size": ranks.world_size}
-    if images.stream is not None:
-        return StreamSampler(images.stream, config.batch_size, **where)
-    return StepSampler(len(images.train), config.batch_size, **where)
-
-
-def position(sampler: StepSampler | StreamSampler, run: Run) -> dict[str, Any]:
-    """Return what a checkpoint keeps of the place in the images: nothing but of a stream, where a step does not tell it."""
-    if not isinstance(sampler, StreamSampler):
-        return {}
-    if run.found is not None:
-        run.found.setdefault("stream", sampler.state_dict())  # a run on other images before, with --other-data
-    return {"stream": sampler}
-
-
-def advance(sampler: StepSampler | StreamSampler, step: int, ranks: Ranks) -> None:
-    """Note that a step is whole."""
-    if isinstance(sampler, StreamSampler):
-        sampler.advance(step, ranks.gather)
+def describe_length(length: Length, config: Config) -> str:
+    """Return a line on the length of a run: all that was given or chosen."""
+    epochs = length.steps / length.per_epoch
+    parts = [f"{length.steps} steps of {length.batch_size} images ({epochs:g} epochs), peak learning rate {length.lr:.3g}"]
+    parts.append(f"warm-up of {length.warmup} steps")
+    parts += [f"encoder frozen for {length.frozen}"] if length.frozen else []
+    parts += [f"contrast from step {length.alone + 1}"] if length.alone else []
+    if config.batch_size > length.batch_size:
+        parts.append(f"batch and rate cut from --batch-size {config.batch_size}, which is more than there are images")
+    if length.warmup > length.steps / 4:
+        parts.append("warning: the warm-up is more than a quarter of the run")
+    return "; ".join(parts)
 
 
 def pixel_options(config: Config) -> dict[str, Any]:
-    """Return how images become pixels, in views and in centre crops alike."""
+    """Return how images become pixels."""
     options: dict[str, Any] = {"in_chans": config.in_chans, "max_pixels": config.max_pixels}
     return options | {"value_range": config.value_range or None, "background": config.background}
 
 
-def centre_crop(config: Config, encoder: Any) -> mvmae.CentreCropTransform:
-    """Return the transform of images that are looked at rather than trained on."""
-    return mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixel_options(config))
-
-
-def random_crops(config: Config, encoder: Any) -> mvmae.MultiViewTransform:
-    """Return what takes the views of view retrieval: the random crops of training, without its other changes."""
-    options = {"scale": config.crop_scale, **pixel_options(config)}
-    return mvmae.MultiViewTransform(encoder.patch_embed.img_size, num_views=VIEWS, **options)
+def random_views(config: Config, encoder: Any, num_views: int) -> mvmae.MultiViewTransform:
+    """Return what takes random crops of an image."""
+    options = {"scale": config.crop_scale, "same_crop": config.same_crop, **pixel_options(config)}
+    return mvmae.MultiViewTransform(encoder.patch_embed.img_size, num_views=num_views, **options)
 
 
 def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation of each channel."""
-    typed = {"mean": config.mean, "std": config.std}
-    return channel_statistics(typed, encoder.pretrained_cfg, source, centre_crop(config, encoder))
+    """Return mean and standard deviation of each channel, and note them in the encoder's cfg, where evaluation reads them."""
+    centre = mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixel_options(config))
+    mean, std = channel_statistics({"mean": config.mean, "std": config.std}, encoder.pretrained_cfg, source, centre)
+    size = (config.in_chans, *encoder.patch_embed.img_size)
+    own = {"mean": mean, "std": std, "input_size": size, "crop_pct": 0.875, "interpolation": "bicubic"}  # as it is exported
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **own}
+    return mean, std
 
 
-def view_loader(config: Config, encoder: Any, images: Images, sampler: StepSampler | StreamSampler, ranks: Ranks) -> Loader:
-    """Load V views of each image of a step."""
-    transform = mvmae.MultiViewTransform(
-        encoder.patch_embed.img_size,
-        num_views=config.num_views,
-        scale=config.crop_scale,
-        same_crop=config.same_crop,
-        decoder=config.loader,
-        **pixel_options(config),
-    )
-    views = augmented(jittered(transform, config.jitter, config.grayscale), config.transform)
-    kept: dict[str, Any] = {"seed": config.seed, "max_bad": config.max_bad}
-    stream = images.stream
-    dataset = MultiViewDataset(images.train, views, **kept) if stream is None else StreamedViews(stream, views, **kept)
+def view_loader(config: Config, encoder: Any, images: Images, length: Length, start: int, last: int, ranks: Ranks) -> Loader:
+    """Load V views of each image of the steps after ``start`` up to ``last``."""
+    where = {"seed": config.seed, "start_step": start, "num_steps": last, "rank": ranks.rank, "world_size": ranks.world_size}
+    sampler = StepSampler(len(images.train), length.batch_size, **where)
+    views = random_views(config, encoder, config.num_views)
+    transform = augmented(jittered(views, config.jitter, config.grayscale), config.transform)
+    dataset = MultiViewDataset(images.train, transform, seed=config.seed, max_bad=config.max_bad)
     bad_file, pinned = Path(config.output_dir) / "bad_files.txt", ranks.device.type == "cuda"
     return make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, bad_file=bad_file)
 
 
-def draw_masks(config: Config, encoder: Any, step: int, ranks: Ranks) -> mvmae.Mask:
-    """Draw this process's part of the masks of a step, which are the same for any number of processes."""
-    views = config.batch_size * config.num_views
-    generator = torch.Generator().manual_seed(sample_seed(config.seed, MASKS, step))
+def step_mask(config: Config, encoder: Any, batch_size: int, step: int, ranks: Ranks) -> mvmae.Mask:
+    """Draw this rank's rows of the masks of a step, which are the same for any number of ranks."""
+    views = batch_size * config.num_views
     share = views // ranks.world_size
-    own = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    length = encoder.patch_embed.num_patches
-    return mvmae.random_mask(views, length, config.mask_ratio, generator=generator, device=ranks.device, rows=own)
+    rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    generator, length = torch.Generator().manual_seed(sample_seed(config.seed, MASKS, step)), encoder.patch_embed.num_patches
+    return mvmae.random_mask(views, length, config.mask_ratio, generator=generator, device=ranks.device, rows=rows)
 
 
-def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int, *, contrast: bool = True) -> mvmae.Losses:
-    """Compute losses and gradients of a batch, whole or in parts; the backward pass runs outside autocast."""
+def backward(model: nn.Module, views: Tensor, mask: mvmae.Mask, parts: int, *, contrast: bool) -> mvmae.Losses:
+    """Compute Eqs. 3, 6 and 7 and their gradients, of a batch whole or in parts; the backward pass runs outside autocast."""
     if parts > 1:
         return mvmae.backward_in_parts(model, views, parts, mask=mask, contrast=contrast)
     output = model(views, mask=mask, contrast=contrast)
     with torch.autocast(views.device.type, enabled=False):
         output.loss.backward()
     return mvmae.Losses(*(loss.detach() for loss in (output.loss, output.loss_rec, output.loss_con)))
+
+
+def train_last_blocks(encoder: Any, blocks: int) -> str:
+    """Freeze all of an encoder but its last blocks and final norm, or nothing if ``blocks`` is 0; return a line about it.
+
+    Raises:
+        Stop: if the encoder has fewer blocks.
+    """
+    depth = len(encoder.blocks)
+    if not blocks:
+        return ""
+    if blocks > depth:
+        raise Stop(f"--train-blocks must be at most the encoder's {depth} blocks, got {blocks}")
+    kept = (*(f"blocks.{i}." for i in range(depth - blocks, depth)), "norm.", "fc_norm.")
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(kept))
+    return f"the last {blocks} of {depth} blocks, the final norm, decoder and projector"
+
+
+def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Group all trained parameters by weight decay and learning rate; those of the encoder are marked ``encoder``.
+
+    A layer's share of the learning rate, ``lr_scale``, is ``layer_decay`` times that of the layer above (BEiT; MAE's
+    fine-tuning); parameters of one dimension have no weight decay (MAE).
+    """
+    groups: list[dict[str, Any]] = param_groups_weight_decay(model.encoder, weight_decay)
+    if layer_decay < 1:
+        groups = param_groups_layer_decay(model.encoder, weight_decay, layer_decay=layer_decay)
+    rest = param_groups_weight_decay(nn.ModuleList([model.decoder, model.projector]), weight_decay)
+    marked = [{"lr_scale": 1.0, **group, "encoder": True} for group in groups]
+    return [group for group in [*marked, *({**group, "lr_scale": 1.0, "encoder": False} for group in rest)] if group["params"]]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float, encoder_rate: float) -> None:
+    """Set the learning rate of each group: the run's, times the group's own share, and the encoder's times its stage's."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"] * (encoder_rate if group["encoder"] else 1.0)
+
+
+def settings_of(config: Config, images: Images) -> dict[str, Any]:
+    """Return what a run depends on: its options, and which images they are."""
+    return {**dataclasses.asdict(config), "images": images.train.fingerprint}
+
+
+def load_run(model: mvmae.MultiViewMAE, config: Config) -> str:
+    """Load decoder and projector of the run that the encoder comes from, each where it fits; return words about which did."""
+    file = find_weights(config.encoder, config.arch)[1]
+    if file is None or not any(file.parent.rglob(PRETRAINING_FILE)):
+        return ""
+    weights, taken = read_pretraining(file.parent)[1], []
+    for name in ("decoder", "projector"):
+        part: nn.Module = getattr(model, name)
+        own, prefix = part.state_dict(), f"{name}."
+        found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if own and found.keys() == own.keys() and all(found[key].shape == own[key].shape for key in own):
+            part.load_state_dict(found)
+            taken.append(name)
+    return f"; {' and '.join(taken) or 'neither decoder nor projector'} too"
