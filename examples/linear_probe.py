@@ -108,7 +108,7 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
     loading = {"batch_size": min(config.batch_size, 256), "workers": config.workers, "max_bad": config.max_bad}
     with signals.interruptible(), autocast(config.precision, ranks.device):  # nothing is saved before the features are there
         train, val = (extract(encoder, part, centre, ranks, **loading) for part in (data.train, data.val))
-    results = measure(*train, *val, few_shot=config.few_shot)
+    results = measure(train, val, few_shot=config.few_shot)
 
     length = len(train[1]) if config.cached else len(data.train)
     config, clamped = clamp_batch(config, length, ranks.world_size)

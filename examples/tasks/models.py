@@ -34,11 +34,8 @@ Config = TypeVar("Config", bound=Any)
 def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: Any) -> nn.Module:
     """Build any model of timm without a head, with its weights unless ``random:`` stands before its name.
 
-    Args:
-        name: see above.
-        arch: likewise.
-        image_size: side in pixels; the model's own where 0.
-        options: for timm, such as ``drop_path_rate``; those that the model does not have are left out.
+    ``image_size`` is the side in pixels, the model's own where it is 0. Of the options for timm, such as ``drop_path_rate``,
+    those that the model does not have are left out.
     """
     wanted = name.removeprefix("random:")
     architecture, file = find_weights(wanted, arch)
@@ -86,7 +83,6 @@ def start_encoder(
     with torch.device("meta"):
         check_encoder(create_encoder(architecture))  # before a download, and before arguments that only a plain ViT takes
     encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
-    check_encoder(encoder)
     if pretrained and file is not None:
         hub.load_encoder(encoder, file)
     return encoder

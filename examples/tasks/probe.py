@@ -22,30 +22,22 @@ EPS = 1e-6  # added to a feature's variance (MAE)
 
 
 def measure(
-    bank: Tensor,
-    labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    *,
-    neighbours: int = NEIGHBOURS,
-    few_shot: Sequence[int] = (),
+    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], *, neighbours: int = NEIGHBOURS, few_shot: Sequence[int] = ()
 ) -> dict[str, float]:
-    """Compute ``effective_rank``, ``knn`` in percent, and for each number of labels ``shotK``, in percent, and ``shotK_std``.
+    """Compute ``rank``, the effective rank, ``knn`` in percent, and for each number of labels ``shotK``, in percent, and ``shotK_std``.
 
     Args:
-        bank: features (N, D) of labelled images.
-        labels: their classes (N,).
-        queries: features (Q, D) of held-out images.
-        query_labels: their classes (Q,).
-        neighbours: k of the k-NN classifier; 0: none, as for images without labels.
+        train: features (N, D) and labels (N,) of the bank.
+        val: features (Q, D) and labels (Q,) of held-out images.
+        neighbours: k of the k-NN classifier.
         few_shot: numbers K of labels for each class; 0: none.
     """
-    results = {"effective_rank": effective_rank(queries)}
-    if neighbours:
-        k = min(neighbours, len(bank))
-        results["knn"] = 100 * knn_accuracy(bank, labels, queries, query_labels, k=k)
+    results = {
+        "rank": effective_rank(val[0]),
+        "knn": 100 * knn_accuracy(*train, *val, k=min(neighbours, len(train[0]))),
+    }
     for shots in filter(None, few_shot):
-        scores = torch.tensor([few_label_accuracy(bank, labels, queries, query_labels, shots, seed) for seed in range(DRAWS)])
+        scores = torch.tensor([few_label_accuracy(*train, *val, shots, seed) for seed in range(DRAWS)])
         results |= {f"shot{shots}": scores.mean().item(), f"shot{shots}_std": scores.std().item()}
     return results
 
