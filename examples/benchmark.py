@@ -36,8 +36,8 @@ from engine.log import peak_memory
 from engine.options import option, run
 from mvmae.data import MultiViewDataset, StepSampler, make_loader, open_images
 from mvmae.files import write_json
-from tasks.backbones import create_encoder
 from tasks.flops import flops_per_image
+from tasks.models import create_encoder
 
 CPU = torch.device("cpu")
 IMAGES = 3000

@@ -41,11 +41,10 @@ from mvmae.visualize import (
     rollout,
     to_unit_range,
 )
-from tasks.backbones import load_backbone
 from tasks.drawn_images import properties, spread, take
-from tasks.features import Pooled, extract
+from tasks.features import CentreCrop, Pooled, evaluation_transform, extract
+from tasks.models import load_backbone, with_background
 from tasks.splits import Part, named_images
-from tasks.starting import with_background
 
 DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions")
 NEIGHBOURS = 5
@@ -83,7 +82,7 @@ class Model(NamedTuple):
 
     name: str
     vit: Any
-    transform: EvalTransform
+    transform: EvalTransform | CentreCrop
 
     def read(self, source: ImageSource) -> Tensor:
         """Return the images of a source as the model takes them, (B, C, H, W) normalised."""
@@ -110,7 +109,8 @@ def load(config: Config, name: str, device: torch.device) -> Model:
     torch.manual_seed(config.seed)
     size = config.image_size
     vit: Any = check_encoder(load_backbone(name, **({"img_size": (size[0], size[-1])} if size else {})))
-    return Model(name, vit.to(device).eval(), EvalTransform(vit, background=with_background(config, name).background))
+    pixels = {"in_chans": vit.patch_embed.proj.in_channels, "background": with_background(config, name).background}
+    return Model(name, vit.to(device).eval(), evaluation_transform(vit, **pixels))
 
 
 def draw_attention(models: Sequence[Model], drawn: ImageSource) -> Sheet:

@@ -88,23 +88,22 @@ def with_fault(fault, script):
 
 def without_clock(records):
     """Lines of ``log.jsonl`` without the numbers that no two runs share."""
-    from engine.pace import CLOCK
+    from engine.log import CLOCK
 
     return [{name: value for name, value in record.items() if name not in CLOCK} for record in records]
 
 
 def after_each_step(act):
     """Call ``act(step)`` in this process when a step is whole and its checkpoint, where one is due, is written."""
-    from engine.run import Run
+    from engine.checkpoint import Checkpoint
 
-    checkpoint = Run.checkpoint
+    advance = Checkpoint.advance
 
-    def checkpoint_and_act(run, step):
-        checkpoint(run, step)
-        run.writer.settle(wait=True)
+    def advance_and_act(checkpoint, step, last, save_every):
+        advance(checkpoint, step, last, save_every)
         act(step)
 
-    Run.checkpoint = checkpoint_and_act
+    Checkpoint.advance = advance_and_act
 
 
 def inject(fault):

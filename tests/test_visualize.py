@@ -186,10 +186,11 @@ def test_lines_break_between_words_and_behind_punctuation_before_letters():
 
 def test_neighbours_of_the_right_class_are_marked_and_counted():
     colours = torch.tensor([[200, 20, 20], [20, 200, 20], [190, 20, 20], [180, 20, 30], [20, 190, 20], [30, 180, 20]])
-    bank, features = colours.byte()[:, :, None, None].expand(-1, -1, 8, 8), {"runs/mean": colours.float() - 127}
+    bank, features = colours.byte()[:, :, None, None].expand(-1, -1, 8, 8), {"runs/mean": colours.float()}
     picture = visualize.draw_neighbours(features, bank, torch.tensor([0, 1, 0, 1, 1, 1]), 2)
-    assert [sum(marks) for marks in picture["marks"][1:]] == [2, 1, 1, 1] and picture["marks"][0] is None
-    assert "mean 5 of 8" in picture["note"] and torch.equal(picture["columns"][1], bank[[2, 4]] / 255)
+    right = [[True, True], [False, True], [False, True], [False, False]]  # of both images, from the nearest on
+    assert picture["marks"] == [None, *right] and "mean 4 of 8" in picture["note"]
+    assert torch.equal(picture["columns"][1], bank[[2, 4]] / 255)
     without = visualize.draw_neighbours(features, bank, torch.tensor([0, 1, 0, 1, 1, -1]), 2)
     assert "marks" not in without and "note" not in without
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,20 +11,7 @@ from running import Started, run_script
 
 SMALL = "patch_size=8 embed_dim=32 depth=1 num_heads=2"
 ARGUMENTS = ["--preset", "quick", "--encoder-args", SMALL, "--image-size", 32, "--decoder-dim", 16, "--decoder-depth", 1]
-ARGUMENTS += [
-    "--batch-size",
-    8,
-    "--device",
-    "cpu",
-    "--monitor-images",
-    0,
-    "--log-every",
-    1,
-    "--epochs",
-    5,
-    "--warmup-epochs",
-    1,
-]
+ARGUMENTS += ["--batch-size", 8, "--device", "cpu", "--eval-images", 0, "--log-every", 1, "--epochs", 5, "--warmup-epochs", 1]
 STEPS = ["--max-steps", 12, "--workers", 0, "--save-every", 5]
 """Three epochs of four steps with 32 images."""
 
@@ -47,16 +35,17 @@ def pretrain(folder, images, *arguments, **options):
     return start(folder, images, *arguments, **options).finish()
 
 
-def run_of(folder, model, optimizer, last, device="cpu", **options):
-    """A `Run` in this process, alone, with a checkpoint and a line of the log after every step unless ``options`` say else."""
-    from engine.config import RunConfig
-    from engine.distributed import Processes
-    from engine.run import Run
+def checkpoint_of(folder, model, optimizer, signals, *, ranks=None, settings=None, resume=False, may_change=(), last=9, **more):
+    """A `Checkpoint` of a run in this process, restored where ``resume`` says so."""
+    from engine.checkpoint import Checkpoint
+    from engine.distributed import Ranks
+    from engine.log import Log
 
-    config = RunConfig(**{"output_dir": str(folder), "log_every": 1, "save_every": 1, "save_minutes": 0.0, **options})
-    run = Run(config, Processes(0, 1, torch.device(device), None), "images")
-    run.take_up(last=last, model=model, optimizer=optimizer)
-    return run
+    ranks = ranks or Ranks(0, 1, torch.device("cpu"), None)
+    checkpoint = Checkpoint(Path(folder), settings or {}, ranks, may_change=frozenset(may_change), resume=resume)
+    log = Log(checkpoint.folder, ranks, last, checkpoint.step, batch_size=8)
+    checkpoint.restore(log, signals, model=model, optimizer=optimizer, **more)
+    return checkpoint
 
 
 def wait_for_steps(process, folder, count):
@@ -87,11 +76,12 @@ def assert_identical(left, right):
 
 
 def assert_unfit_checkpoints_are_refused(whole, folder, script, *arguments):
-    """Resume from a moment of another shape, and evaluate without a model, in ``folder``: each ends in one line."""
+    """Resume from a weight of another shape, and evaluate without a model, in ``folder``: each ends in one line."""
     saved = end_of(whole)
-    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    name = next(iter(saved["model"]))
+    saved["model"][name] = torch.zeros(3)
     (folder / "run").mkdir()
-    for option, words in (("--resume", "optimizer.state.0.exp_avg is (3,)"), ("--evaluate", "model is missing")):
+    for option, words in (("--resume", f"model.{name} is (3,)"), ("--evaluate", "model is missing")):
         torch.save(saved, folder / "run" / "checkpoint.pt")
         result = run_script(script, *arguments, option, folder=folder)
         assert result.code == 2 and words in result.err and result.err.count("\n") == 1, result.err

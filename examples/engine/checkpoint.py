@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from engine.signals import NOTHING_SAVED, Signals, Stop
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 SAVE_MINUTES = 15.0
 """Minutes after which a checkpoint is due, however few steps were taken."""
+GRADIENT = "the gradient"
 
 
 class Checkpoint:
@@ -48,6 +49,7 @@ class Checkpoint:
 
     Attributes:
         step: the last step that the checkpoint to go on from holds; 0 for a new run.
+        saved: the last step that is saved.
 
     Raises:
         Stop: in all ranks, if the folder is in use or cannot be written to, holds a run and ``resume`` is False, was begun with
@@ -100,28 +102,28 @@ class Checkpoint:
         self.log, self.signals, self.model = log, signals, model
         self.objects = {"model": model, "optimizer": optimizer, **more}
         if self.found:
-            self._check_fit(self.found)
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": self.found["optimizer"]["state"], "param_groups": groups})
+            own = optimizer.state_dict()["param_groups"]
+            self._check_fit(self.found, own)
+            self.found["optimizer"]["param_groups"] = own
             for name, thing in self.objects.items():
-                if isinstance(thing, dict):
-                    thing.update(self.found[name])
-                elif name != "optimizer":
-                    thing.load_state_dict(self.found[name])
+                (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.found[name])
         self.found = None  # free its memory
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._whole(self.step)
 
-    def _check_fit(self, found: Mapping[str, Any]) -> None:
+    def _check_fit(self, found: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
         problems = [f"{name} is missing" for name in self.objects if name not in found]
-        saved, own = found.get("model", {}), self.model.state_dict()
-        problems += [f"model.{name} is missing" for name in own.keys() - saved.keys()]
-        problems += [f"model.{name} is unexpected" for name in saved.keys() - own.keys()]
-        pairs = [(name, tuple(saved[name].shape), tuple(own[name].shape)) for name in own.keys() & saved.keys()]
-        problems += [f"model.{name} is {theirs} instead of {ours}" for name, theirs, ours in pairs if theirs != ours]
+        states = (found.get("model", {}), self.model.state_dict())
+        theirs, ours = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                problems.append(f"model.{name} is {theirs.get(name, 'missing')} instead of {ours.get(name, 'nothing')}")
+        trained, trains = ([len(group["params"]) for group in part] for part in (found["optimizer"]["param_groups"], groups))
+        if trained != trains:
+            problems.append(f"optimizer has groups of {trained} parameters instead of {trains}")
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise Stop(f"the checkpoint in {self.folder} does not fit this run: {'; '.join(sorted(problems)[:4])}{more}")
+            raise Stop(f"the checkpoint in {self.folder} does not fit this run: {'; '.join(problems[:4])}{more}")
 
     @contextlib.contextmanager
     def saved_on_error(self) -> Iterator[None]:
@@ -133,16 +135,13 @@ class Checkpoint:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, Stop):  # saved already
-                raise
-            step = self._at
-            if step is not None:
+            if self._at is not None:
                 self._restore_statistics()
-                if step != self.saved:
-                    self.save(step)
+                if self._at != self.saved:
+                    self.save(self._at)
             if isinstance(error, KeyboardInterrupt):
                 raise self._stopped(self.saved, int(error.args[0] if error.args else 2)) from error
-            if self.saved:
+            if self.saved and not isinstance(error, Stop):
                 self.log.say(f"step {self.saved} is saved: {self.again()}")
             self.log.close(failed=True)
             raise
@@ -163,18 +162,20 @@ class Checkpoint:
             Stop: naming the step and what is not finite.
         """
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        numbers = {**losses, "the gradient": nn.utils.get_total_norm(gradients)}
+        numbers = {**losses, GRADIENT: nn.utils.get_total_norm(gradients)}
         values = torch.stack([value.detach().float() for value in numbers.values()]).tolist()  # waits for the device
         bad = [name for name, value in zip(numbers, values, strict=True) if not abs(value) < float("inf")]
         if not self.ranks.any(bool(bad)):
-            self._at = None  # the weights change from here on
+            self._at = None  # the weights change from here on: a step that is half done is not saved
             return
         self._restore_statistics()
         self.save(step - 1)
-        found = self.ranks.gather((bad, list(images) if bad else []))
-        parts = "; ".join(f"{parts[-2:][0]} in process {rank}" for rank, (parts, _) in enumerate(found) if parts)
-        names = [name for _, part in found for name in part]
-        self.log.append("nonfinite.txt", "\n".join([f"step {step}: {parts}", *(f"  {name!r}" for name in names)]))
+        found = dict(enumerate(self.ranks.gather((bad, list(images)))))
+        # the gradient is the mean over all ranks: where a rank has lost its loss, it alone has met the images
+        met = {rank: part for rank, part in found.items() if part[0] and part[0] != [GRADIENT]} or found
+        parts = "; ".join(f"{', '.join(names)} in process {rank}" for rank, (names, _) in met.items())
+        paths = [f"  {path!r}" for _, images in met.values() for path in images]
+        self.log.append("nonfinite.txt", "\n".join([f"step {step}: {parts}", *paths]))
         self.log.close(failed=True)
         where = f"{self.folder / 'nonfinite.txt'} names the images"
         raise Stop(f"step {step}: {parts} is not finite: {where}, step {self.saved} is saved; a lower --base-lr may help", 1)
@@ -187,12 +188,11 @@ class Checkpoint:
         """
         self._whole(step)
         late = time.monotonic() > self._time + 60 * SAVE_MINUTES
-        stop, late = self.ranks.any(self.signals.received is not None), self.ranks.any(late)
-        if stop or late or step % save_every == 0 or step == last:
+        event = self.ranks.max(2 * (self.signals.received or 0) + late)  # one question to all ranks; a signal saves anyway
+        if event or step % save_every == 0 or step == last:
             self.save(step)
-        if stop and step != last:
-            received = self.ranks.gather(self.signals.received)
-            raise self._stopped(step, next(number for number in received if number is not None), last)
+        if (received := event // 2) and step != last:
+            raise self._stopped(step, received, last)
 
     def _stopped(self, step: int, number: int, last: int = 0) -> Stop:
         self.log.close(failed=True)
@@ -288,16 +288,15 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged!r}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values, and is not opened: it could run code") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what torch makes of damaged bytes can be anything
         raise ValueError(f"{path} is damaged or cut short: {type(error).__name__}: {str(error).split(chr(10))[0]}") from error
-    if damaged:
-        raise ValueError(f"{path} is damaged: wrong checksum of {damaged!r}")
     missing = {"step", "settings", "optimizer"} - set(state) if isinstance(state, dict) else {"dictionary"}
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")

@@ -25,11 +25,15 @@ class Ranks(NamedTuple):
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process: the same answer in all of them."""
+        return bool(self.max(int(flag)))
+
+    def max(self, number: int) -> int:
+        """Return the largest number of all processes, in each process."""
         if self.control is None:
-            return flag
-        votes = torch.tensor(int(flag))
-        dist.all_reduce(votes, group=self.control)
-        return bool(votes)
+            return number
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
 
     def all(self, flag: bool) -> bool:
         """Return whether the flag is set in all ranks."""

@@ -6,6 +6,7 @@ import difflib
 import math
 import operator
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,7 +15,6 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -66,7 +66,7 @@ def option(
         at_most: largest value.
         below: number that each value must be less than.
         lengths: numbers of values that a tuple may have; any from 1 on if empty. (2,) is a range: low, then high.
-        path: whether the value is a path, or the name of a model that may be one; then ``~`` is the user's home.
+        path: whether the value is a path, or the name of a model that may be one: a ``~`` at its start is the user's home.
         may_change: whether ``--resume`` accepts another value than the run began with.
         section: one of `SECTIONS`, of this option and those after it.
     """
@@ -175,8 +175,9 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items() if name in fields}
     for name, value in typed.items():
         _check_length(flag(name), value, fields[name].metadata["lengths"])
-    if "encoder" in typed and "encoder_args" in preset:  # a preset's arguments are for its own encoder
-        defaults["encoder_args"] = ""
+    for name in ("encoder", "model"):  # a preset's arguments are for its own model
+        if typed.get(name, preset.get(name)) != preset.get(name) and f"{name}_args" in preset:
+            defaults[f"{name}_args"] = ""
     values = {**preset, **defaults, **typed}
     if missing := [flag(name) for name, value in values.items() if value is REQUIRED]:
         raise ValueError(f"{' and '.join(missing)} must be given; --help lists all options")
@@ -210,8 +211,9 @@ def _parser(
     hints, section, sections = typing.get_type_hints(config), SECTIONS[0], dict[str, list[str]]()
     for part in reversed(config.__mro__):  # an option stays in the section of the dataclass that declares it first
         for name in vars(part).get("__annotations__", {}):
-            if name in fields and not any(name in names for names in sections.values()):
-                section = vars(part)["__dataclass_fields__"][name].metadata["section"] or section
+            metadata = vars(part)["__dataclass_fields__"][name].metadata
+            if metadata and not any(name in names for names in sections.values()):
+                section = metadata["section"] or section
                 sections.setdefault(section, []).append(name)
     for section in sorted(sections, key=SECTIONS.index):
         group = parser.add_argument_group(section)
@@ -245,7 +247,7 @@ def _reader(kind: Any, about: Mapping[str, Any]) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         if kind is str:
-            return expand_home(text) if about["path"] else text
+            return os.path.expanduser(text) if about["path"] else text
         value: Any
         try:
             value = int(text) if kind is int else float(text)
@@ -257,17 +259,6 @@ def _reader(kind: Any, about: Mapping[str, Any]) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(f"must be {expected}, got {text[:40]!r}")
 
     return read
-
-
-def expand_home(text: str) -> str:
-    """Replace ``~`` at the start of a path, also after ``random:`` or ``local-dir:``, by the user's home."""
-    start = len(text) - len(text.removeprefix("random:").removeprefix("local-dir:"))
-    if not text[start:].startswith("~"):
-        return text
-    try:
-        return text[:start] + str(Path(text[start:]).expanduser())
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} names no user's home: ./~... is a path that starts with ~") from error
 
 
 def stated(bounds: Mapping[str, float]) -> str:
@@ -299,16 +290,10 @@ def _unknown(word: str, known: list[str]) -> str:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Wraps text, and leaves lines that two spaces begin, which are commands, as they are."""
+    """Wraps text between words, and leaves indented lines, which are commands and what they print, as they are."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        parts, lines = list[str](), text.splitlines()
-        while lines:
-            if lines[0].startswith("  ") or not lines[0].strip():
-                parts.append(lines.pop(0))
-                continue
-            words = list[str]()
-            while lines and lines[0].strip() and not lines[0].startswith("  "):
-                words.append(lines.pop(0))
-            parts.append(textwrap.fill(" ".join(words), width, break_long_words=False, break_on_hyphens=False))
-        return "\n".join(parts)
+        return re.sub(r"(?m)^\S.*(?:\n\S.*)*", lambda lines: "\n".join(self._split_lines(lines[0], width)), text)
