@@ -38,7 +38,7 @@ class Log:
         self.silent, self.bar = ranks.rank != 0, None
         self.trackers = Trackers()
         self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited, self.left = 0, 0.0, last - start
+        self.steps, self.first, self.waited, self.left = 0, 0, 0.0, last - start
         self.since: float | None = None  # of the first line's steps the first is left out: it starts workers and compiles
         if self.silent:
             return

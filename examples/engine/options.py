@@ -223,41 +223,40 @@ def _parser(
 
 def _argument(field: "dataclasses.Field[Any]", hint: Any, default: Any) -> dict[str, Any]:
     """Return what argparse takes for a field."""
-    about = field.metadata
-    notes = [f"any of {', '.join(about['choices'])}"] if about["choices"] and isinstance(field.default, tuple) else []
-    notes += [f"{stated(about['bounds'])}"] if about["bounds"].keys() - {"at least"} or about["bounds"].get("at least") else []
-    notes += [f"default: {shown(default)}"] if default not in ("", (), REQUIRED) else []
+    about, several, kinds = field.metadata, typing.get_origin(hint) is tuple, _kinds(hint)
+    notes = [f"any of {', '.join(about['choices'])}"] if about["choices"] and several else []
+    notes += [stated(about["bounds"])] if about["bounds"] not in ({}, {"at least": 0}) else []
+    notes += [f"default: {shown(default)}"] if default not in ("", (), None, REQUIRED) else []
     text = about["help"] + (f" [{'; '.join(notes)}]" if notes else "")
-    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    settings: dict[str, Any] = {"help": text.replace("%", "%%")} | ({"nargs": "+"} if several else {})
     if hint is bool:
         return settings | {"action": argparse.BooleanOptionalAction}
-    several = typing.get_origin(hint) is tuple
-    kind = typing.get_args(hint)[0] if several else hint
-    word = {int: "N", float: "X"}.get(kind, "X" if kind == float | str else field.name.rpartition("_")[2].upper())
-    settings |= {"type": _reader(kind, about), "metavar": word} | ({"nargs": "+"} if several else {})
-    return settings | ({"choices": about["choices"], "metavar": "NAME" if several else None} if about["choices"] else {})
+    if about["choices"]:
+        return settings | {"choices": about["choices"], "metavar": "NAME" if several else None}
+    if kinds & {int, float}:
+        read = partial(_number, kinds=kinds, bounds=about["bounds"])
+        return settings | {"type": read, "metavar": "N" if int in kinds else "X"}
+    return settings | {"type": os.path.expanduser if about["path"] else str, "metavar": field.name.rpartition("_")[2].upper()}
 
 
-def _reader(kind: Any, about: Mapping[str, Any]) -> Callable[[str], Any]:
-    """Return what reads a value and holds it against the range of its option."""
-    bounds: dict[str, float] = about["bounds"]
-    if not {"at most", "below"} & bounds.keys():
-        bounds = bounds | {"below": LARGEST}
+def _kinds(hint: Any) -> set[Any]:
+    """Return the types in a hint: float and str of ``tuple[float | str, ...]``."""
+    return {hint}.union(*map(_kinds, typing.get_args(hint)))
 
-    def read(text: str) -> Any:
-        if kind is str:
-            return os.path.expanduser(text) if about["path"] else text
-        value: Any
-        try:
-            value = int(text) if kind is int else float(text)
-        except ValueError:
-            value = text if kind == float | str else math.nan
-        if isinstance(value, str) or (abs(value) <= sys.float_info.max and all(BOUNDS[w](value, bounds[w]) for w in bounds)):
-            return value
-        expected = f"a {'whole' if kind is int else 'finite'} number {stated(bounds)}".strip()
-        raise argparse.ArgumentTypeError(f"must be {expected}, got {text[:40]!r}")
 
-    return read
+def _number(text: str, *, kinds: set[Any], bounds: Mapping[str, float]) -> float | str:
+    """Read a number and hold it against the range of its option."""
+    try:
+        value: float = int(text) if int in kinds else float(text)
+    except ValueError:
+        if str in kinds:
+            return text
+        value = math.nan
+    bounds = bounds if {"at most", "below"} & bounds.keys() else {**bounds, "below": LARGEST}
+    if abs(value) <= sys.float_info.max and all(BOUNDS[word](value, limit) for word, limit in bounds.items()):
+        return value
+    expected = f"a {'whole' if int in kinds else 'finite'} number {stated(bounds)}"
+    raise argparse.ArgumentTypeError(f"must be {expected}, got {text[:40]!r}")
 
 
 def stated(bounds: Mapping[str, float]) -> str:
