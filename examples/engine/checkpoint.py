@@ -76,15 +76,15 @@ class Checkpoint:
             raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
         changed = changed_settings(self.found["settings"], self.settings, may_change) if self.found else []
         if ranks.rank == 0:
-            if (
-                self.found and name == PREVIOUS and (folder / NEWEST).exists()
-            ):  # the next save must not put it over the good one
+            if self.found and name == PREVIOUS and (folder / NEWEST).exists():
+                # the next save would put the damaged one over the good one
                 os.replace(folder / NEWEST, folder / DAMAGED)
             if self.found:
                 print(f"resuming {folder} after step {self.step}" + "".join(f"; {line}" for line in changed), flush=True)
             elif resume:
                 print(f"no checkpoint in {folder}: starting at step 0", flush=True)
         self.saved, self.failure, self._time = self.step, "", time.monotonic()
+        self._at: int | None = None  # the step after which the state is now; None while the optimizer changes it
 
     def restore(self, log: Log, signals: Signals, *, model: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> None:
         """Name what is saved, and load what the checkpoint holds of it: all of it, or nothing.
@@ -135,10 +135,10 @@ class Checkpoint:
         try:
             yield
         except BaseException as error:
-            if self._at is not None:
+            if (step := self._at) is not None:
                 self._restore_statistics()
-                if self._at != self.saved:
-                    self.save(self._at)
+                if step != self.saved:
+                    self.save(step)
             if isinstance(error, KeyboardInterrupt):
                 raise self._stopped(self.saved, int(error.args[0] if error.args else 2)) from error
             if self.saved and not isinstance(error, Stop):
@@ -166,7 +166,7 @@ class Checkpoint:
         values = torch.stack([value.detach().float() for value in numbers.values()]).tolist()  # waits for the device
         bad = [name for name, value in zip(numbers, values, strict=True) if not abs(value) < float("inf")]
         if not self.ranks.any(bool(bad)):
-            self._at = None  # the weights change from here on: a step that is half done is not saved
+            self._at = None
             return
         self._restore_statistics()
         self.save(step - 1)
@@ -203,7 +203,7 @@ class Checkpoint:
 
     def _whole(self, step: int) -> None:
         """Note that the state is that after ``step``; batch statistics, which a forward pass changes, are copied."""
-        self._at: int | None = step
+        self._at = step
         self._statistics = [[buffer.clone() for buffer in norm.buffers()] for norm in self._norms]
 
     def _restore_statistics(self) -> None:
@@ -255,7 +255,8 @@ def write(folder: Path, state: Mapping[str, Any]) -> str:
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that fails
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else "torch could not write all of it"
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or "torch could not write all of it"
         free = f", {shutil.disk_usage(folder).free >> 20} MB are free" if folder.exists() else ""
         return f"cannot write {newest}: {reason}{free}; make room"
     return ""
@@ -300,7 +301,7 @@ def read(path: Path) -> dict[str, Any]:
     missing = {"step", "settings", "optimizer"} - set(state) if isinstance(state, dict) else {"dictionary"}
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
-    return dict(state)
+    return state  # type: ignore[no-any-return]
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:

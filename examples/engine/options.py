@@ -126,6 +126,8 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Presets, 
     except RuntimeError as error:
         if reason := explain_loader_error(error):
             _end(reason, 1)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            _end(f"--compile does not work here ({first_line(error)}): leave it out", 1)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not any(word in str(error).lower() for word in LOST):
             raise
         _end(f"another process of this run has ended, see its message; --resume continues ({first_line(error)})", 1)
@@ -211,8 +213,9 @@ def _parser(
     hints, section, sections = typing.get_type_hints(config), SECTIONS[0], dict[str, list[str]]()
     for part in reversed(config.__mro__):  # an option stays in the section of the dataclass that declares it first
         for name in vars(part).get("__annotations__", {}):
-            if name in fields and not any(name in names for names in sections.values()):
-                section = vars(part)["__dataclass_fields__"][name].metadata["section"] or section
+            own = vars(part)["__dataclass_fields__"][name].metadata  # empty where a plain field becomes an option below
+            if own and name in fields and not any(name in names for names in sections.values()):
+                section = own["section"] or section
                 sections.setdefault(section, []).append(name)
     for section in sorted(sections, key=SECTIONS.index):
         group = parser.add_argument_group(section)

@@ -81,7 +81,7 @@ class Evaluation:
         part = Part(self.source, draw(len(self.source), min(self.limit, CROPPED)))
         if len(part) < 2:
             return {}
-        cfg: Mapping[str, Any] = self.pooled.model.pretrained_cfg  # type: ignore[assignment]
+        cfg: Mapping[str, Any] = self.pooled.model.pretrained_cfg
         encode = OfViews(self.pooled, partial(normalize, mean=cfg["mean"], std=cfg["std"]))
         features, _ = self.extract(encode, part, self.crops, batch_size=8)
         return {"retrieval": 100 * view_retrieval(features.unflatten(1, (self.crops.num_views, -1)))}

@@ -35,7 +35,8 @@ class CentreCrop:
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Return the centre of an image; nothing is random."""
-        return (self.crop(image).float() / 255 - self.mean) / self.std
+        pixels: Tensor = self.crop(image)
+        return (pixels.float() / 255 - self.mean) / self.std
 
 
 def evaluation_transform(model: nn.Module, **pixels: Any) -> EvalTransform | CentreCrop:
