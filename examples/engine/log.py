@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,7 +154,7 @@ class Log:
 
 def in_words(record: Mapping[str, Any]) -> str:
     """Return the numbers of `CLOCK` as a user reads them; empty without any."""
-    parts = {
+    parts: dict[str, Callable[[float], str]] = {
         "images_per_second": lambda value: f"{value:.0f} images/s" if value >= 100 else f"{value:.1f} images/s",
         "waiting": "{:.0%} waiting for data".format,
         "memory_gb": "{:.2f} GB".format,

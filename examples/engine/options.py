@@ -213,9 +213,9 @@ def _parser(
     hints, section, sections = typing.get_type_hints(config), SECTIONS[0], dict[str, list[str]]()
     for part in reversed(config.__mro__):  # an option stays in the section of the dataclass that declares it first
         for name in vars(part).get("__annotations__", {}):
-            own = vars(part)["__dataclass_fields__"][name].metadata  # empty where a plain field becomes an option below
-            if own and name in fields and not any(name in names for names in sections.values()):
-                section = own["section"] or section
+            metadata = vars(part)["__dataclass_fields__"][name].metadata  # empty where a plain field becomes an option below
+            if metadata and name in fields and not any(name in names for names in sections.values()):
+                section = metadata["section"] or section
                 sections.setdefault(section, []).append(name)
     for section in sorted(sections, key=SECTIONS.index):
         group = parser.add_argument_group(section)

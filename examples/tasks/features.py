@@ -36,7 +36,8 @@ class CentreCrop:
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Return the centre of an image; nothing is random."""
         pixels: Tensor = self.crop(image)
-        return (pixels.float() / 255 - self.mean) / self.std
+        normalised: Tensor = (pixels.float() / 255 - self.mean) / self.std
+        return normalised
 
 
 def evaluation_transform(model: nn.Module, **pixels: Any) -> EvalTransform | CentreCrop:
