@@ -9,6 +9,7 @@ import sys
 import typing
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import EXAMPLES, run_script
@@ -16,6 +17,7 @@ from running import EXAMPLES, run_script
 sys.path.insert(0, str(EXAMPLES))
 
 from engine.options import SECTIONS, RunConfig, changeable, flag, option, parse, redefine, run
+from engine.signals import NOTHING_SAVED, Stop
 
 SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
 OPTIONS = [(name, field) for name, script in SCRIPTS.items() for field in dataclasses.fields(script.Config) if field.metadata]
@@ -163,6 +165,39 @@ def test_a_preset_sets_defaults_what_is_typed_wins_and_its_arguments_are_for_its
     assert parse(Config, PRESETS, None, ["--data", "x"]).epochs is None
     monkeypatch.setenv("HOME", "/somebody")
     assert parse(Config, PRESETS, None, ["--data=~/x", "--encoder-args=~/y"]).data == "/somebody/x"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (Stop("why", 3), 3, "error: why"),
+        (Stop("stopped after step 4", 143), 143, "stopped after step 4"),
+        (KeyboardInterrupt(15), 143, NOTHING_SAVED),
+        (ValueError("two\nlines"), 2, "error: two lines"),
+        (
+            torch.OutOfMemoryError("CUDA\nmore"),
+            1,
+            "error: the memory is used up (CUDA): use a smaller --batch-size, or fewer --workers",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed"), 1, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_becomes_one_line_and_an_exit_code(error, code, line, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(sys, "argv", ["script", "--data", "x"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "stderr", sys.stderr)
+        patch.setattr(sys, "stdout", sys.stdout)
+        run(fail, Config, PRESETS, None)
+    err = capsys.readouterr().err
+    assert end.value.code == code and err.count("\n") == 1 and (err == f"{line}\n" or line is None), err
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -26,7 +26,7 @@ SCRIPTS = {
     "adapt.py": [*ARGUMENTS[2:], "--data", "images/train", "--epochs", 10, "--no-pretrained", "--encoder", MODEL[7:]],
     "finetune.py": ["--preset", "quick", *LABELLED, "--model", MODEL],
     "linear_probe.py": ["--preset", "quick", *LABELLED, "--models", MODEL, "--no-cached", "--few-shot", 0],
-    "detect.py": [*DENSE, "--fc-width", 16],
+    "detect.py": DENSE,
     "segment.py": [*DENSE, "--stride", 32],
 }
 SIGNALS = {"term": signal.SIGTERM, "hup": getattr(signal, "SIGHUP", None), "int": signal.SIGINT}  # Windows has no SIGHUP

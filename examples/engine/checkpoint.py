@@ -60,17 +60,18 @@ class Checkpoint:
         self, folder: Path, settings: Mapping[str, Any], ranks: Ranks, *, may_change: frozenset[str], resume: bool
     ) -> None:
         self.folder, self.settings, self.ranks, self.resume = folder, dict(settings), ranks, resume
-        problem = ""
+        self.found, name, problem = None, "", ""
         try:
             if ranks.rank == 0:
                 self._lock = lock(folder)
             self.found, name = read_newest(folder)
         except Stop as error:
             problem = str(error)
-        if problem := next(filter(None, ranks.gather(problem)), ""):
-            raise Stop(problem)
         self.step: int = self.found["step"] if self.found else 0
-        if len(steps := ranks.gather(self.step)) != steps.count(self.step):
+        steps, problems = zip(*ranks.gather((self.step, problem)), strict=True)
+        if any(problems):
+            raise Stop(next(filter(None, problems)))
+        if len({*steps}) > 1:
             raise Stop(f"the processes find different checkpoints in {folder} (steps {steps}): put it on a disk they all share")
         if self.found and not resume:
             raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
@@ -108,7 +109,8 @@ class Checkpoint:
             for name, thing in self.objects.items():
                 (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.found[name])
         self.found = None  # free its memory
-        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
         self._whole(self.step)
 
     def _check_fit(self, found: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -170,6 +172,7 @@ class Checkpoint:
             return
         self._restore_statistics()
         self.save(step - 1)
+        self._agree()
         found = dict(enumerate(self.ranks.gather((bad, list(images)))))
         # the gradient is the mean over all ranks: where a rank has lost its loss, it alone has met the images
         met = {rank: part for rank, part in found.items() if part[0] and part[0] != [GRADIENT]} or found
@@ -192,6 +195,7 @@ class Checkpoint:
         if event or step % save_every == 0 or step == last:
             self.save(step)
         if (received := event // 2) and step != last:
+            self._agree()
             raise self._stopped(step, received, last)
 
     def _stopped(self, step: int, number: int, last: int = 0) -> Stop:
@@ -201,15 +205,17 @@ class Checkpoint:
         saved = f"step {step} is saved" if self.saved == step else f"only step {self.saved} is saved ({self.failure})"
         return Stop(f"stopped after step {step}{f' of {last}' if last else ''}; {saved}: {self.again()}", 128 + number)
 
+    def _agree(self) -> None:
+        """Let all ranks know what the first one, which writes, has saved; all of them must call it."""
+        self.saved, self.failure = self.ranks.gather((self.saved, self.failure))[0]
+
     def _whole(self, step: int) -> None:
         """Note that the state is that after ``step``; batch statistics, which a forward pass changes, are copied."""
-        self._at = step
-        self._statistics = [[buffer.clone() for buffer in norm.buffers()] for norm in self._norms]
+        self._at, self._statistics = step, [buffer.clone() for buffer in self._buffers]
 
     def _restore_statistics(self) -> None:
-        for norm, statistics in zip(self._norms, self._statistics, strict=True):
-            for buffer, before in zip(norm.buffers(), statistics, strict=True):
-                buffer.copy_(before)
+        for buffer, before in zip(self._buffers, self._statistics, strict=True):
+            buffer.copy_(before)
 
     def save(self, step: int) -> None:
         """Write the state after ``step``; where that fails, warn and go on."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from engine.distributed import DEVICES
@@ -119,8 +120,8 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Presets, 
         main(parse(config, presets, about))
     except KeyboardInterrupt as error:
         _end(NOTHING_SAVED, 128 + (error.args[0] if error.args else signal.SIGINT))
-    except MemoryError as error:
-        _end(f"the memory is used up ({error}): use a smaller --batch-size, or fewer --workers", 1)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _end(f"the memory is used up ({first_line(error)}): use a smaller --batch-size, or fewer --workers", 1)
     except (Stop, ValueError, TypeError, OSError, ImportError) as error:
         _end(str(error), error.code if isinstance(error, Stop) else 2)
     except RuntimeError as error:
@@ -211,12 +212,9 @@ def _parser(
         allow_abbrev=False,
     )
     hints, section, sections = typing.get_type_hints(config), SECTIONS[0], dict[str, list[str]]()
-    for part in reversed(config.__mro__):  # an option stays in the section of the dataclass that declares it first
-        for name in vars(part).get("__annotations__", {}):
-            metadata = vars(part)["__dataclass_fields__"][name].metadata  # empty where a plain field becomes an option below
-            if metadata and name in fields and not any(name in names for names in sections.values()):
-                section = metadata["section"] or section
-                sections.setdefault(section, []).append(name)
+    for name, field in fields.items():  # an option that is declared again below keeps its place
+        section = field.metadata["section"] or section
+        sections.setdefault(section, []).append(name)
     for section in sorted(sections, key=SECTIONS.index):
         group = parser.add_argument_group(section)
         for name in sections[section]:
