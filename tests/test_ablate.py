@@ -41,7 +41,8 @@ def photographs(tmp_path_factory):
 
 
 def arguments(photographs, *more):
-    given = ["--data", photographs, "--output-dir", "ablation", "--seeds", 0, "--pretrain", TINY, "--probe", PROBE, *more]
+    given = ["--data", photographs, "--output-dir", "ablation", "--seeds", 0]
+    given += ["--pretrain", TINY, "--finetune", "", "--probe", PROBE, *more]
     return list(map(str, given))
 
 
