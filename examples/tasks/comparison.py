@@ -102,9 +102,11 @@ def _cell(summary: dict[str, Any] | None) -> str:
 
 def draw(path: Path, found: dict[str, Any]) -> None:
     """Draw each arm's mean, deviation and single runs into a PNG: a panel for each measure, a row for each arm and table."""
+    from matplotlib.transforms import blended_transform_factory
+
     rows: list[tuple[str, dict[str, Any]]] = []
     for table, arms in found.items():
-        rows += [(table.replace("_", " ").upper(), {}), *((arm["arm"], arm) for arm in arms)]
+        rows += [(table.replace("_", " "), {}), *((arm["arm"], arm) for arm in arms)]
     with plot(path, 1, len(MEASURES), figsize=(9.5, 1.6 + 0.19 * len(rows)), sharey=True) as (figure, panels):
         for axis, (measure, title) in zip(panels[0], MEASURES.items(), strict=True):
             means = [(place, row[measure]) for place, (_, row) in enumerate(rows) if row.get(measure)]
@@ -124,7 +126,12 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             for place, (_, row) in enumerate(rows):
                 if not row:
                     axis.axhspan(place - 0.5, place + 0.5, color="0.92", zorder=2)
-        axes = panels[0][0]
-        axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9)
+        axes, last = panels[0][0], panels[0][-1]
+        arms = {place: name for place, (name, row) in enumerate(rows) if row}
+        axes.set_yticks(list(arms), list(arms.values()), fontsize=9)
         axes.set_ylim(len(rows) - 0.5, -0.5)
+        across = blended_transform_factory(axes.transAxes, last.transData)
+        for place, (name, row) in enumerate(rows):
+            if not row:  # written on the last panel, so that no other covers it
+                last.text(0.02, place, name, va="center", fontsize=9, transform=across).set_in_layout(False)
         figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9)
