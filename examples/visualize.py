@@ -108,7 +108,8 @@ def load(config: Config, name: str, device: torch.device) -> Model:
     """Build a model at the size of the images."""
     torch.manual_seed(config.seed)
     size = config.image_size
-    vit: Any = check_encoder(load_backbone(name, **({"img_size": (size[0], size[-1])} if size else {})))
+    options: dict[str, Any] = {"img_size": (size[0], size[-1])} if size else {}
+    vit: Any = check_encoder(load_backbone(name, **options))
     pixels = {"in_chans": vit.patch_embed.proj.in_channels, "background": with_background(config, name).background}
     return Model(name, vit.to(device).eval(), evaluation_transform(vit, **pixels))
 
