@@ -50,7 +50,7 @@ from tasks.pretraining import (
     view_loader,
 )
 from tasks.splits import open_splits
-from tasks.starting import starting_weights, told, with_background
+from tasks.models import describe_start, starting_weights, with_background
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"help": "the paper's run, ViT-B/16 at 224 pixels, 1600 epochs", "warmup": 40 / 1600},
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
     loader = view_loader(config, encoder, images, length, checkpoint.step, last, ranks)
     training = f"{describe_length(length, config)}; {config.optimizer} on {device}"
-    weights = f"{told(start)}{taken}" if start else "random"
+    weights = f"{describe_start(start)}{taken}" if start else "random"
     parts = {"start": weights, "trained": trained_part, "images": images.listed, "split": images.splits.note}
     about = describe_run(log, config, model, settings, **parts, training=training, evaluation=evaluation.describe())
     if not checkpoint.step:

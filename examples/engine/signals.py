@@ -78,6 +78,21 @@ class Signals:
             signal.signal(number, handler)
 
     @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let a signal end work that saves nothing, such as computing features, once it has lasted `PATIENCE` seconds more.
+
+        Raises:
+            KeyboardInterrupt: with the signal's number.
+        """
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+        if self.received is not None:
+            raise KeyboardInterrupt(self.received)
+
+    @contextmanager
     def saving(self) -> Iterator[None]:
         """Let a save end, whatever signals come."""
         before, self._saving = self._saving, True

@@ -10,7 +10,7 @@ from engine.distributed import in_bf16
 from engine.optim import OPTIMIZERS
 from engine.options import REQUIRED, RunConfig, option, redefine
 from mvmae.data import MAX_PIXELS
-from tasks.starting import start_encoder
+from tasks.models import start_encoder
 
 HEAD = 32
 """Width of a head of a decoder whose size follows the encoder's."""
@@ -129,8 +129,8 @@ class Config(RunConfig):
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory", may_change=True)
     warmup: float = 0.05  # share of the run, where --warmup-epochs is not given
     # what adapt.py makes options of
-    pretrained: bool = False
     arch: str = ""
+    pretrained: bool = False
     freeze: float = 0.0
     train_blocks: int = 0
     layer_decay: float = 1.0

@@ -19,7 +19,7 @@ from mvmae.files import write_json, write_text
 from mvmae.hub import export
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
-from tasks.backbones import summary
+from tasks.models import summary
 from tasks.drawn_images import varied
 from tasks.evaluation import Evaluation, report
 from tasks.inputs import normalize

@@ -17,7 +17,7 @@ from engine.distributed import Ranks
 from engine.signals import Stop
 from mvmae.data import ImageSource, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
 from mvmae.weights import PRETRAINING_FILE, read_pretraining
-from tasks.backbones import find_weights
+from tasks.models import find_weights
 from tasks.inputs import augmented, channel_statistics, jittered
 from tasks.method import Config
 from tasks.splits import Joined, Part, Splits, draw, open_splits, passed_over
