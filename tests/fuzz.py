@@ -32,8 +32,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from engine.checkpoint import read_checkpoint, save_checkpoint
-from engine.ends import Stop
+from engine.checkpoint import read as read_checkpoint
+from engine.checkpoint import write as save_checkpoint
+from engine.signals import Stop
 from mvmae import MultiViewTransform
 from mvmae.data import ImageError, open_images
 from mvmae.files import WeightsError

@@ -9,6 +9,7 @@ import mvmae
 from engine.distributed import in_bf16
 from engine.optim import OPTIMIZERS
 from engine.options import REQUIRED, RunConfig, option, redefine
+from engine.signals import Stop
 from mvmae.data import MAX_PIXELS
 from tasks.models import start_encoder
 
@@ -148,6 +149,8 @@ def build_model(config: Config, device: torch.device) -> mvmae.MultiViewMAE:
         image_size=config.image_size,
         in_chans=config.in_chans,
     )
+    if not len(encoder.blocks):
+        raise Stop("--encoder-args: depth must be at least 1, got 0")
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     projector = None
     if config.projector:
