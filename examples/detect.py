@@ -42,7 +42,7 @@ from mvmae.files import write_json, write_text
 from mvmae.visualize import contact_sheet, to_pillow
 from tasks.coco import CocoData, evaluate, to_coco
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
-from tasks.starting import with_background
+from tasks.models import with_background
 
 COLOURS = ["red", "deepskyblue", "lime", "gold", "magenta", "orange", "cyan", "white"]
 TILE = 256  # pixels that a picture is wide at least

@@ -31,6 +31,7 @@ from tasks.gains import compare, draw, table
 from tasks.inputs import normalize
 from tasks.method import Config as Config
 from tasks.method import build_model
+from tasks.models import describe_start, starting_weights, with_background
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     DROPOUT,
@@ -50,7 +51,6 @@ from tasks.pretraining import (
     view_loader,
 )
 from tasks.splits import open_splits
-from tasks.models import describe_start, starting_weights, with_background
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"help": "the paper's run, ViT-B/16 at 224 pixels, 1600 epochs", "warmup": 40 / 1600},

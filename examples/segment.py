@@ -33,7 +33,7 @@ from mvmae.files import write_json
 from mvmae.visualize import contact_sheet
 from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
-from tasks.starting import with_background
+from tasks.models import with_background
 
 Prepare = Callable[[Tensor], Tensor]
 """Brings uint8 images to the device and normalises them."""

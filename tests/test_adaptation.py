@@ -21,15 +21,16 @@ from mvmae.hub.export import PRETRAINED
 from mvmae.metrics import linear_cka, mean_cosine
 
 sys.path.append(str(EXAMPLES))
-import adapt as adapt_script
-import pretrain
 from engine.cli import parse
-from engine.distributed import Processes
 from tasks.backbones import save_classifier
 from tasks.monitor import report
+from tasks.starting import starting_weights, told
+
+import adapt as adapt_script
+import pretrain
+from engine.distributed import Processes
 from tasks.pretraining import open_data
 from tasks.splits import open_splits
-from tasks.starting import starting_weights, told
 
 ALONE = Processes(0, 1, torch.device("cpu"), None)
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -473,6 +474,7 @@ def test_a_value_range_keeps_the_depth_of_twelve_bits(tmp_path):
 def test_jitter_of_the_command_line_changes_the_views_and_refuses_what_has_no_colour(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     from engine.ends import Stop
+
     from tasks.inputs import jittered
 
     red = np.broadcast_to(np.array([200, 20, 20], dtype=np.uint8), (40, 50, 3))

@@ -19,6 +19,7 @@ from mvmae.data import DatasetSource
 
 sys.path.append(str(EXAMPLES))
 from engine.ends import Stop
+
 from tasks.feature_files import part_file, read_part, read_parts, write_part
 
 COUNT = 20

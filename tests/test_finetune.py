@@ -16,9 +16,10 @@ from running import EXAMPLES, run_processes, run_script
 from mvmae import hub
 
 sys.path.append(str(EXAMPLES))
-import finetune
 from engine.cli import parse
 from tasks.backbones import add_head, load_backbone
+
+import finetune
 
 COLOURS = ((250, 40, 40), (40, 250, 40), (40, 40, 250))
 RUN = ["--preset", "quick", "--device", "cpu", "--workers", 0, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1]

@@ -14,8 +14,9 @@ from running import EXAMPLES
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 sys.path.append(str(EXAMPLES))
-from engine.distributed import Processes
 from engine.ends import Stop
+
+from engine.distributed import Processes
 from tasks.labelled import InOrder, Seeded, accuracy, count_right, each_once, to_pil
 from tasks.splits import hold_out, open_labelled, open_splits
 

@@ -18,10 +18,11 @@ from test_finetune import place as place
 from mvmae.metrics import knn_accuracy
 
 sys.path.append(str(EXAMPLES))
-import linear_probe
 from engine.cli import parse
-from engine.distributed import Processes
 from engine.ends import StopSignal
+
+import linear_probe
+from engine.distributed import Processes
 from engine.optim import cosine_schedule
 from tasks.labelled import Seeded
 from tasks.probe import few_label_accuracy, freeze, logistic_regression, pooled, table

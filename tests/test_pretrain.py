@@ -22,6 +22,7 @@ from mvmae.data import open_images
 
 sys.path.append(str(EXAMPLES))
 from engine.cli import parse
+
 from engine.optim import build_optimizer
 from pretrain import PRESETS
 from tasks.drawn_images import varied

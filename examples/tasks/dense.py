@@ -27,7 +27,7 @@ from mvmae.data import FileSource, NamedImages, StepSampler, colour, make_loader
 from mvmae.dense import WindowedViT
 from mvmae.files import write_json
 from mvmae.patches import sincos_table
-from tasks.backbones import load_backbone, summary, timm_arguments
+from tasks.models import load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 

@@ -17,9 +17,9 @@ from engine.distributed import Ranks
 from engine.signals import Stop
 from mvmae.data import ImageSource, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
 from mvmae.weights import PRETRAINING_FILE, read_pretraining
-from tasks.models import find_weights
 from tasks.inputs import augmented, channel_statistics, jittered
 from tasks.method import Config
+from tasks.models import find_weights
 from tasks.splits import Joined, Part, Splits, draw, open_splits, passed_over
 
 MASKS, DROPOUT = -1, -2
