@@ -10,7 +10,7 @@ from engine.distributed import in_bf16
 from engine.optim import OPTIMIZERS
 from engine.options import REQUIRED, RunConfig, option, redefine
 from mvmae.data import MAX_PIXELS
-from tasks.starting import start_encoder
+from tasks.models import start_encoder
 
 HEAD = 32
 """Width of a head of a decoder whose size follows the encoder's."""
