@@ -30,7 +30,7 @@ from engine.options import parse
 from engine.signals import Stop
 from tasks.drawn_images import varied
 from tasks.method import Config, build_model
-from tasks.pretraining import describe_length, fit_length, random_views, step_mask
+from tasks.pretraining import describe_length, fit_length, step_mask
 from tasks.splits import open_splits
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def test_options_of_the_losses_reach_them():
     assert 0 < losses_of("--norm-pix").loss_rec < 2 < 4 < losses_of("--no-norm-pix").loss_rec  # 1 and 2.4^2
     alike = losses_of("--temperature", 1e6)  # 15 of the 16 views are candidates, each as likely as the others
     assert alike.loss_con.item() == pytest.approx(math.log(15), rel=1e-5)
-    assert abs(losses_of().loss_con - math.log(15)) > 0.01
+    assert abs(losses_of().loss_con - math.log(15)) > 1e-3
     assert losses_of("--loss-weight", 0).loss_con == 0 and losses_of("--projector", 4).projected.shape == (8, 2, 4)
     assert losses_of("--mask-ratio", 0.5).mask.visible.shape == (16, 8)
     layers = build_model(config_of(*TINY, "--projector", 4), CPU).projector
@@ -150,15 +150,6 @@ def test_every_step_has_masks_of_its_own_and_processes_share_them():
     assert torch.equal(first, again) and not torch.equal(first, other) and len(first.unique(dim=0)) > 8
     halves = [step_mask(config, encoder, 8, 1, Ranks(rank, 2, CPU, None)).masked for rank in range(2)]
     assert torch.equal(torch.cat(halves), first)
-
-
-def test_one_crop_twice_is_the_same_view_twice():
-    for given, equal in ((["--same-crop"], True), ([], False)):
-        config = config_of(*TINY, *given)
-        views = random_views(config, build_model(config, CPU).encoder, 2)(
-            np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8), generator=torch.Generator().manual_seed(0)
-        )
-        assert torch.equal(views[0], views[1]) == equal
 
 
 @pytest.mark.parametrize(("precision", "exact"), [("auto", True), ("float32", True), ("bf16", False)])

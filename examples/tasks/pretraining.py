@@ -217,4 +217,4 @@ def load_run(model: mvmae.MultiViewMAE, config: Config) -> str:
         if own and found.keys() == own.keys() and all(found[key].shape == own[key].shape for key in own):
             part.load_state_dict(found)
             taken.append(name)
-    return f"; {' and '.join(taken) or 'neither decoder nor projector'} too"
+    return f"; {' and '.join(taken)} too" if taken else "; neither its decoder nor its projector fits"
