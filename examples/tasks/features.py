@@ -60,7 +60,7 @@ class Pooled(nn.Module):
 
     Args:
         model: of timm.
-        pool: ``"avg"``: the mean patch token of a transformer; ``"token"``: its class token; ``"model"``: what timm pools for
+        pool: ``"logits"``: of a classifier, what it computes; else what it would be computed from, ``"avg"``: the mean patch token of a transformer; ``"token"``: its class token; ``"model"``: what timm pools for
             its classifier, which for the encoders of this package is the mean patch token too. Of other models all three are
             what timm pools.
     """
@@ -76,6 +76,9 @@ class Pooled(nn.Module):
 
     def forward_head(self, tokens: Tensor, *, pre_logits: bool = True) -> Tensor:
         """Pool (B, T, D) to (B, D)."""
+        if self.pool == "logits":
+            logits: Tensor = self.model.forward_head(tokens)
+            return logits
         prefix = getattr(self.model, "num_prefix_tokens", None)
         if self.pool == "model" or tokens.ndim != 3 or prefix is None:
             pooled: Tensor = self.model.forward_head(tokens, pre_logits=pre_logits)
