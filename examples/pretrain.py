@@ -12,6 +12,8 @@ the weights of an existing encoder, on images of your own, use adapt.py.
 """
 
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from engine.options import changeable
 from engine.options import run as run_script
 from engine.signals import Signals
 from mvmae.data import sample_seed
+from mvmae.hub import describe
 from tasks.best import Best
 from tasks.evaluation import VIEWS, Evaluation
 from tasks.gains import compare, draw, table
@@ -128,8 +131,11 @@ def main(config: Config) -> None:
     checkpoint = Checkpoint(Path(config.output_dir), settings, ranks, may_change=changeable(Config), resume=config.resume)
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     best, before = Best(encoder), dict[str, float]()
+    record = {"description": describe(model), "mean": list(mean), "std": list(std)}  # for export.py, like the rest of it
+    record |= {"start": start, "command": shlex.join(["python", *sys.argv])}
     log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, length.batch_size), Signals()
-    checkpoint.restore(log, signals, model=model, optimizer=optimizer, best=best, before=before)
+    more = {"best": best} if config.pretrained else {}
+    checkpoint.restore(log, signals, model=model, optimizer=optimizer, before=before, about=record, **more)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
     loader = view_loader(config, encoder, images, length, checkpoint.step, last, ranks)
@@ -139,7 +145,8 @@ def main(config: Config) -> None:
     about = describe_run(log, config, model, settings, **parts, training=training, evaluation=evaluation.describe())
     if not checkpoint.step:
         before.update(evaluate(log, evaluation, model, pictures, 0))
-        best.consider(0, before, evaluation.images)
+        if config.pretrained:
+            best.consider(0, before, evaluation.images)
 
     # one wrapped model for the whole run: a stage scales a learning rate or the weight of a loss
     trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=length.alone > 0)  # type: ignore[arg-type]
