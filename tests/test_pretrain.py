@@ -1,4 +1,4 @@
-"""examples/pretrain.py and the tasks below it: the length of a run, its recipe, its stages, what it leaves and how it resumes."""
+"""examples/pretrain.py and the tasks below it: length, recipe and stages of a run, what it leaves and how it resumes."""
 
 import json
 import math
