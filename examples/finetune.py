@@ -24,7 +24,7 @@ import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
-from torch import Tensor, nn
+from torch import nn
 
 from engine.checkpoint import Checkpoint
 from engine.distributed import autocast, parallel, start_ranks, to_device
@@ -36,7 +36,7 @@ from mvmae.data import EvalTransform, StepSampler, sample_seed
 from mvmae.files import write_json
 from mvmae.hub import describe
 from tasks import models
-from tasks.features import extract
+from tasks.features import Pooled, extract
 from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
 from tasks.plots import draw_curves
 from tasks.splits import open_labelled
@@ -134,23 +134,6 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     return peak * cosine(step, config.epochs * steps_per_epoch, warmup, min(MIN_LR / peak, 1.0))
 
 
-class Classifier(nn.Module):
-    """A model whose logits (B, classes) are the features that `extract` computes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Compute the logits."""
-        logits: Tensor = self.model(images)
-        return logits
-
-    def forward_head(self, logits: Tensor, *, pre_logits: bool = True) -> Tensor:
-        """Return them."""
-        return logits
-
-
 def main(config: Config) -> None:
     """Train, evaluate on the way, write the result for people and programs."""
     start, ranks = time.monotonic(), start_ranks(config.device)
@@ -197,7 +180,7 @@ def main(config: Config) -> None:
     def evaluate(step: int) -> dict[str, float]:
         """Measure, log, and export the model where it is the best or the last."""
         with autocast(config.precision, ranks.device):
-            logits, targets = extract(Classifier(model), data.val, centre, ranks, **loading)
+            logits, targets = extract(Pooled(model, "logits"), data.val, centre, ranks, **loading)
         result = accuracy(logits, targets)
         log.write(step=step, **result)
         for name, wanted in (("best", result["top1"] > best["top1"]), ("last", step == last)):

@@ -5,6 +5,7 @@ Shapes: N images, n of a part, D width of a feature.
 
 import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,8 +49,9 @@ class Parts:
 
     def write(self, rows: range, features: Features, bad: dict[int, str]) -> None:
         """Save the features of consecutive images, (n, D), and why some of them cannot be read, by their rows in the file."""
-        texts = {"of": np.array(self.of), "bad": np.array(json.dumps(bad))}
-        replace_file(self.path(rows), lambda path: _save(path, {"features": features, **texts}))
+        content = io.BytesIO()
+        np.savez(content, features=features, of=np.array(self.of), bad=np.array(json.dumps(bad)))
+        replace_file(self.path(rows), lambda path: path.write_bytes(content.getvalue()))
 
     def read(self, rows: range) -> tuple[Features, dict[int, str]]:
         """Read a part back.
@@ -76,11 +78,6 @@ class Parts:
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **content)
 
 
 def write_array(path: Path, source: ImageSource, parts: Iterable[tuple[range, Features]]) -> None:

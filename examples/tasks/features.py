@@ -62,7 +62,7 @@ class Pooled(nn.Module):
         model: of timm.
         pool: ``"avg"``: the mean patch token of a transformer; ``"token"``: its class token; ``"model"``: what timm pools for
             its classifier, which for the encoders of this package is the mean patch token too. Of other models all three are
-            what timm pools.
+            what timm pools. ``"logits"``: what a model with a head computes, instead of a feature.
     """
 
     def __init__(self, model: Any, pool: str = "avg") -> None:
@@ -77,8 +77,8 @@ class Pooled(nn.Module):
     def forward_head(self, tokens: Tensor, *, pre_logits: bool = True) -> Tensor:
         """Pool (B, T, D) to (B, D)."""
         prefix = getattr(self.model, "num_prefix_tokens", None)
-        if self.pool == "model" or tokens.ndim != 3 or prefix is None:
-            pooled: Tensor = self.model.forward_head(tokens, pre_logits=pre_logits)
+        if self.pool in ("model", "logits") or tokens.ndim != 3 or prefix is None:
+            pooled: Tensor = self.model.forward_head(tokens, pre_logits=self.pool != "logits")
             return pooled
         if self.pool == "token" and getattr(self.model, "cls_token", None) is None:
             raise Stop("--pool token must have a model with a class token, got one without: use --pool avg")

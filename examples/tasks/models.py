@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 import mvmae
@@ -242,21 +241,6 @@ def with_background(config: Config, name: str, arch: str = "") -> Config:
     chosen: str = config.background or own or "white"
     colour(chosen)
     return dataclasses.replace(config, background=chosen)
-
-
-def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Group all trained parameters: each layer of the encoder with a share of the learning rate, new parts with all of it.
-
-    A layer's share, ``lr_scale``, is ``layer_decay`` times that of the layer above (BEiT; MAE's fine-tuning).
-    """
-    encoder: Any = model.encoder
-    fixed = tuple(encoder.no_weight_decay())
-    layers = param_groups_layer_decay(encoder, weight_decay=weight_decay, no_weight_decay_list=fixed, layer_decay=layer_decay)
-    groups: list[dict[str, Any]] = [{**group, "encoder": True} for group in layers]
-    for part in (model.decoder, model.projector):
-        new = param_groups_weight_decay(part, weight_decay=weight_decay, no_weight_decay_list=("mask_token",))
-        groups += [{**group, "encoder": False} for group in new]
-    return [group for group in groups if group["params"]]
 
 
 def add_head(model: Any, num_classes: int, *, std: float) -> None:

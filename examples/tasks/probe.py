@@ -24,7 +24,7 @@ EPS = 1e-6  # added to a feature's variance (MAE)
 def measure(
     train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], *, neighbours: int = NEIGHBOURS, few_shot: Sequence[int] = ()
 ) -> dict[str, float]:
-    """Compute ``rank``, the effective rank, ``knn`` in percent, and for each number of labels ``shotK``, in percent, and ``shotK_std``.
+    """Compute the effective ``rank``, and in percent ``knn``, and for each number of labels ``shotK`` and ``shotK_std``.
 
     Args:
         train: features (N, D) and labels (N,) of the bank.
