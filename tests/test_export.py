@@ -93,7 +93,7 @@ def test_an_export_asks_the_hub_for_nothing_that_a_checkpoint_names(tmp_path: Pa
     "state",
     [
         None,
-        {"model": {}, "settings": {}},
+        {"model": {}, "optimizer": {}, "step": 1, "settings": {}},
         {"model": {}, "optimizer": {}, "step": 1, "settings": {}, "about": {"description": {"architecture": "x"}}},
     ],
 )
