@@ -202,7 +202,7 @@ def main(config: Config) -> None:
                 logits = trained(images)
             loss = cross_entropy(logits.float(), targets)
             loss.backward()
-            checkpoint.require_finite(step, {"loss": loss}, [data.train.name(int(index)) for index in batch.indices])
+            checkpoint.require_finite(step, {"loss": loss}, (data.train.name(int(index)) for index in batch.indices))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             log.add({"loss": loss.detach()})

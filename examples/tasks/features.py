@@ -97,7 +97,7 @@ class OfViews(nn.Module):
     def forward_features(self, views: Tensor) -> Tensor:
         """Compute the pooled feature of each view."""
         features = self.pooled.forward_head(self.pooled.forward_features(self.normalize(views.flatten(0, 1))))
-        by_view: Tensor = features.unflatten(0, views.shape[:2])  # type: ignore[no-untyped-call]
+        by_view: Tensor = features.unflatten(0, views.shape[:2])
         return by_view
 
     def forward_head(self, features: Tensor, *, pre_logits: bool = True) -> Tensor:
