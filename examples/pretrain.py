@@ -116,7 +116,7 @@ def main(config: Config) -> None:
     length = fit_length(config, len(images.train), ranks)
     last = min(length.steps, config.max_steps or length.steps)
     pixels, crops = pixel_options(config), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
-    options = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
+    options: dict[str, Any] = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
     options |= {"max_bad": config.max_bad, **pixels}
     evaluation = Evaluation(encoder, images.splits, crops, **options)
     centre = mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixels)
@@ -188,10 +188,8 @@ def main(config: Config) -> None:
             draw(checkpoint.folder / "gains.png", rows)
     if ranks.rank == 0:
         if last < length.steps:
-            lines = [
-                f"stopped at step {last} of {length.steps}: the schedule was not finished, this encoder is for trying out",
-                *lines,
-            ]
+            unfinished = f"stopped at step {last} of {length.steps}: the schedule was not finished"
+            lines = [f"{unfinished}, this encoder is for trying out", *lines]
         finish(log, config, model, pictures, about, before, after, start, lines)
 
 
