@@ -35,19 +35,16 @@ from mvmae.hub import describe
 from tasks import choice as choosing
 from tasks import gains, gentle, method
 from tasks.guard import KINDS, Guard
-from tasks.inputs import names, normalize
+from tasks.inputs import normalize
 from tasks.method import build_model
 from tasks.monitor import Monitor
 from tasks.outcome import build_monitor, finish, look, look_due, opening
 from tasks.pretraining import (
-    advance,
     backward,
     draw_masks,
     open_data,
-    position,
     random_crops,
     statistics,
-    step_sampler,
     view_loader,
 )
 from tasks.splits import open_splits
@@ -213,8 +210,6 @@ def main(config: Config) -> None:
     per_epoch = images.per_epoch // config.batch_size
     steps = max(round(config.epochs * per_epoch), 1)
     last = min(steps, config.max_steps or steps)
-    sampler = step_sampler(config, images, last, processes)
-    loader = view_loader(config, encoder, images, sampler, processes)
     monitor = build_monitor(config, encoder, images.splits, mean, std, processes, drift=config.pretrained)
     if config.keep_by == "retrieval" or (config.keep_by == "auto" and not monitor.labelled):
         monitor.crops = random_crops(config, encoder)
@@ -240,9 +235,8 @@ def main(config: Config) -> None:
     about = {"description": description, "mean": mean, "std": std, "command": shlex.join(sys.argv), "start": start}
     run = Run(config, processes, images.fingerprint)
     more: dict[str, Any] = {"choice": choice, **({"average": choice.average} if choice.average else {})}
-    more |= position(sampler, run)
     run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about, **more)
-    sampler.start_step = run.step
+    loader = view_loader(config, encoder, images, run.step, last, processes)
     weights = told(start) if start or run.found is None else ""
     run.announce(**opening(config, model, weights, images, monitor, steps, lr), trained=part)
     if run.found is None:
@@ -265,14 +259,13 @@ def main(config: Config) -> None:
                 penalty = {"loss_guard": held.backward(views)} if held else {}
                 mask = draw_masks(config, encoder, step, processes)
                 losses = backward(trained, views, mask, config.accumulate, contrast=stages.contrasts(step))
-            if run.finite(step, losses._asdict() | penalty, partial(names, images, batch.indices)):
+            if run.finite(step, losses._asdict() | penalty, partial(list, batch.names)):
                 if config.clip_grad:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 optimizer.step()
                 if choice.average:  # after a step that is left out on the device, the weights count as they are
                     choice.average.update()
             optimizer.zero_grad(set_to_none=True)
-            advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
             if step == last or look_due(config, step, per_epoch, last):
                 run.look_back()

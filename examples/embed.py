@@ -17,14 +17,10 @@ mvmae.embed(model, source). The cost is one forward pass for each image; reading
 
 import dataclasses
 import importlib.util
-import os
-import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,16 +30,14 @@ from engine.cli import changeable, inherit, option, run
 from engine.config import RunConfig
 from engine.distributed import Processes, autocast, start_processes
 from engine.ends import Stop, StopSignal
-from engine.log import Output, printable
-from mvmae.data import EvalTransform, ImageSource, embed_rows, split_rows
-from mvmae.data.features import Rows
+from mvmae.data import Embedded, ImageSource, embed
 from mvmae.files import read_json, write_json
 from tasks import method
 from tasks.backbones import load_backbone, summary
 from tasks.feature_files import Parts, delete_parts, read_part, read_parts, write_array, write_bad, write_part, write_table
 from tasks.labelled import LabelledConfig
 from tasks.probe import freeze
-from tasks.splits import named_images
+from tasks.splits import Part, named_images
 from tasks.starting import with_background
 
 
@@ -129,31 +123,14 @@ def find_missing(config: Config, source: ImageSource, world_size: int) -> Plan:
         check_same(stored, settings, free | {"part"})
         settings["part"] = stored["part"]
     write_json(described, settings)
-    parts = split_rows(range(len(source)), settings["part"])
+    whole, size = range(len(source)), settings["part"]
+    parts = [whole[start : start + size] for start in range(0, len(whole), size)]
     if file_of(config).exists():
         return Plan([], parts)
     missing = [rows for rows in parts if read_part(folder, rows) is None]
     if len(missing) < len(parts):
         print(f"resuming {folder}: {len(source) - sum(map(len, missing))} of {len(source)} images are done", flush=True)
     return Plan(missing, parts)
-
-
-def watched(config: Config, source: ImageSource, batches: Iterable[Rows], total: int, stop: StopSignal) -> Iterator[Rows]:
-    """Yield the batches with a bar on a terminal, until a signal ends the run or too many images cannot be read."""
-    from tqdm import tqdm
-
-    stream, bad = getattr(sys.stderr, "stream", sys.stderr), 0
-    silent = os.environ.get("RANK", "0") != "0" or stream is None or not stream.isatty()
-    with tqdm(total=total, unit="image", dynamic_ncols=True, leave=False, disable=silent, file=Output(stream, raw=True)) as bar:
-        for batch in batches:
-            for row, reason in batch.bad.items():
-                tqdm.write(printable(f"warning: {source.name(row)!r} cannot be read: {reason}; its row is NaN"), sys.stderr)
-            bad += len(batch.bad)
-            check_bad(config, bad)
-            if stop.received:
-                raise Stop("stopped: the parts that were saved stay; --resume continues", 128 + stop.received)
-            yield batch
-            bar.update(len(batch.rows))
 
 
 def check_bad(config: Config, count: int) -> None:
@@ -164,21 +141,18 @@ def check_bad(config: Config, count: int) -> None:
 
 def compute(config: Config, model: nn.Module, source: ImageSource, plan: Plan, processes: Processes, stop: StopSignal) -> None:
     """Compute and save this process's share of the missing parts."""
-    mine, size = plan.missing[processes.rank :: processes.world_size], len(plan.parts[0])
-    batches = [batch for rows in mine for batch in split_rows(rows, config.batch_size)]
-    if not batches:
-        return
-    transform = EvalTransform(model, config.image_size, config.background)
-    found = embed_rows(model, source, batches, transform, num_workers=config.workers)
-    of_part: list[Rows] = []
-    with autocast(config.precision, processes.device):
-        for batch in watched(config, source, found, sum(map(len, mine)), stop):
-            of_part.append(batch)
-            rows = plan.parts[batch.rows[0] // size]
-            if batch.rows[-1] == rows[-1]:
-                bad = {row: reason for one in of_part for row, reason in one.bad.items()}
-                write_part(Path(config.output_dir), rows, (np.concatenate([one.features for one in of_part]), bad))
-                of_part = []
+    loading: dict[str, Any] = {"image_size": config.image_size, "background": config.background}
+    loading |= {"batch_size": config.batch_size, "num_workers": config.workers, "max_bad": config.max_bad}
+    count = 0
+    for rows in plan.missing[processes.rank :: processes.world_size]:
+        with autocast(config.precision, processes.device):
+            found: Embedded = embed(model, Part(source, torch.arange(rows.start, rows.stop)), **loading)
+        count += len(found.bad)
+        check_bad(config, count)
+        bad = {rows[row]: reason for row, reason in found.bad.items()}
+        write_part(Path(config.output_dir), rows, (found.features.numpy(), bad))
+        if stop.received:
+            raise Stop("stopped: the parts that were saved stay; --resume continues", 128 + stop.received)
 
 
 def join(config: Config, source: ImageSource, plan: Plan) -> str:

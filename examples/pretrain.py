@@ -24,12 +24,12 @@ from engine.optim import build_optimizer, cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae.data import sample_seed
 from mvmae.hub import describe
-from tasks.inputs import names, normalize
+from tasks.inputs import normalize
 from tasks.method import Config as Config
 from tasks.method import build_model
 from tasks.monitor import MONITORED
 from tasks.outcome import build_monitor, finish, look, look_due, opening
-from tasks.pretraining import advance, backward, draw_masks, open_data, position, statistics, step_sampler, view_loader
+from tasks.pretraining import backward, draw_masks, open_data, statistics, view_loader
 from tasks.starting import Stages
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -94,8 +94,6 @@ def main(config: Config) -> None:
     per_epoch = images.per_epoch // config.batch_size
     steps = max(round(config.epochs * per_epoch), 1)
     last = min(steps, config.max_steps or steps)
-    sampler = step_sampler(config, images, last, processes)
-    loader = view_loader(config, encoder, images, sampler, processes)
     monitor = build_monitor(config, encoder, images.splits, mean, std, processes)
 
     # optimizer
@@ -108,8 +106,8 @@ def main(config: Config) -> None:
     # run
     about = {"description": describe(model), "mean": mean, "std": std, "command": shlex.join(sys.argv)}
     run = Run(config, processes, images.fingerprint)
-    run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about, **position(sampler, run))
-    sampler.start_step = run.step
+    run.take_up(last=last, model=model, optimizer=optimizer, monitor=monitor, about=about)
+    loader = view_loader(config, encoder, images, run.step, last, processes)
     weights = "from random weights" if run.found is None else ""
     run.announce(**opening(config, model, weights, images, monitor, steps, lr))
     if run.found is None:
@@ -126,12 +124,11 @@ def main(config: Config) -> None:
             with autocast(config.precision, device):
                 mask = draw_masks(config, encoder, step, processes)
                 losses = backward(trained, views, mask, config.accumulate, contrast=stages.contrasts(step))
-            if run.finite(step, losses._asdict(), partial(names, images, batch.indices)):
+            if run.finite(step, losses._asdict(), partial(list, batch.names)):
                 if config.clip_grad:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            advance(sampler, step, processes)
             run.report(step, epoch=round(step / per_epoch, 3), lr=max(part["lr"] for part in optimizer.param_groups))
             if look_due(config, step, per_epoch, last):
                 run.look_back()

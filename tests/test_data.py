@@ -15,17 +15,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mvmae.data.folders import FileSource, ImageSource, Names
+from mvmae.data.workers import check_shared_memory
 from PIL import Image
 
 from mvmae.data import ImageError, open_images
 from mvmae.data import loader as loading
 from mvmae.data import sampling as data
 from mvmae.data import workers as processes
-from mvmae.data.folders import FileSource, ImageSource, Names
 from mvmae.data.loader import explain_loader_error, make_loader
 from mvmae.data.sampling import DataError, MultiViewDataset, StepSampler, sample_seed
 from mvmae.data.views import MultiViewTransform
-from mvmae.data.workers import check_shared_memory
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mvmae.data.limits import LimitError
 from PIL import Image
 
 from mvmae.data import ImageError, limits, open_image, open_images
-from mvmae.data.limits import LimitError
 
 
 def encode(image: Image.Image, file_format: str, **options: object) -> bytes:

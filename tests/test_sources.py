@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from mvmae.data.folders import Names
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from mvmae import MultiViewMAE
 from mvmae.data import ImageError, MultiViewDataset, SplitError, StepSampler, make_loader, open_image, open_images
 from mvmae.data.archives import expand_braces, find_archives
-from mvmae.data.folders import Names
 from mvmae.data.views import MultiViewTransform
 
 torch.set_num_threads(1)

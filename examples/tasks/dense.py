@@ -24,7 +24,7 @@ from engine.ends import Stop
 from engine.pace import CLOCK
 from engine.run import DROPOUT, Run
 from engine.snapshot import restore
-from mvmae.data import FileSource, NamedImages, StepSampler, make_loader, sample_seed
+from mvmae.data import FileSource, StepSampler, make_loader, sample_seed
 from mvmae.dense import WindowedViT
 from mvmae.patches import sincos_table
 from tasks.backbones import load_backbone, summary, timm_arguments
@@ -168,7 +168,7 @@ def fit(
     config: DenseConfig,
     model: nn.Module,
     trunk: WindowedViT,
-    dataset: NamedImages,
+    dataset: Any,
     losses: Callable[[nn.Module, Any], dict[str, Tensor]],
     processes: Processes,
     *,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mvmae
 from engine.ends import Stop
-from mvmae.data import AugmentedViews, ColorJitter, ImageSource, NamedSamples, RepeatedSource, measure_channels
+from mvmae.data import AugmentedViews, ColorJitter, ImageSource, RepeatedSource, measure_channels
 
 
 def repeated(source: ImageSource, crops_per_image: int) -> ImageSource:
@@ -20,7 +20,7 @@ def repeated(source: ImageSource, crops_per_image: int) -> ImageSource:
     return RepeatedSource(source, crops_per_image) if crops_per_image != 1 else source
 
 
-def names(source: ImageSource | NamedSamples, indices: Iterable[int] | Tensor) -> list[str]:
+def names(source: Any, indices: Iterable[int] | Tensor) -> list[str]:
     """Return the names of a batch's images."""
     return [source.name(int(index)) for index in indices]
 

@@ -27,8 +27,8 @@ from mvmae.data import (
     StepSampler,
     colour,
     make_loader,
+    to_pil,
 )
-from mvmae.data.features import to_pil
 from mvmae.metrics import as_double
 
 Config = TypeVar("Config", bound=Any)

@@ -15,19 +15,18 @@ from torch import Tensor
 import mvmae
 from engine.distributed import Processes
 from engine.ends import Stop
-from engine.run import MASKS, Run
+from engine.run import MASKS
 from mvmae.data import (
     ImageSource,
     ImageStream,
     Loader,
     MultiViewDataset,
     StepSampler,
-    StreamedViews,
-    StreamSampler,
     is_stream,
     make_loader,
     open_stream,
     sample_seed,
+    stream_loader,
 )
 from tasks.inputs import augmented, channel_statistics, jittered, repeated
 from tasks.labelled import clamp_batch
@@ -60,10 +59,6 @@ class Images(NamedTuple):
     def fingerprint(self) -> str:
         """What tells these images from others."""
         return self.train.fingerprint if self.stream is None else self.stream.fingerprint
-
-    def name(self, index: int) -> str:
-        """Return the name of an image that is trained on."""
-        return self.train.name(index) if self.stream is None else self.stream.name(index)
 
 
 def fit_batch(config: Chosen, number: int) -> Chosen:
@@ -126,7 +121,7 @@ def open_data(config: Chosen, processes: Processes, rehearse: str = "") -> tuple
         )
     listed = f"{own} images{more}, listed in {opened}{passed_over(train)}"
     if stream is not None:
-        listed = f"a stream of {len(stream.shards.names)} shards, opened in {opened}"
+        listed = f"{stream.describe()}, opened in {opened}"
     if config.images_per_epoch or stream is not None:
         listed += f", of which {per_epoch} images count as an epoch"
     return config, Images(splits, train, per_epoch, listed, clamped, stream)
@@ -148,7 +143,7 @@ def named_stream(config: Config) -> ImageStream:
     if config.crops_per_image != 1:
         raise Stop(f"--crops-per-image must be 1 for a stream, got {config.crops_per_image}: leave it out")
     try:
-        return open_stream(config.data, buffer=config.shuffle_buffer)
+        return open_stream(config.data)
     except ValueError as error:
         raise ValueError(f"--data: {error}") from error
 
@@ -156,29 +151,6 @@ def named_stream(config: Config) -> ImageStream:
 def first_of(stream: ImageStream, most: int) -> Splits:
     """Read the first images of a stream, which are trained on too, for all that looks at images or measures them."""
     return Splits(stream.first(min(most, MONITORED) or 64), None, "a stream: its first ones, and no image is held out")
-
-
-def step_sampler(config: Config, images: Images, last: int, processes: Processes) -> StepSampler | StreamSampler:
-    """Say which images stand where in which step."""
-    where = {"seed": config.seed, "num_steps": last, "rank": processes.rank, "world_size": processes.world_size}
-    if images.stream is not None:
-        return StreamSampler(images.stream, config.batch_size, **where)
-    return StepSampler(len(images.train), config.batch_size, **where)
-
-
-def position(sampler: StepSampler | StreamSampler, run: Run) -> dict[str, Any]:
-    """Return what a checkpoint keeps of the place in the images: nothing but of a stream, where a step does not tell it."""
-    if not isinstance(sampler, StreamSampler):
-        return {}
-    if run.found is not None:
-        run.found.setdefault("stream", sampler.state_dict())  # a run on other images before, with --other-data
-    return {"stream": sampler}
-
-
-def advance(sampler: StepSampler | StreamSampler, step: int, processes: Processes) -> None:
-    """Note that a step is whole."""
-    if isinstance(sampler, StreamSampler):
-        sampler.advance(step, processes.gather)
 
 
 def pixel_options(config: Config) -> dict[str, Any]:
@@ -204,10 +176,8 @@ def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple
     return channel_statistics(typed, encoder.pretrained_cfg, source, centre_crop(config, encoder))
 
 
-def view_loader(
-    config: Config, encoder: Any, images: Images, sampler: StepSampler | StreamSampler, processes: Processes
-) -> Loader:
-    """Load V views of each image of a step."""
+def view_loader(config: Config, encoder: Any, images: Images, start: int, last: int, processes: Processes) -> Loader:
+    """Load V views of each image of the steps after `start`, up to `last`."""
     transform = mvmae.MultiViewTransform(
         encoder.patch_embed.img_size,
         num_views=config.num_views,
@@ -217,11 +187,16 @@ def view_loader(
         **pixel_options(config),
     )
     views = augmented(jittered(transform, config.jitter, config.grayscale), config.transform)
-    kept: dict[str, Any] = {"seed": config.seed, "max_bad": config.max_bad}
-    stream = images.stream
-    dataset = MultiViewDataset(images.train, views, **kept) if stream is None else StreamedViews(stream, views, **kept)
-    bad_file, pinned = Path(config.output_dir) / "bad_files.txt", processes.device.type == "cuda"
-    return make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, bad_file=bad_file)
+    steps: dict[str, Any] = {"seed": config.seed, "num_steps": last, "start_step": start}
+    steps |= {"rank": processes.rank, "world_size": processes.world_size}
+    loading: dict[str, Any] = {"num_workers": config.workers, "pin_memory": processes.device.type == "cuda"}
+    loading["bad_file"] = Path(config.output_dir) / "bad_files.txt"
+    if images.stream is not None:
+        loading |= {"max_bad": config.max_bad, "shuffle_buffer": config.shuffle_buffer}
+        return stream_loader(images.stream, views, config.batch_size, **steps, **loading)
+    sampler = StepSampler(len(images.train), config.batch_size, **steps)
+    dataset = MultiViewDataset(images.train, views, seed=config.seed, max_bad=config.max_bad)
+    return make_loader(dataset, sampler, **loading)
 
 
 def draw_masks(config: Config, encoder: Any, step: int, processes: Processes) -> mvmae.Mask:

@@ -1,106 +1,27 @@
 """One `--data` string, or any torch data set -> an `ImageSource`."""
 
 import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
-from .archives import find_archives, open_archives
-from .decode import ImageLike
-from .folders import SPLITS, FileSource, ImageSource, SplitError, open_folder, open_list, scan, split_folder
-from .remote import shown
-from .sample import SampleSource
-from .shards import is_stream
-from .tables import class_names, find_columns, find_image
+from .archives import TarSource, first_of, open_idx
+from .decode import ImageLike, open_image
+from .sources import SPLITS, ImageSource, KeptImages, SplitError, open_folder, open_list, scan, split_folder
+from .tables import DatasetSource, TableSource
 
-__all__ = ["DatasetSource", "FileSource", "ImageSource", "RepeatedSource", "SplitError", "open_images"]
-
+PHOTOGRAPHS = (
+    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"),
+    *("gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
+)
 _TIMM = ("torch/", "hfds/", "tfds/", "wds/")
-
-
-class DatasetSource(ImageSource):
-    """A data set with length and index whose items are images, (image, label, ...) or {"image": ..., "label": ...}.
-
-    Of named columns, the image is `image` or `img`, else the first that holds images or their bytes. Labels are read from the
-    data set's `targets` or `labels`, or from a label column of Hugging Face; the data set should not transform images. Streams
-    that also have length and index (litdata, mosaicml-streaming) are read by index. Open them before processes join: their
-    length may be that of one process's part.
-
-    Raises:
-        TypeError: No length or no index.
-        ValueError: No images.
-    """
-
-    def __init__(self, dataset: "Dataset[Any]") -> None:
-        kind = type(dataset)
-        if not hasattr(kind, "__len__") or getattr(kind, "__getitem__", None) in (None, Dataset.__getitem__):
-            cure = "use one with __len__ and __getitem__, with which runs can resume, or open_stream"
-            raise TypeError(f"the data set must have a length and an index, got {kind.__name__}: {cure}")
-        whole = getattr(dataset, "size", None) if isinstance(dataset, IterableDataset) else None
-        size = whole if isinstance(whole, int) else len(dataset)  # type: ignore[arg-type]
-        if not size:
-            raise ValueError(f"{kind.__name__} holds no images")
-        super().__init__([])
-        self._dataset, self._size = dataset, size
-        schema = getattr(getattr(dataset, "features", None), "arrow_schema", None)  # of Hugging Face
-        images, label = ([], []) if schema is None else find_columns(schema)
-        self._columns = ["image", "img", *images]
-        labels = dataset.with_format("numpy")[label[0]][:] if label else None  # type: ignore[attr-defined]
-        labels = getattr(dataset, "targets", getattr(dataset, "labels", None)) if labels is None else labels
-        if labels is not None and np.shape(labels) == (size,) and np.asarray(labels).dtype.kind in "iu":
-            self.labels = np.asarray(labels, dtype=np.int64)
-            named = class_names(schema, label[0]) if label else getattr(dataset, "classes", None)
-            self.class_names = tuple(map(str, named or np.unique(self.labels)))
-
-    def __len__(self) -> int:
-        return self._size
-
-    def image(self, index: int) -> ImageLike:
-        """Return the data set's image.
-
-        Raises:
-            ValueError: None of the item's columns is one.
-        """
-        return find_image(self._dataset[index], self._columns)
-
-    def name(self, index: int) -> str:
-        """Return the data set's type and the image's number."""
-        return f"{type(self._dataset).__name__}[{index}]"
-
-
-class RepeatedSource(ImageSource):
-    """Every image several times, with new crops each time, for a few huge images.
-
-    Args:
-        source: The images.
-        times: How often an epoch holds each image.
-    """
-
-    def __init__(self, source: ImageSource, times: int) -> None:
-        if times < 1:
-            raise ValueError(f"times must be at least 1, got {times}")
-        super().__init__([])
-        self._source, self._times = source, times
-        self.class_names, self.problems, self.passed_over = source.class_names, source.problems, source.passed_over
-        self.labels = None if source.labels is None else np.tile(source.labels, times)
-
-    def __len__(self) -> int:
-        return len(self._source) * self._times
-
-    def image(self, index: int) -> ImageLike:
-        """Return the source's image."""
-        return self._source.image(index % len(self._source))
-
-    def name(self, index: int) -> str:
-        """Return the source's name of the image."""
-        return self._source.name(index % len(self._source))
-
-    @property
-    def fingerprint(self) -> str:
-        """The source's fingerprint, and the number of repetitions."""
-        return f"{self._source.fingerprint}x{self._times}"
 
 
 def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, split: str = "train") -> ImageSource:
@@ -125,31 +46,89 @@ def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, 
     return data if isinstance(data, ImageSource) else DatasetSource(data)
 
 
+def is_stream(data: str) -> bool:
+    """Return whether a `--data` string names a stream: a URL, or `hfids/` and a data set of Hugging Face."""
+    return "://" in data or data.startswith("hfids/")
+
+
 def _open_path(data: str, split: str) -> ImageSource:
     if data == "sample":
-        return SampleSource(split)
+        return _open_sample(split)
     if is_stream(data):
-        raise ValueError(f"{shown(data)} is a stream, which pretrain.py and adapt.py take: use files, or in Python open_stream")
+        raise ValueError("a stream, of which images have no numbers: use files, or pretrain.py, adapt.py or open_stream")
     path = Path(data)
     if not path.exists() and data.startswith(_TIMM):
         return _open_timm(data, split)
     folder = split_folder(path, split) if path.is_dir() and not find_archives(path) else path
     archives = find_archives(folder)
-    if archives and path.is_dir() and next(scan(folder), None):
-        raise ValueError(
-            f"{folder} must hold images or archives, got both ({archives[0].name}, ...): name the archives, or move them"
-        )
+    if archives and path.is_dir() and next(scan(folder, Counter()), None):
+        raise ValueError(f"{folder} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
     if archives:
-        return open_archives(archives, split if folder == path else "train")
+        return _open_archives(archives, split if folder == path else "train")
     if path.is_dir():
         return open_folder(path, split)
     if not path.exists():
         raise ValueError(f"no such folder, file or data set: {data} (the current folder is {Path.cwd()})")
+    if path.name.endswith((".tar.gz", ".tgz")):
+        raise ValueError(f"{path} is compressed, and images cannot be read from their place in it: gunzip it to a .tar file")
     if path.suffix != ".txt":
         raise ValueError(f"{path} is no folder, list of paths (.txt) or archive of images")
     if split != "train":
         raise SplitError(f"{path} is one list without splits")
     return open_list(path)
+
+
+def find_archives(path: Path) -> list[Path]:
+    """Return the archives that a file, a folder or a pattern with braces ({000..012}, {a,b}) names; empty if none."""
+    if path.is_dir():
+        found = [path / name for name in sorted(os.listdir(path)) if _kind(name) and not name.startswith(".")]
+        return found or sorted((path / "data").glob("*.parquet"))  # the layout of Hugging Face's repositories
+    if path.is_file():
+        return [path] if _kind(path.name) else []
+    names = expand_braces(str(path))
+    missing = [name for name in names if not os.path.exists(name)]
+    if missing and len(names) > 1:
+        raise ValueError(f"{len(missing)} of {len(names)} shards of {path} do not exist, the first is {missing[0]}")
+    return [] if missing else [Path(name) for name in names]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand braces: `a{0..2}` -> a0 a1 a2, `{x,y}` -> x y; leading zeros are kept."""
+    choices = []
+    for part in re.split(r"(\{[^{}]*\})", pattern):
+        if numbers := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part):
+            first, last = numbers.groups()
+            choices.append([str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)])
+        else:
+            choices.append(part[1:-1].split(",") if part.startswith("{") and "," in part else [part])
+    return ["".join(choice) for choice in product(*choices)]
+
+
+def _open_archives(paths: Sequence[Path], split: str) -> ImageSource:
+    """Open archives of one kind; those whose names begin with a split's (`train-0001.tar`) are that split."""
+    marked = {key: [p for p in paths if p.name.lower().startswith(names)] for key, names in SPLITS.items()}
+    if marked["train"]:
+        chosen = marked[split]
+    else:
+        chosen = [p for p in paths if p not in marked["val"]] or list(paths) if split == "train" else marked["val"]
+    if not chosen:
+        raise SplitError(f"{first_of(paths)} has no {split} split: no name begins with {' or '.join(SPLITS[split])}")
+    kinds = {_kind(path.name) for path in chosen}
+    if len(kinds) > 1:
+        raise ValueError(f"{first_of(chosen)} must be archives of one kind, got {', '.join(sorted(kinds))}: name those of one")
+    kind = kinds.pop()
+    if kind == "idx":
+        images = [path for path in chosen if "labels" not in path.name]
+        if len(images) != 1:
+            raise ValueError(f"{first_of(chosen)} must hold one IDX file of images, got {len(images)}: name it")
+        return open_idx(images[0])
+    return TarSource(chosen) if kind == "tar" else TableSource(chosen)
+
+
+def _kind(name: str) -> str:
+    if name.endswith((".parquet", ".arrow")):
+        return "table"
+    return "tar" if name.endswith(".tar") else "idx" if re.search(r"idx[13]-ubyte(\.gz)?$", name) else ""
 
 
 def _open_timm(data: str, split: str) -> DatasetSource:
@@ -169,3 +148,31 @@ def _open_timm(data: str, split: str) -> DatasetSource:
     missing = split != "train" and "unknown split" in str(error).lower()  # as Hugging Face and TensorFlow call it
     kind = SplitError if missing else ValueError
     raise kind(f"{data} cannot be opened as split {split}: {' '.join(str(error).split())}") from error
+
+
+def _open_sample(split: str) -> KeptImages:
+    """Open tiles of 14 photographs of scikit-image, labelled by photograph, so that nothing is downloaded.
+
+    A photograph is cut into 10 x 10 tiles of its own pixels (30 x 45 to 141 x 141 pixels, most 51 x 51) that share none: 64 to
+    train on, and 36, always the same, held out.
+    """
+    try:
+        import skimage
+    except ImportError as error:
+        raise ImportError('the sample photographs come with scikit-image: pip install "mvmae[train]"') from error
+    rng = Random(0)  # noqa: S311
+    tiles: list[ImageLike] = []
+    names, labels = [], []
+    for label, photograph in enumerate(PHOTOGRAPHS):
+        pixels = open_image(Path(skimage.__file__).parent / "data" / photograph).decode(decoder="pillow")
+        height, width = (side // 10 for side in pixels.shape[:2])
+        held_out = set(rng.sample(range(100), 36))
+        for tile in range(100):
+            if (tile in held_out) == (split == "val"):
+                top, left = tile // 10 * height, tile % 10 * width
+                tiles.append(pixels[top : top + height, left : left + width])
+                names.append(f"{photograph}#{tile}")
+                labels.append(label)
+    source = KeptImages(tiles, names)
+    source.labels, source.class_names = np.array(labels, dtype=np.int64), tuple(Path(name).stem for name in PHOTOGRAPHS)
+    return source
