@@ -119,10 +119,12 @@ def open_stream(data: Any) -> ImageStream:
         files = [unquote(url[7:]) if url.startswith("file://") else url for url in urls]
         options = {"path": kinds.pop(), "data_files": {"train": files}, "split": "train"}
     try:
-        return ImageStream(datasets.load_dataset(streaming=True, **options), _shown(data))
+        dataset = datasets.load_dataset(streaming=True, **options)
     except Exception as error:
+        cure = ': pip install "mvmae[stream]"' if isinstance(error, ImportError) else ""
         reason = _shown(f"{data} cannot be opened: {type(error).__name__}: {error}")
-        raise ValueError(" ".join(reason.split())) from error
+        raise ValueError(" ".join(reason.split()) + cure) from error
+    return ImageStream(dataset, _shown(data))
 
 
 def stream_loader(
