@@ -1,6 +1,6 @@
-"""Images inside files: tar and WebDataset shards by an index, without unpacking; IDX files such as MNIST's.
+"""Images inside files: which files a name means; tar and WebDataset shards by an index; IDX files such as MNIST's.
 
-Tables of images stand in `tables`.
+Nothing is unpacked to disk. Tables of images stand in `tables`.
 """
 
 import gzip
@@ -10,13 +10,15 @@ import re
 import tarfile
 import zlib
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .decode import ImageError, ImageLike
-from .sources import EXTENSIONS, ImageSource, KeptImages, label_by_folder
+from .sources import EXTENSIONS, SPLITS, ImageSource, KeptImages, SplitError, first_of, label_by_folder
+from .tables import TableSource
 
 _logger = logging.getLogger(__name__)
 
@@ -91,11 +93,6 @@ class TarSource(ImageSource):
             self.labels, self.class_names = label_by_folder(names, folders)
 
 
-def first_of(paths: Sequence[Path]) -> str:
-    """Return the first of several files, and how many more there are, for messages."""
-    return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-
-
 def _index(shard: int, path: Path) -> tuple[list[Member], str]:
     """Return a shard's whole members, and what is wrong with it, if anything."""
     size, members = path.stat().st_size, list[Member]()
@@ -118,6 +115,64 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(start)
         return file.read(size)
+
+
+def find_archives(path: Path) -> list[Path]:
+    """Return the archives that a file, a folder or a pattern with braces ({000..012}, {a,b}) names; empty if none."""
+    if path.is_dir():
+        found = [path / name for name in sorted(os.listdir(path)) if _kind(name) and not name.startswith(".")]
+        return found or sorted((path / "data").glob("*.parquet"))  # the layout of Hugging Face's repositories
+    if path.is_file():
+        return [path] if _kind(path.name) else []
+    names = expand_braces(str(path))
+    missing = [name for name in names if not os.path.exists(name)]
+    if missing and len(names) > 1:
+        raise ValueError(f"{len(missing)} of {len(names)} shards of {path} do not exist, the first is {missing[0]}")
+    return [] if missing else [Path(name) for name in names]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand braces: `a{0..2}` -> a0 a1 a2, `{x,y}` -> x y; leading zeros are kept."""
+    choices = []
+    for part in re.split(r"(\{[^{}]*\})", pattern):
+        if numbers := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part):
+            first, last = numbers.groups()
+            choices.append([str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)])
+        else:
+            choices.append(part[1:-1].split(",") if part.startswith("{") and "," in part else [part])
+    return ["".join(choice) for choice in product(*choices)]
+
+
+def open_archives(paths: Sequence[Path], split: str) -> ImageSource:
+    """Open archives of one kind; those whose names begin with a split's (`train-0001.tar`) are that split.
+
+    Raises:
+        ValueError: Several kinds, or no image.
+        SplitError: None of this split.
+    """
+    marked = {key: [p for p in paths if p.name.lower().startswith(names)] for key, names in SPLITS.items()}
+    if marked["train"]:
+        chosen = marked[split]
+    else:
+        chosen = [p for p in paths if p not in marked["val"]] or list(paths) if split == "train" else marked["val"]
+    if not chosen:
+        raise SplitError(f"{first_of(paths)} has no {split} split: no name begins with {' or '.join(SPLITS[split])}")
+    kinds = {_kind(path.name) for path in chosen}
+    if len(kinds) > 1:
+        raise ValueError(f"{first_of(chosen)} must be archives of one kind, got {', '.join(sorted(kinds))}: name those of one")
+    kind = kinds.pop()
+    if kind == "idx":
+        images = [path for path in chosen if "labels" not in path.name]
+        if len(images) != 1:
+            raise ValueError(f"{first_of(chosen)} must hold one IDX file of images, got {len(images)}: name it")
+        return open_idx(images[0])
+    return TarSource(chosen) if kind == "tar" else TableSource(chosen)
+
+
+def _kind(name: str) -> str:
+    if name.endswith((".parquet", ".arrow")):
+        return "table"
+    return "tar" if name.endswith(".tar") else "idx" if re.search(r"idx[13]-ubyte(\.gz)?$", name) else ""
 
 
 def open_idx(images: Path) -> KeptImages:

@@ -173,9 +173,6 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
         max_pixels: Largest number of pixels of an image, at 4 bytes each; larger images and files are refused before they are
             read or decoded.
 
-    Returns:
-        The opened image; its `decode` returns the pixels.
-
     Raises:
         ImageError: Not an image, unreadable or too large.
     """
@@ -268,12 +265,11 @@ def _pillow_open(encoded: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        pass
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit, in open_image, decides
-    try:
-        return Image.open(io.BytesIO(encoded), formats=FORMATS)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit, in open_image, decides
+        try:
+            return Image.open(io.BytesIO(encoded), formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _read_tiff(encoded: bytes, name: str, max_pixels: int) -> OpenedImage:
@@ -290,8 +286,8 @@ def _read_tiff(encoded: bytes, name: str, max_pixels: int) -> OpenedImage:
 
 def _range_of(bits: Any) -> Range | None:
     """Return the range of a TIFF's BitsPerSample, such as 0..4095 of 12 bits that are held in 16."""
-    held = {int(value) for value in np.atleast_1d(bits if bits is not None else 8)}
-    return (0, 2 ** max(held) - 1) if 8 < max(held) < 16 else None
+    most = int(np.max(8 if bits is None else bits))
+    return (0, 2**most - 1) if 8 < most < 16 else None
 
 
 def _simplejpeg(encoded: bytes, channels: int, size: tuple[int, int], reduction: int) -> Pixels:

@@ -1,10 +1,10 @@
-"""One `--data` string, or any torch data set -> an `ImageSource`."""
+"""One `--data` string, or any torch data set -> an `ImageSource`; folders, lists of paths, and the sample stand here."""
 
+import logging
 import os
-import re
-from collections import Counter
-from collections.abc import Sequence
-from itertools import product
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,16 +12,20 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .archives import TarSource, first_of, open_idx
+from .archives import find_archives, open_archives
 from .decode import ImageLike, open_image
-from .sources import SPLITS, ImageSource, KeptImages, SplitError, open_folder, open_list, scan, split_folder
-from .tables import DatasetSource, TableSource
+from .sources import EXTENSIONS, SPLITS, FileSource, ImageSource, KeptImages, SplitError
+from .tables import DatasetSource
 
+_JUNK = (b"__MACOSX", b"lost+found", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information")  # of systems, never data
+_RUN = (b"log.jsonl", b"checkpoint.pt")  # what the folder of a training run holds, beside pictures that are no data
+_LFS = b"version https://git-lfs"
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"),
     *("gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
 )
 _TIMM = ("torch/", "hfds/", "tfds/", "wds/")
+_logger = logging.getLogger(__name__)
 
 
 def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, split: str = "train") -> ImageSource:
@@ -64,7 +68,7 @@ def _open_path(data: str, split: str) -> ImageSource:
     if archives and path.is_dir() and next(scan(folder, Counter()), None):
         raise ValueError(f"{folder} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
     if archives:
-        return _open_archives(archives, split if folder == path else "train")
+        return open_archives(archives, split if folder == path else "train")
     if path.is_dir():
         return open_folder(path, split)
     if not path.exists():
@@ -78,57 +82,131 @@ def _open_path(data: str, split: str) -> ImageSource:
     return open_list(path)
 
 
-def find_archives(path: Path) -> list[Path]:
-    """Return the archives that a file, a folder or a pattern with braces ({000..012}, {a,b}) names; empty if none."""
-    if path.is_dir():
-        found = [path / name for name in sorted(os.listdir(path)) if _kind(name) and not name.startswith(".")]
-        return found or sorted((path / "data").glob("*.parquet"))  # the layout of Hugging Face's repositories
-    if path.is_file():
-        return [path] if _kind(path.name) else []
-    names = expand_braces(str(path))
-    missing = [name for name in names if not os.path.exists(name)]
-    if missing and len(names) > 1:
-        raise ValueError(f"{len(missing)} of {len(names)} shards of {path} do not exist, the first is {missing[0]}")
-    return [] if missing else [Path(name) for name in names]
+def split_folders(root: Path) -> dict[str, Path]:
+    """Return the folders of the splits; none where no folder is called `train` or alike."""
+    with os.scandir(root) as entries:
+        folders = {entry.name.lower(): root / entry.name for entry in entries if entry.is_dir()}
+    found = {
+        split: next(folders[name] for name in names if name in folders)
+        for split, names in SPLITS.items()
+        if folders.keys() & names
+    }
+    return found if "train" in found else {}
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Expand braces: `a{0..2}` -> a0 a1 a2, `{x,y}` -> x y; leading zeros are kept."""
-    choices = []
-    for part in re.split(r"(\{[^{}]*\})", pattern):
-        if numbers := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part):
-            first, last = numbers.groups()
-            choices.append([str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)])
-        else:
-            choices.append(part[1:-1].split(",") if part.startswith("{") and "," in part else [part])
-    return ["".join(choice) for choice in product(*choices)]
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split; where there are no splits, root is `train`.
+
+    Raises:
+        SplitError: No such split.
+    """
+    folders = split_folders(root)
+    if not folders and split == "train":
+        return root
+    if split not in folders:
+        raise SplitError(f"{root} has no {split} split: make folders train and val in it")
+    return folders[split]
 
 
-def _open_archives(paths: Sequence[Path], split: str) -> ImageSource:
-    """Open archives of one kind; those whose names begin with a split's (`train-0001.tar`) are that split."""
-    marked = {key: [p for p in paths if p.name.lower().startswith(names)] for key, names in SPLITS.items()}
-    if marked["train"]:
-        chosen = marked[split]
-    else:
-        chosen = [p for p in paths if p not in marked["val"]] or list(paths) if split == "train" else marked["val"]
-    if not chosen:
-        raise SplitError(f"{first_of(paths)} has no {split} split: no name begins with {' or '.join(SPLITS[split])}")
-    kinds = {_kind(path.name) for path in chosen}
-    if len(kinds) > 1:
-        raise ValueError(f"{first_of(chosen)} must be archives of one kind, got {', '.join(sorted(kinds))}: name those of one")
-    kind = kinds.pop()
-    if kind == "idx":
-        images = [path for path in chosen if "labels" not in path.name]
-        if len(images) != 1:
-            raise ValueError(f"{first_of(chosen)} must hold one IDX file of images, got {len(images)}: name it")
-        return open_idx(images[0])
-    return TarSource(chosen) if kind == "tar" else TableSource(chosen)
+def open_folder(root: Path, split: str) -> FileSource:
+    """Open all images below a folder; sub-folders are classes if every image lies in one.
+
+    What is not read is counted by kind, in one warning.
+
+    Raises:
+        ValueError: No image there.
+        SplitError: No such split.
+    """
+    start = time.perf_counter()
+    folders, folder = split_folders(root), split_folder(root, split)
+    passed: Counter[str] = Counter()
+    names = sorted(scan(folder, passed))
+    if folders:  # so that classes of which one is called train do not lose the others in silence
+        known = {name for names in SPLITS.values() for name in names}
+        others = [entry for entry in os.scandir(root) if _kind_of(entry) == "folder" and entry.name.lower() not in known]
+        passed += Counter({f"folder beside {folder.name}": len(others)})
+    passed_over = ", ".join(f"{count} {kind}" for kind, count in passed.most_common())
+    if not names:
+        looked = f"looked for archives and {' '.join(sorted(EXTENSIONS))}"
+        raise ValueError(f"no images in {folder}: found {passed_over or 'nothing'}; {looked}")
+    if passed_over:
+        _logger.warning("%s: passed over %s", folder, passed_over)
+    _logger.info("listed %d images in %s in %.1f s", len(names), folder, time.perf_counter() - start)
+    classes = {os.fsdecode(name.split(b"/", 1)[0]) for name in names if b"/" in name}
+    for place in folders.values():  # both splits number the classes alike, also where one has no image of a class
+        classes |= {entry.name for entry in os.scandir(place) if _kind_of(entry) == "folder"}
+    source = FileSource(folder, names, sorted(classes) if len(classes) > 1 and all(b"/" in name for name in names) else None)
+    source.passed_over = passed_over
+    return source
 
 
-def _kind(name: str) -> str:
-    if name.endswith((".parquet", ".arrow")):
-        return "table"
-    return "tar" if name.endswith(".tar") else "idx" if re.search(r"idx[13]-ubyte(\.gz)?$", name) else ""
+def open_list(path: Path) -> FileSource:
+    """Open a text file with one path a line, relative to the list's own folder; empty lines do not count.
+
+    Raises:
+        ValueError: No line, or the first one's file is missing.
+    """
+    lines = path.read_bytes().split(b"\n")
+    names = [line.rstrip(b"\r") for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{path} must name images, one path a line, relative to {path.parent}, got none")
+    source = FileSource(path.parent, names)
+    if not os.path.exists(source.name(0)):
+        number = next(number for number, line in enumerate(lines, 1) if line.strip())
+        cure = "relative paths start at the folder of the list"
+        raise ValueError(f"{path}, line {number}: no file {source.name(0)} ({cure})")
+    return source
+
+
+def scan(root: Path, passed: "Counter[str]") -> Iterator[bytes]:
+    """Yield the names of the images below a folder, relative to it; each folder is visited once, despite links.
+
+    Args:
+        root: The folder.
+        passed: Counts what is passed over, by kind: hidden files, other extensions, broken links, Git LFS pointers.
+    """
+    top = os.fsencode(root)
+    seen: set[tuple[int, int]] = set()
+    folders, linked = deque([b""]), deque[bytes]()  # links last, so that a file keeps its own folder's name
+    while folders or linked:
+        folder = (folders or linked).popleft()
+        path = os.path.join(top, folder)
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                kind = _kind_of(entry)
+                if kind == "image":
+                    yield os.path.join(folder, entry.name)
+                elif kind == "folder":
+                    (linked if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
+                else:
+                    passed[kind] += 1
+
+
+def _kind_of(entry: "os.DirEntry[bytes] | os.DirEntry[str]") -> str:
+    """Return `image`, `folder`, or what else an entry is."""
+    name = os.fsencode(entry.name)
+    if name.startswith(b".") or name in _JUNK:
+        return "hidden"
+    if entry.is_dir():
+        path = os.fsencode(entry.path)
+        return "folder of a run" if any(os.path.exists(os.path.join(path, file)) for file in _RUN) else "folder"
+    if not entry.is_file():
+        return "broken link" if entry.is_symlink() else "device"
+    extension = os.path.splitext(os.fsdecode(name))[1].lower()
+    if extension not in EXTENSIONS:
+        return extension or "without extension"
+    if entry.stat().st_size < 1024:
+        try:
+            with open(entry.path, "rb") as file:
+                if file.read(len(_LFS)) == _LFS:
+                    return "Git LFS pointer (git lfs pull fetches the image)"
+        except OSError:
+            pass  # a bad image, which is named when it is read
+    return "image"
 
 
 def _open_timm(data: str, split: str) -> DatasetSource:

@@ -1,11 +1,8 @@
-"""Sources: images by number, each with a name and perhaps a label. Here: what a source is, folders, and lists of paths."""
+"""Sources: images by number, each with a name and perhaps a label; in files, in memory, or those of another source."""
 
 import hashlib
-import logging
 import os
-import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -24,10 +21,6 @@ SPLITS = {
 }
 """Names of folders, and beginnings of names of archives, in upper or lower case."""
 _COMPARED, _START = 100, 2**16  # images whose content tells one source from another, and bytes of each
-_JUNK = (b"__MACOSX", b"lost+found", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information")  # of systems, never data
-_RUN = (b"log.jsonl", b"checkpoint.pt")  # what the folder of a training run holds, beside pictures that are no data
-_LFS = b"version https://git-lfs"
-_logger = logging.getLogger(__name__)
 
 
 class SplitError(ValueError):
@@ -155,137 +148,15 @@ class RepeatedSource(ImageSource):
         return f"{self._source.fingerprint}x{self._times}"
 
 
-def split_folders(root: Path) -> dict[str, Path]:
-    """Return the folders of the splits; none where no folder is called `train` or alike."""
-    with os.scandir(root) as entries:
-        folders = {entry.name.lower(): root / entry.name for entry in entries if entry.is_dir()}
-    found = {
-        split: next(folders[name] for name in names if name in folders)
-        for split, names in SPLITS.items()
-        if folders.keys() & names
-    }
-    return found if "train" in found else {}
-
-
-def split_folder(root: Path, split: str) -> Path:
-    """Return the folder of a split; where there are no splits, root is `train`.
-
-    Raises:
-        SplitError: No such split.
-    """
-    folders = split_folders(root)
-    if not folders and split == "train":
-        return root
-    if split not in folders:
-        raise SplitError(f"{root} has no {split} split: make folders train and val in it")
-    return folders[split]
-
-
-def open_folder(root: Path, split: str) -> FileSource:
-    """Open all images below a folder; sub-folders are classes if every image lies in one.
-
-    What is not read is counted by kind, in one warning.
-
-    Raises:
-        ValueError: No image there.
-        SplitError: No such split.
-    """
-    start = time.perf_counter()
-    folders, folder = split_folders(root), split_folder(root, split)
-    passed: Counter[str] = Counter()
-    names = sorted(scan(folder, passed))
-    if folders:  # so that classes of which one is called train do not lose the others in silence
-        known = {name for names in SPLITS.values() for name in names}
-        others = [entry for entry in os.scandir(root) if _kind_of(entry) == "folder" and entry.name.lower() not in known]
-        passed += Counter({f"folder beside {folder.name}": len(others)})
-    passed_over = ", ".join(f"{count} {kind}" for kind, count in passed.most_common())
-    if not names:
-        looked = f"looked for archives and {' '.join(sorted(EXTENSIONS))}"
-        raise ValueError(f"no images in {folder}: found {passed_over or 'nothing'}; {looked}")
-    if passed_over:
-        _logger.warning("%s: passed over %s", folder, passed_over)
-    _logger.info("listed %d images in %s in %.1f s", len(names), folder, time.perf_counter() - start)
-    classes = {os.fsdecode(name.split(b"/", 1)[0]) for name in names if b"/" in name}
-    for place in folders.values():  # both splits number the classes alike, also where one has no image of a class
-        classes |= {entry.name for entry in os.scandir(place) if _kind_of(entry) == "folder"}
-    source = FileSource(folder, names, sorted(classes) if len(classes) > 1 and all(b"/" in name for name in names) else None)
-    source.passed_over = passed_over
-    return source
-
-
-def open_list(path: Path) -> FileSource:
-    """Open a text file with one path a line, relative to the list's own folder; empty lines do not count.
-
-    Raises:
-        ValueError: No line, or the first one's file is missing.
-    """
-    lines = path.read_bytes().split(b"\n")
-    names = [line.rstrip(b"\r") for line in lines if line.strip()]
-    if not names:
-        raise ValueError(f"{path} must name images, one path a line, relative to {path.parent}, got none")
-    source = FileSource(path.parent, names)
-    if not os.path.exists(source.name(0)):
-        number = next(number for number, line in enumerate(lines, 1) if line.strip())
-        cure = "relative paths start at the folder of the list"
-        raise ValueError(f"{path}, line {number}: no file {source.name(0)} ({cure})")
-    return source
-
-
-def scan(root: Path, passed: "Counter[str]") -> Iterator[bytes]:
-    """Yield the names of the images below a folder, relative to it; each folder is visited once, despite links.
-
-    Args:
-        root: The folder.
-        passed: Counts what is passed over, by kind: hidden files, other extensions, broken links, Git LFS pointers.
-    """
-    top = os.fsencode(root)
-    seen: set[tuple[int, int]] = set()
-    folders, linked = deque([b""]), deque[bytes]()  # links last, so that a file keeps its own folder's name
-    while folders or linked:
-        folder = (folders or linked).popleft()
-        path = os.path.join(top, folder)
-        status = os.stat(path)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(path) as entries:
-            for entry in entries:
-                kind = _kind_of(entry)
-                if kind == "image":
-                    yield os.path.join(folder, entry.name)
-                elif kind == "folder":
-                    (linked if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
-                else:
-                    passed[kind] += 1
+def first_of(paths: Sequence[Path]) -> str:
+    """Return the first of several files, and how many more there are, for messages."""
+    return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def label_by_folder(names: Sequence[bytes], classes: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Return labels by the first folder of each name, and the names of the classes."""
     number = {os.fsencode(name): i for i, name in enumerate(classes)}
     return np.array([number[name.split(b"/", 1)[0]] for name in names], dtype=np.int64), tuple(classes)
-
-
-def _kind_of(entry: "os.DirEntry[bytes] | os.DirEntry[str]") -> str:
-    """Return `image`, `folder`, or what else an entry is."""
-    name = os.fsencode(entry.name)
-    if name.startswith(b".") or name in _JUNK:
-        return "hidden"
-    if entry.is_dir():
-        path = os.fsencode(entry.path)
-        return "folder of a run" if any(os.path.exists(os.path.join(path, file)) for file in _RUN) else "folder"
-    if not entry.is_file():
-        return "broken link" if entry.is_symlink() else "device"
-    extension = os.path.splitext(os.fsdecode(name))[1].lower()
-    if extension not in EXTENSIONS:
-        return extension or "without extension"
-    if entry.stat().st_size < 1024:
-        try:
-            with open(entry.path, "rb") as file:
-                if file.read(len(_LFS)) == _LFS:
-                    return "Git LFS pointer (git lfs pull fetches the image)"
-        except OSError:
-            pass  # a bad image, which is named when it is read
-    return "image"
 
 
 def _start_of(source: ImageSource, index: int) -> bytes:

@@ -16,9 +16,9 @@ from urllib.parse import unquote
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .archives import expand_braces
 from .decode import ImageError, ImageLike
 from .loader import Loader, worker_options
-from .open import expand_braces
 from .sampling import MAX_TRIES, Bad, DataError, Sample, check_share, generator, sample_seed
 from .sources import KeptImages
 from .tables import find_columns, find_image

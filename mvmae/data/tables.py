@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .archives import first_of
 from .decode import ImageError, ImageLike
-from .sources import ImageSource
+from .sources import ImageSource, first_of
 
 _logger = logging.getLogger(__name__)
 
