@@ -113,7 +113,7 @@ def main(config: Config) -> None:
     taken = load_run(model, config) if config.pretrained else ""
     trained_part = train_last_blocks(encoder, config.train_blocks)
     mean, std = statistics(config, encoder, images.train)
-    length = fit_length(config, len(images.train), ranks)
+    length = fit_length(config, images.length, ranks)
     last = min(length.steps, config.max_steps or length.steps)
     pixels, crops = pixel_options(config), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
     options: dict[str, Any] = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
@@ -162,7 +162,7 @@ def main(config: Config) -> None:
             if step <= length.alone:  # DDP gives the projector a gradient of zero, which AdamW would count and decay by
                 for parameter in (*model.projector.parameters(), *encoder.fc_norm.parameters()):
                     parameter.grad = None
-            checkpoint.require_finite(step, losses._asdict(), (images.train.name(i) for i in batch.indices.tolist()))
+            checkpoint.require_finite(step, losses._asdict(), batch.names)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             log.add(losses._asdict())
