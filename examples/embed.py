@@ -122,7 +122,7 @@ def main(config: Config) -> None:
     transform = EvalTransform(model, config.image_size, config.background)
     batches = [batch for rows in missing for batch in cut(rows, config.batch_size)]
     unfinished, features = list(missing), dict[int, Features]()
-    unread = np.full(getattr(model, "head_hidden_size", model.num_features), np.nan, np.float32)
+    unread = np.full(int(getattr(model, "head_hidden_size", None) or model.num_features), np.nan, np.float32)  # type: ignore[arg-type]
     with autocast(config.precision, ranks.device), tqdm(total=count, unit="image", leave=False, disable=None) as bar:
         found = embed_rows(encoder, source, batches, transform, num_workers=config.workers) if batches else ()
         for batch in signals.batches(found):

@@ -171,7 +171,13 @@ def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple
 
 def view_loader(config: Config, encoder: Any, images: Images, length: Length, start: int, last: int, ranks: Ranks) -> Loader:
     """Load V views of each image of the steps after ``start`` up to ``last``."""
-    where = {"seed": config.seed, "start_step": start, "num_steps": last, "rank": ranks.rank, "world_size": ranks.world_size}
+    where: dict[str, Any] = {
+        "seed": config.seed,
+        "start_step": start,
+        "num_steps": last,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+    }
     views = random_views(config, encoder, config.num_views)
     transform = augmented(jittered(views, config.jitter, config.grayscale), config.transform)
     loading: dict[str, Any] = {"num_workers": config.workers, "pin_memory": ranks.device.type == "cuda"}
