@@ -38,7 +38,7 @@ from engine.checkpoint import check_same
 from engine.cli import changeable, option, parse, run, within_cores
 from engine.distributed import Processes, start_processes
 from engine.ends import BEFORE, Stop
-from mvmae.files import write_json, write_text
+from mvmae.weights import write_json, write_text
 from tasks.comparison import MEASURES, OURS, TABLES, Arm, draw, markdown, summarise
 from tasks.method import build_model
 from tasks.timing import count_flops
@@ -107,7 +107,7 @@ def check_lines(config: Config) -> None:
 def flops_per_image(chosen: pretrain.Config) -> float:
     """Count the operations of a pretraining step, forward and backward, for one image with all its views."""
     model = build_model(chosen)
-    model.contrastive_loss.gather = False  # the same for any number of processes
+    model.contrastive_loss.gather = False  # type: ignore[assignment]  # the same for any number of processes
     views = torch.zeros(2, chosen.num_views, chosen.in_chans, *model.encoder.patch_embed.img_size)
     return count_flops(lambda: model(views).loss.backward()) / 2
 

@@ -33,7 +33,7 @@ from engine.cli import option, run
 from engine.distributed import DEVICES, autocast, start_processes
 from engine.ends import Stop
 from mvmae.data import FORMATS, FileSource, MultiViewDataset, StepSampler, make_loader, open_images
-from mvmae.files import write_json
+from mvmae.weights import write_json
 from tasks.backbones import create_encoder
 from tasks.card import Bench, measure_card, measure_feeding
 from tasks.peers import ViTMAE, plain_loss

@@ -38,8 +38,8 @@ from engine.config import REQUIRED
 from engine.distributed import Processes, autocast, start_processes, to_device
 from engine.ends import Stop
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
-from mvmae.files import write_json, write_text
 from mvmae.visualize import contact_sheet, to_pillow
+from mvmae.weights import write_json, write_text
 from tasks.coco import LAYOUT, CocoData, evaluate, to_coco
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from tasks.starting import with_background

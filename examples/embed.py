@@ -37,7 +37,7 @@ from engine.ends import Stop, StopSignal
 from engine.log import Output, printable
 from mvmae.data import EvalTransform, ImageSource, embed_rows, split_rows
 from mvmae.data.features import Rows
-from mvmae.files import read_json, write_json
+from mvmae.weights import read_json, write_json
 from tasks import method
 from tasks.backbones import load_backbone, summary
 from tasks.feature_files import Parts, delete_parts, read_part, read_parts, write_array, write_bad, write_part, write_table

@@ -30,8 +30,7 @@ from engine.cli import option, run
 from engine.ends import Stop
 from mvmae import MultiViewMAE, hub
 from mvmae.data import open_images
-from mvmae.files import replace_file
-from mvmae.wrappers import merged_weights
+from mvmae.weights import replace_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +113,7 @@ def main(config: Config) -> None:
     license = config.license or started_from.get("license") or "apache-2.0"
     choice = state.get("choice") or {}  # what a run of adapt.py has chosen to leave
     kept = {f"encoder.{name}": value for name, value in choice.get("weights", {}).items()}
-    weights = merged_weights({**state["model"], **kept})
+    weights = {**state["model"], **kept}
     hub.load_weights(model, weights, source=source / "checkpoint.pt")
     hub.export(
         model,

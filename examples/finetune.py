@@ -34,9 +34,9 @@ from engine.ends import Stop
 from engine.optim import cosine_schedule
 from engine.run import DROPOUT, Run
 from mvmae.data import StepSampler, sample_seed
-from mvmae.files import write_json
 from mvmae.hub import describe
 from mvmae.metrics import as_double
+from mvmae.weights import write_json
 from tasks import labelled
 from tasks.backbones import add_head, classified, load_backbone, save_classifier, summary
 from tasks.inputs import names

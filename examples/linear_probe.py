@@ -33,7 +33,7 @@ from engine.ends import StopSignal
 from engine.optim import cosine_schedule
 from engine.run import Run
 from mvmae.data import StepSampler
-from mvmae.files import write_json, write_text
+from mvmae.weights import write_json, write_text
 from tasks import labelled
 from tasks.backbones import load_backbone, summary
 from tasks.inputs import names

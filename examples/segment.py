@@ -30,8 +30,8 @@ from engine.cli import inherit, option, run
 from engine.config import REQUIRED
 from engine.distributed import Processes, autocast, start_processes, to_device
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
-from mvmae.files import write_json
 from mvmae.visualize import contact_sheet
+from mvmae.weights import write_json
 from tasks.ade20k import IGNORE, LAYOUT, Augment, LabelMaps, confusion, count_classes, fitting_size, scores
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
 from tasks.inputs import normalize

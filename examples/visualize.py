@@ -30,7 +30,6 @@ from engine.config import RunConfig
 from engine.distributed import start_processes
 from engine.ends import Stop
 from mvmae.data import ImageSource
-from mvmae.files import write_json
 from mvmae.masked_vit import check_encoder
 from mvmae.metrics import variance_explained
 from mvmae.visualize import (
@@ -47,6 +46,7 @@ from mvmae.visualize import (
     to_pillow,
     to_unit_range,
 )
+from mvmae.weights import write_json
 from tasks.backbones import load_backbone
 from tasks.drawn_images import properties, shown, spread, take
 from tasks.inputs import normalize

@@ -102,25 +102,8 @@ def sum_over_processes(x: Tensor) -> Tensor:
     """Add a tensor of all processes up, with gradient. Without processes: ``x``."""
     if num_processes() == 1:
         return x
-    total: Tensor = _AllReduce.apply(x)
-    return total
-
-
-class _AllReduce(torch.autograd.Function):
-    """The sum over all processes; its gradient is the sum of all processes' gradients for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
+    parts: Tensor = _AllGather.apply(x[None])
+    return parts.sum(dim=0)
 
 
 class _AllGather(torch.autograd.Function):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import WeightsError, building, check_sizes
 from .gradients import num_processes, sum_over_processes
+from .weights import WeightsError, building, check_sizes
 
 
 class BatchNorm(nn.Module):

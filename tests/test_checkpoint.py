@@ -35,7 +35,7 @@ from engine.distributed import Processes
 from engine.ends import Stop
 from engine.optim import build_optimizer
 from engine.run import Run
-from mvmae.files import write_text
+from mvmae.weights import write_text
 
 ALONE = Processes(0, 1, torch.device("cpu"), None)
 

@@ -19,8 +19,8 @@ from torch import nn
 
 import mvmae
 from mvmae.encoders import TIMM_NAMES
-from mvmae.files import WEIGHTS_FILE, WeightsError, locate
-from mvmae.timm_weights import checkpoint_filter
+from mvmae.weights import WEIGHTS_FILE, WeightsError, locate
+from mvmae.checkpoints import checkpoint_filter
 from mvmae.weights import read_weights
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}

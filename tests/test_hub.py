@@ -25,7 +25,7 @@ from hub_server import Hub, Repo
 
 import mvmae
 from mvmae import hub
-from mvmae.files import WeightsError, sha256
+from mvmae.weights import WeightsError, sha256
 from mvmae.weights import read_weights
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from torch.nn.functional import layer_norm
 
 import mvmae
 from mvmae import hub
-from mvmae.files import WeightsError
+from mvmae.weights import WeightsError
 from mvmae.masking import Mask
 
 sys.path.append(str(EXAMPLES))

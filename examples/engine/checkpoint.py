@@ -19,7 +19,7 @@ from engine import locks
 from engine.distributed import Processes
 from engine.ends import Stop
 from engine.snapshot import is_plain, named_tensors, not_finite
-from mvmae.files import first_line, write_json
+from mvmae.weights import first_line, write_json
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 PARTS = frozenset({"step", "settings", "optimizer"})

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.distributed import Processes
 from engine.pace import CLOCK, words
 from engine.trackers import Trackers
-from mvmae.files import write_text
+from mvmae.weights import write_text
 
 MINUTE = 60.0
 """Seconds after which a run without a bar prints a line, once a step is done."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mvmae.files import first_line, write_text
+from mvmae.weights import first_line, write_text
 
 PROJECT = "mvmae"
 """What runs are filed under, unless the tracker's own environment variable (``WANDB_PROJECT``, ...) says otherwise."""

@@ -17,12 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from engine.ends import Stop
+from mvmae.checkpoints import checkpoint_filter, timm_model, vitmae_arguments
 from mvmae.encoders import check_source
-from mvmae.files import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json
 from mvmae.hub import export
-from mvmae.timm_weights import checkpoint_filter
-from mvmae.vitmae import is_vitmae, timm_model
-from mvmae.weights import check_weights, read_weights
+from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
 
 
 def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
@@ -169,7 +167,7 @@ def _export_in(folder: Path) -> Path | None:
 
 def _is_export(folder: Path) -> bool:
     file = folder / CONFIG_FILE
-    return file.is_file() and ("architecture" in read_json(file) or is_vitmae(folder))
+    return file.is_file() and ("architecture" in read_json(file) or vitmae_arguments(file) is not None)
 
 
 def load_weights(model: Any, file: Path) -> None:

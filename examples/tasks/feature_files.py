@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.ends import Stop
 from mvmae.data import ImageSource
 from mvmae.data.loader import escape
-from mvmae.files import replace_file, write_text
+from mvmae.weights import replace_file, write_text
 
 Part = tuple[NDArray[np.float32], dict[int, str]]
 """Features of consecutive images (n, D), and the reason for each of them that cannot be read, by its row in the whole file."""

@@ -217,12 +217,11 @@ def build_model(config: Config, device: torch.device = CPU, *, pretrained: bool 
         decoder_heads=config.decoder_heads or max(width // HEAD, 1),
         mask_ratio=config.mask_ratio,
         loss_weight=config.loss_weight,
-        temperature=config.temperature,
         pool=config.pool,  # type: ignore[arg-type]
         projector=projector,
         norm_pix=config.norm_pix,
         loss_on=config.loss_on,  # type: ignore[arg-type]
-        gather=config.gather,
+        contrastive_loss=mvmae.NTXentLoss(config.temperature, gather=config.gather),
     )
     prefix, length = encoder.num_prefix_tokens, encoder.patch_embed.num_patches
     for part, tokens in ((model.encoder, mvmae.num_visible(length, config.mask_ratio)), (model.decoder, length)):

@@ -14,10 +14,10 @@ from PIL import Image
 import mvmae
 from engine.distributed import Processes
 from engine.log import Log
-from mvmae.files import write_text
 from mvmae.hub import export
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
+from mvmae.weights import write_text
 from tasks.backbones import summary
 from tasks.method import Config
 from tasks.monitor import Monitor, report

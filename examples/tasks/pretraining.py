@@ -236,9 +236,4 @@ def draw_masks(config: Config, encoder: Any, step: int, processes: Processes) ->
 
 def backward(model: torch.nn.Module, views: Tensor, mask: mvmae.Mask, parts: int, *, contrast: bool = True) -> mvmae.Losses:
     """Compute losses and gradients of a batch, whole or in parts; the backward pass runs outside autocast."""
-    if parts > 1:
-        return mvmae.backward_in_parts(model, views, parts, mask=mask, contrast=contrast)
-    output = model(views, mask=mask, contrast=contrast)
-    with torch.autocast(views.device.type, enabled=False):
-        output.loss.backward()
-    return mvmae.Losses(*(loss.detach() for loss in (output.loss, output.loss_rec, output.loss_con)))
+    return mvmae.backward_in_parts(model, views, parts, mask=mask, loss_weight=None if contrast else 0.0)

@@ -12,9 +12,9 @@ import mvmae
 from engine.ends import Stop
 from mvmae.data import colour
 from mvmae.encoders import check_source
-from mvmae.files import CONFIG_FILE, first_line, locate, read_json
 from mvmae.hub import license_warning, load_encoder
 from mvmae.masked_vit import check_encoder
+from mvmae.weights import CONFIG_FILE, first_line, locate, read_json
 from tasks.backbones import create_encoder, find_weights
 
 Config = TypeVar("Config", bound=Any)
@@ -127,7 +127,8 @@ def with_background(config: Config, name: str, arch: str = "") -> Config:
         Stop: if there is no such file or folder.
         ValueError: if it is not a colour.
     """
-    own = _config_beside(name.removeprefix("random:"), arch).get("background")
+    beside = _config_beside(name.removeprefix("random:"), arch)
+    own = (beside.get("inputs") or beside).get("background")
     chosen: str = config.background or own or "white"
     colour(chosen)
     return dataclasses.replace(config, background=chosen)

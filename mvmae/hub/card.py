@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import CONFIG_FILE, WEIGHTS_FILE, locate, read_config, sha256, write_text
-from ..weights import PRETRAINING_FILE, PRETRAINING_FOLDER
+from ..architecture import PRETRAINING_FILE, PRETRAINING_FOLDER
+from ..weights import CONFIG_FILE, WEIGHTS_FILE, locate, read_json, sha256, write_text
 from .onnx import ONNX_DATA_FILE, ONNX_FILE, usage
 
 CARD_FILE = "README.md"
@@ -88,7 +88,7 @@ def write_card(
         WeightsError: if the folder holds no export.
     """
     folder = Path(folder)
-    config = read_config(locate(folder, CONFIG_FILE))
+    config = read_json(locate(folder, CONFIG_FILE))
     whole, classes = (folder / PRETRAINING_FOLDER / PRETRAINING_FILE).exists(), config.get("num_classes", 0)
     started, cfg = config.get("started_from") or {}, config.get("pretrained_cfg") or {}
     metadata = {

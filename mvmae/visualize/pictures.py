@@ -40,10 +40,10 @@ def reconstruct(
         bool.
     """
     training = model.training
-    output = model.eval()(views, mask=mask, generator=generator, contrast=False)
+    output = model.eval()(views, mask=mask, generator=generator, loss_weight=0)
     model.train(training)
     pred = output.pred.float()
-    if model.reconstruction_loss.norm_pix:
+    if _predicts_normalised(model):
         pred = denormalize_patches(pred, output.target.float())
     patch_size, channels = model.encoder.patch_embed.patch_size, views.shape[2]
     grid = grid_size((views.shape[3], views.shape[4]), patch_size)
@@ -84,7 +84,11 @@ def reconstruction_note(model: MultiViewMAE) -> str:
     """Return what to say on a picture of this model's reconstructions: what the model did not predict."""
     note = "Visible patches are shown as they are."
     lent = " Each rebuilt patch has the true patch's mean and contrast, which this model does not predict."
-    return note + lent * model.reconstruction_loss.norm_pix
+    return note + lent * _predicts_normalised(model)
+
+
+def _predicts_normalised(model: MultiViewMAE) -> bool:
+    return bool(getattr(model.reconstruction_loss, "norm_pix", False))  # a loss of the user's own may have no such option
 
 
 def overlay(images: Tensor, heat: Tensor, *, opacity: float = 0.6, limits: tuple[float, float] | None = None) -> Tensor:
