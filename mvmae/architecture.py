@@ -119,7 +119,7 @@ def _shown_arguments(vit: Any) -> dict[str, Any]:
     return {
         "img_size": tuple(embed.img_size),
         "patch_size": tuple(embed.patch_size),
-        "in_chans": embed.proj.in_channels,
+        "in_chans": vit.in_chans,
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
         "num_heads": block.attn.num_heads,

@@ -135,14 +135,7 @@ class NTXentLoss(nn.Module):
 
 
 def mean_positive_similarity(z: Tensor) -> Tensor:
-    """Compute, for every view, the mean cosine to the other views of its image: the numerator of Eq. 4.
-
-    Args:
-        z: latents of unit length, (B, V, D).
-
-    Returns:
-        (B, V).
-    """
+    """Compute, for every view, the mean cosine to the other views of its image: the numerator of Eq. 4, (B, V, D) to (B, V)."""
     similarity = products(z, z.view_as(z))  # (B, V, V)
     own = similarity.diagonal(dim1=1, dim2=2)
     return (similarity.sum(dim=2) - own) / (z.shape[1] - 1)
@@ -153,11 +146,8 @@ def log_denominator(latents: Tensor, anchors: slice, temperature: float) -> Tens
 
     Args:
         latents: (N * V, D), of unit length.
-        anchors: which of them are the anchors, A in a row.
+        anchors: which of them are the anchors, as many as the result has.
         temperature: tau.
-
-    Returns:
-        (A,).
     """
     return _logits_without_self(latents, anchors, temperature).logsumexp(dim=1)
 

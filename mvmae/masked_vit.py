@@ -101,9 +101,9 @@ def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
 
 def _check_images(vit: PlainViT, images: Tensor, mask: Mask) -> tuple[int, int]:
     embed, size = vit.patch_embed, tuple(images.shape[2:])
-    if images.ndim != 4 or images.shape[1] != embed.proj.in_channels:
+    if images.ndim != 4 or images.shape[1] != vit.in_chans:
         raise ValueError(
-            f"images must have the shape (B, {embed.proj.in_channels}, H, W) of the encoder, got {tuple(images.shape)}"
+            f"images must have the shape (B, {vit.in_chans}, H, W) of the encoder, got {tuple(images.shape)}"
         )
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, normalised by mean and std, got {images.dtype}")
@@ -160,17 +160,7 @@ def _rotary_table(vit: Eva, grid: tuple[int, int]) -> Tensor | None:
 
 
 def _rotated_blocks(vit: Eva, tokens: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Run the blocks of an `Eva`, each visible patch at its own place.
-
-    Args:
-        vit: the encoder.
-        tokens: of prefix and visible patches, (B, T + K, D).
-        visible: numbers of the visible patches, (B, K).
-        grid: rows and columns of patches.
-
-    Returns:
-        (B, T + K, D).
-    """
+    """Run the blocks of an `Eva` on tokens, (B, T + K, D), each visible patch at its own place."""
     table, blocks = _rotary_table(vit, grid), list(vit.blocks)
     if table is None:
         positions: list[Any] = [None] * len(blocks)

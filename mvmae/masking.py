@@ -47,10 +47,6 @@ class Mask(NamedTuple):
 def num_visible(length: int, mask_ratio: float) -> int:
     """Count the patches that stay visible: ``round(length * (1 - mask_ratio))``, in exact arithmetic.
 
-    Args:
-        length: number L of patches, at least 1.
-        mask_ratio: share of the patches that is masked, in [0, 1).
-
     Raises:
         ValueError: if the ratio is out of range or leaves no patch visible.
     """

@@ -28,16 +28,9 @@ def knn_accuracy(
     temperature: float | None = 0.07,
     chunk_size: int = 1024,
 ) -> float:
-    """Compute the share of queries whose nearest neighbours vote for the right label, in 0 to 1.
+    """Compute the share of queries whose nearest neighbours vote for the right label, (Q,) integers, in 0 to 1.
 
-    Args:
-        train_features: the bank, (N, D), of any length.
-        train_labels: (N,) integers.
-        test_features: the queries, (Q, D).
-        test_labels: (Q,) integers.
-        k: neighbours that vote (Wu et al., 2018; DINO: 20).
-        temperature: as in `knn_predict`, like ``chunk_size``.
-        chunk_size: queries at a time.
+    The other arguments are those of `knn_predict`.
 
     Raises:
         ValueError: as in `knn_predict`, or if features and labels differ in number.
@@ -192,8 +185,6 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
 def variance_explained(features: Tensor, groups: Tensor) -> float:
     """Compute the share of the features' variance that lies between groups of images, in 0 to 1 (the correlation ratio).
 
-    For groups by class it is high where the features separate classes; for groups by brightness, where the features follow
-    brightness most.
     G groups drawn at random give about (G - 1) / (N - 1).
 
     Args:
@@ -219,11 +210,7 @@ def variance_explained(features: Tensor, groups: Tensor) -> float:
 
 
 def collapse_warning(features: Tensor | float) -> str | None:
-    """Return a warning, one line, if all images have nearly the same feature; else None.
-
-    Args:
-        features: (N, D) of different images, or their `effective_rank`.
-    """
+    """Return a warning, one line, if the features of different images, (N, D), or their `effective_rank`, have collapsed."""
     rank = effective_rank(features) if isinstance(features, Tensor) else features
     if rank >= COLLAPSED_RANK:
         return None
@@ -234,11 +221,7 @@ def collapse_warning(features: Tensor | float) -> str | None:
 
 
 def mean_cosine(before: Tensor, after: Tensor) -> float:
-    """Compute the mean cosine between the features of an image before and after: 1 where no direction has changed.
-
-    Args:
-        before: (N, D).
-        after: of the same images in the same order, (N, D).
+    """Compute the mean cosine between features, (N, D), before and after: 1 where no direction has changed.
 
     Raises:
         ValueError: if the shapes differ.
@@ -251,14 +234,10 @@ def mean_cosine(before: Tensor, after: Tensor) -> float:
 
 
 def linear_cka(before: Tensor, after: Tensor) -> float:
-    """Compute how similarly two sets of features distinguish images: linear CKA (Kornblith et al., 2019), 0 to 1.
+    """Compute how alike two sets of features, (N, D) and (N, E), tell images apart: linear CKA (Kornblith et al., 2019).
 
     Unlike `mean_cosine` it ignores rotations and a scale common to all features, which change neither k-NN nor a linear
-    probe. It is 0 where one set has the same feature for all images.
-
-    Args:
-        before: (N, D).
-        after: of the same images in the same order, (N, E).
+    probe. It is 1 for equal sets, and 0 where one has the same feature for all images.
 
     Raises:
         ValueError: if they are not of the same images.

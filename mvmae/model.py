@@ -113,7 +113,7 @@ class MultiViewMAE(nn.Module):
             vit.embed_dim,
             grid_size=embed.grid_size,
             patch_size=embed.patch_size,
-            in_chans=embed.proj.in_channels,
+            in_chans=vit.in_chans,
             num_prefix_tokens=vit.num_prefix_tokens,
             dim=decoder_dim,
             depth=decoder_depth,

@@ -104,29 +104,24 @@ def _mlp(widths: Sequence[int], *, batch_norm: bool = False) -> nn.Sequential:
 
 
 def describe_projector(projector: nn.Module) -> list[Any] | str | None:
-    """Return what rebuilds a projector, in types that JSON can hold: the widths of an MLP, its layers, or None.
+    """Return what rebuilds a projector, in types that JSON can hold: its layers, or None where there is none.
 
-    Where neither is enough, return the name of its class and log a warning.
+    Where that is not enough, return the name of its class and log a warning.
     """
     if isinstance(projector, nn.Identity):
         return None
-    linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
-    widths = [linear.in_features for linear in linears[:1]] + [linear.out_features for linear in linears]
-    layers = [
+    described = [
         {"layer": type(layer).__name__, **{name: getattr(layer, name) for name in LAYERS.get(type(layer), ())}}
         | ({"bias": layer.bias is not None} if isinstance(layer, nn.Linear | nn.LayerNorm) else {})
         for layer in projector.children()
     ]
-    for described in (widths, layers):
-        try:
-            rebuilt = build_projector(described)
-        except WeightsError:
-            continue
-        if repr(rebuilt) == repr(projector) and rebuilt.state_dict().keys() == projector.state_dict().keys():
-            return described
-    kind = type(projector).__name__
-    _logger.warning("the projector, a %s, cannot be described in a file: give it to from_pretrained as projector=...", kind)
-    return kind
+    kind, known = type(projector), all(type(layer) in LAYERS for layer in projector.children())
+    if kind is nn.Sequential and known and repr(build_projector(described)) == repr(projector):
+        return described
+    _logger.warning(
+        "the projector, a %s, cannot be described in a file: give it to from_pretrained as projector=...", kind.__name__
+    )
+    return kind.__name__
 
 
 def build_projector(described: Any) -> Any:
@@ -140,7 +135,7 @@ def build_projector(described: Any) -> Any:
     if isinstance(described, str):
         raise WeightsError(f"the projector, a {described[:80]}, cannot be built from a file: pass one like it as projector=...")
     with building(f"the projector {str(described)[:200]}"):
-        if all(isinstance(width, int) for width in described):
+        if all(isinstance(width, int) for width in described):  # of an MLP, as files before 1.0 have them
             check_sizes({"projector": described}, "the pretraining model")
             return _mlp(described)
         layers = []

@@ -42,11 +42,7 @@ PUBLISHED = [
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what rebuilds a `MultiViewMAE` or a ViT of timm, in types that JSON and a checkpoint can hold.
-
-    Raises:
-        WeightsError: if JSON cannot hold it.
-    """
+    """Return what rebuilds a `MultiViewMAE` or a ViT of timm, in types that JSON can hold, or raise a `WeightsError`."""
     model = _unwrap(model)
     return (
         describe_pretraining(model) if isinstance(model, MultiViewMAE) else describe_encoder(check_encoder(model), plain=False)
@@ -54,11 +50,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def build(description: Mapping[str, Any], **modules: nn.Module | None) -> nn.Module:
-    """Build the untrained model that `describe` described.
-
-    Args:
-        description: the result of `describe`.
-        modules: of a `MultiViewMAE`, as in `MultiViewMAE.from_pretrained`.
+    """Build the untrained model that `describe` described; ``modules`` are those of `MultiViewMAE.from_pretrained`.
 
     Raises:
         WeightsError: if the description fits no model, or a module is needed, with its class.
@@ -139,7 +131,7 @@ def export(
 
 def _inputs(vit: PlainViT, cfg: Mapping[str, Any], inputs: Inputs | None, changes: Mapping[str, Any]) -> Inputs:
     """Return how the images of an encoder were read, if it fits the encoder."""
-    size, chans = tuple(vit.patch_embed.img_size), vit.patch_embed.proj.in_channels
+    size, chans = tuple(vit.patch_embed.img_size), vit.in_chans
     known = {name: cfg[name] for name in ("mean", "std") if cfg.get(name)} if inputs is None else dataclasses.asdict(inputs)
     record = Inputs(**{**known, **{name: value for name, value in changes.items() if value is not None}, "size": size})
     if len(record.mean) != chans:
@@ -182,7 +174,7 @@ def _size(vit: PlainViT) -> str:
     embed, parameters = vit.patch_embed, sum(parameter.numel() for parameter in vit.parameters())
     size, patch = (" x ".join(map(str, pair)) for pair in (embed.img_size, embed.patch_size))
     blocks = f"{len(vit.blocks)} blocks of width {vit.embed_dim} with {vit.blocks[0].attn.num_heads} heads"
-    images = f"images of {size} pixels and {embed.proj.in_channels} channels in patches of {patch}"
+    images = f"images of {size} pixels and {vit.in_chans} channels in patches of {patch}"
     return f"{blocks}, {parameters / 1e6:.1f} M parameters, for {images}"
 
 

@@ -91,7 +91,7 @@ def _encoder_weights(weights: Mapping[str, Tensor], encoder: nn.Module, place: P
         weights = checkpoint_filter(weights, vit)
     except WeightsError as error:
         raise WeightsError(f"{place}: {error}") from error
-    given, wanted = weights[proj].shape[1], vit.patch_embed.proj.in_channels
+    given, wanted = weights[proj].shape[1], vit.in_chans
     if given not in (3, wanted):
         raise WeightsError(
             f"{place} is for {given} channels, the encoder for {wanted}: weights of 3 channels alone can be adapted"

@@ -99,30 +99,26 @@ def _export(model: nn.Module, images: Tensor, output: str) -> Any:
 def usage(config: dict[str, Any]) -> str:
     """Return an example in Python of how to use the file, for the model card of an export with this config.json."""
     inputs = Inputs.from_config(config)
-    channels = len(inputs.mean)
-    lines = [
-        "import json",
-        "",
-        "import numpy as np",
-        "import onnxruntime",
-        "from PIL import Image, ImageOps",
-        "",
-        f'session = onnxruntime.InferenceSession("{ONNX_FILE}")',
-        "about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}",
-        'height, width = about["size"]',
-    ]
-    if channels in (1, 3):
-        lines += [
-            f'image = Image.open("photograph.jpg").convert("{"RGB" if channels == 3 else "L"}")  # an image of yours',
-            f"method = Image.Resampling.{inputs.interpolation.upper()}",
-            'image = ImageOps.fit(image, (width, height), method, bleed=(1 - about["crop_pct"]) / 2)  # the centre of it',
-            f"pixels = np.asarray(image, np.float32).reshape(height, width, {channels}) / 255",
-        ]
-    else:
-        lines += [f"pixels = np.zeros((height, width, {channels}), np.float32)  # an image of yours, from 0 to 1"]
-    lines += ['pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])']
+    channels, mode = len(inputs.mean), {1: "L", 3: "RGB"}.get(len(inputs.mean))
+    image = f"""image = Image.open("photograph.jpg").convert("{mode}")  # an image of yours
+method = Image.Resampling.{inputs.interpolation.upper()}
+image = ImageOps.fit(image, (width, height), method, bleed=(1 - about["crop_pct"]) / 2)  # the centre of it
+pixels = np.asarray(image, np.float32).reshape(height, width, {channels}) / 255"""
+    if mode is None:
+        image = f"pixels = np.zeros((height, width, {channels}), np.float32)  # an image of yours, from 0 to 1"
     output, shape = ("logits", "classes") if config.get("num_classes") else ("features", "width")
-    lines += [f'({output},) = session.run(None, {{"images": pixels.transpose(2, 0, 1)[None]}})  # (1, {shape})']
-    if "label_names" in config:
-        lines += ['print(about["label_names"][logits[0].argmax()])']
-    return "```python\n" + "\n".join(lines) + "\n```"
+    last = '\nprint(about["label_names"][logits[0].argmax()])' if "label_names" in config else ""
+    return f"""```python
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession("{ONNX_FILE}")
+about = {{key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}}
+height, width = about["size"]
+{image}
+pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])
+({output},) = session.run(None, {{"images": pixels.transpose(2, 0, 1)[None]}})  # (1, {shape}){last}
+```"""
