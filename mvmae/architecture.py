@@ -83,11 +83,7 @@ def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
 
 
 def build_encoder(description: Mapping[str, Any]) -> nn.Module:
-    """Build the untrained ViT that `describe_encoder` described.
-
-    Raises:
-        WeightsError: if the description is not of a ViT that timm knows.
-    """
+    """Build the untrained ViT that `describe_encoder` described, or raise a `WeightsError` if timm knows no such ViT."""
     name, args = description.get("architecture"), description.get("model_args", {})
     if not (isinstance(name, str) and timm.is_model(name)):
         raise WeightsError(
@@ -152,15 +148,12 @@ def _structure(vit: Any, *, drops: bool) -> dict[str, str]:
 
 
 def describe_pretraining(model: Any) -> dict[str, Any]:
-    """Return what rebuilds a `MultiViewMAE`, in types that JSON can hold.
+    """Return what rebuilds a `MultiViewMAE`, in types that JSON can hold, or raise a `WeightsError` for its encoder.
 
     Returns:
-        ``encoder``, the result of `describe_encoder`; ``projector``: the widths of its layers, or the layers, or None;
-        ``options``, keyword arguments of the model and its losses. Of a projector or a loss that JSON cannot describe, the name
-        of its class: such a module must be passed when the model is loaded.
-
-    Raises:
-        WeightsError: if JSON cannot hold the encoder.
+        ``encoder``, the result of `describe_encoder`; ``projector``, its layers, or None; ``options``, keyword arguments of the
+        model and its losses. Of a projector or a loss that JSON cannot describe, the name of its class: such a module must be
+        passed when the model is loaded.
     """
     blocks = model.decoder.blocks
     decoder = (model.decoder.embed.out_features, len(blocks), blocks[0].attn.num_heads if len(blocks) else 1)
@@ -220,11 +213,7 @@ def write_pretraining(folder: str | Path, description: Mapping[str, Any], weight
 
 
 def read_pretraining(source: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_pretraining` wrote, from a folder or a repository of the Hub: description and weights.
-
-    Raises:
-        WeightsError: if the files are missing or damaged, or do not belong together.
-    """
+    """Read what `write_pretraining` wrote, from a folder or the Hub: description and weights, or raise a `WeightsError`."""
     config = locate(source, in_export(source, PRETRAINING_CONFIG), revision=revision)
     description = read_json(config)
     if description.get("format") != PRETRAINING_FORMAT:

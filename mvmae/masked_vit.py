@@ -102,9 +102,7 @@ def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
 def _check_images(vit: PlainViT, images: Tensor, mask: Mask) -> tuple[int, int]:
     embed, size = vit.patch_embed, tuple(images.shape[2:])
     if images.ndim != 4 or images.shape[1] != vit.in_chans:
-        raise ValueError(
-            f"images must have the shape (B, {vit.in_chans}, H, W) of the encoder, got {tuple(images.shape)}"
-        )
+        raise ValueError(f"images must have the shape (B, {vit.in_chans}, H, W) of the encoder, got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, normalised by mean and std, got {images.dtype}")
     grid = grid_size((images.shape[2], images.shape[3]), embed.patch_size)
@@ -147,11 +145,7 @@ def _positions(vit: PlainViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _rotary_table(vit: Eva, grid: tuple[int, int]) -> Tensor | None:
-    """Return the rotary positions of every patch: (L, R), or (depth, heads, L, R) where each block learns its own.
-
-    None where the encoder has no rotary positions. In training mode timm may shift or scale the grid at random, as the model
-    was built to.
-    """
+    """Return the rotary positions of every patch: (L, R), or (depth, heads, L, R) where each block learns its own, or None."""
     if vit.rope is None:
         return None
     fixed = hasattr(vit.rope, "feat_shape") and not vit.dynamic_img_size

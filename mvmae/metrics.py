@@ -52,7 +52,7 @@ def knn_predict(
     temperature: float | None = 0.07,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Predict for each query the label for which its k nearest features vote, by cosine similarity.
+    """Predict for each query, (Q, D), the label for which its k nearest features vote, by cosine similarity: (Q,).
 
     A neighbour's vote weighs exp(similarity / temperature) (Wu et al., 2018, as used by DINO). The smallest label wins a tie.
 
@@ -60,12 +60,9 @@ def knn_predict(
         train_features: the bank, (N, D), of any length and on any device; it is copied to the queries' device in parts.
         train_labels: (N,) integers.
         test_features: the queries, (Q, D).
-        k: neighbours that vote, 1 to N.
+        k: neighbours that vote, 1 to N (DINO: 20).
         temperature: temperature of a vote's weight, above 0; None gives every neighbour the same weight.
         chunk_size: queries at a time, compared with sixteen times as many features of the bank.
-
-    Returns:
-        (Q,) labels, on the device of the queries.
 
     Raises:
         ValueError: if shapes do not agree, k or temperature is out of range, or a feature is not finite.
@@ -114,12 +111,8 @@ def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Te
 def view_retrieval(features: Tensor, *, chunk_size: int = 1024) -> float:
     """Compute the share of views whose nearest other view, by cosine similarity, is one of the same image, in 0 to 1.
 
-    The k-NN accuracy, with k = 1, of telling images apart instead of classes (Wu et al., 2018), so it needs no labels. N images
-    that differ no more than their views have about 1 / N.
-
-    Args:
-        features: of Q >= 2 random views of each of N >= 2 images, (N, Q, D), of any length.
-        chunk_size: views at a time, compared with sixteen times as many.
+    It needs no labels: the k-NN accuracy, with k = 1, of telling images apart (Wu et al., 2018). N images that differ no more
+    than their views have about 1 / N. ``features`` are of Q >= 2 random views of each of N >= 2 images, (N, Q, D).
 
     Raises:
         ValueError: if there are too few images or views, or a feature is not finite.
@@ -135,14 +128,10 @@ def view_retrieval(features: Tensor, *, chunk_size: int = 1024) -> float:
 
 
 def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
-    """Compute the number of directions that the features use: RankMe (Garrido et al., 2023).
+    """Compute the number of directions that features, (N, D), use: RankMe (Garrido et al., 2023).
 
-    exp(-sum_i p_i log p_i) with p_i = sigma_i / sum_j sigma_j, the singular values of the (N, D) matrix of features: 1 where
-    all are the same vector, min(N, D) where all directions are used alike. Taken from the D x D products, in float64.
-
-    Args:
-        features: (N, D), neither normalised nor centred.
-        chunk_size: features at a time.
+    exp(-sum_i p_i log p_i) with p_i = sigma_i / sum_j sigma_j, the singular values of the (N, D) matrix of features, neither
+    normalised nor centred: 1 where all are the same vector, min(N, D) where all directions are used alike.
 
     Raises:
         ValueError: if there is no feature, or one is not finite.
@@ -159,14 +148,9 @@ def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
 
 
 def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> float:
-    """Compute how evenly features cover the sphere: log mean of exp(-t |x - y|^2) over all pairs (Wang & Isola, 2020).
+    """Compute how evenly features, (N, D), cover the sphere: log mean of exp(-t |x - y|^2) over all pairs (Wang & Isola, 2020).
 
-    0 where all features are the same vector, about -2t where they cover the sphere: lower is better.
-
-    Args:
-        features: (N, D) with N >= 2, of any length: they are normalised here.
-        t: sharpness (theirs: 2).
-        chunk_size: features at a time; the time grows with N * N.
+    0 where all features are the same vector, about -2t where they cover the sphere: lower is better. The time grows with N * N.
 
     Raises:
         ValueError: if there are fewer than two features.
@@ -185,11 +169,7 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
 def variance_explained(features: Tensor, groups: Tensor) -> float:
     """Compute the share of the features' variance that lies between groups of images, in 0 to 1 (the correlation ratio).
 
-    G groups drawn at random give about (G - 1) / (N - 1).
-
-    Args:
-        features: (N, D) with N >= 2, of any length: they are normalised here.
-        groups: number of each image's group, (N,) integers.
+    Features are (N, D), of any length; groups (N,) integers. G groups drawn at random give about (G - 1) / (N - 1).
 
     Raises:
         ValueError: if there are fewer than two features, they are all the same, or groups and features differ in number.

@@ -208,15 +208,7 @@ class MultiViewMAE(nn.Module):
         return MultiViewOutput(loss, loss_rec, loss_con, z, projected, pred, target, mask)
 
     def encode(self, views: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Encode the visible patches of views and pool them.
-
-        Args:
-            views: (B, V, C, H, W), normalised.
-            mask: over the B * V views.
-
-        Returns:
-            prefix and visible patch tokens of each view, (B * V, T + K, D), and z, (B, V, D).
-        """
+        """Encode the visible patches of views: prefix and visible tokens, (B * V, T + K, D), and z, pooled, (B, V, D)."""
         tokens = encode_visible(self.encoder, views.flatten(0, 1), mask)
         return tokens, self.pool_tokens(tokens).unflatten(0, views.shape[:2])
 
@@ -226,27 +218,13 @@ class MultiViewMAE(nn.Module):
         return projected
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
-        """Pool tokens to the latent vector of each view, which Eq. 4 compares.
-
-        Args:
-            tokens: the encoder's output, (B, T + K, D).
-
-        Returns:
-            (B, D): the mean patch token or the class token, through the encoder's ``fc_norm`` where it has one.
-        """
+        """Pool tokens, (B, T + K, D), to latents, (B, D): the mean patch or the class token, then ``fc_norm``."""
         pooled = tokens[:, 0] if self.pool == "token" else tokens[:, self.encoder.num_prefix_tokens :].mean(dim=1)
         latent: Tensor = self.encoder.fc_norm(pooled)
         return latent
 
     def features(self, images: Tensor) -> Tensor:
-        """Compute the features of whole images: encoded with nothing masked, then pooled as for the contrastive loss.
-
-        Args:
-            images: (B, C, H, W), normalised.
-
-        Returns:
-            (B, D).
-        """
+        """Compute the features, (B, D), of whole images, (B, C, H, W): encoded with nothing masked, pooled as for Eq. 4."""
         return self.pool_tokens(self.encoder.forward_features(images))
 
     @classmethod
@@ -269,11 +247,7 @@ class MultiViewMAE(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model to ``pretraining.safetensors`` and ``pretraining.json`` in a folder.
-
-        Raises:
-            WeightsError: if JSON cannot describe the encoder, or a weight is NaN or infinite.
-        """
+        """Write the whole model to ``pretraining.safetensors`` and ``.json`` in a folder, or raise a `WeightsError`."""
         write_pretraining(folder, describe_pretraining(self), self.state_dict())
 
 

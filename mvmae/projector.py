@@ -84,18 +84,13 @@ def projection_mlp(
         out_dim: width of the vectors that are compared.
         depth: number of linear layers, at least 1.
         batch_norm: whether to normalise each hidden layer over the batch of all processes.
-
-    Raises:
-        ValueError: if there is no layer.
     """
     if depth < 1:
         raise ValueError(f"depth of a projection head must be at least 1 layer, got {depth}")
-    widths = [in_dim, *[hidden_dim] * (depth - 1), out_dim]
-    return _mlp(widths, batch_norm=batch_norm)
+    return _mlp([in_dim, *[hidden_dim] * (depth - 1), out_dim], batch_norm=batch_norm)
 
 
 def _mlp(widths: Sequence[int], *, batch_norm: bool = False) -> nn.Sequential:
-    """Build linear layers of the given widths, with a ReLU between two of them, after a `BatchNorm` if asked."""
     layers: list[nn.Module] = []
     for in_dim, out_dim in pairwise(widths):
         layers += [nn.Linear(in_dim, out_dim, bias=not batch_norm)]
@@ -125,11 +120,7 @@ def describe_projector(projector: nn.Module) -> list[Any] | str | None:
 
 
 def build_projector(described: Any) -> Any:
-    """Build the projector that `describe_projector` described, or None.
-
-    Raises:
-        WeightsError: if the description is only a name, or fits no module.
-    """
+    """Build the projector that `describe_projector` described, or None; a `WeightsError` says what is needed."""
     if described is None:
         return None
     if isinstance(described, str):

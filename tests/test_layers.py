@@ -185,7 +185,7 @@ def example_problems(path: Path, source: str) -> list[str]:
     refused = scripts if path.stem != "ablate" else set()
     refused = refused | ({"tasks"} if room == "engine" else set())
     found = [name for _, name, _ in imports(ast.parse(source), path.stem)]
-    method = [name for name in found if name.startswith(".") and name not in (".data", ".files")]
+    method = [name for name in found if name.startswith(".") and name not in (".data", ".weights")]
     return [name for name in found if name in refused] + (method if room == "engine" else [])
 
 
