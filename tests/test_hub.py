@@ -696,6 +696,9 @@ def test_a_damaged_or_dangerous_file_is_named_and_the_model_untouched(kind, tmp_
         assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
     assert not (tmp_path / "ran").exists()
+    if kind == "pickle with a payload":  # which runs where it is not refused
+        pickle.loads(path.read_bytes())
+        assert (tmp_path / "ran").exists()
 
 
 ODD = {
@@ -888,12 +891,6 @@ def save_sharded(folder: str) -> str:
 def test_f50_a_sharded_model_is_refused_in_one_line_whose_cure_works(two_processes, tmp_path):
     for message in two_processes(save_sharded, str(tmp_path)):
         assert "in shards over several processes: gather them" in message and "\n" not in message
-
-
-def test_the_payload_would_run_where_it_is_not_refused(tmp_path):
-    path = damaged("pickle with a payload", tmp_path / "file", {})
-    pickle.loads(path.read_bytes())
-    assert (tmp_path / "ran").exists()
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path):

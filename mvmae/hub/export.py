@@ -23,7 +23,7 @@ from ..inputs import INPUTS, Inputs
 from ..masked_vit import PlainViT, check_encoder
 from ..model import MultiViewMAE
 from ..weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, hub_errors, write_json, write_weights
-from .card import CARD_FILE, license_warning
+from .card import CARD_FILE, license_warning, without_folders
 from .onnx import ONNX_DATA_FILE, ONNX_FILE, remove_onnx
 
 _logger = logging.getLogger(__name__)
@@ -105,7 +105,8 @@ def export(
         ValueError: if mean, std or names do not fit the model.
         WeightsError: if timm could not rebuild the encoder, or a weight is NaN or infinite.
     """
-    started, model, folder = dict(started_from or {}), _unwrap(model), Path(folder)
+    started = {key: without_folders(value) for key, value in (started_from or {}).items()}
+    model, folder = _unwrap(model), Path(folder)
     if warning := license_warning(started):
         _logger.warning("%s", warning)
     whole = isinstance(model, MultiViewMAE)
