@@ -413,7 +413,6 @@ def batch_norm_mlp() -> torch.nn.Module:
 HEADS = {
     "batch norm": (batch_norm_mlp, True),
     "our batch norm": (lambda: mvmae.projection_mlp(48, 16, 8, depth=3, batch_norm=True), True),
-    "three layers": (lambda: mvmae.projection_mlp(48, 16, 8, depth=3), True),
     "layer norm": (lambda: torch.nn.Sequential(torch.nn.Linear(48, 8), torch.nn.LayerNorm(8), torch.nn.Tanh()), True),
     "dropout": (lambda: torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(48, 8)), True),
     "one layer": (lambda: torch.nn.Linear(48, 8), False),
