@@ -257,6 +257,8 @@ def test_compiled_it_takes_a_smaller_last_batch_and_other_sizes_and_draws_the_sa
         assert torch.equal(found.mask.visible, expected.mask.visible)
         torch.testing.assert_close(found.loss, expected.loss)
         found.loss.backward()
+        alone = compiled(views, mask=found.mask, loss_weight=0)
+        torch.testing.assert_close(alone.loss, expected.loss_rec)
 
 
 def test_the_residual_streams_stay_float32_under_autocast(build):
