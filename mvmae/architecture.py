@@ -179,8 +179,6 @@ def pretraining_arguments(description: Mapping[str, Any], **modules: nn.Module |
     Raises:
         WeightsError: if it is not such a description, or a module cannot be built and is not given.
     """
-    if unknown := sorted(modules.keys() - {"projector", *LOSSES}):
-        raise TypeError(f"a pretraining model has a projector, a contrastive_loss and a reconstruction_loss, got {unknown}")
     try:
         encoder, head, options = dict(description["encoder"]), description["projector"], dict(description["options"])
     except (KeyError, TypeError, ValueError) as error:

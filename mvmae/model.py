@@ -241,6 +241,8 @@ class MultiViewMAE(nn.Module):
             WeightsError: if the files are missing or damaged, or do not belong together, or a module is needed, with its class.
         """
         description, weights = read_pretraining(source, revision=revision)
+        if unknown := sorted(modules.keys() - {"projector", "contrastive_loss", "reconstruction_loss"}):
+            raise TypeError(f"modules must be a projector, a contrastive_loss or a reconstruction_loss, got {unknown}")
         with building(f"what describes the pretraining model in {source}"):
             model = cls(**pretraining_arguments(description, **modules))
         load_weights(model, weights, source=source)

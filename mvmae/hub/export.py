@@ -133,7 +133,7 @@ def export(
 def _inputs(vit: PlainViT, cfg: Mapping[str, Any], inputs: Inputs | None, changes: Mapping[str, Any]) -> Inputs:
     """Return how the images of an encoder were read, if it fits the encoder."""
     size, chans = tuple(vit.patch_embed.img_size), vit.in_chans
-    known = {name: cfg[name] for name in ("mean", "std") if cfg.get(name)} if inputs is None else dataclasses.asdict(inputs)
+    known = {name: cfg.get(name, ()) for name in ("mean", "std")} if inputs is None else dataclasses.asdict(inputs)
     record = Inputs(**{**known, **{name: value for name, value in changes.items() if value is not None}, "size": size})
     if len(record.mean) != chans:
         raise ValueError(f"mean and std must have one number for each of the {chans} channels, got {record.mean}, {record.std}")
@@ -188,10 +188,10 @@ def published(folder: str | Path) -> list[Path]:
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str = "Add the model") -> str:
-    """Upload an exported folder to a repository of the Hub, in one commit.
+    """Upload the `published` files of an exported folder to a repository of the Hub, in one commit; show them first.
 
     Args:
-        folder: as `export` and `write_card` wrote it; only its `published` files are uploaded: show them first.
+        folder: as `export` and `write_card` wrote it.
         repo: ``owner/name``; created if it does not exist.
         private: whether to create a private repository.
         message: message of the commit.
@@ -200,8 +200,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str =
         The commit, for ``hf-hub:owner/name@commit``.
 
     Raises:
-        WeightsError: if the folder holds no export, the repository is public where a private one was asked for, or the Hub
-            refuses.
+        WeightsError: if there is no export, the repository is public where a private one was asked for, or the Hub refuses.
     """
     names = [path.relative_to(folder).as_posix() for path in published(folder)]
     with hub_errors(repo, str(folder)):

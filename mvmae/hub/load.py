@@ -41,13 +41,9 @@ def load_encoder(encoder: nn.Module, source: str | Path | Mapping[str, Tensor], 
 def load_pretraining(model: MultiViewMAE, source: str | Path | Mapping[str, Tensor], *, revision: str | None = None) -> None:
     """Load the weights of a whole pretraining model, with positions resized as timm does.
 
-    The layer norms of encoder and decoder keep their epsilon, 1e-6 (see `load_encoder`).
-
     Args:
-        model: a pretraining model; after an error it is as it was.
-        source: a file (this package's, or MAE's or transformers' ``ViTMAEForPreTraining``'s with its decoder, with any prefix
-            before all names), a folder or a repository of the Hub that hold ``pretraining.safetensors``, a folder that
-            transformers' ``save_pretrained`` wrote for a ``ViTMAEForPreTraining``, or a state dict in one of these layouts.
+        model: a pretraining model; after an error it is as it was. Its layer norms keep their epsilon (see `load_encoder`).
+        source: as for `load_encoder`, with the decoder too; a repository or a folder that holds ``pretraining.safetensors``.
         revision: branch, tag or commit of the repository.
 
     Raises:
