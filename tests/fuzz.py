@@ -36,9 +36,8 @@ from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.ends import Stop
 from mvmae import MultiViewTransform
 from mvmae.data import ImageError, open_images
-from mvmae.weights import WeightsError
 from mvmae.hub import export, write_card
-from mvmae.weights import read_weights
+from mvmae.weights import WeightsError, read_weights
 from tasks.backbones import load_backbone
 
 LIMIT = 20  # seconds for one file

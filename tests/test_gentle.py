@@ -7,11 +7,11 @@ import sys
 import pytest
 import timm
 import torch
+from mvmae.wrappers import merged, merged_weights
 from running import EXAMPLES, run_processes, run_script, without_clock
 from tiny_run import assert_identical, end_of, losses, write_images
 
 from mvmae import Mask, MultiViewMAE, backward_in_parts, encode_visible, hub, projection_mlp, random_mask
-from mvmae.wrappers import merged, merged_weights
 
 sys.path.append(str(EXAMPLES))
 from engine.ends import Stop
