@@ -33,7 +33,7 @@ from engine.checkpoint import changed_settings
 from engine.distributed import Ranks, start_ranks
 from engine.options import REQUIRED, changeable, option, parse, run
 from engine.signals import SIGNALS, Stop
-from mvmae.files import write_json, write_text
+from mvmae.weights import write_json, write_text
 from tasks.comparison import OURS, TABLES, Arm, compare, draw, markdown
 from tasks.flops import flops_per_image
 from tasks.method import build_model

@@ -30,7 +30,7 @@ from engine.options import REQUIRED, RunConfig, changeable, option, redefine, ru
 from engine.signals import Signals, Stop
 from mvmae.data import EvalTransform, embed_rows
 from mvmae.data.loader import escape
-from mvmae.files import read_json, write_json, write_text
+from mvmae.weights import read_json, write_json, write_text
 from tasks.feature_files import Features, Parts, fingerprint, write_array, write_table
 from tasks.features import POOLS, Pooled
 from tasks.labelled import LabelledConfig
