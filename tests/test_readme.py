@@ -183,7 +183,7 @@ def test_the_commands_on_the_sample_run_one_after_the_other(tmp_path):
     scripts = {Path(command.script).stem for command in on_sample}
     assert scripts >= {"pretrain", "adapt", "linear_probe", "finetune", "visualize"}
     for command in on_sample:
-        words = [sys.executable if word in ("python", "python3") else word for word in command.words]
+        words = [sys.executable if re.fullmatch(r"(.*/)?python3?", word) else word for word in command.words]
         done = subprocess.run(["env", *words], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, f"{command.where}: {shlex.join(command.words)}\n{done.stdout}\n{done.stderr}"
 
@@ -191,8 +191,7 @@ def test_the_commands_on_the_sample_run_one_after_the_other(tmp_path):
 PUBLIC = "vit_small_patch14_reg4_dinov2.lvd142m"
 LEAVE_OUT = {"--push owner/name --private": "", PUBLIC: "public"}  # the Hub; `public` is a tiny encoder of the same kind
 ENDS = {  # behind what is typed: a short course of small models on small views
-    "adapt.py": "--epochs 1 --freeze-epochs 0.3 --warmup-epochs 0.3 --workers 0"
-    " --decoder-dim 16 --decoder-depth 1 --decoder-heads 2",
+    "adapt.py": "--epochs 1 --workers 0 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --eval-images 60",
     "finetune.py": "--epochs 1 --warmup-epochs 0 --workers 0",
     "linear_probe.py": "--epochs 2 --workers 0",
 }
@@ -215,28 +214,20 @@ def draw_classes(folder: Path, names: Sequence[str], count: int, **kind: object)
 
 @pytest.fixture(scope="module")
 def before_the_tutorial(tmp_path_factory):
-    """The 700 pictures and the encoders that the page speaks of."""
+    """The pictures and the encoder that the page speaks of."""
     folder = tmp_path_factory.mktemp("tutorial")
-    draw_classes(folder / "my-images", ["crack", "ok"], 350, mode="RGB")
-    for name, digits in (("odd", "13579"), ("even", "02468")):
-        draw_classes(folder / name / "train", digits, 60, mode="L")
-        draw_classes(folder / name / "val", digits, 10, mode="L")
+    draw_classes(folder / "my-images", ["crack", "ok"], 100, mode="RGB")
     small = {"embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 0}
     public = timm.create_model(PUBLIC.split(".")[0], **{**small, "img_size": 28, "depth": 1})
     timm.models.save_for_hf(public, folder / "public", model_config={}, safe_serialization=True)
-    start = timm.create_model("vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, **small)
-    hub.export(start, folder / "start", mean=[0.5], std=[0.5])
     return folder
 
 
-@pytest.mark.parametrize("part", ["my-images", "odd and even"])
-def test_the_commands_of_the_tutorial_run_one_after_the_other_on_700_pictures(before_the_tutorial, part):
+def test_the_commands_of_the_tutorial_run_one_after_the_other_on_200_pictures(before_the_tutorial):
     said = {}
     for command in commands_of_tutorial():
         words = shlex.join(command.arguments)
-        if "https://" in words:  # shards behind URLs: tests/test_streams.py
-            continue
-        if is_on_sample(command) or bool(re.search(r"my-images|runs/", words)) != (part == "my-images"):
+        if is_on_sample(command) or not re.search(r"my-images|runs/", words):
             continue
         for typed, taken in LEAVE_OUT.items():
             words = words.replace(typed, taken)
@@ -245,15 +236,11 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other_on_700_pictures(be
         done = run_script(script, *shlex.split(words), folder=before_the_tutorial)
         assert done.code == 0, f"{script} {words}\n{done.out}\n{done.err}"
         said[script] = done.out
-    if part == "my-images":
-        assert said.keys() == {"adapt.py", "linear_probe.py", "finetune.py", "visualize.py", "export.py"}
-        assert "630 images, listed" in said["adapt.py"] and "k-NN accuracy on held-out images" in said["adapt.py"]
-        assert "--batch-size 1024 is more than all 630: 630 take its place" in said["linear_probe.py"]
-        assert all(
-            "trained on 630 images, tested on 70, of 2 classes (" in said[one] for one in ("linear_probe.py", "finetune.py")
-        )
-        best = timm.create_model(f"local-dir:{before_the_tutorial}/runs/classifier/best", pretrained=True)
-        assert best.pretrained_cfg["label_names"] == ["crack", "ok"]
+    assert said.keys() == {"adapt.py", "linear_probe.py", "finetune.py", "export.py"}
+    assert "180 images" in said["adapt.py"] and "k-NN accuracy on held-out images" in said["adapt.py"]
+    assert all("trained on 180 images, tested on 20, of 2 classes (" in said[one] for one in ("linear_probe.py", "finetune.py"))
+    best = timm.create_model(f"local-dir:{before_the_tutorial}/runs/classifier/best", pretrained=True)
+    assert best.pretrained_cfg["label_names"] == ["crack", "ok"]
 
 
 def without_code(text: str) -> str:
