@@ -9,96 +9,70 @@ r"""Measure the frozen features of models on labelled images: linear probe, k-NN
   python examples/linear_probe.py --cached --data path/to/imagenet --models vit_base_patch16_224.mae
       extracts features once, from centre crops instead of random ones: minutes instead of hours
 
-Any timm model can be measured. For each learning rate of --sweep, one linear layer is trained on the mean patch token and one
-on the class token, all at once on the same features. In the table, "linear" is the layer on the mean patch token with the
-recipe's own learning rate. "best on val" is the layer with the highest accuracy on the validation images: because it is chosen
-on them, its accuracy is optimistic.
+Any timm model can be measured. One linear layer is trained with the recipe's learning rate ("linear" in the table), and one
+more for each multiple of it in --sweep, all at once on the same features. "best on val" is the layer with the highest accuracy
+on the validation images: because it is chosen on them, its accuracy is optimistic.
 """
 
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from engine.options import inherit, option, run
-from engine.config import RunConfig
+from engine.checkpoint import Checkpoint
 from engine.distributed import Ranks, autocast, parallel, start_ranks, to_device
-from engine.signals import StopSignal
-from engine.optim import cosine_schedule
-from engine.run import Run
-from mvmae.data import StepSampler
+from engine.log import Log
+from engine.optim import cosine, set_learning_rate
+from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
+from engine.signals import Signals
+from mvmae.data import EvalTransform, StepSampler
 from mvmae.files import write_json, write_text
-from tasks import labelled
-from tasks.backbones import load_backbone, summary
-from tasks.inputs import names
-from tasks.labelled import LabelledConfig, Seeded
-from tasks.monitor import extract
+from tasks.features import POOLS, Pooled, extract
+from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
+from tasks.models import load_backbone, starting_weights, summary, with_background
 from tasks.plots import draw_curves
-from tasks.probe import DRAWS, Features, Probe, freeze, head_optimizer, measure, pooled, table
+from tasks.probe import DRAWS, Probe, measure, probe_optimizer, table
 from tasks.splits import Labelled, open_labelled
-from tasks.starting import starting_weights, with_background
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(LabelledConfig):
     models: tuple[str, ...] = option(
-        dataclasses.MISSING,
+        REQUIRED,
         "models to measure: timm names, hf-hub:ID, folders of runs or exports, files of weights; random:NAME is untrained",
         path=True,
         may_change=True,
         section="Model",
     )
-    output_dir: str = inherit(
-        RunConfig, "output_dir", "runs/linear-probe", "folder for the results, with one folder for each model"
-    )
-    background: str = option(
-        "", "colour behind transparent pixels, a name or #RRGGBB", empty="each model's own, else white", section="Data"
-    )
+    pool: str = option("avg", "feature; avg: mean patch token, token: class token, model: what timm pools", POOLS)
+    batch_norm: bool = option(False, "normalise each feature over the batch before the linear layer, as MAE does")
     cached: bool = option(
-        False, "extract features of centre crops once and train on them; --no-cached: new random crops in each epoch"
+        False,
+        "extract features of centre crops once and train on them; --no-cached: new random crops in each epoch",
+        section="Data",
     )
-    epochs: int = option(100, "number of passes over the images (paper)", at_least=1, section="Optimization")
+    output_dir: str = redefine(RunConfig, "output_dir", "runs/linear-probe", "folder of the results, with one for each model")
+    save_every: int = redefine(RunConfig, "save_every", 1000)
+    log_every: int = redefine(RunConfig, "log_every", 50)
+    epochs: int = option(100, "number of passes over the images (paper)", at_least=1, section="Length")
     warmup_epochs: float = option(0, "epochs of linear warm-up of the learning rate (MoCo v3)", at_least=0)
-    batch_size: int = option(1024, "number of images per step, over all processes (paper)", at_least=1)
+    batch_size: int = option(1024, "number of images per step, over all processes (paper)", at_least=1, section="Optimizer")
+    optimizer: str = option("sgd", "optimizer, with momentum 0.9, no weight decay; sgd: MoCo v3, lars: MAE", ["sgd", "lars"])
     base_lr: float = option(3.0, "learning rate for a batch of 256; it is scaled with the batch (MoCo v3)", at_least=0)
     sweep: tuple[float, ...] = option(
         (0.1, 0.3, 1.0, 3.0, 10.0),
         "multiples of the learning rate, for each of which one more linear layer is trained",
         above=0,
     )
-    optimizer: str = option(
-        "sgd", "optimizer, with momentum 0.9 and without weight decay; sgd: MoCo v3, lars: MAE", ["sgd", "lars"]
-    )
-    batch_norm: bool = option(
-        False, "normalise each feature over the batch before the linear layer, as MAE does", section="Model"
-    )
-    head_std: float = option(0.01, "standard deviation of the linear layer's initial weights (MoCo v3 and MAE)", above=0)
-    crop_scale: tuple[float, float] = option(
-        (0.08, 1.0),
-        "share of the image's area that a random crop covers (MoCo v3 and MAE)",
-        above=0,
-        at_most=1,
-        lengths=(2,),
-        section="Data",
-    )
-    neighbours: int = option(
-        20, "number of neighbours of the k-NN classifier; 0: no k-NN (DINO)", at_least=0, section="Evaluation"
-    )
     few_shot: tuple[int, ...] = option(
-        (1, 2, 5), "numbers of labelled images per class for classifiers on few labels; 0: no such classifier", at_least=0
+        (1, 2, 5), "numbers of labels per class of classifiers on few labels; 0: none", at_least=0, section="Evaluation"
     )
-    seed: int = inherit(RunConfig, "seed", 0, "seed of the random numbers: weights, order of images, crops")
-    precision: str = inherit(
-        RunConfig, "precision", "auto", "precision of the models measured; auto: bf16 on CUDA, float32 on a CPU"
-    )
-    save_every: int = inherit(RunConfig, "save_every", 1000)
-    log_every: int = inherit(RunConfig, "log_every", 50)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -118,148 +92,102 @@ PRESETS: dict[str, dict[str, Any]] = {
         "workers": 0,
     },
 }
-PAPER = {"vit_base_patch16_224.mae": 68.0, "vit_base_patch16_224.dino": 78.2, "mvmae_vit_base_patch16.in1k": 76.7}  # Table 2
-IMAGENET = (1_281_167, 50_000, 1000)
-Step = tuple[Features, Tensor, Callable[[], list[str]]]
-"""Features and labels of a batch, and what names its images."""
 
 
-def build_probe(config: Config, widths: Mapping[str, int], num_classes: int) -> Probe:
-    """Build the linear layers: the recipe's first, then those of the sweep."""
-    multiples = tuple(dict.fromkeys((1.0, *config.sweep)))
-    return Probe(widths, num_classes, multiples=multiples, batch_norm=config.batch_norm, std=config.head_std)
+def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals: Signals) -> dict[str, Any]:
+    """Measure one model, in a folder of its own, and return its results."""
+    start, config = time.monotonic(), with_background(config, name, config.arch)
+    folder = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
+    checkpoint = Checkpoint(folder, settings, ranks, may_change=changeable(Config), resume=config.resume)
 
-
-def build_optimizer(config: Config, probe: Probe) -> torch.optim.Optimizer:
-    """Build the optimizer of the recipe, with a learning rate for each head."""
-    return head_optimizer(probe, config.optimizer, lr=config.base_lr * config.batch_size / 256)
-
-
-def batches(
-    config: Config,
-    model: nn.Module,
-    sampler: StepSampler,
-    data: Labelled,
-    cached: tuple[Features, Tensor] | None,
-    ranks: Ranks,
-) -> Iterator[Step]:
-    """Give features and labels of each step: of random crops, or out of the ones that were extracted."""
-    if cached is not None:
-        for keys in sampler:
-            rows = torch.tensor([index for _, index in keys], device=cached[1].device)
-            yield {kind: values[rows] for kind, values in cached[0].items()}, cached[1][rows], partial(numbers, rows)
-        return
-    options: dict[str, Any] = {"is_training": True, "scale": config.crop_scale, "color_jitter": None}
-    transform = Seeded(model, config.image_size, background=config.background, **options)
-    labels = torch.as_tensor(data.train.labels)
-    for batch in labelled.training_loader(data.train, transform, sampler, workers=config.workers, max_bad=config.max_bad):
-        with torch.no_grad(), autocast(config.precision, ranks.device):
-            features = pooled(model, to_device(batch.views, ranks.device))
-        yield features, labels[batch.indices].to(ranks.device), partial(names, data.train, batch.indices)
-
-
-def numbers(rows: Tensor) -> list[str]:
-    """Give the numbers of a batch's images among all that could be read."""
-    return [f"number {row} of the images that can be read" for row in rows.tolist()]
-
-
-@torch.no_grad()
-def evaluate(probe: Probe, features: Features, labels: Tensor) -> dict[str, dict[str, float]]:
-    """Give the accuracy of every head in percent."""
-    probe.eval()
-    counts: dict[str, Tensor] = {}
-    for rows in torch.arange(len(labels), device=labels.device).split(1024):
-        for name, logits in probe({kind: values[rows] for kind, values in features.items()}).items():
-            counts[name] = counts.get(name, 0) + labelled.count_right(logits, labels[rows])
-    probe.train()
-    return {name: labelled.accuracy(total) for name, total in counts.items()}
-
-
-def average_statistics(probe: Probe, ranks: Ranks) -> None:
-    """Give all processes the same running statistics."""
-    for buffer in probe.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(ranks.mean(buffer))
-
-
-def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, stop: StopSignal) -> dict[str, Any]:
-    """Measure one model, in a folder of its own, and give its results."""
-    config = with_background(config, name, config.arch)
-    folder, start = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-."), time.monotonic()
-    run = Run(config, processes, [data.train.fingerprint, data.val.fingerprint], folder, stop, model=name)
     torch.manual_seed(config.seed)
-    stop.interruptible = True  # a signal may cut the extraction of features
-    model = freeze(load_backbone(name, arch=config.arch, image_size=config.image_size)).to(ranks.device)
-    transform = Seeded(model, config.image_size, background=config.background)
-    loading = {"batch_size": config.batch_size, "workers": config.workers, "max_bad": config.max_bad}
+    model = load_backbone(name, arch=config.arch, image_size=config.image_size).to(ranks.device)
+    encoder = Pooled(model, config.pool).eval().requires_grad_(False)  # no dropout, no statistics that move
+    centre = EvalTransform(model, config.image_size, config.background)
+    loading = {"batch_size": min(config.batch_size, 256), "workers": config.workers, "max_bad": config.max_bad}
+    with signals.interruptible(), autocast(config.precision, ranks.device):  # nothing is saved before the features are there
+        train, val = (extract(encoder, part, centre, ranks, **loading) for part in (data.train, data.val))
+    results = measure(train, val, few_shot=config.few_shot)
 
-    def encode(images: Tensor) -> Features:
-        with autocast(config.precision, ranks.device):
-            return pooled(model, images)
+    length = len(train[1]) if config.cached else len(data.train)
+    config, clamped = clamp_batch(config, length, ranks.world_size)
+    sampler = StepSampler(length, config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size)
+    per_epoch = sampler.steps_per_epoch
+    steps, warmup = config.epochs * per_epoch, round(config.warmup_epochs * per_epoch)
+    last, lr = min(steps, config.max_steps or steps), config.base_lr * config.batch_size / 256
+    sampler.num_steps, sampler.start_step = last, checkpoint.step
 
-    train_set, val = (extract(encode, part, transform, processes, **loading) for part in (data.train, data.val))
-    results = measure(train_set, val, neighbours=config.neighbours, few_shot=config.few_shot)
+    def batches() -> Iterator[tuple[Tensor, Tensor, Iterable[str]]]:
+        """Yield features (B, D), labels (B,) and names of each step's images."""
+        if config.cached:
+            for keys in sampler:
+                rows = torch.tensor([index for _, index in keys], device=ranks.device)
+                yield train[0][rows], train[1][rows], (f"readable image {row}" for row in rows.tolist())
+            return
+        crops, labels = TrainTransform(model, config.image_size, config.background), torch.as_tensor(data.train.labels)
+        options: dict[str, Any] = {"workers": config.workers, "max_bad": config.max_bad, "folder": folder}
+        for batch in training_loader(data.train, crops, sampler, **options):
+            with torch.no_grad(), autocast(config.precision, ranks.device):
+                features = encoder.forward_head(encoder.forward_features(to_device(batch.views, ranks.device)))
+            yield features.float(), labels[batch.indices].to(ranks.device), (data.train.name(int(i)) for i in batch.indices)
+
     torch.manual_seed(config.seed)  # again: loading images draws from the same generator
-    length = len(train_set[1]) if config.cached else len(data.train)
-    config, clamped = labelled.clamp_batch(config, length, ranks.world_size)
-    probe = build_probe(config, {kind: x.shape[1] for kind, x in val[0].items()}, len(data.class_names)).to(ranks.device)
-    optimizer = build_optimizer(config, probe)
-    group = {"rank": ranks.rank, "world_size": ranks.world_size}
-    sampler = StepSampler(length, config.batch_size, seed=config.seed, **group)
-    steps = config.epochs * sampler.steps_per_epoch
-    sampler.num_steps = min(steps, config.max_steps or steps)
-    schedule = cosine_schedule(optimizer, steps, round(config.warmup_epochs * sampler.steps_per_epoch))
-    run.take_up(last=sampler.num_steps, model=probe, optimizer=optimizer)
-    sampler.start_step = run.step
-    course = f"{steps} steps of {config.batch_size} on {ranks.device}{clamped}"
-    run.announce(model=summary(model, config.image_size, name), images=data.note, training=course)
-    with run:
-        trained, per_epoch = parallel(probe.train(), processes), sampler.steps_per_epoch
-        features = batches(config, model, sampler, data, train_set if config.cached else None, processes)
-        for step, (inputs, labels, images) in run.batches(features):
-            schedule.step_update(step - 1)
-            outputs = trained(inputs).values()  # of each head: (B, classes)
-            losses = torch.stack([nn.functional.cross_entropy(logits, labels) for logits in outputs])
+    probe = Probe(train[0].shape[1], len(data.class_names), multiples=config.sweep, batch_norm=config.batch_norm)
+    probe.to(ranks.device)
+    optimizer = probe_optimizer(probe, config.optimizer)
+    log = Log(folder, ranks, last, checkpoint.step, config.batch_size)
+    checkpoint.restore(log, signals, model=probe, optimizer=optimizer)
+    if ranks.rank == 0:
+        log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
+    log.say(f"model  {summary(model, config.image_size, name)}\nimages  {data.note}")
+    log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}")
+
+    @torch.no_grad()
+    def evaluate() -> list[dict[str, float]]:
+        """Return the accuracy of every head on the validation images."""
+        for buffer in probe.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(ranks.mean(buffer))  # running statistics, which the ranks have of their own images
+        found = [accuracy(logits, val[1]) for logits in probe.eval()(val[0])]
+        probe.train()
+        return found
+
+    trained = parallel(probe.train(), ranks)
+    with checkpoint.saved_on_error():
+        for step, (features, labels, images) in enumerate(log.timed(signals.batches(batches())), checkpoint.step + 1):
+            set_learning_rate(optimizer, lr * cosine(step, steps, warmup))
+            losses = torch.stack([F.cross_entropy(logits, labels) for logits in trained(features)])
             losses.sum().backward()  # each head is trained as if it were alone
-            if run.finite(step, {"loss": losses[0]}, images):
-                optimizer.step()
+            checkpoint.require_finite(step, {"loss": losses[0]}, images)
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.report(step, epoch=round(step / per_epoch, 3), lr=optimizer.param_groups[0]["lr"])
-            if step % max(per_epoch, config.log_every) == 0 or step == sampler.num_steps:
-                average_statistics(probe, processes)
-                scores = evaluate(probe, *val)
-                best = max(score["top1"] for score in scores.values())
-                run.log.write(step=step, linear=scores["avg_0"]["top1"], best=best)
-            run.checkpoint(step)
-    scores = evaluate(probe, *val)
-    chosen = max(scores, key=lambda head: scores[head]["top1"])
-    kind, _, number = chosen.rpartition("_")
-    results |= {"linear": scores["avg_0"]["top1"], "linear_top5": scores["avg_0"]["top5"], "best": scores[chosen]["top1"]}
-    choice = {"best_feature": kind, "best_multiple": probe.multiples[int(number)]}
+            log.add({"loss": losses[0].detach()})
+            if step % config.log_every == 0 or step == last:
+                log.write_step(step, epoch=round(step / per_epoch, 3), lr=optimizer.param_groups[0]["lr"])
+            if step % max(per_epoch, config.log_every) == 0 or step == last:
+                top1 = [score["top1"] for score in evaluate()]
+                log.write(step=step, linear=top1[0], best=max(top1))
+            checkpoint.advance(step, last, config.save_every)
+
+    scores = evaluate()
+    best = max(range(len(scores)), key=lambda head: scores[head]["top1"])
+    results |= {"linear": scores[0]["top1"], "linear_top5": scores[0]["top5"], "best": scores[best]["top1"]}
+    results |= {"best_multiple": probe.multiples[best], "seconds": round(time.monotonic() - start, 1)}
     about = {"model": name, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
-    about |= {"started_from": starting_weights(model, name, config.arch)}
-    about |= {"paper": paper_number(config, name, data), **results, **choice, "seconds": round(time.monotonic() - start, 1)}
+    about |= {"pool": config.pool, "started_from": starting_weights(model, name, config.arch), **results}
     if ranks.rank == 0:
         write_json(folder / "results.json", about)
-        draw_curves(folder / "curves.png", run.log.records(), ("loss", "lr", "linear", "best"))
-    run.log.end()
+        draw_curves(folder / "curves.png", log.records(), ("loss", "lr", "linear", "best"))
+    log.close()
     return about
-
-
-def paper_number(config: Config, name: str, data: Labelled) -> float | None:
-    """Give the accuracy of Table 2, where model, images and recipe are the paper's; None elsewhere."""
-    recipe = Config(data=config.data, models=config.models)
-    same = ("cached", "epochs", "warmup_epochs", "batch_size", "base_lr", "optimizer", "batch_norm", "crop_scale", "max_steps")
-    if any(getattr(config, field) != getattr(recipe, field) for field in same) or config.image_size not in (0, 224):
-        return None
-    return PAPER.get(name) if (len(data.train), len(data.val), len(data.class_names)) == IMAGENET else None
 
 
 def main(config: Config) -> None:
     """Measure every model, then write and print the table."""
-    processes, folder, stop = start_ranks(config.device), Path(config.output_dir), StopSignal()
+    ranks, folder, signals = start_ranks(config.device), Path(config.output_dir), Signals()
     data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
-    results = [probe_model(config, name, data, processes, stop) for name in config.models]
+    results = [probe_model(config, name, data, ranks, signals) for name in config.models]
     if ranks.rank == 0:
         text = table(results)
         write_json(folder / "results.json", results)

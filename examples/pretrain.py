@@ -11,6 +11,9 @@ The defaults are the paper's, or MAE's where the paper gives none. Add --resume 
 the weights of an existing encoder, on images of your own, use adapt.py.
 """
 
+import dataclasses
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,14 @@ from engine.options import changeable
 from engine.options import run as run_script
 from engine.signals import Signals
 from mvmae.data import sample_seed
+from mvmae.hub import describe
 from tasks.best import Best
 from tasks.evaluation import VIEWS, Evaluation
 from tasks.gains import compare, draw, table
 from tasks.inputs import normalize
 from tasks.method import Config as Config
 from tasks.method import build_model
+from tasks.models import describe_start, starting_weights, with_background
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     DROPOUT,
@@ -50,7 +55,6 @@ from tasks.pretraining import (
     view_loader,
 )
 from tasks.splits import open_splits
-from tasks.starting import starting_weights, told, with_background
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"help": "the paper's run, ViT-B/16 at 224 pixels, 1600 epochs", "warmup": 40 / 1600},
@@ -111,8 +115,9 @@ def main(config: Config) -> None:
     mean, std = statistics(config, encoder, images.train)
     length = fit_length(config, len(images.train), ranks)
     last = min(length.steps, config.max_steps or length.steps)
-    pixels, crops = pixel_options(config), random_views(config, encoder, VIEWS)
-    options = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers, **pixels}
+    pixels, crops = pixel_options(config), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
+    options = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
+    options |= {"max_bad": config.max_bad, **pixels}
     evaluation = Evaluation(encoder, images.splits, crops, **options)
     centre = mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixels)
     pictures = Pictures(evaluation, centre, mean, std, config.seed)
@@ -126,18 +131,22 @@ def main(config: Config) -> None:
     checkpoint = Checkpoint(Path(config.output_dir), settings, ranks, may_change=changeable(Config), resume=config.resume)
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     best, before = Best(encoder), dict[str, float]()
+    record = {"description": describe(model), "mean": list(mean), "std": list(std)}  # for export.py, like the rest of it
+    record |= {"start": start, "command": shlex.join(["python", *sys.argv])}
     log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, length.batch_size), Signals()
-    checkpoint.restore(log, signals, model=model, optimizer=optimizer, best=best, before=before)
+    more = {"best": best} if config.pretrained else {}
+    checkpoint.restore(log, signals, model=model, optimizer=optimizer, before=before, about=record, **more)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
     loader = view_loader(config, encoder, images, length, checkpoint.step, last, ranks)
     training = f"{describe_length(length, config)}; {config.optimizer} on {device}"
-    weights = f"{told(start)}{taken}" if start else "random"
+    weights = f"{describe_start(start)}{taken}" if start else "random"
     parts = {"start": weights, "trained": trained_part, "images": images.listed, "split": images.splits.note}
     about = describe_run(log, config, model, settings, **parts, training=training, evaluation=evaluation.describe())
     if not checkpoint.step:
         before.update(evaluate(log, evaluation, model, pictures, 0))
-        best.consider(0, before, evaluation.images)
+        if config.pretrained:
+            best.consider(0, before, evaluation.images)
 
     # one wrapped model for the whole run: a stage scales a learning rate or the weight of a loss
     trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=length.alone > 0)  # type: ignore[arg-type]
@@ -150,6 +159,9 @@ def main(config: Config) -> None:
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
             with autocast(config.precision, device):
                 losses = backward(trained, views, mask, config.accumulate, contrast=step > length.alone)  # Eqs. 1-7
+            if step <= length.alone:  # DDP gives the projector a gradient of zero, which AdamW would count and decay by
+                for parameter in (*model.projector.parameters(), *encoder.fc_norm.parameters()):
+                    parameter.grad = None
             checkpoint.require_finite(step, losses._asdict(), (images.train.name(i) for i in batch.indices.tolist()))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -158,7 +170,7 @@ def main(config: Config) -> None:
                 log.write_step(step, epoch=round(step / length.per_epoch, 3), lr=rate)
             if length.eval_every and step % length.eval_every == 0 and 2 * (last - step) >= length.eval_every:
                 metrics = evaluate(log, evaluation, model, pictures, step)
-                if step > length.alone:  # before, it tells of another loss
+                if config.pretrained and step > length.alone:  # before, it tells of another loss
                     best.consider(step, metrics, evaluation.images)
             checkpoint.advance(step, last, config.save_every)
 

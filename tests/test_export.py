@@ -10,53 +10,48 @@ import pytest
 import timm
 import torch
 from hub_server import Hub
+from PIL import Image
 from running import EXAMPLES, run_script
 
-from mvmae import MultiViewMAE, hub
+from mvmae import MultiViewMAE, hub, projection_mlp
 
 TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
-PRETRAIN = ["--preset", "quick", "--data", "sample", "--max-steps", 1, "--workers", 0, "--monitor-images", 0, "--device", "cpu"]
-STATISTICS = ["--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6]
 
 
-def fine_tuned(folder: Path) -> torch.nn.Module:
-    """Leaves what a fine-tuned run does."""
-    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY, num_classes=3).eval()
+def leave(folder: Path, model: torch.nn.Module, **about: object) -> None:
+    """Leaves what a run of a model does."""
     folder.mkdir()
-    state = {"model": vit.state_dict(), "description": hub.describe(vit), "label_names": ["cat", "dog", "eel"], "step": 9}
-    torch.save({**state, "settings": {"lr": 0.1}, "command": "python train.py", "commit": "abc123"}, folder / "checkpoint.pt")
+    settings = {"lr": 0.1, "data": str(folder), "output_dir": str(folder)}
+    state = {"model": model.state_dict(), "optimizer": {}, "settings": settings, "step": 9}
+    about |= {"description": hub.describe(model), "command": f"python train.py --data {folder}/images"}
+    torch.save({**state, "about": about}, folder / "checkpoint.pt")
     records = [{"step": 3, "knn": 11.0}, {"step": 9, "loss": 1.0}, {"step": 9, "knn": 44.0}]
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "results.json").write_text(json.dumps({"top1": 61.5, "data": "sample"}))
-    return vit
+    Image.new("RGB", (8, 8)).save(folder / "curves.png")
 
 
-def test_a_fine_tuned_run_keeps_its_head_and_the_names_of_its_classes(tmp_path):
-    vit = fine_tuned(tmp_path / "run")
+def test_a_fine_tuned_run_keeps_its_head_and_the_names_of_its_classes(tmp_path: Path) -> None:
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY, num_classes=3).eval()
+    leave(tmp_path / "run", vit, label_names=["cat", "dog", "eel"], crop_pct=0.9, training="fine-tuned for classification")
     done = run_script("export.py", "--run", "run", "--output-dir", "out", "--datasets", "cifar10", folder=tmp_path)
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_classes"], config["label_names"]) == (3, ["cat", "dog", "eel"])
+    assert config["pretrained_cfg"]["crop_pct"] == 0.9 and config["training"] == "fine-tuned for classification"
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()(images), vit(images))
     card = (tmp_path / "out" / "README.md").read_text()
-    for part in (
-        "held-out images, %`: 44",
-        "`top1`: 61.5",
-        "`python train.py`",
-        "`abc123`",
-        '"lr": 0.1',
-        "cifar10",
-        "3 classes",
-    ):
+    for part in ("images, %`: 44", "`top1`: 61.5", "`python train.py --data images`", '"lr": 0.1', "cifar10", "3 classes"):
         assert part in card
     assert "11" not in card.partition("## Measured")[2].partition("## Files")[0]  # measured on other weights
     assert not (tmp_path / "out" / "pretraining").exists()
 
 
-def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
-    done = run_script("pretrain.py", *PRETRAIN, "--output-dir", "run", "--projector", 8, *STATISTICS, folder=tmp_path)
-    assert done.code == 0, done.err
+def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path: Path) -> None:
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2, projector=projection_mlp(48, 16, 8))
+    leave(tmp_path / "run", model, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
     with Hub() as server:
         environment = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test"}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", "no_proxy": "*"}
@@ -72,7 +67,7 @@ def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
     assert f"hf-hub:me/quick@{commit}" in ended.stdout
     for name, data in files.items():  # what is uploaded is shown before
         assert name.startswith(".") or f"  {name}, {len(data)} bytes" in ended.stdout.partition("is uploaded")[0]
-    assert str(tmp_path).encode() not in b"".join(files.values()) and b"pretrain.py" in files["README.md"]
+    assert str(tmp_path).encode() not in b"".join(files.values()) and b"train.py" in files["README.md"]
     assert {"config.json", "model.safetensors", "pretraining/pretraining.safetensors", "README.md", "curves.png"} <= set(files)
     cfg = json.loads(files["config.json"])["pretrained_cfg"]
     assert (cfg["mean"], cfg["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
@@ -83,17 +78,10 @@ def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
 
 
-def test_f59_a_picture_that_is_a_link_is_not_copied_into_the_export(tmp_path):
-    fine_tuned(tmp_path / "run")
-    (tmp_path / "key").write_text("secret")
-    (tmp_path / "run" / "curves.png").symlink_to(tmp_path / "key")
-    assert run_script("export.py", "--run", "run", folder=tmp_path).code == 0
-    assert not (tmp_path / "run" / "encoder" / "curves.png").exists()
-
-
-def test_f62_an_export_asks_the_hub_for_nothing_that_a_checkpoint_names(tmp_path):
+def test_an_export_asks_the_hub_for_nothing_that_a_checkpoint_names(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    torch.save({"model": {}, "settings": {"encoder": "hf-hub:me/evil"}}, tmp_path / "run" / "checkpoint.pt")
+    state = {"model": {}, "optimizer": {}, "step": 1, "settings": {"encoder": "hf-hub:me/evil"}}
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
     with Hub() as server:
         online = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         done = run_script("export.py", "--run", "run", folder=tmp_path, env=online)
@@ -101,7 +89,14 @@ def test_f62_an_export_asks_the_hub_for_nothing_that_a_checkpoint_names(tmp_path
     assert done.code == 2 and "must say which model it holds" in done.err
 
 
-@pytest.mark.parametrize("state", [None, {"model": {}, "settings": {}}, {"model": {}, "description": {"architecture": "x"}}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {"model": {}, "optimizer": {}, "step": 1, "settings": {}},
+        {"model": {}, "optimizer": {}, "step": 1, "settings": {}, "about": {"description": {"architecture": "x"}}},
+    ],
+)
 def test_a_folder_that_is_no_run_is_refused_in_one_line(state, tmp_path):
     (tmp_path / "run").mkdir()
     if state is not None:
@@ -110,3 +105,21 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(state, tmp_path):
     assert done.code == 2
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("pretrained", "best"), [(True, 1.0), (False, 0.0)])
+def test_of_an_adaptation_the_best_encoder_is_exported_and_of_other_runs_the_last(tmp_path, pretrained, best):
+    model = MultiViewMAE(timm.create_model("mvmae_vit_tiny_patch16", **TINY), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    torch.nn.init.zeros_(model.encoder.norm.bias)
+    leave(tmp_path / "run", model, mean=[0.5] * 3, std=[0.5] * 3)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    weights = {**model.encoder.state_dict(), "norm.bias": torch.ones(48)}
+    for kept in ({}, weights):
+        chosen = {"step": 3 if kept else 0, "metrics": {"knn": 11.0}, "weights": kept}
+        settings = {**state["settings"], "pretrained": pretrained}
+        torch.save({**state, "settings": settings, "best": chosen}, tmp_path / "run" / "checkpoint.pt")
+        done = run_script("export.py", "--run", "run", folder=tmp_path)
+        assert done.code == (2 if pretrained and not kept else 0), done.err
+    exported = timm.create_model(f"local-dir:{tmp_path / 'run/encoder'}", pretrained=True)
+    assert exported.norm.bias.unique().tolist() == [best]
+    assert f"images, %`: {11 if pretrained else 44}" in (tmp_path / "run/encoder/README.md").read_text()

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mvmae.data import CentreCropTransform
 
 sys.path.append(str(EXAMPLES))
-from engine.distributed import Processes
 from tasks.monitor import Monitor, extract
+
+from engine.distributed import Processes
 from tasks.splits import open_splits
 
 ONE = Processes(0, 1, torch.device("cpu"), None)

@@ -1,4 +1,4 @@
-"""examples/tasks/labelled.py: two splits of labelled images, transforms that depend on one generator, and accuracy."""
+"""examples/tasks/labelled.py and splits.py: two splits of labelled images, augmentation by one generator, accuracy."""
 
 import gzip
 import random
@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from running import EXAMPLES
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 sys.path.append(str(EXAMPLES))
-from engine.distributed import Processes
-from engine.ends import Stop
-from tasks.labelled import InOrder, Seeded, accuracy, count_right, each_once, to_pil
+from engine.distributed import Ranks
+from engine.signals import Stop
+from mvmae.data import EvalTransform
+from mvmae.data.features import to_pil
+from tasks.features import Pooled, extract
+from tasks.labelled import TrainTransform, accuracy
 from tasks.splits import hold_out, open_labelled, open_splits
 
-ONE = Processes(0, 1, torch.device("cpu"), None)
+ONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
 def write_classes(folder, counts, size=(40, 36)):
@@ -138,12 +141,12 @@ def test_data_without_classes_is_refused(tmp_path):
 
 
 def test_a_transform_is_that_of_timm_and_depends_on_its_generator_alone(tiny_vit):
-    augment = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel", "color_jitter": None}
+    augment = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}
     vit = tiny_vit()
     vit.pretrained_cfg |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    transform = Seeded(vit, 48, is_training=True, **augment)
+    transform = TrainTransform(vit, 48, **augment)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 70, 3), dtype=np.uint8))
-    reference = timm.data.create_transform(48, is_training=True, interpolation="bicubic", **augment)
+    reference = timm.data.create_transform(48, is_training=True, interpolation="bicubic", color_jitter=None, **augment)
     results = []
     for seed in range(20):
         results.append(transform(image, generator=torch.Generator().manual_seed(seed)))
@@ -159,68 +162,45 @@ def test_a_transform_is_that_of_timm_and_depends_on_its_generator_alone(tiny_vit
 
 def test_evaluation_resizes_to_eight_sevenths_and_crops_the_centre(tiny_vit):
     vit = tiny_vit(img_size=224, patch_size=16)
-    vit.pretrained_cfg |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    vit.pretrained_cfg |= {
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    }
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
     resized = image.resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 58 + 224, 16 + 224))
     expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    result = Seeded(vit, 224)(image, generator=torch.Generator().manual_seed(0))
+    result = EvalTransform(vit)(image)
     assert torch.allclose(result, (expected - mean) / std, atol=1e-5)
 
 
 def test_posterizing_to_nothing_does_not_end_a_run(tiny_vit):
-    transform = Seeded(tiny_vit(), 8, is_training=True, auto_augment="rand-m10-n4-inc1", color_jitter=None)
+    transform = TrainTransform(tiny_vit(), 8, auto_augment="rand-m10-n4-inc1")
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     for seed in range(60):  # a quarter of these ask for 0 bits, which Pillow refuses
         transform(image, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_upright(tmp_path, orientation):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "x.png", exif=exif)
-    with Image.open(tmp_path / "x.png") as stored:
-        expected = np.asarray(ImageOps.exif_transpose(stored))
-    assert np.array_equal(np.asarray(to_pil(tmp_path / "x.png")), expected)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_images_of_any_mode_become_rgb(tmp_path, mode):
-    Image.new(mode, (5, 4)).save(tmp_path / "x.tiff")
-    assert (to_pil(tmp_path / "x.tiff").mode, to_pil(tmp_path / "x.tiff", channels=1).mode) == ("RGB", "L")
-
-
-@pytest.mark.parametrize(("length", "batch", "world"), [(13, 4, 1), (13, 4, 2), (3, 8, 4), (8, 8, 2)])
-def test_every_image_is_seen_by_one_process_once(length, batch, world):
-    seen = []
-    for rank in range(world):
-        sampler = InOrder(length, batch // world, Processes(rank, world, torch.device("cpu"), None))
-        lists = list(sampler)
-        assert len(lists) == len(sampler) and all(1 <= len(keys) <= batch // world for keys in lists)
-        seen += [index for keys in lists for _, index in keys]
-    assert sorted(seen) == list(range(length))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_that_cannot_be_read_are_left_out(tmp_path, tiny_vit, workers):
+def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path, tiny_vit, workers, caplog):
     write_classes(tmp_path, {"ant": 12, "bee": 12})
     (tmp_path / "ant" / "003.png").write_bytes(b"no image")
-    part = open_labelled(str(tmp_path)).train
-    options = {"batch_size": 5, "workers": workers, "max_bad": 5}
-    found = list(each_once(part, Seeded(tiny_vit(), 32), ONE, **options))
-    rows = torch.cat([rows for _, rows in found])
+    part, vit = open_labelled(str(tmp_path)).train, tiny_vit().train()
     readable = [i for i in range(len(part)) if not part.name(i).endswith("ant/003.png")]
-    assert rows.tolist() == readable and len(torch.cat([images for images, _ in found])) == len(readable) == len(part) - 1
+    features, labels = extract(Pooled(vit), part, EvalTransform(vit, 32), ONE, batch_size=5, workers=workers)
+    assert labels.tolist() == part.labels[readable].tolist() and features.shape == (len(part) - 1, 48)
+    assert "ant/003.png" in caplog.text and caplog.text.count("bad image") == 1 and vit.training
+    with pytest.raises(Stop, match="1 images cannot be read, more than the 0"):
+        extract(Pooled(vit), part, EvalTransform(vit, 32), ONE, max_bad=0)
 
 
 def test_accuracy_is_that_of_scikit_learn():
     logits, labels = torch.randn(300, 9), torch.randint(9, (300,))
-    counts = count_right(logits[:100], labels[:100]) + count_right(logits[100:], labels[100:])
-    found, scores, classes = accuracy(counts), logits.softmax(1).double().numpy(), list(range(9))
+    found, scores, classes = accuracy(logits, labels), logits.softmax(1).double().numpy(), list(range(9))
     assert found["top1"] == pytest.approx(100 * top_k_accuracy_score(labels, scores, k=1))
     assert found["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, scores, k=5))
     scores /= scores.sum(1, keepdims=True)
     assert found["val_loss"] == pytest.approx(log_loss(labels, scores, labels=classes), rel=1e-5)
-    assert accuracy(count_right(logits[:, :3], labels % 3))["top5"] == 100  # fewer classes than five
+    assert accuracy(logits[:, :3], labels % 3)["top5"] == 100  # fewer classes than five

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(EXAMPLES))
 
+from engine.ends import Stop
+
 from engine import distributed
 from engine.distributed import Processes, autocast, start_processes, to_device
-from engine.ends import Stop
 from mvmae import MultiViewMAE, accumulation, metrics
 from mvmae.visualize import pca_colours
 from tasks import labelled, probe, timing
@@ -95,9 +96,7 @@ MEASURES = {
     "cosine": lambda x, y, labels: metrics.mean_cosine(x, y),
     "CKA": lambda x, y, labels: metrics.linear_cka(x, y),
     "few labels": lambda x, y, labels: probe.as_double(x[:, 0] > 0).mean().item(),
-    "accuracy": lambda x, y, labels: labelled.accuracy(
-        metrics.as_double(torch.zeros(4, device=x.device)) + labelled.count_right(x, labels)
-    )["val_loss"],
+    "accuracy": lambda x, y, labels: labelled.accuracy(x, labels)["val_loss"],
     "PCA": lambda x, y, labels: pca_colours(x[:32].view(2, 16, 8), (4, 4)).mean().item(),
 }
 

@@ -106,7 +106,7 @@ class Checkpoint:
         self.objects = {"model": model, "optimizer": optimizer, **more}
         if self.found:
             own = optimizer.state_dict()["param_groups"]
-            self._check_fit(self.found, own)
+            check_fit(self.folder, self.found, self.objects, own)
             self.found["optimizer"]["param_groups"] = own
             for name, thing in self.objects.items():
                 (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.found[name])
@@ -114,20 +114,6 @@ class Checkpoint:
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
         self._whole(self.step)
-
-    def _check_fit(self, found: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-        problems = [f"{name} is missing" for name in self.objects if name not in found]
-        states = (found.get("model", {}), self.model.state_dict())
-        theirs, ours = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                problems.append(f"model.{name} is {theirs.get(name, 'missing')} instead of {ours.get(name, 'nothing')}")
-        trained, trains = ([len(group["params"]) for group in part] for part in (found["optimizer"]["param_groups"], groups))
-        if trained != trains:
-            problems.append(f"optimizer has groups of {trained} parameters instead of {trains}")
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise Stop(f"the checkpoint in {self.folder} does not fit this run: {'; '.join(problems[:4])}{more}")
 
     @contextlib.contextmanager
     def saved_on_error(self) -> Iterator[None]:
@@ -310,6 +296,29 @@ def read(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
     return state  # type: ignore[no-any-return]
+
+
+def check_fit(
+    folder: Path, found: Mapping[str, Any], objects: Mapping[str, Any], groups: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """Check that a checkpoint holds these objects, the weights of ``objects["model"]`` and, if given, an optimizer's groups.
+
+    Raises:
+        Stop: naming what is missing or has another shape.
+    """
+    problems = [f"{name} is missing" for name in objects if name not in found]
+    states = (found.get("model", objects["model"].state_dict()), objects["model"].state_dict())
+    theirs, ours = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            problems.append(f"model.{name} is {theirs.get(name, 'missing')} instead of {ours.get(name, 'nothing')}")
+    if groups is not None:
+        trained, trains = ([len(group["params"]) for group in part] for part in (found["optimizer"]["param_groups"], groups))
+        if trained != trains:
+            problems.append(f"optimizer has groups of {trained} parameters instead of {trains}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise Stop(f"the checkpoint in {folder} does not fit this run: {'; '.join(problems[:4])}{more}")
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:

@@ -71,8 +71,9 @@ class Best:
         return f"exported: the encoder after step {self.step} of {last}, the best by {value}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from."""
-        return {"step": self.step, "top": self.top, "metrics": self.metrics, "weights": self.weights}
+        """Return what a resumed run goes on from, and export.py takes."""
+        weights = self.chosen() if self.metrics else {}
+        return {"step": self.step, "top": self.top, "metrics": self.metrics, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""

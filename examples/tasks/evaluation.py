@@ -33,6 +33,7 @@ class Evaluation:
         ranks: this process and the others, each of which computes its share.
         pool: vector that is measured, as in `Pooled`.
         workers: processes that load images.
+        max_bad: unreadable images to tolerate.
         **pixels: how images become pixels, as in `evaluation_transform`.
     """
 
@@ -46,12 +47,13 @@ class Evaluation:
         ranks: Ranks,
         pool: str,
         workers: int,
+        max_bad: int,
         **pixels: Any,
     ) -> None:
         self.pooled, self.crops, self.limit, self.ranks = Pooled(encoder, pool), crops, limit, ranks
         self.train, self.val, _ = splits
         self.transform = evaluation_transform(encoder, **pixels)
-        self.extract = partial(extract, ranks=ranks, workers=workers)
+        self.extract = partial(extract, ranks=ranks, workers=workers, max_bad=max_bad)
         self.source: ImageSource = self.train if self.val is None else self.val
         parts = [] if self.val is None else [self.train, self.val]
         self.labelled = bool(parts) and all(part.labels is not None and part.labels.min() >= 0 for part in parts)

@@ -3,6 +3,7 @@
 Shapes: N images, B of a batch, V views, C channels, H x W pixels, D width of a feature.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from engine.distributed import Ranks
 from engine.signals import Stop
 from mvmae import CentreCropTransform, MultiViewTransform
-from mvmae.data import EvalTransform, ImageLike, ImageSource, embed_rows
+from mvmae.data import EvalTransform, ImageLike, ImageSource
+from mvmae.data import embed_rows as embed_rows
 
+_logger = logging.getLogger(__name__)
 POOLS = ("avg", "token", "model")
 
 
@@ -59,7 +62,7 @@ class Pooled(nn.Module):
         model: of timm.
         pool: ``"avg"``: the mean patch token of a transformer; ``"token"``: its class token; ``"model"``: what timm pools for
             its classifier, which for the encoders of this package is the mean patch token too. Of other models all three are
-            what timm pools.
+            what timm pools. ``"logits"``: what a model with a head computes, instead of a feature.
     """
 
     def __init__(self, model: Any, pool: str = "avg") -> None:
@@ -74,8 +77,8 @@ class Pooled(nn.Module):
     def forward_head(self, tokens: Tensor, *, pre_logits: bool = True) -> Tensor:
         """Pool (B, T, D) to (B, D)."""
         prefix = getattr(self.model, "num_prefix_tokens", None)
-        if self.pool == "model" or tokens.ndim != 3 or prefix is None:
-            pooled: Tensor = self.model.forward_head(tokens, pre_logits=pre_logits)
+        if self.pool in ("model", "logits") or tokens.ndim != 3 or prefix is None:
+            pooled: Tensor = self.model.forward_head(tokens, pre_logits=self.pool != "logits")
             return pooled
         if self.pool == "token" and getattr(self.model, "cls_token", None) is None:
             raise Stop("--pool token must have a model with a class token, got one without: use --pool avg")
@@ -94,7 +97,8 @@ class OfViews(nn.Module):
     def forward_features(self, views: Tensor) -> Tensor:
         """Compute the pooled feature of each view."""
         features = self.pooled.forward_head(self.pooled.forward_features(self.normalize(views.flatten(0, 1))))
-        return features.unflatten(0, views.shape[:2])
+        by_view: Tensor = features.unflatten(0, views.shape[:2])
+        return by_view
 
     def forward_head(self, features: Tensor, *, pre_logits: bool = True) -> Tensor:
         """Return the features of an image in one row."""
@@ -110,6 +114,7 @@ def extract(
     *,
     batch_size: int = 64,
     workers: int = 0,
+    max_bad: int = 100,
 ) -> tuple[Tensor, Tensor]:
     """Compute features (N, D) and labels (N,) of all images that can be read, in their order, in all ranks.
 
@@ -120,19 +125,25 @@ def extract(
         ranks: this process and the others, each of which loads and encodes its share.
         batch_size: images at a time, of each rank.
         workers: processes that load images; 0: this one.
+        max_bad: images of this rank's share that may be unreadable; they are named and left out.
 
     Raises:
-        Stop: if no image can be read.
+        Stop: if no image can be read, or more than ``max_bad`` cannot.
     """
     share = range(ranks.rank, len(source), ranks.world_size)
     batches: Sequence[Sequence[int]] = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
     modes = {module: module.training for module in model.modules()}
-    features, read = torch.empty(0), torch.zeros(len(source), dtype=torch.bool)
+    features, read, bad = torch.empty(0), torch.zeros(len(source), dtype=torch.bool), 0
     for part in embed_rows(model.eval(), source, batches, transform, num_workers=workers):  # type: ignore[arg-type]
         rows = torch.tensor([row for row in part.rows if row not in part.bad], dtype=torch.long)
         good = torch.tensor([row not in part.bad for row in part.rows])
         features = features if len(features) else torch.zeros(len(source), part.features.shape[1])
         features[rows], read[rows] = part.features[good], True
+        for row, reason in part.bad.items():
+            _logger.warning("bad image %r: %s; it is left out", source.name(row), reason)
+        bad += len(part.bad)
+        if bad > max_bad:
+            raise Stop(f"{bad} images cannot be read, more than the {max_bad} that --max-bad allows: see the warnings", 1)
     for module, training in modes.items():
         module.training = training
     features, read = features.to(ranks.device), read.to(ranks.device)

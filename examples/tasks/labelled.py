@@ -1,11 +1,10 @@
-"""The images of all scripts that learn from an image as a whole: batches, timm's transforms, accuracy.
+"""What fine-tuning and the linear probe share: their options, the training images, accuracy.
 
 Shapes: B images of a batch, N of a set, C channels, H W pixels.
 """
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,18 +15,8 @@ from PIL import Image
 from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 
-from engine.options import option
-from engine.config import REQUIRED, RunConfig
-from engine.distributed import Ranks, to_device
-from mvmae.data import (
-    ImageLike,
-    ImageSource,
-    Loader,
-    MultiViewDataset,
-    StepSampler,
-    colour,
-    make_loader,
-)
+from engine.options import REQUIRED, RunConfig, option
+from mvmae.data import ImageLike, ImageSource, Loader, MultiViewDataset, StepSampler, colour, make_loader
 from mvmae.data.features import to_pil
 from mvmae.metrics import as_double
 
@@ -45,15 +34,14 @@ class LabelledConfig(RunConfig):
         may_change=True,
         section="Data",
     )
-    arch: str = option(
-        "", "timm name of the model, if a file of weights has no config.json beside it", empty="none", section="Model"
-    )
-    image_size: int = option(0, "side of an image in pixels; 0: the model's own (paper: 224)", at_least=0, section="Data")
+    image_size: int = option(0, "side of an image in pixels; 0: the model's own (paper: 224)", at_least=0)
+    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; default: the model's own, else white")
     train_images: int = option(0, "maximum number of training images; 0: all", at_least=0)
     val_images: int = option(0, "maximum number of validation images; 0: all", at_least=0)
     max_bad: int = option(
         100, "number of different unreadable images to tolerate; one more stops the run", at_least=0, may_change=True
     )
+    arch: str = option("", "timm name of the model, if a file of weights has no config.json beside it", section="Model")
 
 
 def clamp_batch(config: Config, images: int, multiple: int = 1) -> tuple[Config, str]:
@@ -71,22 +59,22 @@ def clamp_batch(config: Config, images: int, multiple: int = 1) -> tuple[Config,
     return dataclasses.replace(config, batch_size=most), words
 
 
-class Seeded:
-    """A transform of timm for one image, drawn from one generator: (C, H, W) float32, normalised."""
+class TrainTransform:
+    """timm's augmentation of an image, random crops and more, drawn from one generator: (C, H, W) float32, normalised."""
 
-    def __init__(self, model: nn.Module, image_size: int, *, background: str = "", **options: Any) -> None:
+    def __init__(self, model: nn.Module, image_size: int, background: str = "white", **augmentation: Any) -> None:
         cfg = timm.data.resolve_model_data_config(model)
-        self.channels, self.background = cfg["input_size"][0], colour(background or "white")
-        self.size = image_size or cfg["input_size"][1]
-        self.shape = (4, self.channels, self.size, self.size)  # bytes
-        options = {"interpolation": "bicubic", "crop_pct": 224 / 256, "mean": cfg["mean"], "std": cfg["std"], **options}
-        self.transform = timm.data.create_transform((self.channels, self.size, self.size), **options)
+        self.channels, self.background, side = cfg["input_size"][0], colour(background), image_size or cfg["input_size"][1]
+        self.shape = (4, self.channels, side, side)  # bytes
+        options = {"interpolation": "bicubic", "mean": cfg["mean"], "std": cfg["std"], "color_jitter": None, **augmentation}
+        self.transform = timm.data.create_transform((self.channels, side, side), is_training=True, **options)
         for step in self.transform.transforms:
             for op in getattr(step, "ops", []):
                 if op.aug_fn is posterize:  # asks for 0 bits at times, which Pillow 13 refuses
                     op.aug_fn = posterize_to_a_bit
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator) -> Tensor:
+        """Augment an image: what is drawn depends on the generator alone."""
         seed = int(torch.randint(2**32, (), generator=generator))
         random.seed(seed)  # timm draws from all three
         np.random.seed(seed)
@@ -101,61 +89,18 @@ def posterize_to_a_bit(image: Image.Image, bits: int, **options: Any) -> Image.I
     return result
 
 
-class InOrder(StepSampler):
-    """Every image once, in order: each process takes one in ``world_size``, ``share`` at a time."""
-
-    def __init__(self, length: int, share: int, ranks: Ranks) -> None:
-        self.length, self.share, self.seed = length, share, 0
-        self.rank, self.world_size, self.batch_size = ranks.rank, ranks.world_size, share * ranks.world_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        keys = [(0, index) for index in range(self.rank, self.length, self.world_size)]
-        yield from (keys[i : i + self.share] for i in range(0, len(keys), self.share))
-
-    def __len__(self) -> int:
-        return -(-len(range(self.rank, self.length, self.world_size)) // self.share)
-
-
 def training_loader(
-    source: ImageSource,
-    transform: Callable[..., Tensor],
-    sampler: StepSampler,
-    *,
-    workers: int,
-    max_bad: int,
-    bad_file: Path | None = None,
+    source: ImageSource, transform: TrainTransform, sampler: StepSampler, *, workers: int, max_bad: int, folder: Path
 ) -> Loader:
-    """Load the training images of each step."""
+    """Load the training images of each step; ``bad_files.txt`` in the run's folder lists those that cannot be read."""
     dataset = MultiViewDataset(source, transform, seed=sampler.seed, max_bad=max_bad)
-    return make_loader(dataset, sampler, num_workers=workers, pin_memory=torch.cuda.is_available(), bad_file=bad_file)
+    pin, bad_file = torch.cuda.is_available(), folder / "bad_files.txt" if sampler.rank == 0 else None
+    return make_loader(dataset, sampler, num_workers=workers, pin_memory=pin, bad_file=bad_file)
 
 
-def each_once(
-    source: ImageSource, transform: Callable[..., Tensor], ranks: Ranks, *, batch_size: int, **loading: Any
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this process's share of the images, (B, C, H, W), and their positions, (B,), without unreadable images.
-
-    Args:
-        source: the images.
-        transform: (image, generator=) -> (C, H, W).
-        processes: this one and the others.
-        batch_size: images at a time over all processes.
-        **loading: as in `training_loader`.
-    """
-    sampler = InOrder(len(source), max(batch_size // ranks.world_size, 1), processes)
-    for keys, batch in zip(sampler, training_loader(source, transform, sampler, **loading), strict=True):
-        read = batch.indices == torch.tensor([index for _, index in keys])
-        yield to_device(batch.views[read], ranks.device), batch.indices[read].to(ranks.device)
-
-
-def count_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return four float64 sums: top-1 hits, top-5 hits, loss, and number of images."""
+def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compute top-1 and top-5 accuracy in percent, and the mean cross-entropy, of logits (N, classes) and labels (N,)."""
     right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    return as_double(torch.stack([right[:, 0].sum(), right.any(dim=1).sum(), loss, labels.new_full((), len(labels))]))
-
-
-def accuracy(counts: Tensor) -> dict[str, float]:
-    """Compute percentages from the results of `count_right`, summed over batches and processes."""
-    top1, top5, loss, total = counts.tolist()
-    return {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "val_loss": loss / total}
+    shares = 100 * as_double(torch.stack([right[:, 0], right.any(dim=1)])).mean(dim=1)
+    loss = as_double(nn.functional.cross_entropy(logits.float(), labels, reduction="none")).mean()
+    return {"top1": shares[0].item(), "top5": shares[1].item(), "val_loss": loss.item()}

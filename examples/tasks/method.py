@@ -11,7 +11,7 @@ from engine.optim import OPTIMIZERS
 from engine.options import REQUIRED, RunConfig, option, redefine
 from engine.signals import Stop
 from mvmae.data import MAX_PIXELS
-from tasks.starting import start_encoder
+from tasks.models import start_encoder
 
 HEAD = 32
 """Width of a head of a decoder whose size follows the encoder's."""

@@ -19,11 +19,11 @@ from mvmae.files import write_json, write_text
 from mvmae.hub import export
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
-from tasks.backbones import summary
 from tasks.drawn_images import varied
 from tasks.evaluation import Evaluation, report
 from tasks.inputs import normalize
 from tasks.method import Config
+from tasks.models import summary
 from tasks.plots import draw_curves
 
 CURVES = ("loss", "loss_rec", "loss_con", "knn", "retrieval", "effective_rank", "uniformity", "lr")

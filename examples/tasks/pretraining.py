@@ -16,10 +16,10 @@ import mvmae
 from engine.distributed import Ranks
 from engine.signals import Stop
 from mvmae.data import ImageSource, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
-from mvmae.weights import PRETRAINING_FILE, read_pretraining
-from tasks.backbones import find_weights
+from mvmae.weights import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
 from tasks.inputs import augmented, channel_statistics, jittered
 from tasks.method import Config
+from tasks.models import find_weights
 from tasks.splits import Joined, Part, Splits, draw, open_splits, passed_over
 
 MASKS, DROPOUT = -1, -2
@@ -54,10 +54,6 @@ class Length(NamedTuple):
         A random decoder's gradients would undo in a few steps what an encoder has learned (LP-FT; Kumar et al., 2022).
         """
         return 1.0 if not self.frozen else min(max(step - self.frozen, 0) / (self.frozen + 1), 1.0)
-
-    def loss_weight(self, step: int, weight: float) -> float:
-        """Return lambda of a step: 0 while the reconstruction trains alone (MAE-CT; Lehner et al., 2023)."""
-        return weight if step > self.alone else 0.0
 
 
 def open_data(config: Config) -> Images:
@@ -185,11 +181,13 @@ def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay
     """Group all trained parameters by weight decay and learning rate; those of the encoder are marked ``encoder``.
 
     A layer's share of the learning rate, ``lr_scale``, is ``layer_decay`` times that of the layer above (BEiT; MAE's
-    fine-tuning); parameters of one dimension have no weight decay (MAE).
+    fine-tuning); then positions and tokens of the encoder have no weight decay, and parameters of one dimension never (MAE).
     """
-    groups: list[dict[str, Any]] = param_groups_weight_decay(model.encoder, weight_decay)
+    encoder: Any = model.encoder
+    groups: list[dict[str, Any]] = param_groups_weight_decay(encoder, weight_decay)
     if layer_decay < 1:
-        groups = param_groups_layer_decay(model.encoder, weight_decay, layer_decay=layer_decay)
+        fixed = tuple(encoder.no_weight_decay())  # of themselves, timm's groups decay positions and tokens
+        groups = param_groups_layer_decay(encoder, weight_decay, fixed, layer_decay=layer_decay)
     rest = param_groups_weight_decay(nn.ModuleList([model.decoder, model.projector]), weight_decay)
     marked = [{"lr_scale": 1.0, **group, "encoder": True} for group in groups]
     return [group for group in [*marked, *({**group, "lr_scale": 1.0, "encoder": False} for group in rest)] if group["params"]]
@@ -209,7 +207,7 @@ def settings_of(config: Config, images: Images) -> dict[str, Any]:
 def load_run(model: mvmae.MultiViewMAE, config: Config) -> str:
     """Load decoder and projector of the run that the encoder comes from, each where it fits; return words about which did."""
     file = find_weights(config.encoder, config.arch)[1]
-    if file is None or not any(file.parent.rglob(PRETRAINING_FILE)):
+    if file is None or not any((file.parent / folder / PRETRAINING_FILE).is_file() for folder in ("", PRETRAINING_FOLDER)):
         return ""
     weights, taken = read_pretraining(file.parent)[1], []
     for name in ("decoder", "projector"):
@@ -219,4 +217,4 @@ def load_run(model: mvmae.MultiViewMAE, config: Config) -> str:
         if own and found.keys() == own.keys() and all(found[key].shape == own[key].shape for key in own):
             part.load_state_dict(found)
             taken.append(name)
-    return f"; {' and '.join(taken) or 'neither decoder nor projector'} too"
+    return f"; {' and '.join(taken)} too" if taken else "; neither its decoder nor its projector fits"

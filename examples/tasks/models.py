@@ -1,0 +1,285 @@
+"""Any model by its name: with or without its weights, with a new head, described, and written so that timm loads it.
+
+A name is timm's (``vit_base_patch16_224.mae``), ``hf-hub:ID``, the folder of a run or an export (with ``local-dir:`` or not),
+or a file of weights, whose architecture ``arch`` names where no config.json lies beside it. ``random:`` before any of them
+leaves the weights out. What cannot be found or built ends in a `Stop`, what is damaged or does not fit in a `WeightsError`.
+"""
+
+import ast
+import copy
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+from timm.layers import to_2tuple
+from torch import nn
+
+import mvmae
+from engine.signals import Stop
+from mvmae import WeightsError, hub
+from mvmae.data import colour
+from mvmae.files import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json
+from mvmae.masked_vit import check_encoder
+from mvmae.weights import check_weights, read_weights
+
+Config = TypeVar("Config", bound=Any)
+
+
+def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: Any) -> nn.Module:
+    """Build any model of timm without a head, with its weights unless ``random:`` stands before its name.
+
+    ``image_size`` is the side in pixels, the model's own where it is 0. Of the options for timm, such as ``drop_path_rate``,
+    those that the model does not have are left out.
+    """
+    wanted = name.removeprefix("random:")
+    architecture, file = find_weights(wanted, arch)
+    with torch.device("meta"):
+        known = inspect.signature(type(create_encoder(architecture)).__init__).parameters
+    options |= {"img_size": image_size} if image_size else {}
+    options, pretrained = {key: value for key, value in options.items() if key in known}, wanted == name
+    model = create_encoder(architecture, pretrained=pretrained and file is None, num_classes=0, **options)
+    if getattr(getattr(model, "patch_embed", None), "num_patches", 1) == 0:
+        raise Stop(f"images of {image_size} pixels are smaller than a patch of {wanted}: use a larger --image-size")
+    if pretrained and file is not None:
+        load_file(model, file)
+    return model
+
+
+def start_encoder(
+    name: str,
+    arguments: str = "",
+    *,
+    pretrained: bool = False,
+    arch: str = "",
+    image_size: Sequence[int] = (),
+    in_chans: int = 3,
+) -> Any:
+    """Build the encoder that pretraining or adapting starts from, without a head.
+
+    Args:
+        name: see above; ``random:`` is refused, because ``pretrained`` says it.
+        arguments: more of timm's options, as ``"patch_size=8 embed_dim=128"``.
+        pretrained: with its weights.
+        arch: see above.
+        image_size: in pixels, one side or (H, W); the model's own where empty.
+        in_chans: channels; weights are adapted to them as timm does.
+
+    Raises:
+        TypeError: if it is not a plain ViT.
+    """
+    if name.startswith("random:"):
+        cure = "leave it out: pretrain.py starts from random weights, adapt.py with --no-pretrained"
+        raise Stop(f"--encoder takes no 'random:', got {name!r}: {cure}")
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
+    if image_size:
+        options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
+    architecture, file = find_weights(name, arch)
+    with torch.device("meta"):
+        check_encoder(create_encoder(architecture))  # before a download, and before arguments that only a plain ViT takes
+    encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
+    if pretrained and file is not None:
+        hub.load_encoder(encoder, file)
+    return encoder
+
+
+def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
+    """Build a model by timm's name, ``hf-hub:ID`` or ``local-dir:FOLDER``; an unknown name is refused with near ones.
+
+    ``arguments`` are timm's options as a user types them, such as ``"patch_size=8 embed_dim=128"``.
+    """
+    typed, known = timm_arguments(arguments), timm.list_models()
+    if ":" not in name and name.split(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        cure = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise Stop(f"timm has no model {name!r}, and it is no folder: {cure}")
+    try:
+        return mvmae.create_model(name, **{**typed, **options})
+    except (MemoryError, WeightsError):
+        raise
+    except Exception as error:  # timm checks few of its arguments
+        given = f" with {arguments!r}" if arguments else ""
+        raise Stop(f"{name} cannot be loaded{given} ({first_line(error)}): check the name and the options") from error
+
+
+def timm_arguments(text: str) -> dict[str, Any]:
+    """Read arguments for timm, such as ``"patch_size=8 embed_dim=128"``."""
+    try:
+        return {key: ast.literal_eval(value) for key, value in (part.split("=", 1) for part in text.split())}
+    except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+        raise Stop(f"arguments for timm must be like 'patch_size=8 embed_dim=128', got {text!r}") from error
+
+
+def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
+    """Return the name of the model that timm builds, and the local file of its weights, if there is one.
+
+    A folder or file that does not exist is refused, with similar ones, and so is a file of unknown architecture.
+    """
+    path = Path(name.removeprefix("local-dir:"))
+    if path.is_dir():
+        folder = _export_in(path)
+        if folder is None:
+            raise Stop(
+                f"{path} holds no model: give the folder of a finished run, or one with {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
+        return f"local-dir:{folder}", locate(folder, WEIGHTS_FILE)
+    if path.is_file():
+        if not arch and not _is_export(path.parent):
+            raise Stop(f"{path} does not tell its architecture: add --arch with its name in timm")
+        return arch or f"local-dir:{path.parent}", path
+    folders = ":" not in name and "/" in name  # no name of timm has one
+    if folders or name.startswith(("local-dir:", ".", "/")) or path.suffix in (".safetensors", ".pth", ".pt"):
+        raise Stop(f"there is no file or folder {path}{_near(path)}")
+    return name, None
+
+
+def _near(path: Path) -> str:
+    """Return a question with similar paths that hold a model; empty if there are none."""
+    missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
+    found = [str(other) for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = [Path(other) / path.relative_to(missing) for other in difflib.get_close_matches(str(missing), found)]
+    shown = [str(other) for other in near if other.is_file() or _export_in(other)]
+    return f": did you mean {' or '.join(shown)}?" if shown else ""
+
+
+def _export_in(folder: Path) -> Path | None:
+    """Return the folder of the model in that of a run or an export; None where there is none."""
+    return next((folder / part for part in ("encoder", "best", "") if _is_export(folder / part)), None)
+
+
+def _is_export(folder: Path) -> bool:
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    return "architecture" in config or config.get("model_type") == "vit_mae"  # timm's, or transformers' ViTMAE
+
+
+def load_file(model: Any, file: Path) -> None:
+    """Load a file of weights into a model without a head: all of the model's weights, or none."""
+    try:
+        hub.load_encoder(model, file)
+    except TypeError:  # no plain ViT: the names must be its own
+        weights, head = read_weights(file), f"{model.pretrained_cfg.get('classifier') or 'head'}."
+        weights = {key: value for key, value in weights.items() if not key.startswith(head)}
+        own = {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
+        check_weights(weights, own, source=file)
+        model.load_state_dict(weights, strict=False)
+
+
+def summary(model: Any, image_size: int = 0, name: str = "") -> str:
+    """Return a line about a model as it was built, or a part of one: architecture, parameters, size of images and patches.
+
+    ``image_size`` is given where it takes other images than it was built for; ``name``, as the user typed it, begins the line.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    patches: Any = getattr(model, "patch_embed", None)
+    size = image_size or getattr(patches, "img_size", None) or cfg["input_size"][1:]
+    built = cfg.get("architecture", "")
+    same = name.split(".")[0] in ("", built) or not built
+    parts = [name or built or type(model).__name__ if same else f"{name} (like {built})"]
+    parts.append(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
+    if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(model, "embed_dim"):
+        parts.append(f"{len(blocks)} blocks of width {model.embed_dim}")
+    parts.append("images of {}x{} pixels".format(*to_2tuple(size)))
+    if hasattr(patches, "patch_size"):
+        parts.append("patches of {}x{}".format(*to_2tuple(patches.patch_size)))
+    return ", ".join(parts)
+
+
+def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
+    """Return which weights a run starts from, how they were trained and their licence, for exports and cards.
+
+    Returns:
+        Nothing for ``random:``. Else ``weights``, the name of what is at the root of their history; ``license``, "unknown"
+        where none is recorded; ``repo`` on the Hub, where timm knows one; ``training``, what this package's exports say of
+        it. Weights of this package that come from nothing have no ``weights``.
+    """
+    if name.startswith("random:"):
+        return {}
+    file, config = find_weights(name, arch)[1], _config_beside(name, arch)
+    start, cfg = _texts(config.get("started_from")), _texts(config.get("pretrained_cfg") if config else model.pretrained_cfg)
+    license, training = "" if file and not config else cfg.get("license", ""), _texts(config).get("training", "")
+    if not start and not training:  # not of this package
+        tagged = file is None and ":" not in name
+        place = "/".join(Path(name.removeprefix("local-dir:")).absolute().parts[-2:]) if file else name  # publishes no path
+        start = {"weights": f"{name.split('.')[0]}.{cfg['tag']}" if tagged and cfg.get("tag") else place, "license": "unknown"}
+        repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else cfg.get("hf_hub_id", "") if tagged else ""
+        start |= {"repo": repo} if "/" in repo.strip("/") else {}
+    if license and not (hub.license_warning(start) and start.get("license") != "unknown"):  # a known restriction stays
+        start["license"] = license
+    return start | ({"training": training} if training else {})
+
+
+def describe_start(start: Mapping[str, str]) -> str:
+    """Return a line about the origin of a run's weights and what their licence asks, of what `starting_weights` returns."""
+    if not start:
+        return "from random weights"
+    about = start.get("weights") or f"weights {start.get('training', '')}"
+    return f"from {about}: {hub.license_warning(start) or 'licence ' + (start.get('license') or 'of their owner')}"
+
+
+def _config_beside(name: str, arch: str) -> dict[str, Any]:
+    """Read the config.json that lies beside a model's weights; empty where none does."""
+    file = locate(name, CONFIG_FILE) if name.startswith("hf-hub:") else find_weights(name, arch)[1]
+    described = file and file.with_name(CONFIG_FILE)
+    return read_json(described) if described and described.is_file() else {}
+
+
+def _texts(content: Any) -> dict[str, str]:
+    return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
+
+
+def with_background(config: Config, name: str, arch: str = "") -> Config:
+    """Return a script's options with the background that its user chose, else the model's own, else white.
+
+    Raises:
+        ValueError: if it is not a colour.
+    """
+    own = _config_beside(name.removeprefix("random:"), arch).get("background")
+    chosen: str = config.background or own or "white"
+    colour(chosen)
+    return dataclasses.replace(config, background=chosen)
+
+
+def add_head(model: Any, num_classes: int, *, std: float) -> None:
+    """Add a new classifier to a model: for a ViT on the mean of the patch tokens, through a fresh norm (MAE).
+
+    ``std`` is that of the truncated normal distribution of its weights.
+    """
+    if isinstance(getattr(model, "fc_norm", None), nn.Module) and getattr(model, "num_prefix_tokens", None) is not None:
+        model.reset_classifier(num_classes, "avg")
+        if isinstance(model.fc_norm, nn.Identity):
+            model.fc_norm, model.norm = copy.deepcopy(model.norm), nn.Identity()
+        if isinstance(model.fc_norm, nn.LayerNorm):
+            model.fc_norm.reset_parameters()
+    else:
+        model.reset_classifier(num_classes)
+    for module in model.get_classifier().modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
+
+
+def save_classifier(
+    model: Any, folder: Path, class_names: Sequence[str], start: Mapping[str, str], background: str = "white"
+) -> None:
+    """Write a model with its head and the names of its classes, for ``timm.create_model("local-dir:FOLDER")``.
+
+    ``start`` is what `starting_weights` returned; ``background`` the colour that transparent pixels were laid on.
+    """
+    cfg, license = timm.data.resolve_model_data_config(model), start.get("license", "")
+    about: dict[str, Any] = {"label_names": list(class_names), "started_from": dict(start), "background": background}
+    about["training"] = classified(start)
+    try:
+        read = {"interpolation": cfg["interpolation"], "crop_pct": cfg["crop_pct"]}  # images as they were evaluated
+        hub.export(model, folder, license=license, **about, **read)
+    except TypeError:  # no plain ViT
+        about["pretrained_cfg"] = {"license": license}
+        timm.models.save_for_hf(model, str(folder), model_config=about, safe_serialization=True)
+
+
+def classified(start: Mapping[str, str]) -> str:
+    """Return how a classifier was trained, for its export, from the result of `starting_weights`."""
+    return "fine-tuned for classification" if start else "trained for classification from random weights"
