@@ -113,10 +113,10 @@ def main(config: Config) -> None:
     taken = load_run(model, config) if config.pretrained else ""
     trained_part = train_last_blocks(encoder, config.train_blocks)
     mean, std = statistics(config, encoder, images.train)
-    length = fit_length(config, len(images.train), ranks)
+    length = fit_length(config, images.length, ranks)
     last = min(length.steps, config.max_steps or length.steps)
     pixels, crops = pixel_options(config), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
-    options = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
+    options: dict[str, Any] = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
     options |= {"max_bad": config.max_bad, **pixels}
     evaluation = Evaluation(encoder, images.splits, crops, **options)
     centre = mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixels)
@@ -162,7 +162,7 @@ def main(config: Config) -> None:
             if step <= length.alone:  # DDP gives the projector a gradient of zero, which AdamW would count and decay by
                 for parameter in (*model.projector.parameters(), *encoder.fc_norm.parameters()):
                     parameter.grad = None
-            checkpoint.require_finite(step, losses._asdict(), (images.train.name(i) for i in batch.indices.tolist()))
+            checkpoint.require_finite(step, losses._asdict(), batch.names)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             log.add(losses._asdict())
@@ -188,10 +188,8 @@ def main(config: Config) -> None:
             draw(checkpoint.folder / "gains.png", rows)
     if ranks.rank == 0:
         if last < length.steps:
-            lines = [
-                f"stopped at step {last} of {length.steps}: the schedule was not finished, this encoder is for trying out",
-                *lines,
-            ]
+            unfinished = f"stopped at step {last} of {length.steps}: the schedule was not finished"
+            lines = [f"{unfinished}, this encoder is for trying out", *lines]
         finish(log, config, model, pictures, about, before, after, start, lines)
 
 

@@ -23,7 +23,7 @@ from engine.log import CLOCK, Log
 from engine.optim import set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option
 from engine.signals import Signals, Stop
-from mvmae.data import FileSource, NamedImages, StepSampler, colour, make_loader, open_image, sample_seed
+from mvmae.data import FileSource, StepSampler, colour, make_loader, open_image, sample_seed
 from mvmae.dense import WindowedViT
 from mvmae.files import write_json
 from mvmae.patches import sincos_table
@@ -136,7 +136,7 @@ def fit(
     config: DenseConfig,
     model: nn.Module,
     trunk: WindowedViT,
-    dataset: NamedImages,
+    dataset: Any,
     losses: Callable[[nn.Module, Any], dict[str, Tensor]],
     ranks: Ranks,
     *,
