@@ -28,12 +28,13 @@ import torch
 
 import finetune
 import linear_probe
+import mvmae
 import pretrain
 from engine.checkpoint import changed_settings
 from engine.distributed import Ranks, start_ranks
 from engine.options import REQUIRED, changeable, option, parse, run
 from engine.signals import SIGNALS, Stop
-from mvmae.files import write_json, write_text
+from mvmae.weights import write_json, write_text
 from tasks.comparison import OURS, TABLES, Arm, compare, draw, markdown
 from tasks.flops import flops_per_image
 from tasks.method import build_model
@@ -131,7 +132,7 @@ def read(name: str, line: str, *more: str) -> tuple[list[str], Any]:
 def cost(chosen: Any) -> float:
     """Return the operations of a pretraining step for one image, for options of pretrain.py."""
     model = build_model(chosen, torch.device("cpu"))
-    model.contrastive_loss.gather = False  # the same for any number of processes
+    model.contrastive_loss = mvmae.NTXentLoss(gather=False)  # the same for any number of processes
     return flops_per_image(model, chosen.num_views)
 
 

@@ -35,7 +35,7 @@ from engine.distributed import DEVICES, autocast, start_ranks
 from engine.log import peak_memory
 from engine.options import option, run
 from mvmae.data import MultiViewDataset, StepSampler, make_loader, open_images
-from mvmae.files import write_json
+from mvmae.weights import write_json
 from tasks.flops import flops_per_image
 from tasks.models import create_encoder
 

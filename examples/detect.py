@@ -38,8 +38,8 @@ from engine.distributed import Ranks, autocast, start_ranks, to_device
 from engine.options import REQUIRED, option, run
 from engine.signals import Stop
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
-from mvmae.files import write_json, write_text
 from mvmae.visualize import contact_sheet, to_pillow
+from mvmae.weights import write_json, write_text
 from tasks.coco import CocoData, evaluate, to_coco
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
 from tasks.models import with_background

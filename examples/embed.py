@@ -31,7 +31,7 @@ from engine.options import REQUIRED, RunConfig, changeable, option, redefine, ru
 from engine.signals import Signals, Stop
 from mvmae.data import EvalTransform, embed_rows
 from mvmae.data.loader import escape
-from mvmae.files import read_json, write_json, write_text
+from mvmae.weights import read_json, write_json, write_text
 from tasks.feature_files import Features, Parts, fingerprint, write_array, write_table
 from tasks.features import POOLS, Pooled
 from tasks.labelled import LabelledConfig
@@ -123,7 +123,7 @@ def main(config: Config) -> None:
     transform = EvalTransform(model, config.image_size, config.background)
     batches = [batch for rows in missing for batch in cut(rows, config.batch_size)]
     unfinished, features = list(missing), dict[int, Features]()
-    unread = np.full(getattr(model, "head_hidden_size", model.num_features), np.nan, np.float32)
+    unread = np.full(int(getattr(model, "head_hidden_size", None) or model.num_features), np.nan, np.float32)  # type: ignore[arg-type]
     with autocast(config.precision, ranks.device), tqdm(total=count, unit="image", leave=False, disable=None) as bar:
         found = embed_rows(encoder, source, batches, transform, num_workers=config.workers) if batches else ()
         for batch in signals.batches(found):

@@ -26,7 +26,7 @@ from engine.checkpoint import read_newest
 from engine.options import REQUIRED, option, run
 from engine.signals import Stop
 from mvmae import MultiViewMAE, hub
-from mvmae.files import replace_file
+from mvmae.weights import replace_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,8 @@ from engine.optim import cosine, set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals, Stop
 from mvmae.data import EvalTransform, StepSampler, sample_seed
-from mvmae.files import write_json
 from mvmae.hub import describe
+from mvmae.weights import write_json
 from tasks import models
 from tasks.features import Pooled, extract
 from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader

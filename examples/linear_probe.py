@@ -32,7 +32,7 @@ from engine.optim import cosine, set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals
 from mvmae.data import EvalTransform, StepSampler
-from mvmae.files import write_json, write_text
+from mvmae.weights import write_json, write_text
 from tasks.features import POOLS, Pooled, extract
 from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
 from tasks.models import load_backbone, starting_weights, summary, with_background

@@ -39,7 +39,6 @@ from tasks.models import describe_start, starting_weights, with_background
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     DROPOUT,
-    backward,
     describe_length,
     fit_length,
     load_run,
@@ -154,11 +153,13 @@ def main(config: Config) -> None:
         for step, batch in enumerate(log.timed(signals.batches(loader)), checkpoint.step + 1):
             rate = length.lr * cosine(step, length.steps, length.warmup)
             set_rates(optimizer, rate, length.encoder_rate(step))
+            weight = config.loss_weight if step > length.alone else 0.0  # lambda; contrast may begin late
             views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
             mask = step_mask(config, encoder, length.batch_size, step, ranks)  # this rank's rows of the global mask
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
             with autocast(config.precision, device):
-                losses = backward(trained, views, mask, config.accumulate, contrast=step > length.alone)  # Eqs. 1-7
+                # Eqs. 1-7 and their gradients; one part is a plain backward
+                losses = mvmae.backward_in_parts(trained, views, config.accumulate, mask=mask, loss_weight=weight)
             if step <= length.alone:  # DDP gives the projector a gradient of zero, which AdamW would count and decay by
                 for parameter in (*model.projector.parameters(), *encoder.fc_norm.parameters()):
                     parameter.grad = None

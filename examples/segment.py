@@ -29,8 +29,8 @@ from torchvision.transforms.v2.functional import normalize
 from engine.distributed import Ranks, autocast, start_ranks, to_device
 from engine.options import option, run
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
-from mvmae.files import write_json
 from mvmae.visualize import contact_sheet
+from mvmae.weights import write_json
 from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
 from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
 from tasks.models import with_background

@@ -26,7 +26,6 @@ import mvmae
 from engine.distributed import start_ranks
 from engine.options import REQUIRED, RunConfig, option, redefine, run
 from mvmae.data import EvalTransform, ImageSource
-from mvmae.files import write_json
 from mvmae.masked_vit import check_encoder
 from mvmae.metrics import variance_explained
 from mvmae.visualize import (
@@ -42,6 +41,7 @@ from mvmae.visualize import (
     rollout,
     to_unit_range,
 )
+from mvmae.weights import write_json
 from tasks.drawn_images import properties, spread, take
 from tasks.features import CentreCrop, Pooled, evaluation_transform, extract
 from tasks.models import load_backbone, with_background

@@ -32,16 +32,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from tasks.backbones import load_backbone
-
 from engine.checkpoint import read as read_checkpoint
 from engine.checkpoint import write as save_checkpoint
 from engine.signals import Stop
 from mvmae import MultiViewTransform
 from mvmae.data import ImageError, open_images
-from mvmae.files import WeightsError
 from mvmae.hub import export, write_card
-from mvmae.weights import read_weights
+from mvmae.weights import WeightsError, read_weights
+from tasks.models import load_backbone
 
 LIMIT = 20  # seconds for one file
 PLACE = Path(tempfile.mkdtemp())

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from engine.distributed import Ranks
 from engine.trackers import Trackers
-from mvmae.files import write_text
+from mvmae.weights import write_text
 
 Batch = TypeVar("Batch")
 CLOCK = ("time", "images_per_second", "waiting", "memory_gb", "seconds_left")

@@ -25,8 +25,8 @@ from engine.options import REQUIRED, RunConfig, changeable, option
 from engine.signals import Signals, Stop
 from mvmae.data import FileSource, StepSampler, colour, make_loader, open_image, sample_seed
 from mvmae.dense import WindowedViT
-from mvmae.files import write_json
 from mvmae.patches import sincos_table
+from mvmae.weights import write_json
 from tasks.models import load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy

@@ -21,4 +21,4 @@ def flops_per_image(model: MultiViewMAE, num_views: int = 2) -> float:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(views, mask=mask).loss.backward()
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2

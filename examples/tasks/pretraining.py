@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torch import Tensor, nn
+from torch import nn
 
 import mvmae
 from engine.distributed import Ranks
 from engine.signals import Stop
+from mvmae.architecture import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
 from mvmae.data import (
     ImageSource,
     ImageStream,
@@ -27,7 +28,6 @@ from mvmae.data import (
     sample_seed,
     stream_loader,
 )
-from mvmae.weights import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
 from tasks.inputs import augmented, channel_statistics, jittered
 from tasks.method import Config
 from tasks.models import find_weights
@@ -171,7 +171,13 @@ def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple
 
 def view_loader(config: Config, encoder: Any, images: Images, length: Length, start: int, last: int, ranks: Ranks) -> Loader:
     """Load V views of each image of the steps after ``start`` up to ``last``."""
-    where = {"seed": config.seed, "start_step": start, "num_steps": last, "rank": ranks.rank, "world_size": ranks.world_size}
+    where: dict[str, Any] = {
+        "seed": config.seed,
+        "start_step": start,
+        "num_steps": last,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+    }
     views = random_views(config, encoder, config.num_views)
     transform = augmented(jittered(views, config.jitter, config.grayscale), config.transform)
     loading: dict[str, Any] = {"num_workers": config.workers, "pin_memory": ranks.device.type == "cuda"}
@@ -190,16 +196,6 @@ def step_mask(config: Config, encoder: Any, batch_size: int, step: int, ranks: R
     rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
     generator, length = torch.Generator().manual_seed(sample_seed(config.seed, MASKS, step)), encoder.patch_embed.num_patches
     return mvmae.random_mask(views, length, config.mask_ratio, generator=generator, device=ranks.device, rows=rows)
-
-
-def backward(model: nn.Module, views: Tensor, mask: mvmae.Mask, parts: int, *, contrast: bool) -> mvmae.Losses:
-    """Compute Eqs. 3, 6 and 7 and their gradients, of a batch whole or in parts; the backward pass runs outside autocast."""
-    if parts > 1:
-        return mvmae.backward_in_parts(model, views, parts, mask=mask, contrast=contrast)
-    output = model(views, mask=mask, contrast=contrast)
-    with torch.autocast(views.device.type, enabled=False):
-        output.loss.backward()
-    return mvmae.Losses(*(loss.detach() for loss in (output.loss, output.loss_rec, output.loss_con)))
 
 
 def train_last_blocks(encoder: Any, blocks: int) -> str:
