@@ -3,7 +3,8 @@ r"""Write the features of all images of a folder, list, archive or data set to o
   python examples/embed.py --data path/to/images --model runs/paper
       writes a row for each image to runs/features/features.npy (N x D, float32), and its name to names.txt; prints their
       number, and images per second
-  python examples/embed.py --data path/to/images --model vit_small_patch14_dinov2.lvd142m --format parquet
+  python examples/embed.py --data path/to/images \
+    --model vit_small_patch14_dinov2.lvd142m --format parquet
       writes features.parquet: columns name, features, and label where the images have labels
   python examples/embed.py --data sample --model random:mvmae_vit_tiny_patch16 --image-size 48
       takes half a minute on two CPU cores; random weights

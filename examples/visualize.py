@@ -4,7 +4,8 @@ r"""Draw what models attend to (Fig. 2), what they reconstruct (Fig. 8), and wha
       attention; PCA of patch features; nearest neighbours; for runs of pretrain.py and adapt.py reconstructions; and shares of
       the features' variance that brightness, contrast, lit area (pixels above a tenth of white) and class explain, which
       reveal shortcuts of the contrastive loss; under a minute on two CPU cores
-  python examples/visualize.py --data path/to/images --models vit_small_patch14_dinov2.lvd142m --image-size 448
+  python examples/visualize.py --data path/to/images \
+    --models vit_small_patch14_dinov2.lvd142m --image-size 448
       any plain ViT of timm, at any size
   python examples/visualize.py --data sample --models runs/depth4 runs/depth8 --draw reconstructions
       decoders of several depths

@@ -39,7 +39,9 @@ def chosen_presets(name):
 
 def needed(name, *without):
     """The least that a script has to be given, but for some options."""
+    preset = next(iter(presets_of(name).values()), {})
     fields = [field for script, field in OPTIONS if script == name and field.default is dataclasses.MISSING]
+    without = {*without, *preset}
     return [word for field in fields if field.name not in without for word in (flag(field.name), "x")]
 
 

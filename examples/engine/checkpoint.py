@@ -72,7 +72,9 @@ class Checkpoint:
         if any(problems):
             raise Stop(next(filter(None, problems)))
         if len({*steps}) > 1:
-            raise Stop(f"the processes find different checkpoints in {folder} (steps {steps}): put it on a disk they all share")
+            raise Stop(
+                f"the ranks find different checkpoints in {folder}, of steps {[*steps]}: put it on a disk that all share"
+            )
         if self.found and not resume:
             raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
         changed = changed_settings(self.found["settings"], self.settings, may_change) if self.found else []

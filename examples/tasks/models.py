@@ -43,7 +43,7 @@ def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: 
     options, pretrained = {key: value for key, value in options.items() if key in known}, wanted == name
     model = create_encoder(architecture, pretrained=pretrained and file is None, num_classes=0, **options)
     if getattr(getattr(model, "patch_embed", None), "num_patches", 1) == 0:
-        raise Stop(f"images of {image_size} pixels are smaller than a patch of {wanted}: use a larger --image-size")
+        raise Stop(f"images of {options.get('img_size')} pixels are smaller than a patch of {wanted}: use more")
     if pretrained and file is not None:
         load_file(model, file)
     return model
