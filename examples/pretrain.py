@@ -116,7 +116,7 @@ def main(config: Config) -> None:
     length = fit_length(config, len(images.train), ranks)
     last = min(length.steps, config.max_steps or length.steps)
     pixels, crops = pixel_options(config), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
-    options = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
+    options: dict[str, Any] = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
     options |= {"max_bad": config.max_bad, **pixels}
     evaluation = Evaluation(encoder, images.splits, crops, **options)
     centre = mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixels)
