@@ -9,14 +9,15 @@ r"""Detect and segment objects: Mask R-CNN on COCO (Table 3 of the paper).
   python examples/detect.py --data path/to/coco --model runs/paper --output-dir runs/coco --evaluate
       measures the AP of the newest checkpoint without training
 
-If no object has a mask, Faster R-CNN is trained on the boxes alone. Add --resume to continue an interrupted run. The output
-folder then holds results.json (12 numbers for boxes, 12 for masks), detections.json and predictions.png.
+The data lie in COCO's layout: annotations/instances_train2017.json, train2017/, and the same for val2017. If no object has a
+mask, Faster R-CNN is trained on the boxes alone. Add --resume to continue an interrupted run. The output folder then holds
+results.json (12 numbers for boxes, 12 for masks), detections.json and predictions.png.
 """
 
 import dataclasses
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,52 +34,43 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.transforms.functional import pil_to_tensor
 
-from engine.options import inherit, option, run
-from engine.config import REQUIRED
 from engine.distributed import Ranks, autocast, start_ranks, to_device
+from engine.options import REQUIRED, option, run
 from engine.signals import Stop
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
-from mvmae.files import write_json, write_text
 from mvmae.visualize import contact_sheet, to_pillow
-from tasks.coco import LAYOUT, CocoData, evaluate, to_coco
-from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
-from tasks.starting import with_background
+from mvmae.weights import write_json, write_text
+from tasks.coco import CocoData, evaluate, to_coco
+from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
+from tasks.models import with_background
 
-Sample = tuple[Tensor, dict[str, Tensor]]
 COLOURS = ["red", "deepskyblue", "lime", "gold", "magenta", "orange", "cyan", "white"]
 TILE = 256  # pixels that a picture is wide at least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
-    data: str = inherit(DenseConfig, "data", REQUIRED, LAYOUT)
-    style: str = option(
-        REQUIRED,
-        "feature pyramid; li2021: on four blocks, as Li et al. (2021), vitdet: on the last block, as ViTDet",
-        ["li2021", "vitdet"],
-        section="Heads",
+    scale: tuple[float, float] = option(
+        (0.1, 2.0), "factor of the random resize (large-scale jitter)", above=0, lengths=(2,), section="Data"
     )
     positions: str = option(
         REQUIRED,
-        "how to obtain position embeddings for the larger image; rebuild: sine-cosine, interpolate: the encoder's, resized",
+        "position embeddings for the larger image; rebuild: sine-cosine, interpolate: the encoder's, resized",
         ["rebuild", "interpolate"],
         section="Model",
     )
-    scale: tuple[float, float] = option(
-        (0.1, 2.0), "factor of the random resize (large-scale jitter)", above=0, lengths=(2,), section="Augmentation"
-    )
-    channels: int = option(256, "width of the feature pyramid and of the heads", at_least=1, section="Heads")
-    head_convs: int = option(4, "number of convolutions in the box head and in the mask head", at_least=0)
-    fc_width: int = option(1024, "width of the linear layer in the box head", at_least=1)
-    proposals: int = option(1000, "number of regions per image that the first stage proposes", at_least=1)
-    regions: int = option(512, "number of regions per image that train the second stage", at_least=1)
+    channels: int = option(256, "width of the feature pyramid and of the heads", at_least=1)
+    style: str  # of the pyramid: li2021, on four blocks, or vitdet, on the last block
+    head_convs: int = 4  # in the box head and in the mask head
+    fc_width: int = 1024  # of the linear layer in the box head
+    proposals: int = 1000  # regions of an image that the first stage proposes
+    regions: int = 512  # regions of an image that train the second stage
 
 
 LI2021: dict[str, Any] = {
     "help": "the recipe of Li et al. (2021), which the paper follows: 100 epochs of COCO",
     "output_dir": "runs/detect",
     "model": "mvmae_vit_base_patch16",
-    "model_args": "",
     "style": "li2021",
     "positions": "rebuild",
     "image_size": 1024,
@@ -91,50 +83,47 @@ LI2021: dict[str, Any] = {
     "decay_biases": True,
     "layer_decay": 1.0,
     "schedule": "cosine",
-    "warmup_steps": 461,
+    "warmup": 461 / 184_375,  # a quarter of an epoch
     "warmup_start": 0.001,
-    "workers": 8,
-    "save_every": 1844,
+}
+VITDET: dict[str, Any] = {
+    "help": "the recipe of ViTDet: 100 epochs of COCO",
+    "style": "vitdet",
+    "positions": "interpolate",
+    "window_size": 14,
+    "lr": 1e-4,
+    "layer_decay": 0.7,
+    "schedule": "steps",
+    "warmup": 250 / 184_375,
+}
+TOY: dict[str, Any] = {
+    "help": "drawn shapes and a tiny ViT: minutes on two CPU cores",
+    "data": "toy",
+    "output_dir": "runs/detect-toy",
+    "model": "random:mvmae_vit_tiny_patch16",
+    "model_args": "img_size=64 patch_size=8 embed_dim=96 depth=4 num_heads=3",
+    "image_size": 64,
+    "window_size": 4,
+    "drop_path": 0.0,
+    "scale": (0.8, 1.2),
+    "channels": 32,
+    "head_convs": 1,
+    "fc_width": 128,
+    "proposals": 100,
+    "regions": 32,
+    "steps": 500,
+    "batch_size": 8,
+    "lr": 1e-3,
+    "weight_decay": 0.05,
+    "warmup": 0.1,
+    "workers": 1,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "li2021": LI2021,
-    "li2021-50": LI2021 | {"help": "the same for 50 epochs", "steps": 92_188},
-    "li2021-25": LI2021 | {"help": "the same for 25 epochs", "steps": 46_094},
-    "vitdet": LI2021
-    | {
-        "help": "the recipe of ViTDet: 100 epochs of COCO",
-        "style": "vitdet",
-        "positions": "interpolate",
-        "window_size": 14,
-        "lr": 1e-4,
-        "layer_decay": 0.7,
-        "schedule": "steps",
-        "warmup_steps": 250,
-    },
-    "toy": LI2021
-    | {
-        "help": "drawn shapes and a tiny ViT: minutes on two CPU cores",
-        "data": "toy",
-        "output_dir": "runs/detect-toy",
-        "model": "random:mvmae_vit_tiny_patch16",
-        "model_args": "img_size=64 patch_size=8 embed_dim=96 depth=4 num_heads=3",
-        "image_size": 64,
-        "window_size": 4,
-        "drop_path": 0.0,
-        "scale": (0.8, 1.2),
-        "channels": 32,
-        "head_convs": 1,
-        "fc_width": 128,
-        "proposals": 100,
-        "regions": 32,
-        "steps": 500,
-        "batch_size": 8,
-        "lr": 1e-3,
-        "weight_decay": 0.05,
-        "warmup_steps": 50,
-        "workers": 1,
-        "save_every": 500,
-    },
+    "li2021-50": LI2021 | {"help": "the same for 50 epochs", "steps": 92_188, "warmup": 461 / 92_188},
+    "li2021-25": LI2021 | {"help": "the same for 25 epochs", "steps": 46_094, "warmup": 461 / 46_094},
+    "vitdet": LI2021 | VITDET,
+    "toy": LI2021 | TOY,
 }
 
 
@@ -171,18 +160,13 @@ def build_model(config: Config, num_classes: int, *, with_masks: bool = True) ->
 
     Under autocast, trunk, pyramid and hidden layers compute in bf16, scores and boxes in float32 (as in detectron2).
 
-    Args:
-        config: settings.
-        num_classes: number of categories, without the background.
-        with_masks: whether to predict masks.
-
     Raises:
-        ValueError: if the patch side is not a power of two: torchvision's pooling of regions needs such strides.
+        Stop: if the patch side is not a power of two: torchvision's pooling of regions needs such strides.
     """
     trunk, vit = build_trunk(config, positions=config.positions)
     patch = trunk.patch_size[0]
     if trunk.patch_size != (patch, patch) or patch & (patch - 1) or patch < 4:
-        raise ValueError(f"patches must be squares of 4, 8, 16 or 32 pixels, got {patch}x{trunk.patch_size[1]}: change --model")
+        raise Stop(f"patches must be squares of 4, 8, 16 or 32 pixels, got {patch}x{trunk.patch_size[1]}: change --model")
     width, norm = config.channels, LayerNorm2d if config.style == "vitdet" else group_norm
     anchors = tuple((float(2 * patch * 2**level),) for level in range(5))  # 8 x stride: 32 to 512 pixels for patches of 16
     convs = [width] * config.head_convs
@@ -210,7 +194,7 @@ def build_model(config: Config, num_classes: int, *, with_masks: bool = True) ->
     return MaskRCNN(**options, mask_head=head, mask_predictor=predictor), trunk
 
 
-def losses(model: nn.Module, batch: Sequence[Sample], *, device: torch.device) -> dict[str, Tensor]:
+def losses(model: nn.Module, batch: Sequence[tuple[Tensor, dict[str, Tensor]]], *, device: torch.device) -> dict[str, Tensor]:
     """Compute the five losses of Mask R-CNN, or the four of Faster R-CNN."""
     images = [to_device(image, device) for image, _ in batch]
     targets = [{name: to_device(value, device) for name, value in target.items()} for _, target in batch]
@@ -227,30 +211,24 @@ def detect(config: Config, model: FasterRCNN, data: CocoData, ranks: Ranks) -> I
         yield from to_coco(found, int(target["image_id"]), data.category_ids)
 
 
-def draw(image: Tensor, found: dict[str, Tensor]) -> Tensor:
+def draw(image: Tensor, objects: Mapping[str, Tensor]) -> Tensor:
     """Enlarge an image in [0, 1] and draw objects' outlines, boxes and scores on it; inside, the image stays as it is."""
     zoom = -(-TILE // image.shape[2])
-    pixels = enlarge(image, zoom)
-    colours = [ImageColor.getrgb(COLOURS[label % len(COLOURS)]) for label in found["labels"].tolist()]
-    for colour, mask in zip(colours, found.get("masks", ()), strict="masks" in found):
-        inside = enlarge(mask.reshape(1, *image.shape[1:]) > 0.5, zoom).float()
-        outline = (inside > 0) & (F.max_pool2d(1 - inside[None], 7, 1, 3)[0] > 0)  # 3 pixels wide
-        pixels = torch.where(outline, torch.tensor(colour)[:, None, None] / 255, pixels)
+    pixels = F.interpolate(image[None], scale_factor=zoom)[0]
+    colours = [ImageColor.getrgb(COLOURS[label % len(COLOURS)]) for label in objects["labels"].tolist()]
+    for colour, mask in zip(colours, objects.get("masks", ()), strict="masks" in objects):
+        inside = F.interpolate((mask.view(1, 1, *image.shape[1:]) > 0.5).float(), scale_factor=zoom)
+        outline = (inside > 0) & (F.max_pool2d(1 - inside, 7, 1, 3) > 0)  # 3 pixels wide
+        pixels = torch.where(outline[0], torch.tensor(colour)[:, None, None] / 255, pixels)
     picture = to_pillow(pixels)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=18)
-    scores: list[Any] = found["scores"].tolist() if "scores" in found else [None] * len(colours)
-    for colour, box, score in zip(colours, (found["boxes"] * zoom).tolist(), scores, strict=True):
+    scores = [f"{score:.2f}" for score in objects["scores"].tolist()] if "scores" in objects else [""] * len(colours)
+    for colour, box, score in zip(colours, (objects["boxes"] * zoom).tolist(), scores, strict=True):
         pen.rectangle(box, outline=colour)
-        if score is not None:
-            left, top = box[0] + 2, min(box[1] + 2, picture.height - 22)
-            pen.text((left, top), f"{score:.2f}", colour, font, stroke_width=2, stroke_fill="black")
+        corner = (box[0] + 2, min(box[1] + 2, picture.height - 22))
+        pen.text(corner, score, colour, font, stroke_width=2, stroke_fill="black")
     drawn: Tensor = pil_to_tensor(picture) / 255
     return drawn
-
-
-def enlarge(image: Tensor, zoom: int) -> Tensor:
-    """Repeat each pixel of (C, H, W)."""
-    return image.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
 
 
 @torch.no_grad()
@@ -271,21 +249,22 @@ def draw_predictions(path: Path, config: Config, model: FasterRCNN, data: CocoDa
 
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then detect, measure and draw."""
-    processes, config = start_ranks(config.device), with_background(config, config.model, config.arch)
-    folder, root = Path(config.output_dir), data_folder(config, processes)
+    ranks, config = start_ranks(config.device), with_background(config, config.model, config.arch)
+    folder, root = Path(config.output_dir), data_folder(config, ranks)
+
     data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, background=config.background)
     val = CocoData(root, "val", background=config.background)
-    if val.category_ids != data.category_ids:
-        alone = sorted({*val.category_ids} ^ {*data.category_ids})
-        raise Stop(f"{root}: training and validation images must have the same category ids, got {alone} in one of them alone")
+    if alone := val.categories.items() ^ data.categories.items():
+        raise Stop(f"{root}: training and validation images must have the same categories, got {sorted(alone)} in one of them")
     if val.truth.anns and val.with_masks != data.with_masks:
         raise Stop(f"{root}: training and validation images must both have masks, or both boxes alone")
+
     model, trunk = build_model(config, len(data.names), with_masks=data.with_masks)
     model.to(ranks.device)
-    compute, images = partial(losses, device=ranks.device), fingerprint(root, map(data.name, range(len(data))), [data.file])
-    fit(config, model, trunk, data, compute, processes, images=images, collate=list)
-    model.eval()
-    detections = gather(detect(config, model, val, processes), processes)
+    record = {"images": fingerprint(root, [*map(data.name, range(len(data))), data.file]), "classes": data.names}
+    fit(config, model, trunk, data, partial(losses, device=ranks.device), ranks, record=record, collate=list)
+
+    detections = [found for share in ranks.gather(list(detect(config, model, val, ranks))) for found in share]
     if ranks.rank == 0:
         write_text(folder / "detections.json", json.dumps(detections))
         results = evaluate(val.truth, detections, val.image_ids, with_masks=data.with_masks)

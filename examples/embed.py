@@ -3,15 +3,15 @@ r"""Write the features of all images of a folder, list, archive or data set to o
   python examples/embed.py --data path/to/images --model runs/paper
       writes a row for each image to runs/features/features.npy (N x D, float32), and its name to names.txt; prints their
       number, and images per second
-  python examples/embed.py --data path/to/images --model vit_small_patch14_dinov2.lvd142m --pool model --format parquet
+  python examples/embed.py --data path/to/images --model vit_small_patch14_dinov2.lvd142m --format parquet
       writes features.parquet: columns name, features, and label where the images have labels
   python examples/embed.py --data sample --model random:mvmae_vit_tiny_patch16 --image-size 48
       takes half a minute on two CPU cores; random weights
 
-A feature is the mean patch token, as everywhere in these scripts, or with --pool model what timm pools for a classifier, of the
-image as timm's own transform for evaluation prepares it; for the encoders of this package both are the same. In Python:
-mvmae.embed(model, source). Reading and decoding may take longer than the forward pass: use --workers. Features are saved in
-parts: however a run ended, --resume completes it. An image that cannot be read has a row of NaN and a line in bad_files.txt.
+A feature is what timm pools for a classifier, of the image as timm's own transform for evaluation prepares it: for the encoders
+of this package the mean patch token, which --pool avg takes of any transformer. In Python: mvmae.embed(model, source). Reading
+and decoding may take longer than the forward pass: use --workers. Features are saved in parts: however a run ended, --resume
+completes it. An image that cannot be read has a row of NaN and a line in bad_files.txt.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from engine.checkpoint import changed_settings, lock
 from engine.distributed import autocast, start_ranks
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals, Stop
-from mvmae.data import EvalTransform, split_rows
+from mvmae.data import EvalTransform, embed_rows
 from mvmae.data.loader import escape
-from mvmae.files import read_json, write_json, write_text
+from mvmae.weights import read_json, write_json, write_text
 from tasks.feature_files import Features, Parts, fingerprint, write_array, write_table
-from tasks.features import POOLS, Pooled, embed_rows
+from tasks.features import POOLS, Pooled
 from tasks.labelled import LabelledConfig
 from tasks.models import load_backbone, summary, with_background
 from tasks.splits import named_images
@@ -54,7 +54,7 @@ class Config:
         section="Model",
     )
     arch: str = redefine(LabelledConfig, "arch", "")
-    pool: str = option("avg", "feature; avg: mean patch token, token: class token, model: what timm pools", POOLS)
+    pool: str = option("model", "feature; model: what timm pools, avg: mean patch token, token: class token", POOLS)
     output_dir: str = redefine(RunConfig, "output_dir", "runs/features", "folder for the features")
     format: str = option(
         "npy",
@@ -102,12 +102,8 @@ def main(config: Config) -> None:
         return
 
     of = {name: settings[name] for name in ("images", "weights", "pool", "image_size", "background", "precision")}
-    parts, ranges, missing, bad = (
-        Parts(folder, str(of)),
-        split_rows(range(len(source)), config.save_every),
-        [],
-        dict[int, str](),
-    )
+    parts, missing, bad = Parts(folder, str(of)), list[range](), dict[int, str]()
+    ranges = cut(range(len(source)), config.save_every)
     for rows in ranges:
         if not parts.path(rows).exists():
             missing.append(rows)
@@ -124,8 +120,9 @@ def main(config: Config) -> None:
 
     signals, start = Signals(), time.monotonic()
     transform = EvalTransform(model, config.image_size, config.background)
-    batches = [batch for rows in missing for batch in split_rows(rows, config.batch_size)]
-    unfinished, features = list(missing), list[Features]()
+    batches = [batch for rows in missing for batch in cut(rows, config.batch_size)]
+    unfinished, features = list(missing), dict[int, Features]()
+    unread = np.full(int(getattr(model, "head_hidden_size", None) or model.num_features), np.nan, np.float32)  # type: ignore[arg-type]
     with autocast(config.precision, ranks.device), tqdm(total=count, unit="image", leave=False, disable=None) as bar:
         found = embed_rows(encoder, source, batches, transform, num_workers=config.workers) if batches else ()
         for batch in signals.batches(found):
@@ -134,12 +131,13 @@ def main(config: Config) -> None:
             bad |= batch.bad
             if len(bad) > config.max_bad:
                 raise Stop(f"{len(bad)} images cannot be read, more than the {config.max_bad} that --max-bad allows", 1)
-            features.append(batch.features.numpy())
-            bar.update(len(batch.rows))
-            if batch.rows[-1] == unfinished[0][-1]:
-                rows = unfinished.pop(0)
-                parts.write(rows, np.concatenate(features), {row: bad[row] for row in rows if row in bad})
-                features = []
+            features |= dict(zip(batch.rows, batch.features.numpy(), strict=True))
+            bar.update(len(batch.rows) + len(batch.bad))
+            rows = unfinished[0]
+            if rows[-1] in features or rows[-1] in bad:
+                part = np.stack([features.get(row, unread) for row in rows])
+                parts.write(unfinished.pop(0), part, {row: bad[row] for row in rows if row in bad})
+                features = dict[int, Features]()
             if signals.received is not None:
                 raise Stop("stopped: the parts that were saved stay; --resume continues", 128 + signals.received)
     if len(bad) == len(source):
@@ -155,6 +153,11 @@ def main(config: Config) -> None:
     speed = count / (time.monotonic() - start)
     print(f"{len(source)} images, features in {file}{listed}; {speed:.1f} images/s")
     held.release()
+
+
+def cut(rows: range, size: int) -> list[range]:
+    """Return consecutive parts of rows; the last may be smaller."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from engine.checkpoint import read_newest
 from engine.options import REQUIRED, option, run
 from engine.signals import Stop
 from mvmae import MultiViewMAE, hub
-from mvmae.files import replace_file
+from mvmae.weights import replace_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,10 @@ def main(config: Config) -> None:
     about: dict[str, Any] = state.get("about", state)  # older runs: beside the rest
     if not isinstance(about.get("description"), dict):
         raise Stop("the checkpoint must say which model it holds: name a run of pretrain.py, adapt.py or finetune.py")
-    best = state.get("best") or state.get("choice") or {}  # the encoder that a run of adapt.py chose, and its step
+    adapted = state["settings"].get("pretrained", False)  # adapt.py exports its best encoder, the other scripts the last
+    best: dict[str, Any] = (state.get("best") or state.get("choice") or {}) if adapted else {}
+    if best.get("metrics") and not best.get("weights"):
+        raise Stop(f"no encoder of {source} was better than the one it started from: export that one")
     weights = {**state["model"], **{f"encoder.{name}": value for name, value in best.get("weights", {}).items()}}
     start = {str(key): str(value) for key, value in (about.get("start") or {}).items()}
     license = config.license or start.get("license") or "apache-2.0"
@@ -100,7 +103,7 @@ def main(config: Config) -> None:
         repo=config.push or f"owner/{source.name}",
         datasets=config.datasets,
         license=license,
-        metrics=measured(source, best.get("step", state["step"])),
+        metrics=measured(source, best["step"] if best.get("weights") else state["step"]),
         command=without_folders(about.get("command", "")),
         settings=state["settings"],
     )

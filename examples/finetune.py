@@ -33,8 +33,8 @@ from engine.optim import cosine, set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals, Stop
 from mvmae.data import EvalTransform, StepSampler, sample_seed
-from mvmae.files import write_json
 from mvmae.hub import describe
+from mvmae.weights import write_json
 from tasks import models
 from tasks.features import Pooled, extract
 from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
@@ -202,7 +202,7 @@ def main(config: Config) -> None:
                 logits = trained(images)
             loss = cross_entropy(logits.float(), targets)
             loss.backward()
-            checkpoint.require_finite(step, {"loss": loss}, [data.train.name(int(index)) for index in batch.indices])
+            checkpoint.require_finite(step, {"loss": loss}, (data.train.name(int(index)) for index in batch.indices))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             log.add({"loss": loss.detach()})

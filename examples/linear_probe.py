@@ -17,7 +17,7 @@ on the validation images: because it is chosen on them, its accuracy is optimist
 import dataclasses
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from engine.optim import cosine, set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals
 from mvmae.data import EvalTransform, StepSampler
-from mvmae.files import write_json, write_text
+from mvmae.weights import write_json, write_text
 from tasks.features import POOLS, Pooled, extract
 from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
 from tasks.models import load_backbone, starting_weights, summary, with_background
@@ -118,19 +118,19 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
     last, lr = min(steps, config.max_steps or steps), config.base_lr * config.batch_size / 256
     sampler.num_steps, sampler.start_step = last, checkpoint.step
 
-    def batches() -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    def batches() -> Iterator[tuple[Tensor, Tensor, Iterable[str]]]:
         """Yield features (B, D), labels (B,) and names of each step's images."""
         if config.cached:
             for keys in sampler:
                 rows = torch.tensor([index for _, index in keys], device=ranks.device)
-                yield train[0][rows], train[1][rows], [f"readable image {row}" for row in rows.tolist()]
+                yield train[0][rows], train[1][rows], (f"readable image {row}" for row in rows.tolist())
             return
         crops, labels = TrainTransform(model, config.image_size, config.background), torch.as_tensor(data.train.labels)
         options: dict[str, Any] = {"workers": config.workers, "max_bad": config.max_bad, "folder": folder}
         for batch in training_loader(data.train, crops, sampler, **options):
             with torch.no_grad(), autocast(config.precision, ranks.device):
                 features = encoder.forward_head(encoder.forward_features(to_device(batch.views, ranks.device)))
-            yield features.float(), labels[batch.indices].to(ranks.device), [data.train.name(int(i)) for i in batch.indices]
+            yield features.float(), labels[batch.indices].to(ranks.device), (data.train.name(int(i)) for i in batch.indices)
 
     torch.manual_seed(config.seed)  # again: loading images draws from the same generator
     probe = Probe(train[0].shape[1], len(data.class_names), multiples=config.sweep, batch_norm=config.batch_norm)

@@ -39,7 +39,6 @@ from tasks.models import describe_start, starting_weights, with_background
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     DROPOUT,
-    backward,
     describe_length,
     fit_length,
     load_run,
@@ -113,7 +112,7 @@ def main(config: Config) -> None:
     taken = load_run(model, config) if config.pretrained else ""
     trained_part = train_last_blocks(encoder, config.train_blocks)
     mean, std = statistics(config, encoder, images.train)
-    length = fit_length(config, len(images.train), ranks)
+    length = fit_length(config, images.length, ranks)
     last = min(length.steps, config.max_steps or length.steps)
     pixels, crops = pixel_options(config), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
     options: dict[str, Any] = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
@@ -154,15 +153,17 @@ def main(config: Config) -> None:
         for step, batch in enumerate(log.timed(signals.batches(loader)), checkpoint.step + 1):
             rate = length.lr * cosine(step, length.steps, length.warmup)
             set_rates(optimizer, rate, length.encoder_rate(step))
+            weight = config.loss_weight if step > length.alone else 0.0  # lambda; contrast may begin late
             views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
             mask = step_mask(config, encoder, length.batch_size, step, ranks)  # this rank's rows of the global mask
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
             with autocast(config.precision, device):
-                losses = backward(trained, views, mask, config.accumulate, contrast=step > length.alone)  # Eqs. 1-7
+                # Eqs. 1-7 and their gradients; one part is a plain backward
+                losses = mvmae.backward_in_parts(trained, views, config.accumulate, mask=mask, loss_weight=weight)
             if step <= length.alone:  # DDP gives the projector a gradient of zero, which AdamW would count and decay by
                 for parameter in (*model.projector.parameters(), *encoder.fc_norm.parameters()):
                     parameter.grad = None
-            checkpoint.require_finite(step, losses._asdict(), (images.train.name(i) for i in batch.indices.tolist()))
+            checkpoint.require_finite(step, losses._asdict(), batch.names)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             log.add(losses._asdict())
@@ -188,10 +189,8 @@ def main(config: Config) -> None:
             draw(checkpoint.folder / "gains.png", rows)
     if ranks.rank == 0:
         if last < length.steps:
-            lines = [
-                f"stopped at step {last} of {length.steps}: the schedule was not finished, this encoder is for trying out",
-                *lines,
-            ]
+            unfinished = f"stopped at step {last} of {length.steps}: the schedule was not finished"
+            lines = [f"{unfinished}, this encoder is for trying out", *lines]
         finish(log, config, model, pictures, about, before, after, start, lines)
 
 

@@ -16,31 +16,31 @@ continue an interrupted run. The output folder then holds results.json, with eve
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import normalize
 
-from engine.options import inherit, option, run
-from engine.config import REQUIRED
 from engine.distributed import Ranks, autocast, start_ranks, to_device
+from engine.options import option, run
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
-from mvmae.files import write_json
 from mvmae.visualize import contact_sheet
-from tasks.ade20k import IGNORE, LAYOUT, Augment, LabelMaps, confusion, count_classes, fitting_size, scores
-from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit, gather
-from tasks.inputs import normalize
-from tasks.starting import with_background
+from mvmae.weights import write_json
+from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
+from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
+from tasks.models import with_background
+
+Prepare = Callable[[Tensor], Tensor]
+"""Brings uint8 images to the device and normalises them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
-    data: str = inherit(DenseConfig, "data", REQUIRED, LAYOUT)
     num_classes: int = option(
         0, "number of classes; 0: counted in classes.txt, or in the label maps", at_least=0, at_most=255, section="Data"
     )
@@ -50,63 +50,53 @@ class Config(DenseConfig):
         "labels, as the label maps have them, whose pixels are neither learnt nor counted in the mIoU, as 255 never is",
         at_least=0,
         at_most=255,
-        empty="none",
     )
-    channels: int = option(768, "width of the UPerNet head (BEiT)", at_least=1, section="Heads")
-    aux_channels: int = option(256, "width of the auxiliary head (BEiT)", at_least=1)
-    aux_weight: float = option(0.4, "weight of the auxiliary head's loss (BEiT)", at_least=0)
-    ratio: tuple[float, float] = option(
-        (0.5, 2.0), "factor of the random resize before the crop (BEiT)", above=0, lengths=(2,), section="Augmentation"
-    )
+    ratio: tuple[float, float] = option((0.5, 2.0), "factor of the random resize before the crop (BEiT)", above=0, lengths=(2,))
+    channels: int = option(768, "width of the UPerNet head (BEiT)", at_least=1, section="Model")
     stride: int = option(341, "step of the sliding test window in pixels (BEiT)", at_least=1, section="Evaluation")
     ratios: tuple[float, ...] = option((1.0,), "factors of the image size in the test, whose predictions are averaged", above=0)
     flip_test: bool = option(False, "average the predictions of each test image and its mirror image")
+    aux_channels: int = 256  # width of the auxiliary head (BEiT)
+    aux_weight: float = 0.4  # of its loss (BEiT)
 
 
 BEIT: dict[str, Any] = {
     "help": "BEiT's recipe, which the paper follows: 160 000 steps on ADE20K",
     "output_dir": "runs/segment",
     "model": "mvmae_vit_base_patch16",
-    "model_args": "",
     "image_size": 512,
     "window_size": 0,
     "drop_path": 0.1,
     "steps": 160_000,
     "batch_size": 16,
-    "lr": 1e-4,
+    "lr": 1e-4,  # assumed: mmsegmentation's for MAE; BEiT's 7e-4 belongs to its layer-scaled model
     "weight_decay": 0.05,
     "decay_biases": False,
     "layer_decay": 0.65,
     "schedule": "linear",
-    "warmup_steps": 1500,
+    "warmup": 1500 / 160_000,
     "warmup_start": 1e-6,
-    "workers": 8,
-    "save_every": 2000,
 }
-PRESETS: dict[str, dict[str, Any]] = {
-    "beit": BEIT,
-    "toy": BEIT
-    | {
-        "help": "drawn shapes and a tiny ViT: a minute on two CPU cores",
-        "data": "toy",
-        "output_dir": "runs/segment-toy",
-        "model": "random:mvmae_vit_tiny_patch16",
-        "model_args": "img_size=48 patch_size=8 embed_dim=64 depth=3 num_heads=2",
-        "image_size": 48,
-        "drop_path": 0.0,
-        "ratio": (1.0, 1.0),
-        "steps": 700,
-        "batch_size": 8,
-        "lr": 2e-3,
-        "layer_decay": 1.0,
-        "warmup_steps": 100,
-        "channels": 16,
-        "aux_channels": 16,
-        "stride": 48,
-        "workers": 1,
-        "save_every": 500,
-    },
+TOY: dict[str, Any] = {
+    "help": "drawn shapes and a tiny ViT: a minute on two CPU cores",
+    "data": "toy",
+    "output_dir": "runs/segment-toy",
+    "model": "random:mvmae_vit_tiny_patch16",
+    "model_args": "img_size=48 patch_size=8 embed_dim=64 depth=3 num_heads=2",
+    "image_size": 48,
+    "drop_path": 0.0,
+    "ratio": (1.0, 1.0),
+    "steps": 700,
+    "batch_size": 8,
+    "lr": 2e-3,
+    "layer_decay": 1.0,
+    "warmup": 1 / 7,
+    "channels": 16,
+    "aux_channels": 16,
+    "stride": 48,
+    "workers": 1,
 }
+PRESETS: dict[str, dict[str, Any]] = {"beit": BEIT, "toy": BEIT | TOY}
 
 
 class UPerNet(nn.Module):
@@ -126,14 +116,17 @@ class UPerNet(nn.Module):
         return main, auxiliary
 
 
-def build_model(config: Config) -> tuple[UPerNet, Any]:
+def build_model(config: Config, num_classes: int) -> tuple[UPerNet, Any]:
     """Create UPerNet on a plain ViT, with taps after a third, half, two thirds and all of its blocks (BEiT: 3, 5, 7, 11)."""
-    trunk, vit = build_trunk(config, lambda depth: [max(n, 1) - 1 for n in (depth // 3, depth // 2, depth * 2 // 3, depth)])
-    backbone = ViTPyramid(trunk, "beit")
-    return UPerNet(backbone, config.num_classes, channels=config.channels, aux_channels=config.aux_channels), vit
+
+    def taps(depth: int) -> list[int]:
+        return [max(count, 1) - 1 for count in (depth // 3, depth // 2, depth * 2 // 3, depth)]
+
+    trunk, vit = build_trunk(config, taps=taps)
+    return UPerNet(ViTPyramid(trunk, "beit"), num_classes, channels=config.channels, aux_channels=config.aux_channels), vit
 
 
-def losses(model: nn.Module, batch: tuple[Tensor, Tensor], *, prepare: Any, aux_weight: float) -> dict[str, Tensor]:
+def losses(model: nn.Module, batch: tuple[Tensor, Tensor], *, prepare: Prepare, aux_weight: float) -> dict[str, Tensor]:
     """Compute the cross-entropy of both heads: a mean over all pixels, ignored ones too, as in BEiT's code."""
     images, labels = batch
     main, auxiliary = model(prepare(images))
@@ -142,20 +135,17 @@ def losses(model: nn.Module, batch: tuple[Tensor, Tensor], *, prepare: Any, aux_
     return {"loss_main": entropy(main) / labels.numel(), "loss_aux": aux_weight * entropy(auxiliary) / labels.numel()}
 
 
-def slide(model: nn.Module, image: Tensor, config: Config) -> Tensor:
+def slide(model: nn.Module, image: Tensor, side: int, stride: int) -> Tensor:
     """Average the class values of overlapping windows: image (3, H, W) to (classes, H, W)."""
-    side, (height, width) = config.image_size, image.shape[1:]
+    height, width = image.shape[1:]
     image = F.pad(image, (0, max(side - width, 0), 0, max(side - height, 0)))
-    corners = [
-        (min(top, image.shape[1] - side), min(left, image.shape[2] - side))
-        for top in range(0, max(image.shape[1] - side, 0) + config.stride, config.stride)
-        for left in range(0, max(image.shape[2] - side, 0) + config.stride, config.stride)
-    ]
-    corners = sorted(set(corners))
-    windows = torch.stack([image[:, top : top + side, left : left + side] for top, left in corners])
-    total, count = image.new_zeros(config.num_classes, *image.shape[1:]), image.new_zeros(image.shape[1:])
-    for (top, left), values in zip(corners, model(windows)[0], strict=True):
-        total[:, top : top + side, left : left + side] += values
+    last = [length - side for length in image.shape[1:]]
+    rows, columns = ([*range(0, end, stride), end] for end in last)  # where windows start
+    corners = [(top, left) for top in rows for left in columns]
+    values = model(torch.stack([image[:, top : top + side, left : left + side] for top, left in corners]))[0]
+    total, count = image.new_zeros(values.shape[1], *image.shape[1:]), image.new_zeros(image.shape[1:])
+    for (top, left), part in zip(corners, values, strict=True):
+        total[:, top : top + side, left : left + side] += part
         count[top : top + side, left : left + side] += 1
     return (total / count)[:, :height, :width]
 
@@ -163,76 +153,71 @@ def slide(model: nn.Module, image: Tensor, config: Config) -> Tensor:
 @torch.no_grad()
 def predict(config: Config, model: nn.Module, image: Tensor) -> Tensor:
     """Name every pixel of a normalised image: (3, H, W) to (H, W), over all sizes and mirrored images of the test."""
-    size, total = image.shape[1:], torch.zeros(())
+    height, width = image.shape[1:]
+    total = torch.zeros((), device=image.device)
     for ratio in config.ratios:
-        width, height = fitting_size((size[1], size[0]), config.image_size, ratio)
-        resized = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+        size = fitting_size((height, width), config.image_size, ratio)
+        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         for flipped in (False, True)[: 1 + config.flip_test]:
-            values = slide(model, resized.flip(2) if flipped else resized, config)
+            values = slide(model, resized.flip(2) if flipped else resized, config.image_size, config.stride)
             values = values.flip(2) if flipped else values
-            total = total.to(image.device) + F.interpolate(values[None], size, mode="bilinear")[0].softmax(0)
+            total = total + F.interpolate(values[None], (height, width), mode="bilinear")[0].softmax(0)
     return total.argmax(0)
 
 
-def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Any, ranks: Ranks) -> Tensor:
+def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Prepare, ranks: Ranks) -> Tensor:
     """Count right and wrong pixels over all images, each process its share."""
-
-    def shares() -> Iterator[Tensor]:
-        for index in range(ranks.rank, len(data), ranks.world_size):
-            image, labels = data[0, index]
-            with autocast(config.precision, ranks.device):
-                pred = predict(config, model, prepare(image))
-            yield confusion(pred.cpu(), labels, config.num_classes)
-
-    return torch.stack(gather([sum(shares(), torch.zeros(config.num_classes, config.num_classes).long())], processes)).sum(0)
+    counts = torch.zeros(len(data.names), len(data.names), dtype=torch.long)
+    for index in range(ranks.rank, len(data), ranks.world_size):
+        image, labels = data[0, index]
+        with autocast(config.precision, ranks.device):
+            pred = predict(config, model, prepare(image))
+        counts += confusion(pred.cpu(), labels, len(data.names))
+    return torch.stack(ranks.gather(counts)).sum(0)
 
 
-def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMaps, prepare: Any) -> None:
+def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMaps, prepare: Prepare) -> None:
     """Draw the first images, the truth, and the prediction; below, the colours of the classes that occur."""
-    hues = [round(index * 0.618 * 256) % 256 for index in range(config.num_classes)]
-    palette = Image.new("HSV", (len(hues), 1))
-    palette.putdata([(hue, 200 - 60 * (index % 2), 230) for index, hue in enumerate(hues)])
-    colours = torch.zeros(256, 3, dtype=torch.uint8)  # pixels that are left out stay black
-    colours[: len(hues)] = torch.tensor(list(palette.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3)
+    colours = torch.randint(48, 256, (256, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    colours[IGNORE] = 0
     columns: tuple[list[Tensor], ...] = ([], [], [])
-    found: set[int] = set()
+    occurring: set[int] = set()
     for index in range(min(config.pictures, len(data))):
         image, labels = data[0, index]
         pred = predict(config, model, prepare(image)).cpu()
-        pictures = (image, colours[labels].permute(2, 0, 1), colours[pred].permute(2, 0, 1))
-        for column, picture in zip(columns, pictures, strict=True):
+        for column, picture in zip(columns, (image, *(colours[x].permute(2, 0, 1) for x in (labels, pred))), strict=True):
             column.append(picture / 255)
-        found |= {*labels.unique().tolist(), *pred.unique().tolist()}
+        occurring |= {*labels.unique().tolist(), *pred.unique().tolist()}
     names = {**dict(enumerate(data.names)), IGNORE: "left out"}
-    legend = [(names.get(label, str(label)), tuple(colours[label].tolist())) for label in sorted(found)]
+    legend = [(names[label], tuple(colours[label].tolist())) for label in sorted(occurring)]
     contact_sheet(columns, ["image", "truth", "prediction"], legend=legend).save(path)
 
 
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then test, measure and draw."""
-    processes, config = start_ranks(config.device), with_background(config, config.model, config.arch)
-    folder, root = Path(config.output_dir), data_folder(config, processes)
-    reduced, ignored = config.reduce_zero_label, config.ignore_label
-    if not config.num_classes:
-        config = dataclasses.replace(config, num_classes=count_classes(root, reduce_zero_label=reduced, ignore=ignored))
-    model, vit = build_model(config)
+    ranks, config = start_ranks(config.device), with_background(config, config.model, config.arch)
+    folder, root = Path(config.output_dir), data_folder(config, ranks)
+
+    layout = partial(LabelMaps, root, reduce_zero_label=config.reduce_zero_label, ignore=config.ignore_label)
+    val = layout("val", num_classes=config.num_classes, background=config.background)
+    config = dataclasses.replace(config, num_classes=len(val.names))
+    model, vit = build_model(config, len(val.names))
     mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
-    fill = tuple(round(255 * value) for value in mean)
-    augment = Augment(config.image_size, ratio=config.ratio, fill=fill)
-    kept = partial(LabelMaps, root, reduce_zero_label=reduced, ignore=ignored)
-    layout = partial(kept, num_classes=config.num_classes, background=config.background)
-    data, val = layout("train", augment=augment, seed=config.seed), layout("val")
+    augment = Augment(config.image_size, ratio=config.ratio, fill=tuple(round(255 * value) for value in mean))
+    data = layout("train", num_classes=len(val.names), background=config.background, augment=augment, seed=config.seed)
     if ranks.world_size > 1 and ranks.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # BEiT's; the CPU has none
     model.to(ranks.device)
 
     def prepare(images: Tensor) -> Tensor:
-        return normalize(to_device(images, ranks.device), mean, std)
+        prepared: Tensor = normalize(to_device(images, ranks.device).float() / 255, mean, std)
+        return prepared
 
+    record = {"images": fingerprint(root, [*data.images, *data.labels]), "classes": data.names}
     compute = partial(losses, prepare=prepare, aux_weight=config.aux_weight)
-    fit(config, model, model.backbone.trunk, data, compute, processes, images=fingerprint(root, data.images, data.labels))
-    model.eval()
-    counts = evaluate(config, model, val, prepare, processes)
+    fit(config, model, model.backbone.trunk, data, compute, ranks, record=record)
+
+    counts = evaluate(config, model, val, prepare, ranks)
     if ranks.rank == 0:
         results = scores(counts, val.names)
         write_json(folder / "results.json", results)

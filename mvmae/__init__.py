@@ -5,8 +5,7 @@
 
 - the method, in the order of the paper: ``model`` (Eqs. 1 to 7), ``patches``, ``masking``, ``masked_vit``, ``decoder``,
   ``losses`` with ``gradients``, ``projector``, ``accumulation``, ``metrics``;
-- its encoders and their files: ``encoders``, ``timm_weights``, ``vitmae``, ``description``, ``weights``, ``files``,
-  ``wrappers``;
+- its encoders and their files: ``encoders``, ``architecture``, ``checkpoints``, ``weights``, ``inputs``;
 - what stands around the method: ``data``, ``dense``, ``visualize``, ``hub``.
 """
 
@@ -18,7 +17,6 @@ from .accumulation import Losses as Losses
 from .accumulation import backward_in_parts as backward_in_parts
 from .decoder import MAEDecoder as MAEDecoder
 from .encoders import create_model as create_model
-from .files import WeightsError as WeightsError
 from .losses import NTXentLoss as NTXentLoss
 from .losses import ReconstructionLoss as ReconstructionLoss
 from .masked_vit import encode_visible as encode_visible
@@ -30,6 +28,7 @@ from .model import MultiViewOutput as MultiViewOutput
 from .patches import patchify as patchify
 from .patches import unpatchify as unpatchify
 from .projector import projection_mlp as projection_mlp
+from .weights import WeightsError as WeightsError
 
 if TYPE_CHECKING:
     from .data import CentreCropTransform as CentreCropTransform

@@ -22,15 +22,15 @@ class Losses(NamedTuple):
     loss_con: Tensor
 
 
-def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask, contrast: bool = True) -> Losses:
+def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask, loss_weight: float | None = None) -> Losses:
     """Add the gradients of Eq. 7 over the batch to ``parameter.grad``, with the activations of one part in memory at a time.
 
     Ordinary gradient accumulation does not enlarge the batch of a contrastive loss: each part would have the negatives of
     that part alone. Here the latents of all parts are computed first, without stored activations; then the projector and Eq. 6
     see all of them at once, and give a gradient for each. Then each part is computed again and both gradients flow back
-    through it. The cost is one more forward pass of the encoder. The result is exact for several processes too, with batch
-    normalisation in the projector, and with dropout, whose random numbers are repeated. The function may be called under
-    autocast; the backward passes run outside it.
+    through it. The cost is one more forward pass of the encoder; one part is a plain forward and backward pass. The result is
+    exact for several processes too, with batch normalisation in the projector, and with dropout, whose random numbers are
+    repeated. The function may be called under autocast; the backward passes run outside it.
 
     Args:
         model: a `MultiViewMAE`, or one in DistributedDataParallel; compiled or not. Running statistics that a projector keeps,
@@ -38,7 +38,7 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
         views: (B, V, C, H, W), normalised; B images of this process.
         parts: number K of parts, a divisor of B.
         mask: over the B * V views.
-        contrast: False leaves out Eqs. 4 to 6, as in `MultiViewMAE.forward`.
+        loss_weight: lambda of Eq. 7 in this call, as in `MultiViewMAE.forward`.
 
     Raises:
         ValueError: if the batch cannot be cut into that many equal parts, or a compiled model draws random numbers.
@@ -47,52 +47,53 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
     if parts < 1 or batch % parts:
         raise ValueError(f"parts must divide the batch of {batch} images, got {parts}: use a divisor of {batch}")
     core: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    weight = core.loss_weight if loss_weight is None else loss_weight
+    if parts == 1:
+        output = model(views, mask=mask, loss_weight=weight)
+        _backward(output.loss)
+        return Losses(*(value.detach() for value in (output.loss, output.loss_rec, output.loss_con)))
     size = batch // parts
     pieces = [(views[i : i + size], mask.select(slice(i * num_views, (i + size) * num_views))) for i in range(0, batch, size)]
-    states = []
+    states, latents = [], []
     with torch.no_grad():
-        latents = []
         for piece, piece_mask in pieces:
             states.append(_random_state(views.device))
-            latents.append(core.encode(piece, piece_mask).z)
+            latents.append(core.encode(piece, piece_mask)[1])
     if _is_compiled(model) and not _equal(states[0], _random_state(views.device)):
         raise ValueError(
             "a compiled encoder must draw no random numbers (dropout, drop path), which differ in the second pass: "
             "build the encoder with rates of 0, do not compile it, or use one part"
         )
-    loss_con, gradient = _contrast(core, torch.cat(latents)) if contrast else (views.new_zeros(()), None)
+    loss_con, gradient = _contrast(core, torch.cat(latents), weight) if weight > 0 else (views.new_zeros(()), None)
     loss_rec = views.new_zeros(())
     for i, (piece, piece_mask) in enumerate(pieces):
         _set_random_state(states[i], views.device)
         last = i == parts - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            output = model(piece, mask=piece_mask, contrast=False)
-            loss = output.loss_rec / parts
-            if gradient is not None:
-                loss = loss + (output.z * gradient[i * size : (i + 1) * size]).sum()
-                loss = (
-                    loss + 0 * output.projected.sum()
-                )  # DistributedDataParallel waits for every parameter, the projector's too
-            with torch.autocast(views.device.type, enabled=False):
-                loss.backward()
+            # the loss of a part is the mean over its own images, 1 / parts of the batch
+            share = None if gradient is None else gradient[i * size : (i + 1) * size] * parts
+            output = model(piece, mask=piece_mask, loss_weight=0, z_gradient=share)
+            _backward(output.loss / parts)
         loss_rec += output.loss_rec.detach() / parts
-    return Losses(loss_rec + core.loss_weight * loss_con, loss_rec, loss_con)
+    return Losses(loss_rec + weight * loss_con, loss_rec, loss_con)
 
 
-def _contrast(model: MultiViewMAE, z: Tensor) -> tuple[Tensor, Tensor | None]:
+def _contrast(model: MultiViewMAE, z: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
     """Compute Eq. 6 over all parts and processes, and the gradient of its share of Eq. 7: the projector's, and that of ``z``.
 
     Returns:
         The loss, and the gradient of the pooled latents, (B, V, D); the projector's is added to ``parameter.grad``.
     """
-    if not model.loss_weight:
-        return z.new_zeros(()), None
     z.requires_grad_()
     with torch.enable_grad():
-        loss = model.contrastive_loss(model.projector(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
-    with torch.autocast(z.device.type, enabled=False):
-        (model.loss_weight * loss).backward()
+        loss = model.contrastive_loss(model.project(z))
+    _backward(weight * loss)
     return loss.detach(), z.grad
+
+
+def _backward(loss: Tensor) -> None:
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward()
 
 
 def _is_compiled(model: nn.Module) -> bool:

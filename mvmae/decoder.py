@@ -76,15 +76,12 @@ class MAEDecoder(nn.Module):
         table.copy_(sincos_table(table.shape[1], self.grid_size).float())
 
     def forward(self, tokens: Tensor, mask: Mask, *, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """Predict every patch.
+        """Predict every patch, (B, L, P * P * C).
 
         Args:
             tokens: the encoder's output for the visible patches, prefix tokens first, (B, T + K, D).
             mask: which patches those are.
             grid_size: rows and columns of patches, where they are not those that the decoder was built for.
-
-        Returns:
-            pred, (B, L, P * P * C).
 
         Raises:
             ValueError: if tokens and mask do not belong together.

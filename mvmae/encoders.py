@@ -11,11 +11,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .files import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, locate, read_config
+from .checkpoints import checkpoint_filter, timm_model, vitmae_arguments
 from .patches import sincos_table
-from .timm_weights import checkpoint_filter, find_weights
-from .vitmae import timm_model, vitmae_arguments
-from .weights import read_weights
+from .weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, check_sizes, locate, read_json, read_weights
 
 TIMM_NAMES = {
     "mvmae_vit_tiny_patch16": "vit_tiny_patch16_224",
@@ -55,11 +53,6 @@ class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
             return
         table = sincos_table(self.embed_dim, self.patch_embed.grid_size).to(self.pos_embed.dtype)
         table = F.pad(table, (0, 0, self.pos_embed.shape[1] - len(table), 0))[None]
-        if hasattr(self.pos_embed, "device_mesh"):  # a DTensor, the parameter of a sharded model
-            from torch.distributed.tensor import DTensor
-
-            table = DTensor.from_local(table.to(self.pos_embed.device), self.pos_embed.device_mesh, run_check=False)
-            table = table.redistribute(placements=self.pos_embed.placements)
         with torch.no_grad():
             self.pos_embed.copy_(table)
 
@@ -84,27 +77,15 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "mvmae_vit_tiny_patch16.untrained": _cfg(),
-        "mvmae_vit_small_patch16.untrained": _cfg(),
-        "mvmae_vit_base_patch16.in1k": _cfg(description="pretrained on ImageNet-1k for 1600 epochs"),
-        "mvmae_vit_base_patch16.in1k_800e": _cfg(description="pretrained on ImageNet-1k for 800 epochs"),
-        "mvmae_vit_base_patch16.in1k_ft_in1k": _cfg(num_classes=1000, description="in1k, fine-tuned (Table 1)"),
-        "mvmae_vit_base_patch16.in1k_800e_ft_in1k": _cfg(num_classes=1000, description="in1k_800e, fine-tuned (Table 1)"),
-        "mvmae_vit_base_patch16.in1k_lp_in1k": _cfg(num_classes=1000, description="in1k, linear probe (Table 2)"),
-        "mvmae_vit_large_patch16.untrained": _cfg(),
-        "mvmae_vit_huge_patch14.untrained": _cfg(),
-    }
-)
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in TIMM_NAMES})
 
 
 def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> nn.Module:
     args = {"global_pool": "avg", "fc_norm": False, **defaults, **kwargs}
     place, weights = "", None
     if pretrained:
-        place, args["pretrained_cfg_overlay"], weights = find_weights(
-            name, args.get("pretrained_cfg"), args.get("pretrained_cfg_overlay"), args.get("cache_dir"), args.get("in_chans")
+        place, args["pretrained_cfg_overlay"], weights = _find_weights(
+            name, args.get("pretrained_cfg"), args.get("pretrained_cfg_overlay"), args.get("cache_dir")
         )
     if args.pop("use_naflex", False):
         return _create_naflex(name, pretrained, args)
@@ -112,10 +93,43 @@ def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defau
         model: Any = _build(name, pretrained, args) if weights is None else _build_with(weights, name, args)
     except WeightsError as error:
         raise WeightsError(f"{place}: {error}") from error
-    if hasattr(timm.models, "get_model_args"):  # from 1.0.31 on timm's saver writes all that plain timm needs to rebuild it
-        model.pretrained_cfg["architecture"] = TIMM_NAMES[name]
-        model._model_args = {**getattr(model, "_model_args", {}), "fc_norm": args["fc_norm"]}
+    model.pretrained_cfg["architecture"] = TIMM_NAMES[name]  # so that timm's own saver writes what plain timm can rebuild
+    model._model_args = {**getattr(model, "_model_args", {}), "fc_norm": args["fc_norm"]}
     return model  # type: ignore[no-any-return]
+
+
+def _find_weights(
+    name: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any
+) -> tuple[str, dict[str, Any], dict[str, Tensor] | None]:
+    """Read the weights of a pretrained cfg, with clearer errors than timm's own reader.
+
+    Returns:
+        The place, for messages; the overlay for the cfg that fits the weights; and the weights, or None if timm reads them.
+    """
+    overlay = dict(overlay or {})
+    cfg = resolve_pretrained_cfg(name, cfg, overlay)
+    if cfg.state_dict or (cfg.custom_load and not cfg.source) or (cfg.url and not (cfg.file or cfg.hf_hub_id)):
+        return "the checkpoint", overlay, None
+    if not cfg.has_weights:
+        raise WeightsError(
+            f"no weights are published for {name}: load your own by pretrained_cfg_overlay=dict(file=...), or an export by the "
+            "name local-dir:FOLDER or hf-hub:owner/name"
+        )
+    if cfg.source == "local-dir":
+        path = locate(cfg.file, WEIGHTS_FILE)
+    elif cfg.file and cfg.source != "hf-hub":
+        path = Path(cfg.file)
+    else:
+        overlay["hf_hub_filename"] = cfg.hf_hub_filename or WEIGHTS_FILE
+        path = locate(cfg.hf_hub_id, overlay["hf_hub_filename"], cache_dir=cache_dir)
+    weights = read_weights(path)
+    if cfg.file and not cfg.source and "head.weight" in weights:
+        overlay.setdefault("num_classes", len(weights["head.weight"]))
+    projections = ("patch_embed.proj.weight", "patch_embeddings.projection.weight")  # the second is ViTMAE's
+    proj = next((value for key, value in weights.items() if key.endswith(projections) and value.ndim == 4), None)
+    if proj is not None:  # from which timm adapts the projection to the model's channels
+        overlay.setdefault("input_size", (proj.shape[1], *cfg.input_size[1:]))
+    return str(path), overlay, weights
 
 
 def _build(name: str, pretrained: bool, args: dict[str, Any], filter_fn: Any = checkpoint_filter) -> Any:
@@ -180,10 +194,9 @@ def mvmae_vit_huge_patch14(pretrained: bool = False, **kwargs: Any) -> nn.Module
 
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a model of timm, with ``mvmae_vit_*`` among its names, like ``timm.create_model``.
+    """Build a model of timm like ``timm.create_model``, which an error of a folder or a repository leaves with one line.
 
-    The model is timm's; an error of a folder or a repository is one line. From a repository only safetensors are read. From a
-    folder the files that timm would read are read, and from PyTorch's files only tensors.
+    From a repository only safetensors are read; from a folder the files that timm would read, and of PyTorch's only tensors.
 
     Args:
         model_name: a name that timm knows, ``local-dir:FOLDER`` or ``hf-hub:owner/name``, of timm's models or of a ViTMAE that
@@ -211,18 +224,29 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
 
 
 def check_source(name: str, *, weights: bool, cache_dir: str | Path | None = None) -> None:
-    """Check the files of an exported model that timm would read, more closely than timm, with an error of one line.
-
-    Args:
-        name: ``local-dir:FOLDER`` or ``hf-hub:owner/name``.
-        weights: whether to check the weights too, besides ``config.json``.
-        cache_dir: where downloads are kept.
+    """Check the files of an exported model that timm would read: ``config.json``, and the weights if asked.
 
     Raises:
         WeightsError: if a file is missing, damaged, or of another kind; of a repository, if its weights are not safetensors.
     """
     path = locate(name, CONFIG_FILE, cache_dir=cache_dir)
-    config = vitmae_arguments(path) or read_config(path)
+    config = vitmae_arguments(path) or _read_config(path)
     if weights:
         file = config.get("pretrained_cfg", config).get("hf_hub_filename") if name.startswith("hf-hub:") else None
         read_weights(locate(name, str(file or WEIGHTS_FILE), cache_dir=cache_dir))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of an exported model, and check what timm builds from it."""
+    config = read_json(path)
+    cfg = config.get("pretrained_cfg", config)
+    for name, value, kind in (
+        ("architecture", config.get("architecture"), str),
+        ("model_args", config.get("model_args", {}), dict),
+        ("pretrained_cfg", cfg, dict),
+    ):
+        if not isinstance(value, kind):
+            raise WeightsError(f"{path}: {name} must be a {kind.__name__}, got {str(value)[:80]!r}: get the file again")
+    sizes = {name: cfg.get(name) for name in ("num_classes", "input_size", "test_input_size", "min_input_size")}
+    check_sizes({"num_classes": config.get("num_classes"), **sizes, **config.get("model_args", {})}, path)
+    return config

@@ -72,9 +72,9 @@ class NTXentLoss(nn.Module):
     there are more), its negatives all views of the other images of the *global* batch (2N - 2 for V = 2). Logits are computed
     in float32 at least, under autocast too.
 
-    With several processes, each process returns the mean over its own anchors, compared with the latents of all processes.
-    The mean of these losses over the processes is Eq. 6 over the global batch, and the mean of their gradients, which
-    DistributedDataParallel computes, is its gradient. All processes must have the same number of images.
+    With several processes, each returns the mean over its own anchors, compared with the latents of all. The mean of these
+    losses over the processes is Eq. 6 over the global batch, and the mean of their gradients, which DistributedDataParallel
+    computes, is its gradient. All processes must have the same number of images.
 
     Args:
         temperature: tau of Eq. 4, above 0 (paper, Section 3.2.2: 0.07).
@@ -135,30 +135,14 @@ class NTXentLoss(nn.Module):
 
 
 def mean_positive_similarity(z: Tensor) -> Tensor:
-    """Compute, for every view, the mean cosine to the other views of its image: the numerator of Eq. 4.
-
-    Args:
-        z: latents of unit length, (B, V, D).
-
-    Returns:
-        (B, V).
-    """
+    """Compute, for every view, the mean cosine to the other views of its image: the numerator of Eq. 4, (B, V, D) to (B, V)."""
     similarity = products(z, z.view_as(z))  # (B, V, V)
     own = similarity.diagonal(dim1=1, dim2=2)
     return (similarity.sum(dim=2) - own) / (z.shape[1] - 1)
 
 
 def log_denominator(latents: Tensor, anchors: slice, temperature: float) -> Tensor:
-    """Compute the logarithm of the denominator of Eq. 4: over all latents but the anchor itself.
-
-    Args:
-        latents: (N * V, D), of unit length.
-        anchors: which of them are the anchors, A in a row.
-        temperature: tau.
-
-    Returns:
-        (A,).
-    """
+    """Compute the logarithm of the denominator of Eq. 4 for the ``anchors`` among latents, (N * V, D): over all but itself."""
     return _logits_without_self(latents, anchors, temperature).logsumexp(dim=1)
 
 
@@ -173,10 +157,7 @@ def _chunks(anchors: slice, size: int) -> list[slice]:
 
 
 class _ChunkedLogDenominator(torch.autograd.Function):
-    """`log_denominator` with the logits of one chunk of anchors in memory at a time, forward and backward.
-
-    A gradient that is itself to be differentiated keeps the logits of all chunks.
-    """
+    """`log_denominator` with the logits of one chunk of anchors in memory at a time, forward and backward."""
 
     @staticmethod
     def forward(latents: Tensor, anchors: slice, temperature: float, chunk_size: int) -> Tensor:

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .masking import Mask
 from .patches import grid_size
-from .wrappers import without_peft
 
 PlainViT: TypeAlias = "VisionTransformer | Eva"
 REASONS = {
@@ -29,16 +28,17 @@ REASONS = {
     "EfficientNet": "its convolutions see across patches, masked ones too",
     "Beit": "the relative positions in its attention are made for all patches at once",
     "NaFlexVit": "it takes patches instead of images: build it with use_naflex=False",
+    "OptimizedModule": "a compiled model is no ViT: compile the MultiViewMAE instead",
+    "Peft": "its ViT is inside: give model.base_model.model, which keeps the adapters",
 }  # the start of a class's name -> what is in the way
 
 
 def check_encoder(vit: nn.Module) -> PlainViT:
-    """Return ``vit`` if `encode_visible` can run it; of a ``PeftModel`` the ViT inside, with the adapters in its layers.
+    """Return ``vit`` if `encode_visible` can run it.
 
     Raises:
         TypeError: if it is not a plain ViT of timm, with the reason.
     """
-    vit = without_peft(vit)
     own: Any = type(vit)
     name = own.__name__
     kinds: list[Any] = [kind for kind in (VisionTransformer, Eva) if isinstance(vit, kind)]
@@ -57,23 +57,9 @@ def check_encoder(vit: nn.Module) -> PlainViT:
             f"the patch embedding must see one patch alone, got {type(vit.patch_embed).__name__} in {name}: "
             "use a ViT with a plain patch projection"
         )
-    if hasattr(vit.patch_embed.proj, "base_layer"):  # masked patches are left out before it: only its weight is used
-        raise TypeError(f"the patch projection must have no adapter, got {type(vit.patch_embed.proj).__name__}: leave it out")
-    blocks: Any = vit.blocks
-    if any(_passes_by_qkv(getattr(block, "attn", None)) for block in blocks):
-        raise TypeError(
-            f"the adapters of qkv in {name} must be used, but timm's attention passes by them: set qkv_bias_separate = True in "
-            "the attention of each block, which computes the same"
-        )
     if not (vit.patch_drop is None or isinstance(vit.patch_drop, nn.Identity)):
         raise TypeError(f"patch_drop_rate must be 0, got {name} that drops patches: build it without, the mask takes its place")
     return vit
-
-
-def _passes_by_qkv(attention: Any) -> bool:
-    """Tell whether attention takes the weight of a layer alone, which is without the layer's adapter."""
-    adapted = hasattr(getattr(attention, "qkv", None), "base_layer")
-    return adapted and getattr(attention, "q_bias", None) is not None and not attention.qkv_bias_separate
 
 
 def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
@@ -115,10 +101,8 @@ def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
 
 def _check_images(vit: PlainViT, images: Tensor, mask: Mask) -> tuple[int, int]:
     embed, size = vit.patch_embed, tuple(images.shape[2:])
-    if images.ndim != 4 or images.shape[1] != embed.proj.in_channels:
-        raise ValueError(
-            f"images must have the shape (B, {embed.proj.in_channels}, H, W) of the encoder, got {tuple(images.shape)}"
-        )
+    if images.ndim != 4 or images.shape[1] != vit.in_chans:
+        raise ValueError(f"images must have the shape (B, {vit.in_chans}, H, W) of the encoder, got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, normalised by mean and std, got {images.dtype}")
     grid = grid_size((images.shape[2], images.shape[3]), embed.patch_size)
@@ -140,8 +124,12 @@ def _embed_visible(embed: PatchEmbed, images: Tensor, visible: Tensor, grid: tup
     patches = images.reshape(*images.shape[:2], rows, ph, columns, pw).permute(0, 2, 4, 1, 3, 5)
     image = torch.arange(len(images), device=images.device)[:, None]
     pixels = patches[image, visible // columns, visible % columns]  # (B, K, C, Ph, Pw)
-    tokens = F.linear(pixels.flatten(2), embed.proj.weight.flatten(1), embed.proj.bias)
-    normed: Tensor = embed.norm(tokens)
+    proj = embed.proj
+    if type(proj) is nn.Conv2d and not (proj._forward_hooks or proj._forward_pre_hooks):
+        tokens = F.linear(pixels.flatten(2), proj.weight.flatten(1), proj.bias)  # a fifth faster than the module
+    else:  # for adapters, pruning, weight norm: the visible patches as one row of an image, (B, C, Ph, K * Pw)
+        tokens = proj(pixels.permute(0, 2, 3, 1, 4).flatten(3)).flatten(2).transpose(1, 2)
+    normed: Tensor = embed.norm(tokens)  # (B, K, D)
     return normed
 
 
@@ -157,11 +145,7 @@ def _positions(vit: PlainViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _rotary_table(vit: Eva, grid: tuple[int, int]) -> Tensor | None:
-    """Return the rotary positions of every patch: (L, R), or (depth, heads, L, R) where each block learns its own.
-
-    None where the encoder has no rotary positions. In training mode timm may shift or scale the grid at random, as the model
-    was built to.
-    """
+    """Return the rotary positions of every patch: (L, R), or (depth, heads, L, R) where each block learns its own, or None."""
     if vit.rope is None:
         return None
     fixed = hasattr(vit.rope, "feat_shape") and not vit.dynamic_img_size
@@ -170,17 +154,7 @@ def _rotary_table(vit: Eva, grid: tuple[int, int]) -> Tensor | None:
 
 
 def _rotated_blocks(vit: Eva, tokens: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Run the blocks of an `Eva`, each visible patch at its own place.
-
-    Args:
-        vit: the encoder.
-        tokens: of prefix and visible patches, (B, T + K, D).
-        visible: numbers of the visible patches, (B, K).
-        grid: rows and columns of patches.
-
-    Returns:
-        (B, T + K, D).
-    """
+    """Run the blocks of an `Eva` on tokens, (B, T + K, D), each visible patch at its own place."""
     table, blocks = _rotary_table(vit, grid), list(vit.blocks)
     if table is None:
         positions: list[Any] = [None] * len(blocks)

@@ -47,10 +47,6 @@ class Mask(NamedTuple):
 def num_visible(length: int, mask_ratio: float) -> int:
     """Count the patches that stay visible: ``round(length * (1 - mask_ratio))``, in exact arithmetic.
 
-    Args:
-        length: number L of patches, at least 1.
-        mask_ratio: share of the patches that is masked, in [0, 1).
-
     Raises:
         ValueError: if the ratio is out of range or leaves no patch visible.
     """
@@ -82,11 +78,10 @@ def random_mask(
         batch_size: number B of images (of views, where an image has several: their masks are independent).
         length: number L of patches of an image.
         mask_ratio: share of the patches that is masked, in [0, 1).
-        generator: source of the random numbers; torch's global one where it is None. The numbers are drawn on the
-            generator's own device, so that a CPU generator gives the same masks for every device.
+        generator: source of the random numbers, which are drawn on its own device, so that a CPU generator gives the same
+            masks for every device; torch's global one where it is None.
         device: where the mask is returned; the generator's device, or the CPU, where it is None.
-        rows: which of the B masks to return. Numbers are drawn for all B, so that each of several processes gets its part of
-            the masks that one process would draw.
+        rows: which of the B masks to return. Numbers are drawn for all, so that a process gets its part of one process's masks.
 
     Raises:
         ValueError: if the ratio is out of range or leaves no patch visible.

@@ -28,16 +28,9 @@ def knn_accuracy(
     temperature: float | None = 0.07,
     chunk_size: int = 1024,
 ) -> float:
-    """Compute the share of queries whose nearest neighbours vote for the right label, in 0 to 1.
+    """Compute the share of queries whose nearest neighbours vote for the right label, (Q,) integers, in 0 to 1.
 
-    Args:
-        train_features: the bank, (N, D), of any length.
-        train_labels: (N,) integers.
-        test_features: the queries, (Q, D).
-        test_labels: (Q,) integers.
-        k: neighbours that vote (Wu et al., 2018; DINO: 20).
-        temperature: as in `knn_predict`, like ``chunk_size``.
-        chunk_size: queries at a time.
+    The other arguments are those of `knn_predict`.
 
     Raises:
         ValueError: as in `knn_predict`, or if features and labels differ in number.
@@ -59,7 +52,7 @@ def knn_predict(
     temperature: float | None = 0.07,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Predict for each query the label for which its k nearest features vote, by cosine similarity.
+    """Predict for each query, (Q, D), the label for which its k nearest features vote, by cosine similarity: (Q,).
 
     A neighbour's vote weighs exp(similarity / temperature) (Wu et al., 2018, as used by DINO). The smallest label wins a tie.
 
@@ -67,12 +60,9 @@ def knn_predict(
         train_features: the bank, (N, D), of any length and on any device; it is copied to the queries' device in parts.
         train_labels: (N,) integers.
         test_features: the queries, (Q, D).
-        k: neighbours that vote, 1 to N.
+        k: neighbours that vote, 1 to N (DINO: 20).
         temperature: temperature of a vote's weight, above 0; None gives every neighbour the same weight.
         chunk_size: queries at a time, compared with sixteen times as many features of the bank.
-
-    Returns:
-        (Q,) labels, on the device of the queries.
 
     Raises:
         ValueError: if shapes do not agree, k or temperature is out of range, or a feature is not finite.
@@ -121,12 +111,8 @@ def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Te
 def view_retrieval(features: Tensor, *, chunk_size: int = 1024) -> float:
     """Compute the share of views whose nearest other view, by cosine similarity, is one of the same image, in 0 to 1.
 
-    The k-NN accuracy, with k = 1, of telling images apart instead of classes (Wu et al., 2018), so it needs no labels. N images
-    that differ no more than their views have about 1 / N.
-
-    Args:
-        features: of Q >= 2 random views of each of N >= 2 images, (N, Q, D), of any length.
-        chunk_size: views at a time, compared with sixteen times as many.
+    It needs no labels: the k-NN accuracy, with k = 1, of telling images apart (Wu et al., 2018). N images that differ no more
+    than their views have about 1 / N. ``features`` are of Q >= 2 random views of each of N >= 2 images, (N, Q, D).
 
     Raises:
         ValueError: if there are too few images or views, or a feature is not finite.
@@ -142,14 +128,10 @@ def view_retrieval(features: Tensor, *, chunk_size: int = 1024) -> float:
 
 
 def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
-    """Compute the number of directions that the features use: RankMe (Garrido et al., 2023).
+    """Compute the number of directions that features, (N, D), use: RankMe (Garrido et al., 2023).
 
-    exp(-sum_i p_i log p_i) with p_i = sigma_i / sum_j sigma_j, the singular values of the (N, D) matrix of features: 1 where
-    all are the same vector, min(N, D) where all directions are used alike. Taken from the D x D products, in float64.
-
-    Args:
-        features: (N, D), neither normalised nor centred.
-        chunk_size: features at a time.
+    exp(-sum_i p_i log p_i) with p_i = sigma_i / sum_j sigma_j, the singular values of the (N, D) matrix of features, neither
+    normalised nor centred: 1 where all are the same vector, min(N, D) where all directions are used alike.
 
     Raises:
         ValueError: if there is no feature, or one is not finite.
@@ -166,14 +148,9 @@ def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
 
 
 def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> float:
-    """Compute how evenly features cover the sphere: log mean of exp(-t |x - y|^2) over all pairs (Wang & Isola, 2020).
+    """Compute how evenly features, (N, D), cover the sphere: log mean of exp(-t |x - y|^2) over all pairs (Wang & Isola, 2020).
 
-    0 where all features are the same vector, about -2t where they cover the sphere: lower is better.
-
-    Args:
-        features: (N, D) with N >= 2, of any length: they are normalised here.
-        t: sharpness (theirs: 2).
-        chunk_size: features at a time; the time grows with N * N.
+    0 where all features are the same vector, about -2t where they cover the sphere: lower is better. The time grows with N * N.
 
     Raises:
         ValueError: if there are fewer than two features.
@@ -192,13 +169,7 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
 def variance_explained(features: Tensor, groups: Tensor) -> float:
     """Compute the share of the features' variance that lies between groups of images, in 0 to 1 (the correlation ratio).
 
-    For groups by class it is high where the features separate classes; for groups by brightness, where the features follow
-    brightness most.
-    G groups drawn at random give about (G - 1) / (N - 1).
-
-    Args:
-        features: (N, D) with N >= 2, of any length: they are normalised here.
-        groups: number of each image's group, (N,) integers.
+    Features are (N, D), of any length; groups (N,) integers. G groups drawn at random give about (G - 1) / (N - 1).
 
     Raises:
         ValueError: if there are fewer than two features, they are all the same, or groups and features differ in number.
@@ -219,11 +190,7 @@ def variance_explained(features: Tensor, groups: Tensor) -> float:
 
 
 def collapse_warning(features: Tensor | float) -> str | None:
-    """Return a warning, one line, if all images have nearly the same feature; else None.
-
-    Args:
-        features: (N, D) of different images, or their `effective_rank`.
-    """
+    """Return a warning, one line, if the features of different images, (N, D), or their `effective_rank`, have collapsed."""
     rank = effective_rank(features) if isinstance(features, Tensor) else features
     if rank >= COLLAPSED_RANK:
         return None
@@ -234,11 +201,7 @@ def collapse_warning(features: Tensor | float) -> str | None:
 
 
 def mean_cosine(before: Tensor, after: Tensor) -> float:
-    """Compute the mean cosine between the features of an image before and after: 1 where no direction has changed.
-
-    Args:
-        before: (N, D).
-        after: of the same images in the same order, (N, D).
+    """Compute the mean cosine between features, (N, D), before and after: 1 where no direction has changed.
 
     Raises:
         ValueError: if the shapes differ.
@@ -251,14 +214,10 @@ def mean_cosine(before: Tensor, after: Tensor) -> float:
 
 
 def linear_cka(before: Tensor, after: Tensor) -> float:
-    """Compute how similarly two sets of features distinguish images: linear CKA (Kornblith et al., 2019), 0 to 1.
+    """Compute how alike two sets of features, (N, D) and (N, E), tell images apart: linear CKA (Kornblith et al., 2019).
 
     Unlike `mean_cosine` it ignores rotations and a scale common to all features, which change neither k-NN nor a linear
-    probe. It is 0 where one set has the same feature for all images.
-
-    Args:
-        before: (N, D).
-        after: of the same images in the same order, (N, E).
+    probe. It is 1 for equal sets, and 0 where one has the same feature for all images.
 
     Raises:
         ValueError: if they are not of the same images.

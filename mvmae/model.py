@@ -4,22 +4,20 @@ Shapes: B images, V views, C channels, H x W pixels, P patch side, L patches, K 
 """
 
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from .architecture import describe_pretraining, pretraining_arguments, read_pretraining, write_pretraining
 from .decoder import MAEDecoder
-from .description import describe_pretraining, pretraining_arguments
 from .encoders import SinCosVisionTransformer
-from .files import building
 from .losses import LossOn, NTXentLoss, ReconstructionLoss
 from .masked_vit import check_encoder, encode_visible
 from .masking import Mask, num_visible, random_mask
 from .patches import grid_size, patchify
-from .weights import check_weights, read_pretraining, write_pretraining
-from .wrappers import as_forward, merged, plain_names, restore_buffers
+from .weights import building, load_weights
 
 Pool = Literal["avg", "token"]
 
@@ -30,9 +28,10 @@ class MultiViewOutput(NamedTuple):
     Attributes:
         loss: L of Eq. 7, a scalar.
         loss_rec: L_r of Eq. 3, a scalar.
-        loss_con: L_c of Eq. 6, a scalar; 0 without being computed if ``loss_weight`` is 0 or ``contrast`` is False.
-        z: pooled latents, (B, V, D).
-        projected: the vectors that Eq. 4 compares, (B, V, any width): ``z``, through the projector where there is one.
+        loss_con: L_c of Eq. 6, a scalar; 0 without being computed where its weight is 0.
+        z: pooled latents, (B, V, D); without gradient where the weight of L_c is 0.
+        projected: the vectors that Eq. 4 compares, (B, V, any width): ``z`` through the projector; ``z`` itself where there is
+            none, or the weight of L_c is 0.
         pred: predicted patches, normalised ones where ``norm_pix``, (B * V, L, P * P * C).
         target: true patches in the units of the views, (B * V, L, P * P * C).
         mask: which patches were hidden, over the B * V views.
@@ -48,20 +47,6 @@ class MultiViewOutput(NamedTuple):
     mask: Mask
 
 
-class Latents(NamedTuple):
-    """The encoder's result for views.
-
-    Attributes:
-        tokens: prefix and visible patch tokens of each view, (B * V, T + K, D).
-        z: pooled latents, (B, V, D).
-        projected: the vectors that Eq. 4 compares, (B, V, any width).
-    """
-
-    tokens: Tensor
-    z: Tensor
-    projected: Tensor
-
-
 class MultiViewMAE(nn.Module):
     """The pretraining model: an encoder, a light decoder, and the two objectives (Sections 3.1 and 3.2).
 
@@ -70,8 +55,7 @@ class MultiViewMAE(nn.Module):
     need no gradient.
 
     Args:
-        encoder: a plain ViT of timm (`Eva` too), pretrained or not, or the name of one, which is then created untrained. Of a
-            ``PeftModel`` the ViT inside, with its adapters, of which those that need a gradient are trained.
+        encoder: a plain ViT of timm (`Eva` too), pretrained or not, or the name of one, which is then created untrained.
         decoder_dim: width of the decoder (MAE: 512).
         decoder_depth: blocks of the decoder (paper, Table 5: 4).
         decoder_heads: attention heads of the decoder (MAE: 16).
@@ -85,12 +69,14 @@ class MultiViewMAE(nn.Module):
             such as `projection_mlp`.
         norm_pix: see `ReconstructionLoss`, like ``loss_on``.
         loss_on: likewise.
-        gather: see `NTXentLoss`, like ``chunk_size``.
-        chunk_size: likewise.
+        contrastive_loss: takes the place of ``NTXentLoss(temperature)``: any module from the projected latents, (B, V, width),
+            to a scalar, such as ``NTXentLoss(0.1, gather=False)``. It holds its own temperature.
+        reconstruction_loss: takes the place of ``ReconstructionLoss(norm_pix=..., loss_on=...)``: any module from predicted and
+            true patches, (B * V, L, P * P * C), and which were masked, (B * V, L) bool, to a scalar.
 
     Raises:
         TypeError: if the encoder is not a plain ViT of timm.
-        ValueError: if an option is out of its range.
+        ValueError: if an option is out of its range, or is one of a loss that another takes the place of.
     """
 
     def __init__(
@@ -107,42 +93,46 @@ class MultiViewMAE(nn.Module):
         projector: nn.Module | None = None,
         norm_pix: bool = True,
         loss_on: LossOn = "masked",
-        gather: bool = True,
-        chunk_size: int | None = None,
+        contrastive_loss: nn.Module | None = None,
+        reconstruction_loss: nn.Module | None = None,
     ) -> None:
         super().__init__()
         vit = check_encoder(timm.create_model(encoder) if isinstance(encoder, str) else encoder)
         if pool not in get_args(Pool) or (pool == "token" and vit.cls_token is None):
             raise ValueError(f'pool must be "avg", or "token" for an encoder with a class token, got {pool!r}')
-        if loss_weight < 0:
+        if not loss_weight >= 0:
             raise ValueError(f"loss_weight must be at least 0 (the paper's is 2.0), got {loss_weight}")
+        if contrastive_loss is not None and temperature != 0.07:
+            raise ValueError(f"temperature belongs to the contrastive_loss that is given, got {temperature} beside it")
+        if reconstruction_loss is not None and (norm_pix, loss_on) != (True, "masked"):
+            raise ValueError("norm_pix and loss_on belong to the reconstruction_loss that is given: leave them out beside it")
         embed = vit.patch_embed
         grid_size(embed.img_size, embed.patch_size)
-        visible = num_visible(embed.num_patches, mask_ratio)
-        if visible == embed.num_patches and loss_on == "masked":
-            raise ValueError(
-                f"mask_ratio must mask at least one of {visible} patches to have something to reconstruct, got {mask_ratio}: "
-                'raise it, or use loss_on="all"'
-            )
         self.encoder = vit
         self.decoder = MAEDecoder(
             vit.embed_dim,
             grid_size=embed.grid_size,
             patch_size=embed.patch_size,
-            in_chans=embed.proj.in_channels,
+            in_chans=vit.in_chans,
             num_prefix_tokens=vit.num_prefix_tokens,
             dim=decoder_dim,
             depth=decoder_depth,
             num_heads=decoder_heads,
         )
         self.projector = projector if projector is not None else nn.Identity()
-        self.reconstruction_loss = ReconstructionLoss(norm_pix=norm_pix, loss_on=loss_on)
-        self.contrastive_loss = NTXentLoss(temperature, gather=gather, chunk_size=chunk_size)
+        self.reconstruction_loss = reconstruction_loss or ReconstructionLoss(norm_pix=norm_pix, loss_on=loss_on)
+        self.contrastive_loss = contrastive_loss or NTXentLoss(temperature)
         self.mask_ratio = mask_ratio
         self.loss_weight = loss_weight
         self.pool = pool
+        visible = num_visible(embed.num_patches, mask_ratio)
+        if visible == embed.num_patches and getattr(self.reconstruction_loss, "loss_on", "") == "masked":
+            raise ValueError(
+                f"mask_ratio must mask at least one of {visible} patches to have something to reconstruct, got {mask_ratio}: "
+                'raise it, or use loss_on="all"'
+            )
         self._freeze_what_is_not_trained()
-        self.register_load_state_dict_post_hook(restore_buffers)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_fill_buffers)  # type: ignore[no-untyped-call]
 
     def init_weights(self) -> None:
         """Initialise all weights and buffers, also after ``to_empty``; a projector by the default of each of its layers."""
@@ -157,8 +147,8 @@ class MultiViewMAE(nn.Module):
             fixed = name == "pos_embed" and isinstance(self.encoder, SinCosVisionTransformer)
             if fixed or name.partition(".")[0] in ("head", "head_dist", "attn_pool"):
                 parameter.requires_grad_(False)
-        if self.loss_weight == 0:  # neither of these is on the way to the reconstruction
-            for module in (self.projector, self.encoder.fc_norm):
+        if self.loss_weight == 0:  # none of these is on the way to the reconstruction
+            for module in (self.projector, self.contrastive_loss, self.encoder.fc_norm):
                 module.requires_grad_(False)
 
     def forward(
@@ -167,15 +157,22 @@ class MultiViewMAE(nn.Module):
         *,
         mask: Mask | None = None,
         generator: torch.Generator | None = None,
-        contrast: bool = True,
+        loss_weight: float | None = None,
+        z_gradient: Tensor | None = None,
     ) -> MultiViewOutput:
         """Mask, encode, pool, decode, and compare.
+
+        With a weight of 0, Eqs. 4 to 6 are not computed, and parameters that only they use (the projector's, the encoder's
+        ``fc_norm``) keep the gradient None, so that an optimizer leaves them as they are. DistributedDataParallel then needs
+        ``find_unused_parameters=True``.
 
         Args:
             views: V target views of each of B images, (B, V, C, H, W), normalised by the encoder's mean and std.
             mask: over the B * V views, in the order of ``views.flatten(0, 1)``; drawn where it is None.
             generator: source of the random mask; torch's global one where it is None.
-            contrast: False leaves out Eqs. 4 to 6, to look at the reconstruction or to use another loss on ``projected``.
+            loss_weight: lambda of Eq. 7 in this call, at least 0; the model's own where it is None.
+            z_gradient: gradient of lambda L_c with respect to ``z``, (B, V, D), where `backward_in_parts` has computed it for a
+                larger batch: ``loss`` is then any scalar with the gradient of Eq. 7, and ``loss_con`` 0.
 
         Returns:
             The losses, and the tensors they were computed from.
@@ -186,91 +183,82 @@ class MultiViewMAE(nn.Module):
         """
         if views.ndim != 5:
             raise ValueError(f"views must have the shape (B, V, C, H, W), got {tuple(views.shape)}")
+        weight = self.loss_weight if loss_weight is None else loss_weight
+        if weight < 0:
+            raise ValueError(f"loss_weight must be at least 0 (the paper's is 2.0), got {weight}")
         patch_size = self.encoder.patch_embed.patch_size
         grid = grid_size((views.shape[3], views.shape[4]), patch_size)
         if mask is None:
             count, length = views.shape[0] * views.shape[1], grid[0] * grid[1]
             mask = random_mask(count, length, self.mask_ratio, generator=generator, device=views.device)
-        tokens, z, projected = self.encode(views, mask)  # Eqs. 1 and 2
+        tokens, z = self.encode(views, mask)  # Eqs. 1 and 2
         pred = self.decoder(tokens, mask, grid_size=grid)  # (B * V, L, P * P * C)
         target = patchify(views.flatten(0, 1), patch_size)
-        loss_rec = self.reconstruction_loss(pred, target, mask.masked)  # Eq. 3
-        contrast = contrast and self.loss_weight > 0
-        loss_con = self.contrastive_loss(projected) if contrast else loss_rec.new_zeros(())  # Eqs. 4 to 6
-        loss = loss_rec + self.loss_weight * loss_con  # Eq. 7
+        loss = loss_rec = self.reconstruction_loss(pred, target, mask.masked)  # Eq. 3
+        loss_con = loss_rec.new_zeros(())
+        if weight == 0 and z_gradient is None:
+            z = projected = z.detach()
+        else:
+            projected = self.project(z)
+        if z_gradient is not None:  # DistributedDataParallel waits for a gradient of every parameter, the projector's too
+            loss = loss_rec + (z * z_gradient).sum() + 0 * projected.sum()
+        elif weight > 0:
+            loss_con = self.contrastive_loss(projected)  # Eqs. 4 to 6
+            loss = loss_rec + weight * loss_con  # Eq. 7
         return MultiViewOutput(loss, loss_rec, loss_con, z, projected, pred, target, mask)
 
-    def encode(self, views: Tensor, mask: Mask) -> Latents:
-        """Encode the visible patches of views and pool them.
+    def encode(self, views: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Encode the visible patches of views: prefix and visible tokens, (B * V, T + K, D), and z, pooled, (B, V, D)."""
+        tokens = encode_visible(self.encoder, views.flatten(0, 1), mask)
+        return tokens, self.pool_tokens(tokens).unflatten(0, views.shape[:2])
 
-        Args:
-            views: (B, V, C, H, W), normalised.
-            mask: over the B * V views.
-        """
-
-        def encode_and_pool(images: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-            tokens = encode_visible(self.encoder, images, mask)  # (B * V, T + K, D)
-            return tokens, self.pool_tokens(tokens)
-
-        tokens, z = as_forward(self.encoder, encode_and_pool, views.flatten(0, 1), mask)
-        batch_and_views = views.shape[:2]
-        return Latents(tokens, z.unflatten(0, batch_and_views), self.projector(z).unflatten(0, batch_and_views))
-
-    @classmethod
-    def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, projector: nn.Module | None = None
-    ) -> "MultiViewMAE":
-        """Load what `save_pretrained` wrote: encoder, decoder, projector and options, ready to go on pretraining.
-
-        Args:
-            source: a folder, or ``owner/name`` of a repository of the Hub.
-            revision: branch, tag or commit of the repository.
-            projector: a module like the saved one, needed if a file cannot describe that; the saved weights are loaded into it.
-
-        Raises:
-            WeightsError: if the files are missing or damaged, or do not belong together.
-        """
-        description, weights = read_pretraining(source, revision=revision)
-        with building(f"what describes the pretraining model in {source}"):
-            model = cls(**pretraining_arguments(description, projector))
-        check_weights(weights, model.state_dict(), source=source)
-        model.load_state_dict(weights)
-        return model
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model to ``pretraining.safetensors`` and ``pretraining.json`` in a folder, adapters of peft merged.
-
-        Raises:
-            WeightsError: if JSON cannot describe the encoder, or a weight is NaN or infinite.
-        """
-        model = merged(self)
-        write_pretraining(folder, describe_pretraining(model), plain_names(model.state_dict()))
+    def project(self, z: Tensor) -> Tensor:
+        """Apply the projector to pooled latents: (B, V, D) to (B, V, any width)."""
+        projected: Tensor = self.projector(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return projected
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
-        """Pool tokens to the latent vector of each view, which Eq. 4 compares.
-
-        Args:
-            tokens: the encoder's output, (B, T + K, D).
-
-        Returns:
-            (B, D): the mean patch token or the class token, through the encoder's ``fc_norm`` where it has one.
-        """
+        """Pool tokens, (B, T + K, D), to latents, (B, D): the mean patch or the class token, then ``fc_norm``."""
         pooled = tokens[:, 0] if self.pool == "token" else tokens[:, self.encoder.num_prefix_tokens :].mean(dim=1)
         latent: Tensor = self.encoder.fc_norm(pooled)
         return latent
 
     def features(self, images: Tensor) -> Tensor:
-        """Compute the features of whole images: encoded with nothing masked, then pooled as for the contrastive loss.
+        """Compute the features, (B, D), of whole images, (B, C, H, W): encoded with nothing masked, pooled as for Eq. 4."""
+        return self.pool_tokens(self.encoder.forward_features(images))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **modules: nn.Module | None) -> "MultiViewMAE":
+        """Load what `save_pretrained` wrote: encoder, decoder, projector and options, ready to go on pretraining.
 
         Args:
-            images: (B, C, H, W), normalised.
+            source: a folder, or ``owner/name`` of a repository of the Hub.
+            revision: branch, tag or commit of the repository.
+            modules: ``projector``, ``contrastive_loss`` or ``reconstruction_loss``: a module like the saved one, needed where a
+                file cannot describe that; saved weights are loaded into it.
 
-        Returns:
-            (B, D).
+        Raises:
+            WeightsError: if the files are missing or damaged, or do not belong together, or a module is needed, with its class.
         """
+        description, weights = read_pretraining(source, revision=revision)
+        if unknown := sorted(modules.keys() - {"projector", "contrastive_loss", "reconstruction_loss"}):
+            raise TypeError(f"modules must be a projector, a contrastive_loss or a reconstruction_loss, got {unknown}")
+        with building(f"what describes the pretraining model in {source}"):
+            model = cls(**pretraining_arguments(description, **modules))
+        load_weights(model, weights, source=source)
+        return model
 
-        def encode_and_pool(images: Tensor) -> Tensor:
-            return self.pool_tokens(self.encoder.forward_features(images))
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model to ``pretraining.safetensors`` and ``.json`` in a folder, or raise a `WeightsError`."""
+        write_pretraining(folder, describe_pretraining(self), self.state_dict())
 
-        features: Tensor = as_forward(self, as_forward, self.encoder, encode_and_pool, images)
-        return features
+
+def _fill_buffers(model: nn.Module, _: Any) -> None:
+    """Compute buffers that no checkpoint holds: they are undefined after ``to_empty``, and meta after ``assign=True``."""
+    device = next(model.parameters()).device
+    for module in model.modules():
+        if fill := getattr(module, "init_non_persistent_buffers", None):
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_meta:
+                    setattr(module, name, torch.empty_like(buffer, device=device))
+            fill()

@@ -15,11 +15,7 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def grid_size(image_size: tuple[int, int], patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Count the rows and columns of patches in an image.
-
-    Args:
-        image_size: height and width in pixels.
-        patch_size: side of a patch in pixels, or (height, width).
+    """Count the rows and columns of patches in an image of (height, width) pixels.
 
     Raises:
         ValueError: if the image cannot be cut into whole patches.
@@ -35,14 +31,7 @@ def grid_size(image_size: tuple[int, int], patch_size: int | tuple[int, int]) ->
 
 
 def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
-    """Cut images into non-overlapping patches (Section 3.1.2).
-
-    Args:
-        images: (B, C, H, W), any dtype.
-        patch_size: side of a patch in pixels, or (height, width).
-
-    Returns:
-        (B, L, Ph * Pw * C), rows of patches first.
+    """Cut images, (B, C, H, W), into non-overlapping patches, (B, L, Ph * Pw * C), rows of patches first (Section 3.1.2).
 
     Raises:
         ValueError: if ``images`` does not have four dimensions, or cannot be cut into whole patches.
@@ -56,16 +45,13 @@ def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid_size: tuple[int, int], in_chans: int) -> Tensor:
-    """Join patches to images again, the inverse of `patchify`.
+    """Join patches, (B, L, Ph * Pw * C), to images, (B, C, H, W), again: the inverse of `patchify`.
 
     Args:
         patches: (B, L, Ph * Pw * C).
         patch_size: side of a patch in pixels, or (height, width).
         grid_size: rows and columns of patches.
         in_chans: number of channels C.
-
-    Returns:
-        images, (B, C, H, W).
 
     Raises:
         ValueError: if the patches do not have the shape that the other arguments ask for.
@@ -82,15 +68,9 @@ def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid_size: tu
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute mean and standard deviation of every patch over its pixels and channels.
+    """Compute mean and standard deviation, (B, L, 1) each, of every patch over its pixels and channels.
 
     The variance is the unbiased one plus 1e-6 (MAE, since the paper is silent), so that a constant patch divides by 1e-3.
-
-    Args:
-        patches: (B, L, P * P * C), floating point.
-
-    Returns:
-        mean and standard deviation, (B, L, 1) each.
     """
     correction = 1 if patches.shape[-1] > 1 else 0
     variance, mean = torch.var_mean(patches, dim=-1, correction=correction, keepdim=True)
@@ -98,41 +78,26 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Normalise every patch by its own mean and standard deviation (MAE, since the paper is silent).
-
-    Args:
-        patches: (B, L, P * P * C), floating point.
-    """
+    """Normalise every patch, (B, L, P * P * C), by its own mean and standard deviation (MAE, since the paper is silent)."""
     mean, std = patch_statistics(patches)
     return (patches - mean) / std
 
 
 def denormalize_patches(patches: Tensor, like: Tensor) -> Tensor:
-    """Undo `normalize_patches` with the statistics of other patches.
+    """Undo `normalize_patches` with the statistics of other patches of the same shape.
 
     A prediction that is de-normalised with the statistics of its own target shows a brightness and contrast that the model
     never saw: say so wherever you show such a picture.
-
-    Args:
-        patches: (B, L, P * P * C), normalised.
-        like: patches of the same shape whose mean and standard deviation are put back.
     """
     mean, std = patch_statistics(like)
     return patches * std + mean
 
 
 def sincos_table(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """Build the fixed 2-D sine-cosine positions of a grid of patches (Section 3.1.2).
+    """Build the fixed 2-D sine-cosine positions of a grid of patches (Section 3.1.2): (L, D), float64, on the CPU.
 
     The layout is MAE's: the first half of the channels encodes the column, the second half the row, and each half is the
     sines of all frequencies followed by the cosines.
-
-    Args:
-        embed_dim: width D of a token, a multiple of 4.
-        grid_size: rows and columns of patches.
-
-    Returns:
-        (L, D), float64, on the CPU.
 
     Raises:
         ValueError: if ``embed_dim`` is not a multiple of 4.

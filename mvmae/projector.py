@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import WeightsError, building, check_sizes
 from .gradients import num_processes, sum_over_processes
+from .weights import WeightsError, building, check_sizes
 
 
 class BatchNorm(nn.Module):
@@ -84,18 +84,13 @@ def projection_mlp(
         out_dim: width of the vectors that are compared.
         depth: number of linear layers, at least 1.
         batch_norm: whether to normalise each hidden layer over the batch of all processes.
-
-    Raises:
-        ValueError: if there is no layer.
     """
     if depth < 1:
         raise ValueError(f"depth of a projection head must be at least 1 layer, got {depth}")
-    widths = [in_dim, *[hidden_dim] * (depth - 1), out_dim]
-    return _mlp(widths, batch_norm=batch_norm)
+    return _mlp([in_dim, *[hidden_dim] * (depth - 1), out_dim], batch_norm=batch_norm)
 
 
 def _mlp(widths: Sequence[int], *, batch_norm: bool = False) -> nn.Sequential:
-    """Build linear layers of the given widths, with a ReLU between two of them, after a `BatchNorm` if asked."""
     layers: list[nn.Module] = []
     for in_dim, out_dim in pairwise(widths):
         layers += [nn.Linear(in_dim, out_dim, bias=not batch_norm)]
@@ -104,43 +99,34 @@ def _mlp(widths: Sequence[int], *, batch_norm: bool = False) -> nn.Sequential:
 
 
 def describe_projector(projector: nn.Module) -> list[Any] | str | None:
-    """Return what rebuilds a projector, in types that JSON can hold: the widths of an MLP, its layers, or None.
+    """Return what rebuilds a projector, in types that JSON can hold: its layers, or None where there is none.
 
-    Where neither is enough, return the name of its class and log a warning.
+    Where that is not enough, return the name of its class and log a warning.
     """
     if isinstance(projector, nn.Identity):
         return None
-    linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
-    widths = [linear.in_features for linear in linears[:1]] + [linear.out_features for linear in linears]
-    layers = [
+    described = [
         {"layer": type(layer).__name__, **{name: getattr(layer, name) for name in LAYERS.get(type(layer), ())}}
         | ({"bias": layer.bias is not None} if isinstance(layer, nn.Linear | nn.LayerNorm) else {})
         for layer in projector.children()
     ]
-    for described in (widths, layers):
-        try:
-            rebuilt = build_projector(described)
-        except WeightsError:
-            continue
-        if repr(rebuilt) == repr(projector) and rebuilt.state_dict().keys() == projector.state_dict().keys():
-            return described
-    kind = type(projector).__name__
-    _logger.warning("the projector, a %s, cannot be described in a file: give it to from_pretrained as projector=...", kind)
-    return kind
+    kind, known = type(projector), all(type(layer) in LAYERS for layer in projector.children())
+    if kind is nn.Sequential and known and repr(build_projector(described)) == repr(projector):
+        return described
+    _logger.warning(
+        "the projector, a %s, cannot be described in a file: give it to from_pretrained as projector=...", kind.__name__
+    )
+    return kind.__name__
 
 
 def build_projector(described: Any) -> Any:
-    """Build the projector that `describe_projector` described, or None.
-
-    Raises:
-        WeightsError: if the description is only a name, or fits no module.
-    """
+    """Build the projector that `describe_projector` described, or None; a `WeightsError` says what is needed."""
     if described is None:
         return None
     if isinstance(described, str):
         raise WeightsError(f"the projector, a {described[:80]}, cannot be built from a file: pass one like it as projector=...")
     with building(f"the projector {str(described)[:200]}"):
-        if all(isinstance(width, int) for width in described):
+        if all(isinstance(width, int) for width in described):  # of an MLP, as files before 1.0 have them
             check_sizes({"projector": described}, "the pretraining model")
             return _mlp(described)
         layers = []

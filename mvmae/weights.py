@@ -1,53 +1,161 @@
-"""Weights as files: safetensors, other people's PyTorch files, and the pair of files of a pretraining model."""
+"""Files of a model in a folder or a repository of the Hugging Face Hub: located, read, checked, and written whole."""
 
 import argparse
-from collections.abc import Mapping
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors.torch
 import timm.models
 import torch
-from torch import Tensor
+from huggingface_hub import constants, errors
+from torch import Tensor, nn
 
-from .files import WeightsError, first_line, locate, read_json, replace_file, sha256, write_json
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+NAMED_FILES = (WEIGHTS_FILE, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+WEIGHTS_FILES = (*NAMED_FILES, "*.safetensors", "*.pth", "*.pth.tar", "*.bin")  # in timm's order in a folder
+HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+WRAPPERS = re.compile(
+    r"^(?:module\.|base_model\.model\.|_orig_mod\.)+|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""What DistributedDataParallel, peft, torch.compile, FSDP and activation checkpointing put into the names of weights."""
 
-PRETRAINING_FOLDER = "pretraining"  # in an exported folder; timm before 1.0.29 fails on a second .safetensors beside the first
-PRETRAINING_FILE = "pretraining.safetensors"
-PRETRAINING_CONFIG = "pretraining.json"
-PRETRAINING_FORMAT = 1
+
+class WeightsError(ValueError):
+    """Weights cannot be found, read or used; the message is one line with the cause and the cure."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0].rstrip('.')}"
+
+
+def locate(source: str | Path, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """Find a file in a folder, or in a repository of the Hub, downloading it unless it is cached.
+
+    Args:
+        source: a folder (``local-dir:`` may stand before it), or ``owner/name`` of a repository (``hf-hub:`` may stand before
+            it, ``@revision`` behind it).
+        filename: the file's name there; instead of `WEIGHTS_FILE`, a folder may hold another file that timm loads.
+        revision: branch, tag or commit of the repository.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        WeightsError: if there is no such file, or it cannot be downloaded.
+    """
+    text = str(source)
+    folder = Path(text.removeprefix("local-dir:"))
+    if folder.is_dir() and not text.startswith("hf-hub:"):
+        if revision is not None:
+            raise WeightsError(
+                f"revision must be None for the folder {folder}, got {revision!r}: only a repository of the Hub has revisions"
+            )
+        names = WEIGHTS_FILES if filename == WEIGHTS_FILE else (filename,)
+        found = next((path for name in names for path in sorted(folder.glob(name)) if path.is_file()), None)
+        if found is None:
+            raise WeightsError(f"{folder} holds no {filename}: name a folder that mvmae's export, or timm, has written")
+        return found
+    match = HUB_ID.fullmatch(text)
+    if match is None:
+        raise WeightsError(f"the source must be an existing folder or a repository owner/name, got {text!r}: check the name")
+    repo, revision = match[1], revision or match[2]
+    if not filename.endswith((".json", ".safetensors")):
+        raise WeightsError(
+            f"{repo} names {filename!r} as its weights: from a repository only .safetensors are read; download the file and "
+            "load it with mvmae.hub.load_encoder if you trust it"
+        )
+    with hub_errors(repo, filename, revision):
+        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir))
+
+
+@contextmanager
+def hub_errors(repo: str, filename: str, revision: str | None = None) -> Iterator[None]:
+    """Convert an error of the Hub's client into a `WeightsError` of one line with the cause and the cure."""
+    try:
+        yield
+    except Exception as error:  # the client's HTTP library, and with it the class of a cut connection, changes with its version
+        host, status = constants.ENDPOINT, getattr(getattr(error, "response", None), "status_code", "an error")
+        cure = "log in with `hf auth login`, with an account that has access" if status in (401, 403) else "try again later"
+        causes: dict[type[Exception], str] = {
+            errors.GatedRepoError: f"{repo} is gated: accept its terms on the Hub, then log in with `hf auth login`",
+            errors.RepositoryNotFoundError: f"there is no folder and no repository {repo} on {host}: check the name; "
+            "if it is private, log in with `hf auth login`",
+            errors.RevisionNotFoundError: f"{repo} has no revision {revision!r}: name one of its branches, tags or commits",
+            errors.LocalEntryNotFoundError: f"{filename} of {repo} is not in the cache {constants.HF_HUB_CACHE}, and {host} "
+            f"cannot be reached ({first_line(error.__cause__ or error)}): connect, or fill the cache on a machine that can",
+            errors.EntryNotFoundError: f"{repo} holds no {filename}: name a repository that mvmae's export has written",
+            errors.HfHubHTTPError: f"{host} answers {status} for {repo} ({filename}): {cure}",
+            Exception: f"{filename} of {repo} cannot be transferred ({first_line(error)}): try again",
+        }  # a class before those that it is a kind of
+        raise WeightsError(next(text for kind, text in causes.items() if isinstance(error, kind))) from error
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file as a whole: ``write`` writes to another name beside it, which is then renamed in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    part.touch(exist_ok=False)  # a new file, so that no link is followed, with the mode that the user's files have
+    mode = part.stat().st_mode
+    try:
+        write(part)
+        part.chmod(mode)  # safetensors makes one that only its owner may read
+        with part.open("r+b") as file:  # Windows brings to the disk only what is open for writing
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text as a whole."""
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a JSON file as a whole."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object, or raise a `WeightsError`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise WeightsError(f"{path} is not JSON ({first_line(error)}): get it again") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} must hold one JSON object, got a {type(content).__name__}: get the file again")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Compute the SHA-256 checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a checkpoint: safetensors, or a PyTorch file, of which only tensors are unpickled.
 
     A PyTorch file may hold the weights under ``model`` or ``state_dict`` (timm's rules: averaged weights first) beside other
-    plain data. An index of shards (``*.index.json``) stands for all of them.
+    plain data.
 
     Raises:
         WeightsError: if the file is missing, damaged, would run code, or holds something else than finite weights.
     """
     path = Path(path)
-    weights: dict[str, Tensor] = {}
-    for file in _shards(path) if path.name.endswith(".index.json") else [path]:
-        weights |= _read_file(file)
-    return weights
-
-
-def _shards(index: Path) -> list[Path]:
-    names = read_json(index).get("weight_map")
-    if not (isinstance(names, dict) and all(isinstance(name, str) and Path(name).name == name for name in names.values())):
-        raise WeightsError(f"{index} is no index of weights: its 'weight_map' must map each weight to a file beside it")
-    return [index.with_name(name) for name in sorted(set(names.values()))]
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"{path} is not a file: name a .safetensors or .pth file with weights")
-    if path.suffix == ".npz":
-        raise WeightsError(
-            f"{path} is a NumPy archive, which timm reads on request: add custom_load=True to the pretrained_cfg_overlay"
-        )
     try:
         if path.suffix == ".safetensors":
             weights = safetensors.torch.load_file(path)
@@ -60,52 +168,10 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return check_tensors(weights, path)
 
 
-def check_tensors(weights: Any, path: str | Path) -> dict[str, Tensor]:
-    """Return what was read from a file, or is a state dict, if it is a dictionary of finite weights.
-
-    Raises:
-        WeightsError: if it is not.
-    """
-    if not (weights and isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
-        raise WeightsError(
-            f"{path} must hold a dictionary of tensors, or one under 'model', got something else: save the state dict"
-        )
-    _refuse_odd_tensors(weights, f"the weights in {path}")
-    for name, value in weights.items():
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise WeightsError(f"{path} holds {name} of shape {tuple(value.shape)} with less data: save it as a plain tensor")
-    _refuse_non_finite(weights, f"the weights in {path}")
-    return weights
-
-
-def _refuse_odd_tensors(weights: Mapping[str, Tensor], what: str) -> None:
-    """Refuse tensors that cannot be copied as they are, or would take more memory when copied."""
-    for name, value in weights.items():
-        if hasattr(value, "full_tensor"):  # a DTensor, whose module takes long to import
-            raise WeightsError(
-                f"{what} hold {name} in shards over several processes: gather them in all processes with "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict="
-                "True, cpu_offload=True)), and load them into a model that is not sharded"
-            )
-        if value.is_meta:
-            raise WeightsError(f"{what} hold no numbers for {name}, which is on the meta device: load weights first")
-        if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_complex():
-            raise WeightsError(
-                f"{what} hold {name} as a sparse, nested, quantized or complex tensor: save it as a plain tensor"
-            )
-
-
-def _refuse_non_finite(weights: Mapping[str, Tensor], what: str) -> None:
-    for name, value in weights.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise WeightsError(f"{what} hold NaN or infinity in {name}: the run has diverged, or the file is damaged")
-
-
 def _why_unreadable(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`"
+        if file.read(64).startswith(b"version https://git-lfs"):
+            return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`"
     if "weights_only" in str(error):
         return (
             f"{path} is a pickle of more than weights, which could run code, and was not loaded: "
@@ -114,11 +180,42 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return f"{path} ({path.stat().st_size} bytes) is cut or damaged ({first_line(error)}): get it again"
 
 
+def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:
+    """Return weights under their names without those of `WRAPPERS`, if they are a dictionary of finite, plain tensors.
+
+    Raises:
+        WeightsError: if they are not, with ``source`` and the name of the tensor.
+    """
+    if not (weights and isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
+        raise WeightsError(
+            f"{source} must hold a dictionary of tensors, or one under 'model', got something else: save the state dict"
+        )
+    for name, value in weights.items():
+        cause = ""
+        if hasattr(value, "full_tensor"):  # a DTensor, whose module takes long to import
+            cause = (
+                "in shards over several processes: gather the weights in all processes with torch.distributed.checkpoint."
+                "state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), "
+                "and load them into a model that is not sharded"
+            )
+        elif value.is_meta:
+            cause = "without numbers, on the meta device: load weights first"
+        elif value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_complex():
+            cause = "as a sparse, nested, quantized or complex tensor: save it as a plain tensor"
+        elif value.numel() * value.element_size() > value.untyped_storage().nbytes():  # a copy could take all memory
+            cause = f"of shape {tuple(value.shape)} with less data: save it as a plain tensor"
+        elif value.is_floating_point() and not value.isfinite().all():
+            cause = "with NaN or infinity: the run has diverged, or the file is damaged"
+        if cause:
+            raise WeightsError(f"{source} holds {name} {cause}")
+    return {WRAPPERS.sub("", name): value for name, value in weights.items()}
+
+
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str | Path) -> None:
     """Compare names and shapes with those of a model.
 
     Raises:
-        WeightsError: with the names that are missing, unexpected, or of another shape.
+        WeightsError: with ``source`` and the names that are missing, unexpected, or of another shape.
     """
     shapes = [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
@@ -138,43 +235,42 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         raise WeightsError(f"{source} does not fit the model: {'; '.join(parts)}; is it a checkpoint of another model?")
 
 
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Load weights that fit a model exactly.
+
+    Raises:
+        WeightsError: as `check_weights`; the model stays as it was.
+    """
+    check_weights(weights, model.state_dict(), source=source)
+    model.load_state_dict(weights)
+
+
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write weights as safetensors.
+    """Write weights as safetensors, as a whole, under their names without those of `WRAPPERS`.
 
     Raises:
         WeightsError: if a weight is NaN or infinite, in shards over several processes, or on the meta device.
     """
-    _refuse_odd_tensors(weights, f"the weights for {path}")
-    _refuse_non_finite(weights, f"the weights for {path}")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    plain = check_tensors(dict(weights), f"what is to be written to {path}")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in plain.items()}
     replace_file(path, lambda part: safetensors.torch.save_file(tensors, part, metadata={"format": "pt"}))
 
 
-def in_export(source: str | Path, filename: str) -> str:
-    """Return the name of a file of a pretraining model within a folder: at its top, or where `export` writes it."""
-    return filename if Path(source, filename).is_file() else f"{PRETRAINING_FOLDER}/{filename}"
+def check_sizes(arguments: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse arguments of a model that would take minutes or all memory to build, by a `WeightsError` that names one."""
+    for name, value in arguments.items():
+        limit = 1000 if "depth" in name else 10**6 if name == "num_classes" else 20_000
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= limit:
+                raise WeightsError(f"{source}: {name} must be at most {limit}, got {value}: is it the file of a model?")
 
 
-def write_pretraining(folder: str | Path, description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write a pretraining model: ``pretraining.safetensors``, then ``pretraining.json`` with its description and checksum."""
-    path = Path(folder) / PRETRAINING_FILE
-    write_weights(path, weights)
-    write_json(path.with_name(PRETRAINING_CONFIG), {"format": PRETRAINING_FORMAT, **description, "sha256": sha256(path)})
-
-
-def read_pretraining(source: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_pretraining` wrote, from a folder or a repository of the Hub: description and weights.
-
-    Raises:
-        WeightsError: if the files are missing or damaged, or do not belong together.
-    """
-    config = locate(source, in_export(source, PRETRAINING_CONFIG), revision=revision)
-    description = read_json(config)
-    if description.get("format") != PRETRAINING_FORMAT:
-        raise WeightsError(
-            f"{config} must have the format {PRETRAINING_FORMAT}, got {description.get('format')!r}: upgrade mvmae"
-        )
-    path = locate(source, in_export(source, PRETRAINING_FILE), revision=revision)
-    if sha256(path) != description.get("sha256"):
-        raise WeightsError(f"{path} is not the file that {config.name} was written with (sha256 differs): get both again")
-    return description, read_weights(path)
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Convert an error of timm for arguments that fit no model into a `WeightsError` of one line."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:  # timm can raise anything for wrong arguments
+        raise WeightsError(f"no model can be built from {what} ({first_line(error)})") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tiny_run import assert_identical, end_of, losses, start, write_images
 
-STEPS = ["--max-steps", 60, "--epochs", 20, "--save-every", 2, "--monitor-every", 0]
+STEPS = ["--max-steps", 60, "--epochs", 20, "--save-every", 2, "--eval-every", 0]
 
 
 def main():

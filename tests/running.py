@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -67,8 +69,6 @@ def run_script(script, *arguments, folder, timeout=900, **options):
 
 def run_processes(script, *arguments, folder, count=2, timeout=900, faults=(), folders=(), patch=None, env=None):
     """Run a script as torchrun would, in ``count`` processes that find each other on this machine, each in its folder."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -81,9 +81,33 @@ def run_processes(script, *arguments, folder, count=2, timeout=900, faults=(), f
     return [process.finish(timeout) for process in started]
 
 
-def with_fault(fault, script):
-    """What Python is started with for a script with a fault, where a launcher or a shell starts it."""
-    return [__file__, fault, EXAMPLES / script]
+def torchrun(script, *arguments, folder, fault=None, options=(), env=None):
+    """Start two processes of a script under the real torchrun, in a group of their own; they print to printed.txt."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *options]
+    command += [__file__, fault or "", EXAMPLES / script, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    with (Path(folder) / "printed.txt").open("w") as file:
+        return subprocess.Popen(
+            list(map(str, command)), cwd=folder, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+
+
+def wait_until(true, seconds=300):
+    """Wait for something that comes true, and return it."""
+    deadline = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
+def processes_under(folder):
+    """Those that run in a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(entry / "cwd") == str(folder):
+                found.append(int(entry.name))
+    return found
 
 
 def without_clock(records):
@@ -168,5 +192,6 @@ def _run(arguments, folder, env, files, patch, fault):
 if __name__ == "__main__":
     fault, *sys.argv = sys.argv[1:]
     sys.path[0] = str(EXAMPLES)
-    inject(fault)
+    if fault:
+        inject(fault)
     runpy.run_path(sys.argv[0], run_name="__main__")

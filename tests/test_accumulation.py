@@ -12,7 +12,6 @@ from mvmae import MultiViewMAE, backward_in_parts, projection_mlp, random_mask
 
 sys.path.append(str(EXAMPLES))
 from tasks.inputs import normalize
-from tasks.pretraining import backward
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
 
@@ -45,15 +44,19 @@ def test_four_parts_equal_the_whole_batch(options, dtype, tolerance):
         torch.testing.assert_close(gradients(parts)[name], gradient, rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
-def test_the_contrastive_loss_can_be_left_out_of_parts_too():
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_loss_weight_of_a_call_takes_the_place_of_the_models(parts):
     views, mask = torch.randn(8, 2, 3, 16, 16, dtype=torch.float64), random_mask(16, 16, 0.75)
-    whole, parts = build(loss_weight=0), build()
-    whole(views, mask=mask).loss.backward()
-    losses = backward_in_parts(parts, views, 4, mask=mask, contrast=False)
-    assert losses.loss == losses.loss_rec > 0 and losses.loss_con == 0
-    assert gradients(whole).keys() == gradients(parts).keys()
-    for name, gradient in gradients(whole).items():
-        torch.testing.assert_close(gradients(parts)[name], gradient, msg=name)
+    for weight in (0.0, 0.5):
+        expected, found = build(loss_weight=weight, projector=True), build(projector=True)
+        output = expected(views, mask=mask)
+        output.loss.backward()
+        losses = backward_in_parts(found, views, parts, mask=mask, loss_weight=weight)
+        torch.testing.assert_close(list(losses), [x.detach() for x in (output.loss, output.loss_rec, output.loss_con)])
+        assert (losses.loss_con == 0) == (weight == 0)
+        assert gradients(expected).keys() == gradients(found).keys()  # none where the weight is 0: not even zeros
+        for name, gradient in gradients(expected).items():
+            torch.testing.assert_close(gradients(found)[name], gradient, msg=name)
 
 
 def test_plain_accumulation_does_not():
@@ -71,8 +74,11 @@ def test_dropout_draws_the_same_numbers_in_both_passes():
     torch.manual_seed(11)
     losses = backward_in_parts(parts, views, 2, mask=mask)
     torch.manual_seed(11)
-    outputs = [plain(views[i : i + 4], mask=mask.select(slice(2 * i, 2 * i + 8)), contrast=False) for i in (0, 4)]
-    contrastive = plain.contrastive_loss(torch.cat([output.projected for output in outputs]))
+    seen: list[torch.Tensor] = []
+    hook = plain.projector.register_forward_hook(lambda module, given, z: seen.append(z))
+    outputs = [plain(views[i : i + 4], mask=mask.select(slice(2 * i, 2 * i + 8))) for i in (0, 4)]
+    hook.remove()
+    contrastive = plain.contrastive_loss(torch.cat(seen).unflatten(0, (8, 2)))
     loss = (outputs[0].loss_rec + outputs[1].loss_rec) / 2 + 2 * contrastive
     loss.backward()
     torch.testing.assert_close(losses.loss, loss.detach())
@@ -94,7 +100,7 @@ def test_every_backward_pass_runs_outside_autocast():
         part.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         backward_in_parts(model, views, 2, mask=mask)
-        backward(model, views, mask, 1)
+        backward_in_parts(model, views, 1, mask=mask)
         assert torch.is_autocast_enabled("cpu")
     assert seen == [False] * 12  # the contrast and its projector, three in each of two parts, then all four at once
 
@@ -119,7 +125,7 @@ def test_a_step_copies_no_numbers_to_the_device(parts, chunk_size):
     views = normalize(images, mean, std)
     torch.testing.assert_close(views[:, :, 1], (images[:, :, 1] / 255 - 0.25) / 0.25)
     with Copied() as copied:
-        backward(model, normalize(images, mean, std), mask, parts)
+        backward_in_parts(model, normalize(images, mean, std), parts, mask=mask)
     assert copied.count == 0
     with Copied() as copied:
         torch.tensor(mean)
@@ -160,6 +166,32 @@ def test_two_processes_with_parts_equal_one_whole(two_processes):
     for name, gradient in gradients(whole).items():
         torch.testing.assert_close(grads0[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
         assert torch.equal(grads0[name], grads1[name])
+
+
+def stage_without_contrast(views, mask):
+    """A step without and one with the contrastive loss, by each process on its half."""
+    own = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
+    model, found = DistributedDataParallel(build(projector=True), find_unused_parameters=True), []
+    for weight in (0.0, 0.0, None):
+        for parts in (1, 2):
+            model.zero_grad(set_to_none=True)
+            rows = mask.select(slice(2 * own.start, 2 * own.stop))
+            losses = backward_in_parts(model, views[own], parts, mask=rows, loss_weight=weight)
+            found.append((losses.loss, {name.removeprefix("module."): g for name, g in gradients(model).items()}))
+    return found
+
+
+def test_a_stage_without_contrast_leaves_the_projector_alone_in_two_processes(two_processes):
+    views, mask = torch.randn(8, 2, 3, 16, 16, dtype=torch.float64), random_mask(16, 16, 0.75)
+    first, second = two_processes(stage_without_contrast, views, mask)
+    for (loss0, grads0), (loss1, _), weight in zip(first, second, (0.0,) * 4 + (2.0,) * 2, strict=True):
+        whole = build(projector=True)
+        loss = whole(views, mask=mask, loss_weight=weight).loss
+        loss.backward()
+        torch.testing.assert_close((loss0 + loss1) / 2, loss.detach())
+        assert gradients(whole).keys() == grads0.keys() and any("projector" in name for name in grads0) == (weight > 0)
+        for name, gradient in gradients(whole).items():
+            torch.testing.assert_close(grads0[name], gradient, msg=name)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():

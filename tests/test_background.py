@@ -11,10 +11,10 @@ from tiny_run import ARGUMENTS, losses
 
 sys.path.append(str(EXAMPLES))
 import pretrain
-from engine.ends import Stop
+from engine.signals import Stop
 from tasks.ade20k import LabelMaps
 from tasks.coco import CocoData
-from tasks.starting import with_background
+from tasks.models import with_background
 
 COLOUR = "#c05020"
 

@@ -23,12 +23,13 @@ from mvmae.data import MultiViewDataset, StepSampler, make_loader, open_images
 
 sys.path.insert(0, str(EXAMPLES))
 
+from engine.ends import Stop
+from engine.snapshot import not_finite
+
 from engine import distributed
 from engine.checkpoint import load_checkpoint
 from engine.distributed import autocast, start_processes, to_device
-from engine.ends import Stop
 from engine.optim import cosine_schedule
-from engine.snapshot import not_finite
 from tasks.inputs import normalize
 from tasks.pretraining import backward
 

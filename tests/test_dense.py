@@ -37,12 +37,6 @@ def test_one_window_over_all_equals_forward_intermediates_exactly(
         assert torch.equal(ours, timms)
 
 
-def test_relative_positions_at_zero_change_nothing(tiny_vit: Callable[..., Any]) -> None:
-    vit, images = tiny_vit(**PLAIN).eval(), torch.randn(2, 3, 32, 32)
-    expected = vit.forward_intermediates(images, indices=[3], intermediates_only=True)[0]
-    torch.testing.assert_close(WindowedViT(vit, 32, window_size=4).eval()(images)[-1], expected, rtol=1e-5, atol=1e-5)
-
-
 def test_prefix_tokens_are_left_out_and_the_given_encoder_stays_as_it_is(tiny_vit: Callable[..., Any]) -> None:
     vit = tiny_vit(depth=4, reg_tokens=2).eval()
     before = {key: value.clone() for key, value in vit.state_dict().items()}
@@ -206,23 +200,8 @@ def test_what_does_not_fit_is_refused_by_name(tiny_vit: Callable[..., Any]) -> N
         UPerHead([8] * 4, 2, channels=8)({str(level): torch.randn(1, 8, 4, 4) for level in range(4)})
 
 
-def upernet_parameters(widths: list[int], classes: int, channels: int, pools: int = 4) -> int:
-    """Weights of convolutions, and two numbers a channel for each batch normalisation."""
-    pooling = pools * (widths[-1] * channels + 2 * channels)
-    bottleneck = 9 * (widths[-1] + pools * channels) * channels + 2 * channels
-    levels = sum(width * channels + 2 * channels + 9 * channels**2 + 2 * channels for width in widths[:-1])
-    return pooling + bottleneck + levels + 9 * len(widths) * channels**2 + 2 * channels + channels * classes + classes
-
-
 def parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def test_the_head_of_upernet_has_as_many_parameters_as_it_should() -> None:
-    with torch.device("meta"):
-        head = UPerHead([768] * 4, 150, channels=768)
-    # 67 963 542 were counted in the head of transformers 5.23.0; the next test asks it again, at a smaller size
-    assert parameters(head) == upernet_parameters([768] * 4, 150, 768) == 67_963_542
 
 
 def test_the_head_of_upernet_equals_that_of_transformers() -> None:

@@ -182,6 +182,7 @@ def test_a_killed_run_goes_on_and_computes_a_damaged_foreign_or_odd_part_again(p
     assert not (place / "cut/features-parts").exists()
     again = run_script("embed.py", *typed, "--resume", folder=place)
     assert again.code == 0 and again.out.endswith("cut/features.npy is complete\n")
+    torch.manual_seed(1)
     hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), place / "changed")
     other = run_script("embed.py", *typed, "--model", "changed", "--resume", folder=place)
     assert other.code == 2 and "weights was" in other.err
@@ -223,7 +224,7 @@ def test_the_row_of_an_unreadable_image_is_nan_and_its_name_is_listed(place, pat
     assert few.code == 1 and "error: 2 images cannot be read, more than the 1 that --max-bad allows\n" in few.err
     done = run_script("embed.py", *ARGUMENTS, *PARTS, "--max-bad", 2, "--resume", folder=tmp_path)
     assert done.code == 0 and "2 cannot be read: rows of NaN, listed in runs/features/bad_files.txt" in done.out
-    assert "warning: 'images/09.jpg' cannot be read: " in done.err and done.err.count("\n") == 1, "the first is saved already"
+    assert "'images/09.jpg'" in done.err and done.err.count("\n") == 1, "the first is saved already"
     found = np.load(tmp_path / "runs/features/features.npy")
     assert np.isnan(found).all(axis=1).nonzero()[0].tolist() == np.isnan(found).any(axis=1).nonzero()[0].tolist() == [3, 9]
     kept = [row for row in range(COUNT) if row not in (3, 9)]

@@ -93,7 +93,7 @@ def test_an_export_asks_the_hub_for_nothing_that_a_checkpoint_names(tmp_path: Pa
     "state",
     [
         None,
-        {"model": {}, "settings": {}},
+        {"model": {}, "optimizer": {}, "step": 1, "settings": {}},
         {"model": {}, "optimizer": {}, "step": 1, "settings": {}, "about": {"description": {"architecture": "x"}}},
     ],
 )
@@ -105,3 +105,21 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(state, tmp_path):
     assert done.code == 2
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("pretrained", "best"), [(True, 1.0), (False, 0.0)])
+def test_of_an_adaptation_the_best_encoder_is_exported_and_of_other_runs_the_last(tmp_path, pretrained, best):
+    model = MultiViewMAE(timm.create_model("mvmae_vit_tiny_patch16", **TINY), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    torch.nn.init.zeros_(model.encoder.norm.bias)
+    leave(tmp_path / "run", model, mean=[0.5] * 3, std=[0.5] * 3)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    weights = {**model.encoder.state_dict(), "norm.bias": torch.ones(48)}
+    for kept in ({}, weights):
+        chosen = {"step": 3 if kept else 0, "metrics": {"knn": 11.0}, "weights": kept}
+        settings = {**state["settings"], "pretrained": pretrained}
+        torch.save({**state, "settings": settings, "best": chosen}, tmp_path / "run" / "checkpoint.pt")
+        done = run_script("export.py", "--run", "run", folder=tmp_path)
+        assert done.code == (2 if pretrained and not kept else 0), done.err
+    exported = timm.create_model(f"local-dir:{tmp_path / 'run/encoder'}", pretrained=True)
+    assert exported.norm.bias.unique().tolist() == [best]
+    assert f"images, %`: {11 if pretrained else 44}" in (tmp_path / "run/encoder/README.md").read_text()

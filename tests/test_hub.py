@@ -1,6 +1,7 @@
 """From a model to a folder, to the Hub, and back: in timm, in transformers, in this package, each in a process of its own."""
 
 import argparse
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -22,11 +23,12 @@ import safetensors.torch
 import timm
 import torch
 from hub_server import Hub, Repo
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
 import mvmae
 from mvmae import hub
-from mvmae.files import WeightsError, sha256
-from mvmae.weights import read_weights
+from mvmae.inputs import Inputs
+from mvmae.weights import WeightsError, read_weights, sha256
 
 ROOT = Path(__file__).parents[1]
 TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -154,20 +156,6 @@ def test_f62_of_a_repository_only_safetensors_are_read(tmp_path):
         assert not any("evil.bin" in request for request in server.requests)
 
 
-def test_f59_links_are_not_uploaded(tmp_path):
-    (tmp_path / "key").write_text("secret")
-    for name in ("curves.png", "pretraining"):
-        folder = tmp_path / f"run-{name}"
-        hub.export(tiny_mae(), folder)
-        assert len(hub.published(folder)) == 4
-        if name == "pretraining":
-            (folder / name).rename(tmp_path / name)
-        (folder / name).symlink_to(tmp_path / ("key" if name == "curves.png" else name))
-        for call in (hub.published, lambda folder: hub.push(folder, "me/x")):
-            with pytest.raises(WeightsError, match="is not a plain file inside .* and is not uploaded"):
-                call(folder)
-
-
 NAME = "me/mvmae_vit_tiny_patch16.untrained"
 WAYS = {
     "timm without mvmae, from a folder": BLOCKED
@@ -180,10 +168,10 @@ features = timm.create_model("local-dir:" + FOLDER, pretrained=True).eval().forw
 import timm
 features = timm.create_model("hf-hub:{NAME}", pretrained=True).eval().forward_features(images)
 """,
-    "timm by the name of mvmae": """
+    "timm by the name of mvmae": f"""
 import timm, mvmae
-model = timm.create_model("mvmae_vit_tiny_patch16", pretrained=True, img_size=32, patch_size=8, embed_dim=48, depth=2)
-features = model.eval().forward_features(images)
+sizes = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, pretrained_cfg_overlay=dict(hf_hub_id="{NAME}"))
+features = timm.create_model("mvmae_vit_tiny_patch16", pretrained=True, **sizes).eval().forward_features(images)
 """,
     "transformers without mvmae": BLOCKED
     + f"""
@@ -203,15 +191,16 @@ def test_a_fresh_process_gets_the_runs_features(way, published, tmp_path):
     if "transformers" in way and importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     code = WAYS[way].replace("FOLDER", repr(str(folder)))
-    found = features(code, tmp_path, server.endpoint, images, MVMAE_HUB_OWNER="me")
+    found = features(code, tmp_path, server.endpoint, images)
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= 1e-6
+    if way == "mvmae":  # the cache serves offline
+        offline = features(code, tmp_path, "http://127.0.0.1:9", images, HF_HUB_OFFLINE="1")
+        assert torch.equal(offline, found)
 
 
 def test_what_timm_itself_uploads_loads_without_mvmae(tmp_path):
     vit = timm.create_model("mvmae_vit_tiny_patch16", patch_size=8, **TINY).eval()
-    if not hasattr(vit, "_model_args"):
-        pytest.skip(f"timm {timm.__version__} does not record how it built a model")
     images = torch.randn(2, 3, 32, 32)
     safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
     safetensors.torch.save_file(vit.state_dict(), tmp_path / "vit.safetensors")
@@ -255,35 +244,6 @@ features = model(images).logits
     assert (found - vit(images)).abs().max() <= 1e-6
 
 
-def test_the_endpoint_and_the_owner_are_enough_and_the_second_time_no_network_is(tmp_path):
-    load_by_name(tmp_path, TINY)
-
-
-@pytest.mark.slow  # 343 MB through the loopback address
-def test_the_papers_encoder_loads_by_its_bare_name(tmp_path):
-    load_by_name(tmp_path, {})
-
-
-def load_by_name(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    vit = timm.create_model("mvmae_vit_base_patch16", **arguments).eval()
-    hub.export(vit, tmp_path / "run")
-    images = torch.randn(1, 3, *vit.patch_embed.img_size)
-    safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
-    settings = "".join(f", {key}={value}" for key, value in arguments.items())
-    code = f"""
-import timm, mvmae
-features = timm.create_model("mvmae_vit_base_patch16", pretrained=True{settings}).eval()(images)
-"""
-    with Hub() as server:
-        server.repos["a-mirror/mvmae_vit_base_patch16.in1k"] = repo = hub_repo(tmp_path / "run")
-        found = features(code, tmp_path, server.endpoint, tmp_path / "images.safetensors", MVMAE_HUB_OWNER="a-mirror")
-        assert (found - vit(images)).abs().max() <= 1e-6
-        assert repo.commits
-    owner = {"MVMAE_HUB_OWNER": "a-mirror", "HF_HUB_OFFLINE": "1"}
-    found = features(code, tmp_path, "http://127.0.0.1:9", tmp_path / "images.safetensors", **owner)
-    assert (found - vit(images)).abs().max() <= 1e-6
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
 
@@ -300,7 +260,7 @@ OLD_CLIENT = int(huggingface_hub.__version__.split(".")[0]) < 1
 FAILURES = [
     ("create('hf-hub:me/nothing')", ["me/nothing", "there is no", "hf auth login"]),
     ("load('me/nothing')", ["me/nothing", "there is no"]),
-    ("create('mvmae_vit_base_patch16')", ["me/mvmae_vit_base_patch16.in1k", "there is no"]),
+    ("create('mvmae_vit_base_patch16')", ["no weights are published for mvmae_vit_base_patch16", "local-dir:", "hf-hub:"]),
     ("create('hf-hub:me/gated')", ["me/gated", "gated", "hf auth login"]),
     ("create('hf-hub:me/good@' + '0' * 40)", ["me/good", "no revision", "0" * 40]),
     ("load('me/good', revision='v9')", ["me/good", "no revision", "v9"]),
@@ -374,7 +334,7 @@ def test_what_goes_wrong_on_the_hub_is_said_in_one_line(published, tmp_path):
         server.repos["me/moved"] = Repo()
         first, _ = server.repos["me/moved"].commit(good), server.repos["me/moved"].commit(cut)
         calls = [call.replace("FOLDER", repr(str(published[1]))).replace("FIRST", first) for call, _ in FAILURES]
-        messages = said(tmp_path, server.endpoint, *calls, MVMAE_HUB_OWNER="me")
+        messages = said(tmp_path, server.endpoint, *calls)
         assert server.errors == 0  # the client met both before it succeeded
         assert len(server.repos["me/gated"].commits) == 1
     for message, (call, parts) in zip(messages, FAILURES, strict=True):
@@ -384,10 +344,10 @@ def test_what_goes_wrong_on_the_hub_is_said_in_one_line(published, tmp_path):
 
 
 def test_without_network_and_cache_the_cause_is_one_line(tmp_path):
-    calls = ["create('hf-hub:me/good')", "create('mvmae_vit_base_patch16')", "load('me/good')"]
+    calls = ["create('hf-hub:me/good')", "create('mvmae_vit_base_patch16', hf_hub_id='me/good')", "load('me/good')"]
     offline = "setattr(constants, 'HF_HUB_OFFLINE', True) or create('hf-hub:me/good')"
-    messages = said(tmp_path, "http://127.0.0.1:9", *calls, offline, MVMAE_HUB_OWNER="me")
-    for message, repo in zip(messages, ("me/good", "me/mvmae_vit_base_patch16.in1k", "me/good", "me/good"), strict=True):
+    messages = said(tmp_path, "http://127.0.0.1:9", *calls, offline)
+    for message, repo in zip(messages, ["me/good"] * 4, strict=True):
         assert f" of {repo} is not in the cache {tmp_path}/hub, and http://127.0.0.1:9 cannot be reached" in message
     assert "refused" in messages[0]
     assert OLD_CLIENT or "offline mode" in messages[3]
@@ -410,8 +370,6 @@ ENCODERS = {
 @pytest.mark.parametrize("name", ENCODERS)
 def test_any_encoder_comes_back_by_its_own_name_with_the_same_features(name, tmp_path):
     plain, kwargs = ENCODERS[name]
-    if "act_layer" in kwargs and not hasattr(timm.create_model(name, device="meta"), "_model_args"):
-        pytest.skip(f"timm {timm.__version__} does not record how it built a model")
     torch.manual_seed(2)
     model = tiny_mae(name, **kwargs)
     chans = model.encoder.patch_embed.proj.in_channels
@@ -419,7 +377,6 @@ def test_any_encoder_comes_back_by_its_own_name_with_the_same_features(name, tmp
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == plain
     assert "num_classes" not in config["model_args"]
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]  # timm < 1.0.29 fails on two
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, chans, *model.encoder.patch_embed.img_size)
     assert torch.equal(other(images), model.encoder(images))
@@ -455,7 +412,6 @@ def batch_norm_mlp() -> torch.nn.Module:
 HEADS = {
     "batch norm": (batch_norm_mlp, True),
     "our batch norm": (lambda: mvmae.projection_mlp(48, 16, 8, depth=3, batch_norm=True), True),
-    "three layers": (lambda: mvmae.projection_mlp(48, 16, 8, depth=3), True),
     "layer norm": (lambda: torch.nn.Sequential(torch.nn.Linear(48, 8), torch.nn.LayerNorm(8), torch.nn.Tanh()), True),
     "dropout": (lambda: torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(48, 8)), True),
     "one layer": (lambda: torch.nn.Linear(48, 8), False),
@@ -486,22 +442,62 @@ def test_a_model_with_any_projector_is_exported_and_comes_back(kind, tmp_path, c
 
 
 def test_every_option_of_a_pretraining_model_comes_back(tmp_path):
-    options = {"mask_ratio": 0.6, "loss_weight": 0.5, "temperature": 0.2, "pool": "token", "norm_pix": False, "loss_on": "all"}
-    options |= {"gather": False, "chunk_size": 30_000}
+    options = {"mask_ratio": 0.6, "loss_weight": 0.5, "pool": "token", "norm_pix": False, "loss_on": "all"}
     decoder = {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 6}
-    keywords = inspect.signature(mvmae.MultiViewMAE).parameters.keys() - {"encoder", "projector"}
-    assert options.keys() | decoder.keys() == keywords, "a new option: try it here"
-    model = mvmae.MultiViewMAE(timm.create_model("mvmae_vit_tiny_patch16", **TINY), **options, **decoder)
+    nt_xent = {"temperature": 0.2, "gather": False, "chunk_size": 30_000}
+    keywords = inspect.signature(mvmae.MultiViewMAE).parameters.keys() - {"encoder", "projector", "temperature"}
+    assert options.keys() | decoder.keys() | {"contrastive_loss", "reconstruction_loss"} == keywords, (
+        "a new option: try it here"
+    )
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    model = mvmae.MultiViewMAE(vit, contrastive_loss=mvmae.NTXentLoss(**nt_xent), **options, **decoder)
     model.save_pretrained(tmp_path)
     other = mvmae.MultiViewMAE.from_pretrained(tmp_path)
     assert str(other) == str(model)
-    assert {key: getattr(other, key) for key in ("mask_ratio", "loss_weight", "pool")} == {
-        key: options[key] for key in ("mask_ratio", "loss_weight", "pool")
-    }
-    assert (other.contrastive_loss.gather, other.contrastive_loss.chunk_size) == (False, 30_000)
-    assert hub.describe(other)["options"] == options | decoder
+    assert hub.describe(other)["options"] == options | decoder | nt_xent
     rebuilt = hub.build(json.loads(json.dumps(hub.describe(model))))
-    assert str(rebuilt) == str(model)
+    assert str(rebuilt) == str(model) and hub.describe(rebuilt) == hub.describe(model)
+
+
+class Alignment(torch.nn.Module):
+    """A contrastive loss of somebody else's, with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.scale * (z[:, 0] - z[:, 1]).square().mean()
+
+
+class Absolute(torch.nn.Module):
+    """A reconstruction loss of somebody else's."""
+
+    def forward(self, pred: torch.Tensor, target: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        return (pred - target).abs().mean(dim=-1)[masked].mean()
+
+
+def test_a_model_with_losses_of_ones_own_is_saved_and_asks_for_them(tmp_path):
+    own = {"contrastive_loss": Alignment(), "reconstruction_loss": Absolute()}
+    model = mvmae.MultiViewMAE(tiny_mae().encoder, decoder_dim=32, decoder_depth=1, decoder_heads=4, **own)
+    torch.nn.init.constant_(own["contrastive_loss"].scale, 3.0)
+    hub.export(model, tmp_path)
+    described = json.loads((tmp_path / "pretraining" / "pretraining.json").read_text())
+    assert (described["contrastive_loss"], described["reconstruction_loss"]) == ("Alignment", "Absolute")
+    given = {"contrastive_loss": Alignment(), "reconstruction_loss": Absolute()}
+    for missing in given:
+        others = {name: loss for name, loss in given.items() if name != missing}
+        with pytest.raises(
+            WeightsError, match=f"the {missing}, a A.*, cannot be built from a file: pass one like it as {missing}="
+        ):
+            mvmae.MultiViewMAE.from_pretrained(tmp_path, **others)
+    loaded = mvmae.MultiViewMAE.from_pretrained(tmp_path, **given)
+    views, mask = torch.randn(3, 2, 3, 32, 32), mvmae.random_mask(6, 16, 0.5)
+    outputs = [mae.eval()(views, mask=mask) for mae in (model, loaded, hub.build(hub.describe(model), **given))]
+    assert outputs[0].loss_con == outputs[1].loss_con == 3 * (outputs[0].z[:, 0] - outputs[0].z[:, 1]).square().mean()
+    assert outputs[0].loss == outputs[1].loss != outputs[2].loss
+    with pytest.raises(TypeError, match="projector, a contrastive_loss or a reconstruction_loss, got .'loss'"):
+        mvmae.MultiViewMAE.from_pretrained(tmp_path, loss=Alignment())
 
 
 def test_a_changed_encoder_is_described_as_it_is(tmp_path):
@@ -513,18 +509,56 @@ def test_a_changed_encoder_is_described_as_it_is(tmp_path):
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), vit(images))
 
 
+@pytest.mark.parametrize("options", [{"reg_tokens": 2, "init_values": 0.1}, {"class_token": False, "global_pool": "avg"}])
+def test_an_encoder_built_by_hand_is_described_by_its_modules_or_refused(options, tmp_path):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
+    vit = timm.models.VisionTransformer(**sizes, **options).eval()
+    hub.export(vit, tmp_path, mean=[0.5] * 3, std=[0.5] * 3)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), vit(images))
+    vit.blocks[1].attn.num_heads = 6  # of the same shapes
+    with pytest.raises(WeightsError, match="blocks.1.attn.num_heads is 6, but 3 where timm builds it"):
+        hub.export(vit, tmp_path, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def test_how_images_are_read_is_one_record_of_the_export(tmp_path):
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    record = Inputs((32, 32), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 0.75, "#102030", (0.0, 4095.0), 10**6)
+    hub.export(vit, tmp_path / "whole", inputs=record)
+    hub.export(vit, tmp_path / "changed", inputs=record, background="black", mean=None)
+    hub.export(vit, tmp_path / "cfg")
+    configs = {path.name: json.loads((path / "config.json").read_text()) for path in tmp_path.iterdir()}
+    assert Inputs.from_config(configs["whole"]) == record == Inputs.from_dict(json.loads(json.dumps(record.to_dict())))
+    assert Inputs.from_config(configs["changed"]) == dataclasses.replace(record, background="black")
+    cfg = configs["whole"]["pretrained_cfg"]  # what timm reads says the same
+    assert (cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"]) == (
+        [0.1, 0.2, 0.3],
+        [0.4, 0.5, 0.6],
+        "bilinear",
+        0.75,
+    )
+    assert Inputs.from_config(configs["cfg"]).mean == IMAGENET_DEFAULT_MEAN
+    old = {name: value for name, value in configs["whole"].items() if name != "inputs"} | {"background": "black"}
+    assert Inputs.from_config(old) == Inputs(
+        (32, 32), record.mean, record.std, "bilinear", 0.75, "black"
+    )  # as 1c37e2a wrote it
+    for content in ({}, {"inputs": {"sise": 3}}, {"inputs": {**record.to_dict(), "std": [1]}}):
+        with pytest.raises(WeightsError, match="does not say how images are read"):
+            Inputs.from_config(content)
+
+
 def test_what_a_file_cannot_describe_is_refused_by_name(tmp_path):
     vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
     vit.blocks[1].norm1 = torch.nn.LayerNorm(48, eps=0.5)
     with pytest.raises(WeightsError, match=r"blocks.1.norm1 is LayerNorm\(\(48,\), eps=0.5"):
         hub.export(vit, tmp_path)
-    with pytest.raises(ValueError, match="must have one number for each of the 3 channels, got 1"):
-        hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, mean=[0.5])
+    with pytest.raises(ValueError, match="must have one number for each of the 3 channels, got .0.5,."):
+        hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, mean=[0.5], std=[0.5])
     with pytest.raises(ValueError, match="label_names must have one name for each of the 0 classes of the head, got 2"):
         hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, label_names=["a", "b"])
     vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
     torch.nn.init.constant_(vit.norm.bias, float("nan"))
-    with pytest.raises(WeightsError, match=r"NaN or infinity in norm\.bias"):
+    with pytest.raises(WeightsError, match=r"norm\.bias with NaN or infinity"):
         hub.export(vit, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -632,7 +666,7 @@ DAMAGE = {
     "empty": r"\(0 bytes\) is cut or damaged",
     "header of 2^62": "cut or damaged",
     "lying shape": "cut or damaged",
-    "NaN": "NaN or infinity in norm.bias",
+    "NaN": "norm.bias with NaN or infinity",
     "LFS pointer": "git lfs pull",
     "pickle with a payload": "could run code, and was not loaded",
     "zipped pickle with a payload": "could run code, and was not loaded",
@@ -660,11 +694,14 @@ def test_a_damaged_or_dangerous_file_is_named_and_the_model_untouched(kind, tmp_
         assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
     assert not (tmp_path / "ran").exists()
+    if kind == "pickle with a payload":  # which runs where it is not refused
+        pickle.loads(path.read_bytes())
+        assert (tmp_path / "ran").exists()
 
 
 ODD = {
     "sparse": (lambda: torch.eye(48).to_sparse(), "sparse, nested, quantized"),
-    "meta": (lambda: torch.empty(48, device="meta"), "no numbers for norm.bias"),
+    "meta": (lambda: torch.empty(48, device="meta"), "norm.bias without numbers"),
     "huge stride": (lambda: torch.zeros(1).expand(2**40), "with less data"),
     "quantized": (lambda: torch.quantize_per_tensor(torch.zeros(48), 0.1, 0, torch.qint8), "quantized or complex|cut"),
     "complex": (lambda: torch.zeros(48, dtype=torch.complex64), "quantized or complex"),
@@ -743,9 +780,7 @@ def test_f50_a_model_without_numbers_is_not_saved(tmp_path):
 
 
 WRAPPERS = {
-    "compiled": lambda model: torch.compile(model, backend="eager"),
-    "data parallel": torch.nn.DataParallel,
-    "both": lambda model: torch.nn.DataParallel(torch.compile(model, backend="eager")),
+    "compiled in data parallel": lambda model: torch.nn.DataParallel(torch.compile(model, backend="eager")),
 }
 
 
@@ -759,13 +794,6 @@ def test_f50_a_wrapped_model_is_exported_as_the_model_in_it(kind, tmp_path):
     whole = mvmae.MultiViewMAE.from_pretrained(tmp_path / "whole")
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True).eval()(images), vit(images))
-    other, mae = tiny_mae().encoder, tiny_mae()
-    hub.load_encoder(wrap(other), tmp_path / "vit")
-    hub.load_pretraining(wrap(mae), tmp_path / "whole")
-    assert torch.equal(other(images), vit(images)) and torch.equal(mae.encoder(images), model.encoder(images))
-    model.encoder = torch.compile(model.encoder, backend="eager")
-    model.save_pretrained(tmp_path / "part")
-    assert mvmae.MultiViewMAE.from_pretrained(tmp_path / "part").state_dict().keys() == whole.state_dict().keys()
 
 
 PREFIXES = [
@@ -816,17 +844,24 @@ def test_several_encoders_and_adapters_are_named(tmp_path):
             load(model, tmp_path / "lora.safetensors")
 
 
-def test_a_model_with_adapters_is_exported_with_them_merged_and_keeps_them(tmp_path):
+def test_who_wants_peft_wraps_the_encoder_and_merges_it_for_the_export(tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_mae().encoder, peft.LoraConfig(target_modules=["qkv"], r=2))
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.1)
-    hub.export(model, tmp_path)
-    written = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    assert any("lora_B" in name for name, _ in model.named_parameters())
-    merged = model.merge_and_unload().state_dict()
-    assert written.keys() == merged.keys() and all(torch.equal(value, merged[name]) for name, value in written.items())
+    wrapped = peft.get_peft_model(tiny_mae().encoder, peft.LoraConfig(target_modules=["qkv", "proj"], r=2))
+    model = mvmae.MultiViewMAE(wrapped.base_model.model, decoder_dim=32, decoder_depth=1, decoder_heads=4)
+    output = model(torch.randn(3, 2, 3, 32, 32))
+    output.loss.backward()
+    trained = {name: value for name, value in wrapped.named_parameters() if value.requires_grad}
+    assert trained and all("lora_" in name and value.grad is not None for name, value in trained.items())
+    assert any("patch_embed" in name for name in trained)
+    for value in trained.values():
+        torch.nn.init.normal_(value, std=0.1)
+    images = torch.randn(2, 3, 32, 32)
+    with pytest.raises(WeightsError):  # timm builds no adapters
+        hub.export(model, tmp_path)
+    expected = wrapped.eval()(images)
+    hub.export(wrapped.merge_and_unload(), tmp_path)
+    found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def save_sharded(folder: str) -> str:
@@ -856,12 +891,6 @@ def test_f50_a_sharded_model_is_refused_in_one_line_whose_cure_works(two_process
         assert "in shards over several processes: gather them" in message and "\n" not in message
 
 
-def test_the_payload_would_run_where_it_is_not_refused(tmp_path):
-    path = damaged("pickle with a payload", tmp_path / "file", {})
-    pickle.loads(path.read_bytes())
-    assert (tmp_path / "ran").exists()
-
-
 def test_files_that_do_not_belong_together_are_refused(tmp_path):
     tiny_mae().save_pretrained(tmp_path)
     good = (tmp_path / "pretraining.json").read_text()
@@ -881,6 +910,10 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
         "options secret are unknown": ("pretraining.json", good.replace('"pool"', '"secret"').encode()),
         "does not describe": ("pretraining.json", good.replace('"options"', '"choices"').encode()),
         "missing": ("pretraining.json", good.replace('"depth": 2', '"depth": 3').encode()),
+        "the contrastive_loss, a Own, cannot be built": (
+            "pretraining.json",
+            good.replace('"format"', '"contrastive_loss": "Own", "format"').encode(),
+        ),
     }
     for cause, (name, content) in changes.items():
         (tmp_path / name).write_bytes(content)

@@ -124,53 +124,6 @@ def test_no_module_imports_itself_through_others(path):
     reached(module_name(path))
 
 
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("patches", "import numpy"),
-        ("patches", "def f():\n    import numpy"),
-        ("losses", "import mvmae"),
-        ("model", "from .data import open_images"),
-        ("model", "from . import hub"),
-        ("model", "from mvmae.data.views import MultiViewTransform"),
-        ("model", "import mvmae.data"),
-        ("model", "def f():\n    from .hub.export import export"),
-        ("model", "import examples.common"),
-        ("model", "import common"),
-        ("model", "from ..examples import common"),
-        ("model", "import importlib\n\ndef f(name):\n    importlib.import_module(name)"),
-        ("hub.export", "from ..data import open_images"),
-        ("hub.export", "from ..data.views import MultiViewTransform"),
-        ("hub.export", "from .. import data"),
-        ("visualize.pictures", "from mvmae.hub import export"),
-        ("data.decode", "import simplejpeg"),
-        ("data.decode", "import safetensors"),
-        ("data.open", "import importlib\nimportlib.import_module('skimage.data')"),
-        ("hub.export", "print('saved')"),
-        ("hub.export", "def f(x):\n    assert x"),
-    ],
-)
-def test_the_rules_catch(module, source):
-    assert len(problems(module, source)) == 1
-
-
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("patches", "import math\nfrom collections.abc import Sequence\nimport torch.nn.functional as F"),
-        ("data.decode", "def f():\n    import simplejpeg"),
-        ("data.decode", "try:\n    import simplejpeg\nexcept ImportError:\n    pass"),
-        ("data.sample", "def f():\n    import importlib\n    return importlib.import_module('skimage.data')"),
-        ("data.loader", "from .sampling import Batch\nfrom . import views\nfrom ..patches import pair"),
-        ("model", "from .losses import NTXentLoss\nfrom . import masking\nfrom torch import nn"),
-        ("hub.export", "from ..model import MultiViewMAE\nfrom .card import write_card\nlog.print('no builtin')"),
-        ("__init__", "from .data import MultiViewTransform"),
-    ],
-)
-def test_the_rules_let_pass(module, source):
-    assert problems(module, source) == []
-
-
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 SHARED = sorted([*EXAMPLES.glob("engine/*.py"), *EXAMPLES.glob("tasks/*.py")])
@@ -185,7 +138,7 @@ def example_problems(path: Path, source: str) -> list[str]:
     refused = scripts if path.stem != "ablate" else set()
     refused = refused | ({"tasks"} if room == "engine" else set())
     found = [name for _, name, _ in imports(ast.parse(source), path.stem)]
-    method = [name for name in found if name.startswith(".") and name not in (".data", ".files")]
+    method = [name for name in found if name.startswith(".") and name not in (".data", ".weights")]
     return [name for name in found if name in refused] + (method if room == "engine" else [])
 
 
@@ -197,21 +150,6 @@ def test_a_script_imports_tasks_and_engine_and_never_back(path):
 @pytest.mark.parametrize("path", [*SCRIPTS, *SHARED], ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_a_file_of_the_examples_is_short_enough_to_read(path):
     assert len(path.read_text().splitlines()) <= (220 if path.name == "pretrain.py" else 300)
-
-
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("engine/run.py", "from tasks.labelled import Part"),
-        ("engine/run.py", "def f():\n    import tasks.labelled"),
-        ("engine/run.py", "from mvmae import MultiViewMAE"),
-        ("engine/run.py", "import pretrain"),
-        ("tasks/dense.py", "from pretrain import Config"),
-        ("finetune.py", "from pretrain import Config"),
-    ],
-)
-def test_the_rule_of_the_examples_catches(name, source):
-    assert len(example_problems(EXAMPLES / name, source)) == 1
 
 
 def test_a_room_of_the_examples_imports_itself_one_way():

@@ -251,8 +251,6 @@ def test_a_cell_of_the_table_without_a_number_is_empty():
     ("arguments", "message"),
     [
         (["convnxt_atto"], "did you mean convnext_atto"),
-        (["encoder", "--data", "nowhere"], "nowhere"),
-        (["images"], "images holds no model"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_code_2(place, arguments, message):

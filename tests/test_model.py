@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import timm
@@ -6,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -13,6 +15,7 @@ import mvmae
 from mvmae import MultiViewMAE, projection_mlp, random_mask
 
 DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4}
+VIEWS = torch.randn(3, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -139,6 +142,42 @@ def test_shapes_for_any_number_of_views_channels_and_sides(build, tiny_vit, view
     assert output.loss.isfinite()
 
 
+def test_losses_of_ones_own_take_the_place_of_the_papers(build):
+    seen = []
+
+    class Contrast(nn.Module):
+        def forward(self, z):
+            seen.append(z)
+            return z.square().mean()
+
+    class Pixels(nn.Module):
+        def forward(self, pred, target, masked):
+            return (pred - target).abs()[masked].mean()
+
+    model, views = build(contrastive_loss=Contrast(), reconstruction_loss=Pixels(), projector=nn.Linear(48, 6)), VIEWS
+    output = model(views)
+    assert seen[0].shape == (3, 2, 6) and output.loss_con == output.projected.square().mean()
+    assert output.loss_rec == (output.pred - output.target).abs()[output.mask.masked].mean()
+    assert output.loss == output.loss_rec + 2 * output.loss_con
+    for options in ({"contrastive_loss": Contrast(), "temperature": 0.1}, {"reconstruction_loss": Pixels(), "norm_pix": False}):
+        with pytest.raises(ValueError, match=r"belongs? to the \w+_loss that is given"):
+            build(**options)
+
+
+def test_the_loss_weight_of_a_call_takes_the_place_of_the_models(build, tiny_vit):
+    """With a weight of 0, what the contrastive loss alone trains keeps the gradient None, and an optimizer leaves it."""
+    model = build(tiny_vit(global_pool="avg", fc_norm=True, final_norm=True), projector=projection_mlp(48, 16, 8))
+    mask = random_mask(6, 16, 0.75)
+    whole, half, none = (model(VIEWS, mask=mask, loss_weight=weight) for weight in (None, 0.5, 0))
+    assert whole.loss == whole.loss_rec + 2 * whole.loss_con and half.loss == half.loss_rec + 0.5 * half.loss_con
+    assert none.loss == none.loss_rec == whole.loss_rec and none.loss_con == 0 and torch.equal(none.z, whole.z)
+    none.loss.backward()
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert without == {name for name, _ in model.named_parameters() if name.startswith(("projector.", "encoder.fc_norm."))}
+    with pytest.raises(ValueError, match="loss_weight must be at least 0 .*, got -1"):
+        model(VIEWS, loss_weight=-1)
+
+
 def test_z_is_the_mean_of_the_visible_patch_tokens_or_the_class_token(build):
     vit_views, mask = torch.randn(2, 2, 3, 32, 32), random_mask(4, 16, 0.75)
     model = build()
@@ -195,11 +234,6 @@ def test_every_trainable_parameter_gets_a_gradient_and_stands_in_one_group(build
     assert sorted(grouped) == sorted(id(p) for p in trained.values())
 
 
-def test_fixed_positions_are_not_trained_and_learned_ones_are(build, tiny_vit):
-    assert build(tiny_vit()).encoder.pos_embed.requires_grad
-    assert not MultiViewMAE("mvmae_vit_tiny_patch16").encoder.pos_embed.requires_grad
-
-
 def test_losses_stay_float32_under_autocast(build):
     model, views = build(), torch.randn(4, 2, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -223,6 +257,8 @@ def test_compiled_it_takes_a_smaller_last_batch_and_other_sizes_and_draws_the_sa
         assert torch.equal(found.mask.visible, expected.mask.visible)
         torch.testing.assert_close(found.loss, expected.loss)
         found.loss.backward()
+        alone = compiled(views, mask=found.mask, loss_weight=0)
+        torch.testing.assert_close(alone.loss, expected.loss_rec)
 
 
 def test_the_residual_streams_stay_float32_under_autocast(build):
@@ -285,55 +321,32 @@ def test_init_weights_defines_all_that_a_model_from_the_meta_device_lacks(encode
         assert torch.equal(new.encoder.pos_embed, model.encoder.pos_embed)
 
 
-def step_of_half(encoder, state, views, mask, sharded):
-    """A step on this process's half of the batch: its loss, features, and the gradients averaged over both processes."""
-    rank = dist.get_rank()
-    model = made_on("cpu", encoder)
-    model.load_state_dict(state)
-    if sharded:
-        for unit in (*model.encoder.blocks, *([model.encoder] if sharded == "encoder" else []), model):
+def step_of_half(state, views, mask):
+    """A step on this process's half of the batch, plain and sharded by FSDP: losses, and gradients over both processes."""
+    rank, found = dist.get_rank(), []
+    for sharded in (False, True):
+        model = made_on("cpu", "fixed positions")
+        model.load_state_dict(state)
+        for unit in (*model.encoder.blocks, model) if sharded else ():
             fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
-    output = model(views[2 * rank : 2 * rank + 2], mask=mask.select(slice(4 * rank, 4 * rank + 4)))
-    output.loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if sharded:
-        gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
-    else:
-        for gradient in gradients.values():
-            dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
-            gradient /= 2
-    return output.loss.detach(), model.features(views[:, 0]).detach(), gradients
+        output = model(views[2 * rank : 2 * rank + 2], mask=mask.select(slice(4 * rank, 4 * rank + 4)))
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        for name, gradient in gradients.items():
+            if sharded:
+                gradients[name] = gradient.full_tensor()
+            else:
+                dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
+                gradient /= 2
+        found.append((output.loss.detach(), gradients))
+    return found
 
 
-def steps_of_half(states, views, mask):
-    return [[step_of_half(*state, views, mask, sharded) for sharded in (None, "blocks", "encoder")] for state in states]
-
-
-def test_sharded_by_fsdp_a_step_is_the_same_with_the_encoder_a_unit_of_its_own_or_not(two_processes):
-    states = [(encoder, made_on("cpu", encoder).state_dict()) for encoder in ENCODERS]
+def test_with_blocks_and_root_sharded_by_fsdp_a_step_is_the_same(two_processes):
+    state = made_on("cpu", "fixed positions").state_dict()
     views, mask = torch.randn(4, 2, 3, 32, 32), random_mask(8, 16, 0.75)
-    for steps in two_processes(steps_of_half, states, views, mask):
-        for plain, *sharded in steps:
-            for step in sharded:
-                torch.testing.assert_close(step, plain, rtol=1e-4, atol=1e-6)
-
-
-def initialised_in_shards():
-    model = made_on("meta", "fixed positions")
-    for unit in (*model.encoder.blocks, model.encoder, model):
-        fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
-    undefined(model).init_weights()
-    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}, model.decoder.pos_embed
-
-
-def test_a_sharded_model_from_the_meta_device_is_initialised_in_its_shards(two_processes):
-    expected = made_on("cpu", "fixed positions")
-    (first, positions), (second, _) = two_processes(initialised_in_shards)
-    assert all(value.isfinite().all() and torch.equal(value, second[name]) for name, value in first.items())
-    assert torch.equal(first["encoder.pos_embed"], expected.encoder.pos_embed)
-    assert torch.equal(positions, expected.decoder.pos_embed)
-    weight = first["decoder.head.weight"]
-    assert weight.std() == pytest.approx(math.sqrt(2 / sum(weight.shape)), rel=0.1)  # Xavier's, of the whole matrix
+    for plain, sharded in two_processes(step_of_half, state, views, mask):
+        torch.testing.assert_close(sharded, plain, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])
@@ -361,16 +374,12 @@ def test_options_out_of_range_are_refused_with_the_cure(build, options, message)
         build(**options)
 
 
-def test_a_class_token_that_is_not_there_cannot_be_pooled(build, tiny_vit):
+def test_a_class_token_that_is_not_there_and_unknown_keywords_are_refused(build, tiny_vit):
+    for make in (build, partial(timm.create_model, "mvmae_vit_tiny_patch16")):
+        with pytest.raises(TypeError, match="mask_rate"):
+            make(mask_rate=0.8)
     with pytest.raises(ValueError, match="pool must be .* for an encoder with a class token, got 'token'"):
         build(tiny_vit(class_token=False, global_pool="avg"), pool="token")
-
-
-def test_unknown_keywords_are_errors(build):
-    with pytest.raises(TypeError, match="mask_rate"):
-        build(mask_rate=0.8)
-    with pytest.raises(TypeError, match="mask_rate"):
-        timm.create_model("mvmae_vit_tiny_patch16", mask_rate=0.8)
 
 
 def test_views_that_do_not_fit_are_refused(build):
@@ -382,8 +391,5 @@ def test_views_that_do_not_fit_are_refused(build):
         build()(torch.zeros(2, 2, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"the mask must be for \(4, 16\) .*, got \(3, 16\)"):
         build()(torch.zeros(2, 2, 3, 32, 32), mask=random_mask(3, 16, 0.5))
-
-
-def test_the_decoder_refuses_tokens_of_another_mask(build):
     with pytest.raises(ValueError, match=r"must have the shape \(2, 1 prefix \+ 4 visible, D\), got \(2, 6, 48\)"):
         build().decoder(torch.zeros(2, 6, 48), random_mask(2, 16, 0.75))

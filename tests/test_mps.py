@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(EXAMPLES))
 
+from engine.ends import Stop
+
 from engine import distributed
 from engine.distributed import Processes, autocast, start_processes, to_device
-from engine.ends import Stop
 from mvmae import MultiViewMAE, accumulation, metrics
 from mvmae.visualize import pca_colours
 from tasks import labelled, probe, timing

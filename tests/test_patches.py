@@ -26,6 +26,8 @@ def test_wrong_sizes_are_named_with_the_cure():
         patchify(torch.zeros(1, 3, 30, 32), 8)
     with pytest.raises(ValueError, match=r"must have the shape \(B, C, H, W\), got \(3, 30, 32\)"):
         patchify(torch.zeros(3, 30, 32), 8)
+    with pytest.raises(ValueError, match="width must be a multiple of 4 .*, got 18"):
+        sincos_table(18, (2, 2))
     with pytest.raises(ValueError, match=r"must have the shape \(B, 16, 192\) for a grid of 4x4"):
         unpatchify(torch.zeros(1, 15, 192), 8, (4, 4), 3)
 
@@ -55,8 +57,3 @@ def test_positions_equal_a_slow_loop_with_the_column_first():
                 angles = [place / 10000 ** (i / 4) for i in range(4)]
                 halves += [torch.tensor(angles, dtype=torch.float64).sin(), torch.tensor(angles, dtype=torch.float64).cos()]
             torch.testing.assert_close(table[row * 3 + column], torch.cat(halves))
-
-
-def test_positions_need_a_multiple_of_four():
-    with pytest.raises(ValueError, match="width must be a multiple of 4 .*, got 18"):
-        sincos_table(18, (2, 2))

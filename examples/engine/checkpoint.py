@@ -60,31 +60,32 @@ class Checkpoint:
         self, folder: Path, settings: Mapping[str, Any], ranks: Ranks, *, may_change: frozenset[str], resume: bool
     ) -> None:
         self.folder, self.settings, self.ranks, self.resume = folder, dict(settings), ranks, resume
-        problem = ""
+        self.found, name, problem = None, "", ""
         try:
             if ranks.rank == 0:
                 self._lock = lock(folder)
             self.found, name = read_newest(folder)
         except Stop as error:
             problem = str(error)
-        if problem := next(filter(None, ranks.gather(problem)), ""):
-            raise Stop(problem)
         self.step: int = self.found["step"] if self.found else 0
-        if len(steps := ranks.gather(self.step)) != steps.count(self.step):
+        steps, problems = zip(*ranks.gather((self.step, problem)), strict=True)
+        if any(problems):
+            raise Stop(next(filter(None, problems)))
+        if len({*steps}) > 1:
             raise Stop(f"the processes find different checkpoints in {folder} (steps {steps}): put it on a disk they all share")
         if self.found and not resume:
             raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
         changed = changed_settings(self.found["settings"], self.settings, may_change) if self.found else []
         if ranks.rank == 0:
-            if (
-                self.found and name == PREVIOUS and (folder / NEWEST).exists()
-            ):  # the next save must not put it over the good one
+            if self.found and name == PREVIOUS and (folder / NEWEST).exists():
+                # the next save would put the damaged one over the good one
                 os.replace(folder / NEWEST, folder / DAMAGED)
             if self.found:
                 print(f"resuming {folder} after step {self.step}" + "".join(f"; {line}" for line in changed), flush=True)
             elif resume:
                 print(f"no checkpoint in {folder}: starting at step 0", flush=True)
         self.saved, self.failure, self._time = self.step, "", time.monotonic()
+        self._at: int | None = None  # the step after which the state is now; None while the optimizer changes it
 
     def restore(self, log: Log, signals: Signals, *, model: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> None:
         """Name what is saved, and load what the checkpoint holds of it: all of it, or nothing.
@@ -103,27 +104,14 @@ class Checkpoint:
         self.objects = {"model": model, "optimizer": optimizer, **more}
         if self.found:
             own = optimizer.state_dict()["param_groups"]
-            self._check_fit(self.found, own)
+            check_fit(self.folder, self.found, self.objects, own)
             self.found["optimizer"]["param_groups"] = own
             for name, thing in self.objects.items():
                 (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.found[name])
         self.found = None  # free its memory
-        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
         self._whole(self.step)
-
-    def _check_fit(self, found: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-        problems = [f"{name} is missing" for name in self.objects if name not in found]
-        states = (found.get("model", {}), self.model.state_dict())
-        theirs, ours = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                problems.append(f"model.{name} is {theirs.get(name, 'missing')} instead of {ours.get(name, 'nothing')}")
-        trained, trains = ([len(group["params"]) for group in part] for part in (found["optimizer"]["param_groups"], groups))
-        if trained != trains:
-            problems.append(f"optimizer has groups of {trained} parameters instead of {trains}")
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise Stop(f"the checkpoint in {self.folder} does not fit this run: {'; '.join(problems[:4])}{more}")
 
     @contextlib.contextmanager
     def saved_on_error(self) -> Iterator[None]:
@@ -135,10 +123,10 @@ class Checkpoint:
         try:
             yield
         except BaseException as error:
-            if self._at is not None:
+            if (step := self._at) is not None:
                 self._restore_statistics()
-                if self._at != self.saved:
-                    self.save(self._at)
+                if step != self.saved:
+                    self.save(step)
             if isinstance(error, KeyboardInterrupt):
                 raise self._stopped(self.saved, int(error.args[0] if error.args else 2)) from error
             if self.saved and not isinstance(error, Stop):
@@ -166,10 +154,11 @@ class Checkpoint:
         values = torch.stack([value.detach().float() for value in numbers.values()]).tolist()  # waits for the device
         bad = [name for name, value in zip(numbers, values, strict=True) if not abs(value) < float("inf")]
         if not self.ranks.any(bool(bad)):
-            self._at = None  # the weights change from here on: a step that is half done is not saved
+            self._at = None
             return
         self._restore_statistics()
         self.save(step - 1)
+        self._agree()
         found = dict(enumerate(self.ranks.gather((bad, list(images)))))
         # the gradient is the mean over all ranks: where a rank has lost its loss, it alone has met the images
         met = {rank: part for rank, part in found.items() if part[0] and part[0] != [GRADIENT]} or found
@@ -192,6 +181,7 @@ class Checkpoint:
         if event or step % save_every == 0 or step == last:
             self.save(step)
         if (received := event // 2) and step != last:
+            self._agree()
             raise self._stopped(step, received, last)
 
     def _stopped(self, step: int, number: int, last: int = 0) -> Stop:
@@ -201,15 +191,17 @@ class Checkpoint:
         saved = f"step {step} is saved" if self.saved == step else f"only step {self.saved} is saved ({self.failure})"
         return Stop(f"stopped after step {step}{f' of {last}' if last else ''}; {saved}: {self.again()}", 128 + number)
 
+    def _agree(self) -> None:
+        """Let all ranks know what the first one, which writes, has saved; all of them must call it."""
+        self.saved, self.failure = self.ranks.gather((self.saved, self.failure))[0]
+
     def _whole(self, step: int) -> None:
         """Note that the state is that after ``step``; batch statistics, which a forward pass changes, are copied."""
-        self._at: int | None = step
-        self._statistics = [[buffer.clone() for buffer in norm.buffers()] for norm in self._norms]
+        self._at, self._statistics = step, [buffer.clone() for buffer in self._buffers]
 
     def _restore_statistics(self) -> None:
-        for norm, statistics in zip(self._norms, self._statistics, strict=True):
-            for buffer, before in zip(norm.buffers(), statistics, strict=True):
-                buffer.copy_(before)
+        for buffer, before in zip(self._buffers, self._statistics, strict=True):
+            buffer.copy_(before)
 
     def save(self, step: int) -> None:
         """Write the state after ``step``; where that fails, warn and go on."""
@@ -255,7 +247,8 @@ def write(folder: Path, state: Mapping[str, Any]) -> str:
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that fails
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else "torch could not write all of it"
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or "torch could not write all of it"
         free = f", {shutil.disk_usage(folder).free >> 20} MB are free" if folder.exists() else ""
         return f"cannot write {newest}: {reason}{free}; make room"
     return ""
@@ -300,7 +293,30 @@ def read(path: Path) -> dict[str, Any]:
     missing = {"step", "settings", "optimizer"} - set(state) if isinstance(state, dict) else {"dictionary"}
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
-    return dict(state)
+    return state  # type: ignore[no-any-return]
+
+
+def check_fit(
+    folder: Path, found: Mapping[str, Any], objects: Mapping[str, Any], groups: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """Check that a checkpoint holds these objects, the weights of ``objects["model"]`` and, if given, an optimizer's groups.
+
+    Raises:
+        Stop: naming what is missing or has another shape.
+    """
+    problems = [f"{name} is missing" for name in objects if name not in found]
+    states = (found.get("model", objects["model"].state_dict()), objects["model"].state_dict())
+    theirs, ours = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            problems.append(f"model.{name} is {theirs.get(name, 'missing')} instead of {ours.get(name, 'nothing')}")
+    if groups is not None:
+        trained, trains = ([len(group["params"]) for group in part] for part in (found["optimizer"]["param_groups"], groups))
+        if trained != trains:
+            problems.append(f"optimizer has groups of {trained} parameters instead of {trains}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise Stop(f"the checkpoint in {folder} does not fit this run: {'; '.join(problems[:4])}{more}")
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:

@@ -5,17 +5,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from engine.distributed import Ranks
 from engine.trackers import Trackers
-from mvmae.files import write_text
+from mvmae.weights import write_text
 
 Batch = TypeVar("Batch")
 CLOCK = ("time", "images_per_second", "waiting", "memory_gb", "seconds_left")
@@ -35,20 +36,17 @@ class Log:
 
     def __init__(self, folder: Path, ranks: Ranks, last: int = 0, start: int = 0, batch_size: int = 0) -> None:
         self.folder, self.ranks, self.last, self.batch_size = folder, ranks, last, batch_size
-        self.silent, self.bar = ranks.rank != 0, None
-        self.trackers = Trackers()
+        self.silent, self.trackers = ranks.rank != 0, Trackers()
         self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited, self.left = 0, 0.0, last - start
+        self.steps, self.first, self.waited, self.left = 0, 0, 0.0, last - start
         self.since: float | None = None  # of the first line's steps the first is left out: it starts workers and compiles
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}<{remaining}"
+        hidden = True if self.silent else None  # None: where there is no terminal
+        self.bar = tqdm(total=last, initial=start, bar_format=form, dynamic_ncols=True, leave=False, disable=hidden)
         if self.silent:
             return
         kept = [json.dumps(record) + "\n" for record in self.records() if record.get("step", 0) <= start]
         write_text(folder / "log.jsonl", "".join(kept))
-        if sys.stderr is not None and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}<{remaining}"
-            self.bar = tqdm(total=last, initial=start, bar_format=form, dynamic_ncols=True, leave=False, file=sys.stderr)
 
     def records(self) -> list[dict[str, Any]]:
         """Read the lines back, without those that a killed process cut."""
@@ -79,8 +77,7 @@ class Log:
         self.steps, self.left = self.steps + 1, self.left - 1
         if self.since is None:
             self.since, self.waited, self.first = time.monotonic(), 0.0, 1
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -138,23 +135,19 @@ class Log:
         """Print a line, above the bar where there is one."""
         if self.silent:
             return
-        if self.bar is not None:
-            self.bar.clear()
+        self.bar.clear()
         print(line, flush=True)
-        if self.bar is not None:
-            self.bar.refresh()
+        self.bar.refresh()
 
     def close(self, *, failed: bool = False) -> None:
         """Remove the bar and end the trackers."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
         self.trackers.close(failed=failed)
 
 
 def in_words(record: Mapping[str, Any]) -> str:
     """Return the numbers of `CLOCK` as a user reads them; empty without any."""
-    parts = {
+    parts: dict[str, Callable[[float], str]] = {
         "images_per_second": lambda value: f"{value:.0f} images/s" if value >= 100 else f"{value:.1f} images/s",
         "waiting": "{:.0%} waiting for data".format,
         "memory_gb": "{:.2f} GB".format,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from engine.distributed import DEVICES
@@ -119,13 +120,15 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Presets, 
         main(parse(config, presets, about))
     except KeyboardInterrupt as error:
         _end(NOTHING_SAVED, 128 + (error.args[0] if error.args else signal.SIGINT))
-    except MemoryError as error:
-        _end(f"the memory is used up ({error}): use a smaller --batch-size, or fewer --workers", 1)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _end(f"the memory is used up ({first_line(error)}): use a smaller --batch-size, or fewer --workers", 1)
     except (Stop, ValueError, TypeError, OSError, ImportError) as error:
         _end(str(error), error.code if isinstance(error, Stop) else 2)
     except RuntimeError as error:
         if reason := explain_loader_error(error):
             _end(reason, 1)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            _end(f"--compile does not work here ({first_line(error)}): leave it out", 1)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not any(word in str(error).lower() for word in LOST):
             raise
         _end(f"another process of this run has ended, see its message; --resume continues ({first_line(error)})", 1)
@@ -209,12 +212,9 @@ def _parser(
         allow_abbrev=False,
     )
     hints, section, sections = typing.get_type_hints(config), SECTIONS[0], dict[str, list[str]]()
-    for part in reversed(config.__mro__):  # an option stays in the section of the dataclass that declares it first
-        for name in vars(part).get("__annotations__", {}):
-            metadata = vars(part)["__dataclass_fields__"][name].metadata
-            if metadata and not any(name in names for names in sections.values()):
-                section = metadata["section"] or section
-                sections.setdefault(section, []).append(name)
+    for name, field in fields.items():  # an option that is declared again below keeps its place
+        section = field.metadata["section"] or section
+        sections.setdefault(section, []).append(name)
     for section in sorted(sections, key=SECTIONS.index):
         group = parser.add_argument_group(section)
         for name in sections[section]:
@@ -224,41 +224,40 @@ def _parser(
 
 def _argument(field: "dataclasses.Field[Any]", hint: Any, default: Any) -> dict[str, Any]:
     """Return what argparse takes for a field."""
-    about = field.metadata
-    notes = [f"any of {', '.join(about['choices'])}"] if about["choices"] and isinstance(field.default, tuple) else []
-    notes += [f"{stated(about['bounds'])}"] if about["bounds"].keys() - {"at least"} or about["bounds"].get("at least") else []
-    notes += [f"default: {shown(default)}"] if default not in ("", (), REQUIRED) else []
+    about, several, kinds = field.metadata, typing.get_origin(hint) is tuple, _kinds(hint)
+    notes = [f"any of {', '.join(about['choices'])}"] if about["choices"] and several else []
+    notes += [stated(about["bounds"])] if about["bounds"] not in ({}, {"at least": 0}) else []
+    notes += [f"default: {shown(default)}"] if default not in ("", (), None, REQUIRED) else []
     text = about["help"] + (f" [{'; '.join(notes)}]" if notes else "")
-    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    settings: dict[str, Any] = {"help": text.replace("%", "%%")} | ({"nargs": "+"} if several else {})
     if hint is bool:
         return settings | {"action": argparse.BooleanOptionalAction}
-    several = typing.get_origin(hint) is tuple
-    kind = typing.get_args(hint)[0] if several else hint
-    word = {int: "N", float: "X"}.get(kind, "X" if kind == float | str else field.name.rpartition("_")[2].upper())
-    settings |= {"type": _reader(kind, about), "metavar": word} | ({"nargs": "+"} if several else {})
-    return settings | ({"choices": about["choices"], "metavar": "NAME" if several else None} if about["choices"] else {})
+    if about["choices"]:
+        return settings | {"choices": about["choices"], "metavar": "NAME" if several else None}
+    if kinds & {int, float}:
+        read = partial(_number, kinds=kinds, bounds=about["bounds"])
+        return settings | {"type": read, "metavar": "N" if int in kinds else "X"}
+    return settings | {"type": os.path.expanduser if about["path"] else str, "metavar": field.name.rpartition("_")[2].upper()}
 
 
-def _reader(kind: Any, about: Mapping[str, Any]) -> Callable[[str], Any]:
-    """Return what reads a value and holds it against the range of its option."""
-    bounds: dict[str, float] = about["bounds"]
-    if not {"at most", "below"} & bounds.keys():
-        bounds = bounds | {"below": LARGEST}
+def _kinds(hint: Any) -> set[Any]:
+    """Return the types in a hint: float and str of ``tuple[float | str, ...]``."""
+    return {hint}.union(*map(_kinds, typing.get_args(hint)))
 
-    def read(text: str) -> Any:
-        if kind is str:
-            return os.path.expanduser(text) if about["path"] else text
-        value: Any
-        try:
-            value = int(text) if kind is int else float(text)
-        except ValueError:
-            value = text if kind == float | str else math.nan
-        if isinstance(value, str) or (abs(value) <= sys.float_info.max and all(BOUNDS[w](value, bounds[w]) for w in bounds)):
-            return value
-        expected = f"a {'whole' if kind is int else 'finite'} number {stated(bounds)}".strip()
-        raise argparse.ArgumentTypeError(f"must be {expected}, got {text[:40]!r}")
 
-    return read
+def _number(text: str, *, kinds: set[Any], bounds: Mapping[str, float]) -> float | str:
+    """Read a number and hold it against the range of its option."""
+    try:
+        value: float = int(text) if int in kinds else float(text)
+    except ValueError:
+        if str in kinds:
+            return text
+        value = math.nan
+    bounds = bounds if {"at most", "below"} & bounds.keys() else {**bounds, "below": LARGEST}
+    if abs(value) <= sys.float_info.max and all(BOUNDS[word](value, limit) for word, limit in bounds.items()):
+        return value
+    expected = f"a {'whole' if int in kinds else 'finite'} number {stated(bounds)}"
+    raise argparse.ArgumentTypeError(f"must be {expected}, got {text[:40]!r}")
 
 
 def stated(bounds: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Batch = TypeVar("Batch")
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
@@ -36,9 +36,10 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._since, self._waiting, self._saving = 0.0, False, False
+        self._before: dict[signal.Signals, Any] = {}
         for number in SIGNALS:
             if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
-                signal.signal(number, self._receive)
+                self._before[number] = signal.signal(number, self._receive)
         if hasattr(signal, "SIGALRM"):
             signal.signal(signal.SIGALRM, self._interrupt)
 
@@ -70,6 +71,11 @@ class Signals:
             finally:
                 self._waiting = False
             yield batch
+
+    def release(self) -> None:
+        """Let signals end the process at once, as before: the run is saved, and what follows it saves nothing."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

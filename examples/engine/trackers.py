@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvmae.files import write_text
+from mvmae.weights import write_text
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 

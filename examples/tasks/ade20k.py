@@ -18,17 +18,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from mvmae.data import FORMATS, colour, open_image, sample_seed
+from mvmae.data import FORMATS, sample_seed
+from tasks.dense import read_image
 
 IGNORE = 255
 """Label of a pixel that is left out of loss and evaluation."""
 NAMES = {"train": ("training", "train"), "val": ("validation", "val")}
-LAYOUT = (
-    "data set folder in ADE20K's layout (images/{training,validation}, annotations/{training,validation}), or toy: shapes "
-    "drawn into the output folder; not needed with --preset toy"
-)
-"""What ``--help`` says of ``--data``."""
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
@@ -37,7 +33,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     Args:
         root: the folder; the splits are ``training`` (or ``train``) and ``validation`` (or ``val``).
         split: ``train`` or ``val``.
-        num_classes: number of classes; labels from this number on, other than 255, are an error.
+        num_classes: number of classes; 0: counted in ``classes.txt``, else in the label maps of both splits.
         augment: (image, labels) -> (image, labels), for training, with numbers from torch's global generator.
         reduce_zero_label: label 0 is left out, and the others count from 0 (ADE20K).
         ignore: labels, as the label maps have them, that are left out too; the others count on without them.
@@ -46,10 +42,11 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
     Raises:
         FileNotFoundError: if the folders are not there, or an image has no label map.
-        ValueError: if ``classes.txt`` names another number of classes, or there are more than labels of 8 bits.
+        ValueError: if ``classes.txt`` names another number of classes, the label maps hold fewer than two, or one that is
+            counted cannot be read.
 
     Attributes:
-        classes: class of each label, as `classes_of_labels` has it.
+        classes: class of each label from 0 to 255, (256,) uint8; `IGNORE` where it is left out.
         names: of the classes, from ``classes.txt``, else their labels.
     """
 
@@ -58,7 +55,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         root: Path,
         split: str,
         *,
-        num_classes: int,
+        num_classes: int = 0,
         augment: Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]] | None = None,
         reduce_zero_label: bool = True,
         ignore: Sequence[int] = (),
@@ -70,23 +67,31 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
             raise FileNotFoundError(f"--data: {root} must hold images/{NAMES[split][0]}, as ADE20K's layout does")
         self.images = sorted(path for path in (root / "images" / name).rglob("*") if path.suffix.lower() in SUFFIXES)
         self.labels = [root / "annotations" / path.relative_to(root / "images").with_suffix(".png") for path in self.images]
-        missing = [path for path in self.labels if not path.exists()]
-        if missing or not self.images:
-            raise FileNotFoundError(
-                f"{missing[0]} is missing" if missing else f"{root}/images/{name} must hold images, got none"
-            )
-        self.augment, self.seed = augment, seed
-        self.classes = classes_of_labels(reduce_zero_label=reduce_zero_label, ignore=ignore)
-        self.num_classes, self.background = num_classes, colour(background)
-        labels = [str(label) for label in (self.classes != IGNORE).nonzero().flatten().tolist()]
-        if num_classes > len(labels):
-            raise ValueError(f"the number of classes must be at most {len(labels)}, got {num_classes}: labels have 8 bits")
-        self.names = class_names(root, reduce_zero_label=reduce_zero_label, ignore=ignore) or labels[:num_classes]
-        if len(self.names) != num_classes:
-            raise ValueError(
-                f"the number of classes must be {len(self.names)}, as {root}/classes.txt names them, got {num_classes}: "
-                "leave --num-classes out, or edit the file"
-            )
+        if not self.images:
+            raise FileNotFoundError(f"{root}/images/{name} must hold images ({' '.join(sorted(SUFFIXES))}), got none")
+        if missing := [path for path in self.labels if not path.exists()]:
+            raise FileNotFoundError(f"{missing[0]} is missing")
+        self.augment, self.seed, self.background = augment, seed, background
+
+        left_out = {IGNORE, *ignore} | ({0} if reduce_zero_label else set())
+        labels = [label for label in range(256) if label not in left_out]
+        self.classes = torch.full((256,), IGNORE, dtype=torch.uint8)
+        self.classes[labels] = torch.arange(len(labels), dtype=torch.uint8)
+        file = root / "classes.txt"  # its lines name the labels from 0 on, or from 1 on (ADE20K)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.names = [line for label, line in enumerate(lines, start=int(reduce_zero_label)) if label not in ignore]
+        if self.names and num_classes not in (0, len(self.names)):
+            cure = f"got {num_classes}: leave --num-classes out, or edit the file"
+            raise ValueError(f"the number of classes must be {len(self.names)}, as {file} names them, {cure}")
+        if not self.names and not num_classes:
+            with ThreadPoolExecutor() as pool:
+                maps = pool.map(lambda path: read_labels(path, self.classes), sorted((root / "annotations").rglob("*.png")))
+                num_classes = 1 + max(map(largest, maps))
+            if num_classes < 2:  # what names all pixels alike would be perfect
+                found = f"labels other than {', '.join(map(str, sorted(left_out)))}, got {num_classes}"
+                cure = "number the classes from 0 or 1 on; --no-reduce-zero-label learns label 0 too"
+                raise ValueError(f"{root}/annotations must hold two {found}: {cure}")
+        self.names = self.names or list(map(str, labels[:num_classes]))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -98,71 +103,23 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return an image (3, H, W) uint8 and its labels (H, W) long."""
         epoch, index = key
-        decoded = open_image(self.images[index]).decode(decoder="pillow", background=self.background)
-        image = F.to_image(Image.fromarray(decoded))
-        labels = tv_tensors.Mask(read_labels(self.labels[index], self.classes))
-        largest = largest_class(labels)
-        if largest >= self.num_classes:
-            bound, found = (self.classes.tolist().index(number) for number in (self.num_classes, largest))
-            raise ValueError(
-                f"{self.labels[index]} must hold labels below {bound} for --num-classes {self.num_classes}, "
-                f"got {found}: leave --num-classes out to count the labels"
-            )
-        if labels.shape != image.shape[1:]:
-            sizes = [f"{width}x{height}" for height, width in (image.shape[1:], labels.shape)]
-            raise ValueError(f"{self.labels[index]} must have {sizes[0]} pixels, as its image has, got {sizes[1]}")
-        if self.augment is None:
-            return image.as_subclass(Tensor), labels.long()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
-            pixels, planes = self.augment(image, labels)
-        return pixels.as_subclass(Tensor), planes.long()
-
-
-def classes_of_labels(*, reduce_zero_label: bool, ignore: Sequence[int] = ()) -> Tensor:
-    """Return the class of each label from 0 to 255, (256,) uint8; `IGNORE` where it is left out."""
-    left_out = {IGNORE, *ignore} | ({0} if reduce_zero_label else set())
-    kept = torch.tensor([label not in left_out for label in range(256)])
-    return (kept.cumsum(0) - 1).where(kept, IGNORE).to(torch.uint8)
-
-
-def class_names(root: Path, *, reduce_zero_label: bool, ignore: Sequence[int] = ()) -> list[str]:
-    """Return the classes' names from ``classes.txt``, or nothing if there is no such file.
-
-    Its lines name the labels from 0 on, or from 1 on with ``reduce_zero_label``, as ADE20K has it. Those of labels to ignore
-    are passed over; at the end they can be missing.
-    """
-    path = root / "classes.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [line for label, line in enumerate(lines, start=int(reduce_zero_label)) if label not in ignore]
-
-
-def count_classes(root: Path, *, reduce_zero_label: bool, ignore: Sequence[int] = ()) -> int:
-    """Return the number of classes that ``classes.txt`` names; without that file, those up to the largest label of all maps.
-
-    Labels that are left out are not counted.
-
-    Raises:
-        FileNotFoundError: if there are no label maps.
-        ValueError: if a label map cannot be read, or all pixels of all label maps are left out.
-    """
-    if names := class_names(root, reduce_zero_label=reduce_zero_label, ignore=ignore):
-        return len(names)
-    paths = sorted((root / "annotations").rglob("*.png"))
-    if not paths:
-        needed = "images/training and annotations/training/*.png"
-        raise FileNotFoundError(f"--data: {root} must hold {needed}, as ADE20K's layout does")
-    classes = classes_of_labels(reduce_zero_label=reduce_zero_label, ignore=ignore)
-    with ThreadPoolExecutor() as pool:
-        count = 1 + max(pool.map(lambda path: largest_class(read_labels(path, classes)), paths))
-    if not count:
-        left_out = ", ".join(map(str, (classes == IGNORE).nonzero().flatten().tolist()))
-        raise ValueError(f"{root}/annotations must hold labels other than {left_out}, got none: give --num-classes")
-    return count
+        pixels, file = read_image(self.images[index], self.background), self.labels[index]
+        labels = read_labels(file, self.classes)
+        if (found := largest(labels)) >= len(self.names):
+            bound, label = (self.classes.tolist().index(number) for number in (len(self.names), found))
+            raise ValueError(f"{file} must hold labels below {bound} for {len(self.names)} classes, got {label}")
+        if labels.shape != pixels.shape[1:]:
+            sizes = [f"{width}x{height}" for height, width in (pixels.shape[1:], labels.shape)]
+            raise ValueError(f"{file} must have {sizes[0]} pixels, as its image has, got {sizes[1]}")
+        if self.augment is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+                pixels, labels = self.augment(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
+        return pixels.as_subclass(Tensor), labels.as_subclass(Tensor).long()
 
 
 def read_labels(path: Path, classes: Tensor) -> Tensor:
-    """Load a label map as the classes of its pixels, (H, W) uint8; ``classes`` are those of `classes_of_labels`."""
+    """Load a label map as the classes of its pixels, (H, W) uint8; ``classes`` are those of `LabelMaps`."""
     try:
         with Image.open(path, formats=FORMATS) as file:
             labels, mode = np.array(file), file.mode
@@ -173,7 +130,7 @@ def read_labels(path: Path, classes: Tensor) -> Tensor:
     return torch.from_numpy(classes.numpy()[labels])
 
 
-def largest_class(labels: Tensor) -> int:
+def largest(labels: Tensor) -> int:
     """Return the largest class in a label map, or -1 if all pixels are left out."""
     return int(labels.int().where(labels != IGNORE, -1).max())
 
@@ -198,26 +155,19 @@ class Augment:
 
     def __call__(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
         """Return (3, side, side) and (side, side): an image and its labels, augmented alike."""
-        height, width = image.shape[1:]
         ratio = torch.empty(()).uniform_(*self.ratio).item()
-        image, labels = v2.Resize(fitting_size((height, width), self.side, ratio))(image, labels)
-        cut = self._crop(labels)
-        image, labels = v2.RandomHorizontalFlip()(F.crop(image, *cut), F.crop(labels, *cut))
-        room = [0, 0, self.side - cut[3], self.side - cut[2]]
-        fill = {tv_tensors.Image: self.fill, tv_tensors.Mask: IGNORE}
-        image, labels = v2.Pad(room, fill)(tv_tensors.Image(distort(image)), labels)
-        return image, labels
-
-    def _crop(self, labels: Tensor) -> tuple[int, int, int, int]:
-        """Draw a crop: top, left, height and width."""
-        rows, columns = labels.shape
-        height, width = min(rows, self.side), min(columns, self.side)
+        height, width = fitting_size((image.shape[1], image.shape[2]), self.side, ratio)
+        image, labels = v2.Resize((height, width))(image, labels)
+        rows, columns = min(height, self.side), min(width, self.side)
         for _ in range(11):
-            top, left = int(torch.randint(rows - height + 1, ())), int(torch.randint(columns - width + 1, ()))
-            counts = F.crop(labels, top, left, height, width).flatten().bincount(minlength=256)[:IGNORE]
+            cut = (int(torch.randint(height - rows + 1, ())), int(torch.randint(width - columns + 1, ())), rows, columns)
+            counts = F.crop(labels, *cut).flatten().bincount(minlength=256)[:IGNORE]
             if (counts > 0).sum() > 1 and counts.max() < self.max_share * counts.sum():
                 break
-        return top, left, height, width
+        image, labels = v2.RandomHorizontalFlip()(F.crop(image, *cut), F.crop(labels, *cut))
+        fill = {tv_tensors.Image: self.fill, tv_tensors.Mask: IGNORE}
+        image, labels = v2.Pad([0, 0, self.side - columns, self.side - rows], fill)(tv_tensors.Image(distort(image)), labels)
+        return image, labels
 
 
 def fitting_size(size: tuple[int, int], side: int, ratio: float = 1.0) -> tuple[int, int]:

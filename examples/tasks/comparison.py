@@ -47,27 +47,30 @@ TABLES: dict[str, list[Arm]] = {
         Arm("temperature 0.5", "--temperature 0.5"),
         Arm("contrastive loss from half of the run on", "--contrast-from 0.5"),
     ],
-    "negatives": [Arm("of all processes", ""), Arm("of each process alone", "--no-gather")],
     "contrast": [OURS, Arm("without contrastive loss", "--loss-weight 0")],
 }
 
 MEASURES = {"finetune": "fine-tuning", "knn": "k-NN", "linear": "linear probe"}
-BAND = "0.92"
-"""Grey behind the name of a table."""
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t for 1 to 9 degrees of freedom."""
 
 
-def summarise(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], measure: str) -> dict[str, Any] | None:
+def compare(arm: Arm, runs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a row of a table: an arm, its runs, and what `summarise` says of each measure."""
+    about = {"arm": arm.name, "options": arm.options, "paper": arm.paper, "runs": list(runs)}
+    return about | {measure: summarise(runs, ours, measure) for measure in MEASURES}
+
+
+def summarise(runs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], measure: str) -> dict[str, Any] | None:
     """Compute mean and deviation over seeds, and the mean difference to ours with the half width of its 95 % interval.
 
     Differences are between runs of the same seed.
     """
-    values = [result[measure] for result in results if measure in result]
+    values = [run[measure] for run in runs if measure in run]
     if not values:
         return None
-    by_seed = {result["seed"]: result[measure] for result in ours if measure in result}
-    pairs = [result[measure] - by_seed[result["seed"]] for result in results if measure in result and result["seed"] in by_seed]
+    by_seed = {run["seed"]: run[measure] for run in ours if measure in run}
+    pairs = [run[measure] - by_seed[run["seed"]] for run in runs if measure in run and run["seed"] in by_seed]
     found: dict[str, Any] = {"mean": statistics.mean(values), "n": len(values)}
     found["std"] = statistics.stdev(values) if len(values) > 1 else None
     found["difference"] = statistics.mean(pairs) if pairs else None
@@ -77,7 +80,7 @@ def summarise(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]],
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Format the tables as Markdown: for each measure mean, deviation over seeds, difference to ours with its 95 % interval."""
+    """Format the tables: for each measure mean and deviation over seeds, difference to ours with its 95 % interval."""
     lines = []
     for table, rows in found.items():
         columns = {table: [row["arm"] for row in rows]}
@@ -98,45 +101,37 @@ def _cell(summary: dict[str, Any] | None) -> str:
 
 
 def draw(path: Path, found: dict[str, Any]) -> None:
-    """Draw every arm's mean, deviation and single runs into a PNG.
-
-    A panel for each measure; a line for each arm, below one with the name of its table.
-    """
+    """Draw each arm's mean, deviation and single runs into a PNG: a panel for each measure, a row for each arm and table."""
     from matplotlib.transforms import blended_transform_factory
 
-    lines: list[tuple[str, dict[str, Any] | None]] = []
-    for table, rows in found.items():
-        lines += [(table.replace("_", " "), None), *((row["arm"], row) for row in rows)]
-    layout = {"figsize": (9.5, 1.6 + 0.19 * len(lines)), "sharey": True}
-    with plot(path, 1, len(MEASURES), **layout) as (figure, panels):
-        axes = panels[0]
-        for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
-            _draw_panel(axis, [row for _, row in lines], measure)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for table, arms in found.items():
+        rows += [(table.replace("_", " "), {}), *((arm["arm"], arm) for arm in arms)]
+    with plot(path, 1, len(MEASURES), figsize=(9.5, 1.6 + 0.19 * len(rows)), sharey=True) as (figure, panels):
+        for axis, (measure, title) in zip(panels[0], MEASURES.items(), strict=True):
+            means = [(place, row[measure]) for place, (_, row) in enumerate(rows) if row.get(measure)]
+            runs = [
+                (run[measure], place) for place, (_, row) in enumerate(rows) for run in row.get("runs", ()) if measure in run
+            ]
+            x, spread = [found["mean"] for _, found in means], [found["std"] or 0 for _, found in means]
+            style: dict[str, Any] = {"fmt": "o", "markersize": 4, "capsize": 2}
+            axis.errorbar(
+                x, [place for place, _ in means], xerr=spread, label="mean and standard deviation over seeds", **style
+            )
+            axis.scatter(
+                *(zip(*runs, strict=True) if runs else ((), ())), marker="|", color="C1", zorder=3, label="run of one seed"
+            )
             axis.set(title=title, xlabel="accuracy, %\n\n")  # room for the legend
-        arms = {place: name for place, (name, row) in enumerate(lines) if row}
-        axes[0].set_yticks(list(arms), list(arms.values()), fontsize=9)
-        axes[0].set_ylim(len(lines) - 0.5, -0.5)
-        style: dict[str, Any] = {"va": "center", "fontsize": 9, "bbox": {"facecolor": BAND, "edgecolor": "none", "pad": 1}}
-        style["transform"] = blended_transform_factory(axes[0].transAxes, axes[-1].transData)
-        for place, (name, row) in enumerate(lines):
-            if row is None:  # on the last panel, so that no other covers it
-                axes[-1].text(0.02, place, name, **style).set_in_layout(False)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9)
-
-
-def _draw_panel(axis: Any, rows: Sequence[dict[str, Any] | None], measure: str) -> None:
-    """Draw a measure of the arms, each at its place in the list; a place without an arm is a band across the panel."""
-    means = [(place, row[measure], row["runs"]) for place, row in enumerate(rows) if row and row[measure]]
-    runs = [(run[measure], place) for place, _, runs in means for run in runs if measure in run]
-    if means:
-        places, found, _ = zip(*means, strict=True)
-        spread = [summary["std"] or 0 for summary in found]
-        label = "mean and standard deviation over seeds"
-        axis.errorbar(
-            [summary["mean"] for summary in found], places, xerr=spread, fmt="o", markersize=4, capsize=2, label=label
-        )
-        axis.scatter(*zip(*runs, strict=True), marker="|", color="C1", zorder=3, label="run of one seed")
-    axis.grid(alpha=0.3)
-    for place, row in enumerate(rows):
-        if row is None:
-            axis.axhspan(place - 0.5, place + 0.5, color=BAND, zorder=2)
+            axis.grid(alpha=0.3)
+            for place, (_, row) in enumerate(rows):
+                if not row:
+                    axis.axhspan(place - 0.5, place + 0.5, color="0.92", zorder=2)
+        axes, last = panels[0][0], panels[0][-1]
+        arms = {place: name for place, (name, row) in enumerate(rows) if row}
+        axes.set_yticks(list(arms), list(arms.values()), fontsize=9)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        across = blended_transform_factory(axes.transAxes, last.transData)
+        for place, (name, row) in enumerate(rows):
+            if not row:  # written on the last panel, so that no other covers it
+                last.text(0.02, place, name, va="center", fontsize=9, transform=across).set_in_layout(False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9)

@@ -1,127 +1,117 @@
-"""What detect.py and segment.py share: the encoder, the parameter groups, the learning rate, the steps, evaluation in parts."""
+"""What detect.py and segment.py share: options, the encoder, the training loop, images from the disk, toy data."""
 
 import dataclasses
 import inspect
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
+from torchvision.transforms.v2 import functional as F
 
-from engine.checkpoint import load_checkpoint, same_everywhere
-from engine.options import option
-from engine.config import REQUIRED, RunConfig
+from engine.checkpoint import Checkpoint, check_fit, read_newest
 from engine.distributed import Ranks, autocast, parallel
-from engine.signals import Stop
-from engine.pace import CLOCK
-from engine.run import DROPOUT, Run
-from engine.snapshot import restore
-from mvmae.data import FileSource, NamedImages, StepSampler, make_loader, sample_seed
+from engine.log import CLOCK, Log
+from engine.optim import set_learning_rate
+from engine.options import REQUIRED, RunConfig, changeable, option
+from engine.signals import Signals, Stop
+from mvmae.data import FileSource, StepSampler, colour, make_loader, open_image, sample_seed
 from mvmae.dense import WindowedViT
 from mvmae.patches import sincos_table
-from tasks.backbones import load_backbone, summary, timm_arguments
-from tasks.inputs import names
+from mvmae.weights import write_json
+from tasks.models import load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 
+DROPOUT = -2
+"""Takes the place of an epoch in the seed of a step's random numbers: drop path, dropout, sampled regions."""
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseConfig(RunConfig):
-    """Settings of both scripts; their presets give the values."""
+    """Options of both scripts. Fields without `option` are constants of a recipe: its preset sets them."""
 
     data: str = option(
-        REQUIRED,
-        "data set folder, or toy: shapes drawn into the output folder",
-        path=True,
-        may_change=True,
-        section="Data",
+        REQUIRED, "data set folder, or toy: shapes drawn into the output folder", path=True, may_change=True, section="Data"
     )
+    image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1)
+    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; default: the encoder's, else white")
+    toy_images: int = option(600, "training images that --data toy draws; for validation it draws a sixth of them", at_least=1)
+    steps: int = option(REQUIRED, "training steps", at_least=1, section="Length")
+    warmup_steps: int = option(0, "steps of linear warm-up of the learning rate; 0: the preset's share of --steps", at_least=0)
     model: str = option(
         REQUIRED,
         "encoder, a plain ViT: timm name, hf-hub:ID, folder of a run or export, file of weights; random:NAME is untrained",
         path=True,
         section="Model",
     )
-    arch: str = option("", "timm name of the encoder, if it is a file of weights without a config.json beside it", empty="none")
-    model_args: str = option(
-        "", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'", empty="none", belongs_to="model"
-    )
-    evaluate: bool = option(
-        False, "evaluate the newest checkpoint in the output folder and do not train", may_change=True, section="Evaluation"
-    )
-    image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1, section="Data")
-    window_size: int = option(
-        REQUIRED, "side of an attention window in patches; 0: global attention in every block", at_least=0, section="Model"
-    )
-    rel_pos: bool = option(True, "add learned relative positions to the attention of every block")
-    drop_path: float = option(
-        REQUIRED, "rate of stochastic depth in the last block of the encoder, rising from 0 in the first", at_least=0, below=1
-    )
-    steps: int = option(REQUIRED, "number of training steps", at_least=1, section="Optimization")
-    batch_size: int = option(REQUIRED, "number of images per step, over all processes", at_least=1)
+    arch: str = option("", "timm name of the encoder, if it is a file of weights without a config.json beside it")
+    model_args: str = option("", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'")
+    window_size: int = option(REQUIRED, "side of an attention window in patches; 0: global attention in all blocks", at_least=0)
+    drop_path: float = option(REQUIRED, "stochastic depth in the last block, rising from 0 in the first", at_least=0, below=1)
+    batch_size: int = option(REQUIRED, "images per step, over all processes", at_least=1, section="Optimizer")
     lr: float = option(REQUIRED, "learning rate of AdamW after warm-up", at_least=0)
-    weight_decay: float = option(REQUIRED, "weight decay of AdamW; normalisation layers and positions have none", at_least=0)
-    decay_biases: bool = option(REQUIRED, "apply weight decay to biases too, as detectron2 does")
     layer_decay: float = option(
         REQUIRED, "factor of the learning rate from each block to the one below; 1: one rate for all", above=0, at_most=1
     )
-    schedule: str = option(
-        REQUIRED,
-        "learning-rate schedule; cosine or linear: down to 0, steps: a tenth after 89 % and again after 96 % of the steps",
-        ["cosine", "linear", "steps"],
+    evaluate: bool = option(
+        False, "evaluate the newest checkpoint in the output folder, without training", may_change=True, section="Evaluation"
     )
-    warmup_steps: int = option(REQUIRED, "steps of linear warm-up of the learning rate", at_least=0)
-    warmup_start: float = option(REQUIRED, "learning rate at the start of warm-up, as a share of --lr", at_least=0, at_most=1)
-    background: str = option(
-        "", "colour behind transparent pixels, a name or #RRGGBB", empty="the encoder's own, else white", section="Data"
-    )
+    pictures: int = option(8, "images in predictions.png; 0: no picture", at_least=0, may_change=True, section="Pictures")
     grad_checkpointing: bool = option(
-        False,
-        "recompute the encoder's activations in the backward pass, to save memory",
-        may_change=True,
-        section="Speed and memory",
+        False, "recompute the encoder's activations in the backward pass, to save memory", may_change=True, section="Speed"
     )
-    toy_images: int = option(
-        600, "number of training images that --data toy draws; it draws a sixth as many to test on", at_least=1, section="Data"
-    )
-    pictures: int = option(
-        8, "number of images in predictions.png; 0: no picture", at_least=0, may_change=True, section="Evaluation"
-    )
+    weight_decay: float
+    decay_biases: bool  # detectron2 does, BEiT does not
+    schedule: str  # a key of SCHEDULES
+    warmup: float  # share of the steps
+    warmup_start: float  # share of the learning rate
+
+
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    # ViTDet: a tenth from step 163 889 of 184 375 on, a hundredth from 177 546 on
+    "steps": lambda done: 0.1 ** ((done >= 163_889 / 184_375) + (done >= 177_546 / 184_375)),
+}
+"""Learning rate, as a share of its peak, after a share of the steps."""
+
+
+def lr_factor(step: int, config: DenseConfig) -> float:
+    """Return the learning rate after ``step`` steps as a share of ``config.lr``: the schedule times a linear warm-up."""
+    factor, warmup = SCHEDULES[config.schedule](step / config.steps), config.warmup_steps or round(config.warmup * config.steps)
+    if step < warmup:
+        factor *= config.warmup_start + (1 - config.warmup_start) * step / warmup
+    return factor
 
 
 def build_trunk(
-    config: DenseConfig, taps: Callable[[int], Sequence[int]] | None = None, **options: Any
+    config: DenseConfig, *, positions: Any = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
 ) -> tuple[WindowedViT, Any]:
     """Return the encoder with attention in windows, and the plain one, for its mean and standard deviation.
 
-    Args:
-        config: settings.
-        taps: function from the number of blocks to the blocks whose output is used.
-        **options: for `WindowedViT`.
+    ``taps`` gives, for a number of blocks, those whose output is used; ``positions`` is that of `WindowedViT`.
     """
     torch.manual_seed(config.seed)
     arguments = timm_arguments(config.model_args)
-    unknown = set(arguments) - set(inspect.signature(VisionTransformer.__init__).parameters)
-    if unknown:
+    if unknown := arguments.keys() - inspect.signature(VisionTransformer.__init__).parameters.keys():
         raise Stop(f"--model-args: a plain ViT of timm has no {', '.join(sorted(unknown))}")
     name = f"random:{config.model.removeprefix('random:')}" if config.evaluate else config.model
     vit: Any = load_backbone(name, arch=config.arch, drop_path_rate=config.drop_path, **arguments)
-    if name.startswith("random:") and options.get("positions") == "rebuild" and vit.pos_embed is not None:
+    if name.startswith("random:") and positions == "rebuild" and vit.pos_embed is not None:
         with torch.no_grad():  # what timm drew at random is no table to build anew for another size
             vit.pos_embed[:, -vit.patch_embed.num_patches :] = sincos_table(vit.embed_dim, vit.patch_embed.grid_size)
-    options |= {"rel_pos": config.rel_pos, "grad_checkpointing": config.grad_checkpointing}
-    options["taps"] = None if taps is None else taps(len(vit.blocks))
-    return WindowedViT(vit, config.image_size, window_size=config.window_size or None, **options), vit
+    options: Any = {"window_size": config.window_size or None, "grad_checkpointing": config.grad_checkpointing}
+    return WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options), vit
 
 
 def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> list[dict[str, Any]]:
@@ -137,99 +127,87 @@ def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> l
             if parameter.requires_grad:
                 groups[depth.get(id(parameter), last), decayed and name not in POSITIONS].append(parameter)
     return [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay * decayed,
-            "lr_scale": config.layer_decay ** (last - layer),
-        }
-        for (layer, decayed), parameters in groups.items()
+        {"params": params, "weight_decay": config.weight_decay * decayed, "lr_scale": config.layer_decay ** (last - layer)}
+        for (layer, decayed), params in groups.items()
     ]
-
-
-def lr_factor(step: int, config: DenseConfig) -> float:
-    """Return the learning rate after ``step`` steps as a part of ``config.lr``: a pure function of the step.
-
-    Linear warm-up from ``warmup_start``, times a cosine or a line to 0 at the last step, or tenths after 8/9 and 26/27 of the
-    steps (ViTDet: 163 889 and 177 546 of 184 375).
-    """
-    part = step / config.steps
-    if config.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * part))
-    elif config.schedule == "linear":
-        factor = 1 - part
-    else:
-        factor = 0.1 ** ((part >= 163889 / 184375) + (part >= 177546 / 184375))
-    if step < config.warmup_steps:
-        factor *= config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
-    return factor
 
 
 def fit(
     config: DenseConfig,
     model: nn.Module,
     trunk: WindowedViT,
-    dataset: NamedImages,
+    dataset: Any,
     losses: Callable[[nn.Module, Any], dict[str, Tensor]],
     ranks: Ranks,
     *,
-    images: str,
+    record: Mapping[str, Any],
     collate: Callable[[list[Any]], Any] = default_collate,
 ) -> None:
-    """Train, save, and go on where a run was cut: bit for bit the same on a CPU.
+    """Train, or with ``--evaluate`` load the newest checkpoint, and leave the model ready for evaluation.
 
     Args:
         config: settings.
-        model: trained in place; with ``--evaluate`` it gets the weights of the newest checkpoint and nothing else happens.
+        model: on its device; trained in place.
         trunk: the encoder in it.
         dataset: (epoch, index) -> sample.
         losses: (model, batch) -> named losses; their sum is minimised.
-        processes: this process and the others.
-        images: tells the data of this run from others.
+        ranks: this process and the others.
+        record: of the data: ``images``, which tells it from other data, and the names of the ``classes``; saved in config.json.
         collate: samples -> batch.
 
     Raises:
         Stop: if a signal or a loss that is not finite ends the run, or there is nothing to evaluate.
     """
-    folder, first = Path(config.output_dir), ranks.rank == 0
+    folder, last = Path(config.output_dir), min(config.steps, config.max_steps or config.steps)
     if config.evaluate:
-        state = load_checkpoint(folder)
-        same_everywhere(folder, state, processes)
-        if state is None:
+        saved, _ = read_newest(folder)
+        if saved is None:
             raise Stop(f"--evaluate: {folder} holds no checkpoint")
-        restore(state, folder, {"model": model})
+        check_fit(folder, saved, {"model": model})
+        model.load_state_dict(saved["model"])
+        model.eval()
         return
-    optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr, fused=ranks.device.type == "cuda")
-    last = min(config.steps, config.max_steps or config.steps)
-    where = {"rank": ranks.rank, "world_size": ranks.world_size}
-    sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **where)
-    run = Run(config, processes, images)
-    run.take_up(last=last, model=model, optimizer=optimizer)
-    sampler.start_step = run.step
-    pinned = ranks.device.type == "cuda"
-    loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, collate=collate)
-    course = f"{config.steps} steps of {config.batch_size}, on {ranks.device}"
-    run.announce(model=summary(trunk, config.image_size, config.model), images=f"{len(dataset)} images", training=course)
-    trained = parallel(model.train(), processes)
-    with run:
-        for step, (keys, batch) in run.batches(zip(sampler, loader, strict=True)):
-            seed = sample_seed(config.seed, DROPOUT, step, ranks.rank)
-            torch.manual_seed(seed)  # for drop path and the sampling of regions
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * group["lr_scale"] * lr_factor(step - 1, config)
+    cuda, settings = ranks.device.type == "cuda", {**dataclasses.asdict(config), **record}
+    optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr, fused=cuda)
+    share = {"rank": ranks.rank, "world_size": ranks.world_size}
+    sampler = StepSampler(len(dataset), config.batch_size, seed=config.seed, num_steps=last, **share)
+    checkpoint = Checkpoint(folder, settings, ranks, may_change=changeable(type(config)), resume=config.resume)
+    log, signals = Log(folder, ranks, last, checkpoint.step, config.batch_size), Signals()
+    checkpoint.restore(log, signals, model=model, optimizer=optimizer)
+    if ranks.rank == 0:
+        write_json(folder / "config.json", settings)
+        log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
+    log.say(f"model: {summary(trunk, config.image_size, config.model)}")
+    log.say(f"data: {len(dataset)} images, {len(record['classes'])} classes: {', '.join(record['classes'])}")
+    log.say(f"training: {config.steps} steps of {config.batch_size} images, on {ranks.device}")
+    sampler.start_step = checkpoint.step
+    loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=cuda, collate=collate)
+    batches, trained = zip(sampler, loader, strict=True), parallel(model.train(), ranks)
+    with checkpoint.saved_on_error():
+        for step, (keys, batch) in enumerate(log.timed(signals.batches(batches)), checkpoint.step + 1):
+            lr = config.lr * lr_factor(step - 1, config)
+            set_learning_rate(optimizer, lr)
+            # drop path and sampled regions: the same whatever was drawn before, so that a resumed run is the same
+            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))
             with autocast(config.precision, ranks.device):
                 parts = losses(trained, batch)
                 loss = torch.stack(list(parts.values())).sum()
             loss.backward()
-            if run.finite(step, {"loss": loss, **parts}, partial(names, dataset, [index for _, index in keys])):
-                optimizer.step()
+            checkpoint.require_finite(step, {"loss": loss, **parts}, [dataset.name(index) for _, index in keys])
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.report(step, lr=config.lr * lr_factor(step - 1, config))
-            run.checkpoint(step)
-    if first:
-        records = run.log.records()
-        drawn = {name: None for record in records for name in record if name not in ("step", "epoch", *CLOCK)}
-        draw_curves(folder / "curves.png", records, drawn)
-    run.log.end()
+            log.add({"loss": loss, **parts})
+            if step % config.log_every == 0 or step == last:
+                log.write_step(step, lr=lr)
+            checkpoint.advance(step, last, config.save_every)
+    if ranks.rank == 0:
+        drawn = {name: None for line in log.records() for name in line if name not in ("step", *CLOCK)}  # in their order
+        draw_curves(folder / "curves.png", log.records(), drawn)
+    log.close()
+    signals.release()
+    if signals.received is not None:
+        raise Stop("stopped after the last step, which is saved: --evaluate goes on from there", 128 + signals.received)
+    model.eval()
 
 
 def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
@@ -249,12 +227,13 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     return root
 
 
-def fingerprint(root: Path, *files: Iterable[str | Path]) -> str:
-    """Return what tells the data of a run from others: its files, wherever the folder lies."""
-    names = ([os.fsencode(os.path.relpath(file, root)) for file in part] for part in files)
-    return "+".join(FileSource(root, part).fingerprint for part in names)
+def read_image(path: str | Path, background: str) -> Tensor:
+    """Read an image upright by EXIF, as labelling tools show it, transparent pixels on a background: (3, H, W) uint8."""
+    opened = open_image(path)
+    pixels: Tensor = F.pil_to_tensor(Image.fromarray(opened.upright(opened.decode(background=colour(background)))))
+    return pixels
 
 
-def gather(items: Iterable[Any], ranks: Ranks) -> list[Any]:
-    """Collect the items of all processes, in the order of the ranks."""
-    return [item for part in ranks.gather(list(items)) for item in part]
+def fingerprint(root: Path, files: Iterable[str | Path]) -> str:
+    """Return what tells the data of a run from others: its files, wherever their folder lies."""
+    return FileSource(root, [os.fsencode(os.path.relpath(file, root)) for file in files]).fingerprint

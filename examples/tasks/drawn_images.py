@@ -13,38 +13,40 @@ GROUPS = 10
 """Groups of images by brightness, contrast and lit area, equally large."""
 
 
-def take(source: ImageSource, count: int, transform: Any, seed: int) -> tuple[Tensor, Tensor]:
-    """Return up to ``count`` readable images, drawn once for each seed, (B, C, H, W) uint8, and labels, -1 for none."""
-    found: list[Tensor] = []
-    labels: list[int] = []
+def take(source: ImageSource, count: int, transform: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Read up to ``count`` images, the same ones for the same seed; what cannot be read is left out, and named.
+
+    Returns:
+        the images, (B, C, H, W) as ``transform`` gives them; their labels (B,), -1 for none; their numbers in the source (B,).
+
+    Raises:
+        Stop: if none can be read.
+    """
+    images, labels, indices = list[Tensor](), list[int](), list[int]()
     for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(found) == count:
+        if len(images) == count:
             break
         try:
             image, label = source[index]
-            found.append(transform(image))
-            labels.append(-1 if label is None else label)
+            images.append(transform(image))
         except ImageError as error:
             print(f"left out: {error}")
-    if not found:
+            continue
+        labels.append(-1 if label is None else label)
+        indices.append(index)
+    if not images:
         raise Stop(f"none of {len(source)} images can be read", 1)
-    return torch.stack(found), torch.tensor(labels)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(indices)
 
 
 def varied(source: ImageSource, transform: Any, count: int = 8, among: int = 256) -> Tensor:
-    """Return the images that an eye can judge best of some of a source, (B, C, H, W) uint8, always the same ones.
+    """Return the images that an eye can judge best of some of a source, (B, C, H, W), always the same ones.
 
     Classes take turns, each with its images of the most varied pixels first.
     """
-    images, labels = take(source, among, transform, seed=0)
+    images, labels, _ = take(source, among, transform, seed=0)
     order = images.float().std((2, 3)).mean(1).argsort(descending=True, stable=True)
-    images, labels = images[order], labels[order]
-    return images[spread(images, labels)[:count]]
-
-
-def shown(images: Tensor) -> Tensor:
-    """Return uint8 images (B, C, H, W) as floats in [0, 1]."""
-    return images.float() / 255
+    return images[order[spread(images[order], labels[order])[:count]]]
 
 
 def spread(images: Tensor, labels: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ def spread(images: Tensor, labels: Tensor) -> Tensor:
 
 def properties(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Group images (B, C, H, W) uint8 by what can be seen without a model, and by class where all have one; each (B,)."""
-    grey = shown(images).mean(dim=1).flatten(1)
+    grey = (images.float() / 255).mean(dim=1).flatten(1)
     lit = grey > 0.1  # leaves a black background out
     seen = {
         "brightness": (grey * lit).sum(1) / lit.sum(1).clamp_min(1),

@@ -18,7 +18,7 @@ from torch import nn
 
 from mvmae.data import ImageSource
 from mvmae.data.loader import escape
-from mvmae.files import replace_file, write_text
+from mvmae.weights import replace_file, write_text
 
 Features = NDArray[np.float32]
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from engine.distributed import Ranks
 from engine.signals import Stop
 from mvmae import CentreCropTransform, MultiViewTransform
-from mvmae.data import EvalTransform, ImageLike, ImageSource
-from mvmae.data import embed_rows as embed_rows
+from mvmae.data import EvalTransform, ImageLike, ImageSource, embed_rows
 
 _logger = logging.getLogger(__name__)
 POOLS = ("avg", "token", "model")
@@ -34,7 +33,6 @@ class CentreCrop:
         cfg = timm.data.resolve_model_data_config(model)
         self.mean, self.std = (torch.tensor(cfg[name])[:, None, None] for name in ("mean", "std"))
         self.crop = CentreCropTransform(cfg["input_size"][1:], crop=cfg["crop_pct"], **pixels)
-        self.shape = (4, *cfg["input_size"])  # bytes
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Return the centre of an image; nothing is random."""
@@ -50,8 +48,8 @@ def evaluation_transform(model: nn.Module, **pixels: Any) -> EvalTransform | Cen
         model: whose cfg holds mean, std, size, interpolation and crop.
         **pixels: ``in_chans``, ``value_range``, ``background``, ``max_pixels``: how images become pixels.
     """
-    if pixels.get("in_chans", 3) in (1, 3) and not pixels.get("value_range"):
-        return EvalTransform(model, background=pixels.get("background") or "white")
+    if pixels.get("in_chans", 3) in (1, 3):
+        return EvalTransform(model, background=pixels.get("background") or "white", value_range=pixels.get("value_range"))
     return CentreCrop(model, **pixels)
 
 
@@ -97,7 +95,7 @@ class OfViews(nn.Module):
     def forward_features(self, views: Tensor) -> Tensor:
         """Compute the pooled feature of each view."""
         features = self.pooled.forward_head(self.pooled.forward_features(self.normalize(views.flatten(0, 1))))
-        by_view: Tensor = features.unflatten(0, views.shape[:2])  # type: ignore[no-untyped-call]
+        by_view: Tensor = features.unflatten(0, views.shape[:2])
         return by_view
 
     def forward_head(self, features: Tensor, *, pre_logits: bool = True) -> Tensor:
@@ -134,11 +132,10 @@ def extract(
     batches: Sequence[Sequence[int]] = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
     modes = {module: module.training for module in model.modules()}
     features, read, bad = torch.empty(0), torch.zeros(len(source), dtype=torch.bool), 0
-    for part in embed_rows(model.eval(), source, batches, transform, num_workers=workers):  # type: ignore[arg-type]
-        rows = torch.tensor([row for row in part.rows if row not in part.bad], dtype=torch.long)
-        good = torch.tensor([row not in part.bad for row in part.rows])
-        features = features if len(features) else torch.zeros(len(source), part.features.shape[1])
-        features[rows], read[rows] = part.features[good], True
+    for part in embed_rows(model.eval(), source, batches, transform, num_workers=workers):
+        if part.rows:
+            features = features if len(features) else torch.zeros(len(source), part.features.shape[1])
+            features[part.rows], read[part.rows] = part.features, True
         for row, reason in part.bad.items():
             _logger.warning("bad image %r: %s; it is left out", source.name(row), reason)
         bad += len(part.bad)

@@ -16,8 +16,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 
 from engine.options import REQUIRED, RunConfig, option
-from mvmae.data import ImageLike, ImageSource, Loader, MultiViewDataset, StepSampler, colour, make_loader
-from mvmae.data.features import to_pil
+from mvmae.data import ImageLike, ImageSource, Loader, MultiViewDataset, StepSampler, colour, make_loader, to_pil
 from mvmae.metrics import as_double
 
 Config = TypeVar("Config", bound=Any)

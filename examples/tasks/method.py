@@ -9,6 +9,7 @@ import mvmae
 from engine.distributed import in_bf16
 from engine.optim import OPTIMIZERS
 from engine.options import REQUIRED, RunConfig, option, redefine
+from engine.signals import Stop
 from mvmae.data import MAX_PIXELS
 from tasks.models import start_encoder
 
@@ -129,8 +130,8 @@ class Config(RunConfig):
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory", may_change=True)
     warmup: float = 0.05  # share of the run, where --warmup-epochs is not given
     # what adapt.py makes options of
-    pretrained: bool = False
     arch: str = ""
+    pretrained: bool = False
     freeze: float = 0.0
     train_blocks: int = 0
     layer_decay: float = 1.0
@@ -148,6 +149,8 @@ def build_model(config: Config, device: torch.device) -> mvmae.MultiViewMAE:
         image_size=config.image_size,
         in_chans=config.in_chans,
     )
+    if not len(encoder.blocks):
+        raise Stop("--encoder-args: depth must be at least 1, got 0")
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     projector = None
     if config.projector:

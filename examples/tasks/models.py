@@ -23,9 +23,8 @@ import mvmae
 from engine.signals import Stop
 from mvmae import WeightsError, hub
 from mvmae.data import colour
-from mvmae.files import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json
 from mvmae.masked_vit import check_encoder
-from mvmae.weights import check_weights, read_weights
+from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
 
 Config = TypeVar("Config", bound=Any)
 
@@ -237,7 +236,8 @@ def with_background(config: Config, name: str, arch: str = "") -> Config:
     Raises:
         ValueError: if it is not a colour.
     """
-    own = _config_beside(name.removeprefix("random:"), arch).get("background")
+    beside = _config_beside(name.removeprefix("random:"), arch)
+    own = (beside.get("inputs") or beside).get("background")
     chosen: str = config.background or own or "white"
     colour(chosen)
     return dataclasses.replace(config, background=chosen)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import mvmae
 from engine.log import Log
-from mvmae.files import write_json, write_text
 from mvmae.hub import export
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
+from mvmae.weights import write_json, write_text
 from tasks.drawn_images import varied
 from tasks.evaluation import Evaluation, report
 from tasks.inputs import normalize

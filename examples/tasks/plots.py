@@ -31,14 +31,11 @@ LABELS = {
     "lr": "learning rate",
     "knn": "k-NN accuracy, %",
     "linear": "linear probe, %",
-    "best": "best linear probe, %",
     "top1": "top-1 accuracy, %",
     "top5": "top-5 accuracy, %",
     "retrieval": "view retrieval, %",
     "effective_rank": "effective rank, dimensions",
     "uniformity": "uniformity, nats",
-    "similarity": "mean cosine to the start",
-    "cka": "CKA with the start, 0 to 1",
 }
 """What numbers of ``log.jsonl`` are, with their units; others are drawn under their names."""
 
@@ -46,16 +43,14 @@ LABELS = {
 def limits(values: Iterable[float], label: str) -> tuple[float, float]:
     """Return the ends of an axis for these values, so far apart that noise does not look like a change.
 
-    At least 10 points of per cent or a tenth of a range from 0 to 1, within that range; else a tenth of the largest value.
+    At least 10 points of per cent, within 0 and 100; else a tenth of the largest value.
     """
     finite = [value for value in values if math.isfinite(value)] or [0.0]
-    low, high = min(finite), max(finite)
-    end = 100.0 if label.endswith("%") else 1.0 if label.endswith("0 to 1") else None
-    spare = max((end or max(abs(low), abs(high)) or 1.0) / 10 - (high - low), 0.0) / 2 + (high - low) / 20
+    low, high, percent = min(finite), max(finite), label.endswith("%")
+    least = 10.0 if percent else (max(abs(low), abs(high)) or 1.0) / 10
+    spare = max(least - (high - low), 0.0) / 2 + (high - low) / 20
     low, high = low - spare, high + spare
-    if end is None:
-        return low, high
-    return min(max(low, 0.0), 0.9 * end), max(min(high, end), 0.1 * end)
+    return (min(max(low, 0.0), 90.0), max(min(high, 100.0), 10.0)) if percent else (low, high)
 
 
 def draw_curves(path: Path, records: Iterable[Mapping[str, Any]], names: Iterable[str]) -> None:

@@ -10,13 +10,24 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torch import Tensor, nn
+from torch import nn
 
 import mvmae
 from engine.distributed import Ranks
 from engine.signals import Stop
-from mvmae.data import ImageSource, Loader, MultiViewDataset, StepSampler, make_loader, sample_seed
-from mvmae.weights import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
+from mvmae.architecture import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
+from mvmae.data import (
+    ImageSource,
+    ImageStream,
+    Loader,
+    MultiViewDataset,
+    StepSampler,
+    is_stream,
+    make_loader,
+    open_stream,
+    sample_seed,
+    stream_loader,
+)
 from tasks.inputs import augmented, channel_statistics, jittered
 from tasks.method import Config
 from tasks.models import find_weights
@@ -24,16 +35,33 @@ from tasks.splits import Joined, Part, Splits, draw, open_splits, passed_over
 
 MASKS, DROPOUT = -1, -2
 """Streams of random numbers for the steps of a run, as in ``sample_seed(seed, DROPOUT, step)``; those of images are epochs."""
+FIRST = 512
+"""Images of a stream that stand for all where images are looked at or measured."""
 EPOCHS, IMAGES = 44, 50_000
 """Epochs of two views for that many images: an hour and a half of two CPU cores at the 400 images/s of ``--preset small``."""
 
 
 class Images(NamedTuple):
-    """The images of a run: both splits, those that are trained on, and a line about them."""
+    """The images of a run.
+
+    Attributes:
+        splits: images that are trained on and images that are held out; of a stream its first ones, to look at.
+        train: images that are trained on.
+        length: number of images of an epoch; 0 where a stream does not tell.
+        listed: a line about them.
+        stream: what is trained on in place of ``train``, if images can only be read in order.
+    """
 
     splits: Splits
     train: ImageSource
+    length: int
     listed: str
+    stream: ImageStream | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images from others."""
+        return self.stream.fingerprint if self.stream else self.train.fingerprint
 
 
 class Length(NamedTuple):
@@ -58,6 +86,13 @@ class Length(NamedTuple):
 
 def open_data(config: Config) -> Images:
     """Open the images, with as many of ``--rehearse`` beside them where that is given."""
+    if is_stream(config.data):
+        if config.rehearse:
+            raise Stop(f"--rehearse needs images that can be counted, and --data {config.data} is a stream: leave it out")
+        stream = open_stream(config.data)
+        first = stream.first(min(config.eval_images, FIRST) or 64)
+        splits = Splits(first, None, "a stream: its first images, which are trained on too")
+        return Images(splits, first, stream.length or 0, stream.describe(), stream)
     splits = open_splits(config.data)
     train, more = splits.train, ""
     if config.rehearse:
@@ -65,19 +100,23 @@ def open_data(config: Config) -> Images:
         drawn = draw(len(old), number)  # fewer images than that take turns
         train = Joined([train, Part(old, drawn[torch.arange(number) % len(drawn)])])
         more = f" and {number} of --rehearse" + (f" ({len(drawn)} different ones)" if len(drawn) < number else "")
-    return Images(splits, train, f"{len(splits.train)} images{more}{passed_over(train)}")
+    return Images(splits, train, len(train), f"{len(splits.train)} images{more}{passed_over(train)}")
 
 
 def fit_length(config: Config, number: int, ranks: Ranks) -> Length:
-    """Return the length of a run on ``number`` images; what is not given is chosen from that number.
+    """Return the length of a run on ``number`` images, 0 where it is not known; what is not given is chosen from that number.
 
     Batch: about a 16th of the images, a power of two from 16 to 256, at the learning rate of 256: a small set needs steps more
     than negatives. Epochs: as the inverse square root of the number, so that a larger set is passed fewer times, though more
     images are seen in all; twice as many with one view instead of two.
 
     Raises:
-        Stop: if a batch leaves the contrastive loss no negatives, or the stages leave nothing to train the encoder in.
+        Stop: if the number is needed and not known, or a batch leaves the contrastive loss no negatives.
     """
+    if not number:
+        if not config.steps:
+            raise Stop(f"--data {config.data} has a length that is not known: add --steps N")
+        number = config.steps * (config.batch_size or 256)  # one epoch
     batch = config.batch_size or min(max(2 ** int(math.log2(max(number / 16, 1))), 16), 256)
     multiple = ranks.world_size * config.accumulate
     if batch > number >= multiple:
@@ -132,13 +171,22 @@ def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple
 
 def view_loader(config: Config, encoder: Any, images: Images, length: Length, start: int, last: int, ranks: Ranks) -> Loader:
     """Load V views of each image of the steps after ``start`` up to ``last``."""
-    where = {"seed": config.seed, "start_step": start, "num_steps": last, "rank": ranks.rank, "world_size": ranks.world_size}
-    sampler = StepSampler(len(images.train), length.batch_size, **where)
+    where: dict[str, Any] = {
+        "seed": config.seed,
+        "start_step": start,
+        "num_steps": last,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+    }
     views = random_views(config, encoder, config.num_views)
     transform = augmented(jittered(views, config.jitter, config.grayscale), config.transform)
+    loading: dict[str, Any] = {"num_workers": config.workers, "pin_memory": ranks.device.type == "cuda"}
+    loading |= {"bad_file": Path(config.output_dir) / "bad_files.txt"}
+    if images.stream:
+        return stream_loader(images.stream, transform, length.batch_size, max_bad=config.max_bad, **where, **loading)
+    sampler = StepSampler(len(images.train), length.batch_size, **where)
     dataset = MultiViewDataset(images.train, transform, seed=config.seed, max_bad=config.max_bad)
-    bad_file, pinned = Path(config.output_dir) / "bad_files.txt", ranks.device.type == "cuda"
-    return make_loader(dataset, sampler, num_workers=config.workers, pin_memory=pinned, bad_file=bad_file)
+    return make_loader(dataset, sampler, **loading)
 
 
 def step_mask(config: Config, encoder: Any, batch_size: int, step: int, ranks: Ranks) -> mvmae.Mask:
@@ -148,16 +196,6 @@ def step_mask(config: Config, encoder: Any, batch_size: int, step: int, ranks: R
     rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
     generator, length = torch.Generator().manual_seed(sample_seed(config.seed, MASKS, step)), encoder.patch_embed.num_patches
     return mvmae.random_mask(views, length, config.mask_ratio, generator=generator, device=ranks.device, rows=rows)
-
-
-def backward(model: nn.Module, views: Tensor, mask: mvmae.Mask, parts: int, *, contrast: bool) -> mvmae.Losses:
-    """Compute Eqs. 3, 6 and 7 and their gradients, of a batch whole or in parts; the backward pass runs outside autocast."""
-    if parts > 1:
-        return mvmae.backward_in_parts(model, views, parts, mask=mask, contrast=contrast)
-    output = model(views, mask=mask, contrast=contrast)
-    with torch.autocast(views.device.type, enabled=False):
-        output.loss.backward()
-    return mvmae.Losses(*(loss.detach() for loss in (output.loss, output.loss_rec, output.loss_con)))
 
 
 def train_last_blocks(encoder: Any, blocks: int) -> str:
@@ -201,7 +239,7 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float, encoder_rate: float
 
 def settings_of(config: Config, images: Images) -> dict[str, Any]:
     """Return what a run depends on: its options, and which images they are."""
-    return {**dataclasses.asdict(config), "images": images.train.fingerprint}
+    return {**dataclasses.asdict(config), "images": images.fingerprint}
 
 
 def load_run(model: mvmae.MultiViewMAE, config: Config) -> str:

@@ -58,24 +58,22 @@ def coco_object(mask: Mask) -> dict[str, Any]:
 
 def write_toy(root: Path, *, side: int, train: int, val: int, seed: int = 0) -> Path:
     """Draw a data set of shapes, both in COCO's format and, as label maps, in ADE20K's layout; the same for the same seed."""
-    for (coco, ade), count in ((("train2017", "training"), train), (("val2017", "validation"), val)):
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for folder in (root / coco, root / "images" / ade, root / "annotations" / ade):
-            folder.mkdir(parents=True, exist_ok=True)
+    for coco, ade, count in (("train2017", "training", train), ("val2017", "validation", val)):
+        content: dict[str, list[Any]] = {"images": [], "annotations": []}
+        content["categories"] = [{"id": number, "name": name} for number, (name, _) in SHAPES.items()]
+        for folder in (coco, f"images/{ade}", f"annotations/{ade}"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             image, shapes = draw_shapes(side, np.random.default_rng(sample_seed(seed, coco == "val2017", number)))
-            labels = np.ones((side, side), np.uint8)
+            labels, name = np.ones((side, side), np.uint8), f"{number:05}.png"
             for category, mask in shapes:
                 labels[mask > 0] = 2 + list(SHAPES).index(category)
-                place = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
-                annotations.append(place | coco_object(mask))
-            image.save(root / coco / f"{number:05}.png")
-            image.save(root / "images" / ade / f"{number:05}.png")
-            Image.fromarray(labels).save(root / "annotations" / ade / f"{number:05}.png")
-            images.append({"id": number, "file_name": f"{number:05}.png", "width": side, "height": side})
-        categories = [{"id": number, "name": name} for number, (name, _) in SHAPES.items()]
-        content = {"images": images, "annotations": annotations, "categories": categories}
+                place = {"id": len(content["annotations"]) + 1, "image_id": number, "category_id": category}
+                content["annotations"].append(place | coco_object(mask))
+            image.save(root / coco / name)
+            image.save(root / "images" / ade / name)
+            Image.fromarray(labels).save(root / "annotations" / ade / name)
+            content["images"].append({"id": number, "file_name": name, "width": side, "height": side})
         (root / f"annotations/instances_{coco}.json").write_text(json.dumps(content))
     (root / "classes.txt").write_text("\n".join(("background", *(name for name, _ in SHAPES.values()))))
     return root

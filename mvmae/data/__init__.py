@@ -2,44 +2,42 @@
 
 A source (`open_images`) names images, a transform (`MultiViewTransform`) decodes one and crops its views, a sampler
 (`StepSampler`) says which image stands where in which step, and a loader (`make_loader`) fills batches in processes of its own.
-Images that can only be read in order, such as shards behind URLs, are a stream (`open_stream`), with a sampler and views of its
-own (`StreamSampler`, `StreamedViews`). `embed` computes the features of all images of a source.
+Images that can only be read in order, such as shards behind URLs, are a stream (`open_stream`, `stream_loader`). `embed`
+computes the features of all images of a source.
 """
 
 from .augment import AugmentedViews as AugmentedViews
 from .augment import ColorJitter as ColorJitter
 from .decode import FORMATS as FORMATS
+from .decode import MAX_PIXELS as MAX_PIXELS
 from .decode import ImageError as ImageError
 from .decode import ImageLike as ImageLike
 from .decode import colour as colour
 from .decode import open_image as open_image
+from .decode import to_pil as to_pil
 from .features import Embedded as Embedded
 from .features import EvalTransform as EvalTransform
+from .features import Rows as Rows
 from .features import embed as embed
 from .features import embed_rows as embed_rows
-from .features import split_rows as split_rows
-from .folders import FileSource as FileSource
-from .folders import ImageSource as ImageSource
-from .folders import SplitError as SplitError
-from .limits import MAX_PIXELS as MAX_PIXELS
+from .features import measure_channels as measure_channels
 from .loader import Loader as Loader
-from .loader import NamedImages as NamedImages
-from .loader import NamedSamples as NamedSamples
 from .loader import explain_loader_error as explain_loader_error
 from .loader import make_loader as make_loader
-from .open import DatasetSource as DatasetSource
-from .open import RepeatedSource as RepeatedSource
+from .open import is_stream as is_stream
 from .open import open_images as open_images
-from .sampling import Key as Key
+from .sampling import Batch as Batch
+from .sampling import DataError as DataError
 from .sampling import MultiViewDataset as MultiViewDataset
 from .sampling import StepSampler as StepSampler
 from .sampling import sample_seed as sample_seed
-from .shards import is_stream as is_stream
-from .statistics import ChannelStatistics as ChannelStatistics
-from .statistics import measure_channels as measure_channels
-from .stream_sampling import StreamedViews as StreamedViews
-from .stream_sampling import StreamSampler as StreamSampler
+from .sources import FileSource as FileSource
+from .sources import ImageSource as ImageSource
+from .sources import RepeatedSource as RepeatedSource
+from .sources import SplitError as SplitError
 from .streams import ImageStream as ImageStream
 from .streams import open_stream as open_stream
+from .streams import stream_loader as stream_loader
+from .tables import DatasetSource as DatasetSource
 from .views import CentreCropTransform as CentreCropTransform
 from .views import MultiViewTransform as MultiViewTransform

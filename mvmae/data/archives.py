@@ -1,6 +1,6 @@
-"""Images inside files: which files a name means, and tar and WebDataset shards; other kinds stand in `tables`.
+"""Images inside files: which files a name means; tar and WebDataset shards by an index; IDX files such as MNIST's.
 
-Nothing is unpacked to disk: a tar file is indexed once, then each image is read from its place.
+Nothing is unpacked to disk. Tables of images stand in `tables`.
 """
 
 import gzip
@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -16,37 +17,48 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .decode import ImageError, ImageLike
-from .folders import SPLITS, ImageSource, SplitError, has_image_extension, label_by_folder
-from .limits import LimitError, check_memory, most_bytes
-from .tables import TABLE, IdxSource, TableSource, first_of
+from .sources import EXTENSIONS, SPLITS, ImageSource, KeptImages, SplitError, first_of, label_by_folder
+from .tables import TableSource
 
-TAR = (".tar", ".tar.gz", ".tgz")
-_LONGEST_NOTE = 2**20
 _logger = logging.getLogger(__name__)
 
 
-class TarSource(ImageSource):
-    """Images in tar files: WebDataset shards, or any others.
+class Member(NamedTuple):
+    """A file in a shard: number of the shard, first byte, size, name."""
 
-    Labels come from each image's `.cls` member if all have one, else from the images' folders if all lie in one. Of a cut
-    shard the complete images are used, with a line in `problems`. A compressed shard is held in memory. Links are ignored; a
-    member's name is never opened, so it does not matter where the name points.
+    shard: int
+    start: int
+    size: int
+    name: str
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """WebDataset's key of a sample: its shard, and the name up to the first dot of its last part."""
+        folder, base = os.path.split(self.name)
+        return self.shard, f"{folder}/{base.split('.', 1)[0]}"
+
+
+class TarSource(ImageSource):
+    """Images in tar files: WebDataset shards, or any others. Nothing is unpacked: a member's name is never opened.
+
+    Labels come from each image's `.cls` member if all have one, else from the images' folders if all lie in one. Of a cut or
+    damaged shard the whole images before the damage are used, with a line in `problems`. Links are ignored.
 
     Raises:
-        ValueError: No image in any shard, or compressed shards that unpack to more than half of the memory.
+        ValueError: No image in any shard.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._shards = list(shards)
-        self._blocks: dict[int, bytes] = {}
-        self._unpacked = 0
-        members: list[_Member] = []
+        members: list[Member] = []
         problems = []
-        for number in range(len(self._shards)):
-            found, problem = self._index(number)
+        for number, path in enumerate(self._shards):
+            found, problem = _index(number, path)
             members += found
-            problems += [problem] if problem else []
-        images = [member for member in members if has_image_extension(member.name)]
+            if problem:
+                problems.append(f"{path} is damaged ({problem}): its {len(found)} whole members are used, the rest is lost")
+                _logger.warning(problems[-1])
+        images = [member for member in members if os.path.splitext(member.name)[1].lower() in EXTENSIONS]
         if not images:
             raise ValueError(f"no images in {first_of(self._shards)}: {'; '.join(problems) or 'no member is an image'}")
         super().__init__([os.fsencode(f"{self._shards[m.shard].name}/{m.name}") for m in images])
@@ -58,90 +70,77 @@ class TarSource(ImageSource):
         """Return the encoded file.
 
         Raises:
-            ImageError: The shard is gone or shorter than it was, or the image too large.
+            ImageError: The shard is gone.
         """
         shard, start, size = map(int, self._places[index])
-        if size > most_bytes():
-            raise ImageError(self.name(index), f"{size} bytes, more than the {most_bytes()} that an image in a tar may have")
-        if shard in self._blocks:
-            return self._blocks[shard][start : start + size]
         try:
             return _read_at(self._shards[shard], start, size)
         except OSError as error:
             raise ImageError(self.name(index), f"{type(error).__name__}: {error}") from error
 
-    def _index(self, number: int) -> tuple[list["_Member"], str]:
-        """Return a shard's members, and what is wrong with the shard."""
-        path, members, problem = self._shards[number], [], ""
-        compressed = not path.name.endswith(".tar")
-        block = bytearray()
-        size = 0 if compressed else path.stat().st_size
-        try:
-            opener: Any = gzip.open if compressed else open  # which unpacks a little at a time, unlike tarfile itself
-            with (
-                opener(path, "rb") as file,
-                tarfile.open(fileobj=file, mode="r|" if compressed else "r:", tarinfo=Header) as tar,
-            ):
-                for member in tar:
-                    tar.members.clear()  # type: ignore[attr-defined]  # or tarfile keeps all it has met
-                    if compressed:
-                        check_memory(self._unpacked + member.offset_data + member.size, str(path), "unpack it to a .tar file")
-                    if not member.isreg() or member.issparse():
-                        continue
-                    start = len(block) if compressed else member.offset_data
-                    if compressed and (content := tar.extractfile(member)):
-                        block += content.read()
-                    whole = len(block) - start == member.size if compressed else start + member.size <= size
-                    if not whole:
-                        raise EOFError("unexpected end of data")
-                    members.append(_Member(number, start, member.size, member.name))
-            if not compressed and size % 512 == 0 and not _ends_in_zeros(path, size):
-                raise EOFError("no end-of-archive mark")
-        except LimitError:
-            raise
-        except Exception as error:  # tarfile lets errors of many kinds out of a damaged header
-            problem = f"{path} is damaged ({error}): its {len(members)} whole members are used, the rest is lost"
-            _logger.warning(problem)
-        if compressed:
-            self._blocks[number] = bytes(block)
-            self._unpacked += len(block)
-        return members, problem
-
-    def _label(self, images: Sequence["_Member"], members: Sequence["_Member"]) -> None:
-        classes = {(m.shard, _key(m.name)): m for m in members if m.name.endswith(".cls")}
-        marks = [classes.get((m.shard, _key(m.name))) for m in images]
+    def _label(self, images: Sequence[Member], members: Sequence[Member]) -> None:
+        classes = {m.key: m for m in members if m.name.endswith(".cls")}
+        marks = [classes.get(m.key) for m in images]
         if all(marks):
-            texts = [self._text(mark) for mark in marks if mark]
+            texts = [_read_at(self._shards[m.shard], m.start, min(m.size, 10)).strip() for m in marks if m]
             if all(text.isdigit() and len(text) < 7 for text in texts):
                 self.labels = np.array([int(text) for text in texts], dtype=np.int64)
                 self.class_names = tuple(str(i) for i in range(int(self.labels.max()) + 1))
             return
         names = [os.fsencode(re.sub(r"^(\./|/)+", "", m.name)) for m in images]
-        if all(b"/" in name for name in names):
-            folders = sorted({os.fsdecode(name.split(b"/", 1)[0]) for name in names})
-            if len(folders) > 1:
-                self.labels, self.class_names = label_by_folder(names, folders)
+        folders = sorted({os.fsdecode(name.split(b"/", 1)[0]) for name in names if b"/" in name})
+        if len(folders) > 1 and all(b"/" in name for name in names):
+            self.labels, self.class_names = label_by_folder(names, folders)
 
-    def _text(self, member: "_Member") -> str:
-        if member.shard in self._blocks:
-            data = self._blocks[member.shard][member.start : member.start + member.size]
-        else:
-            data = _read_at(self._shards[member.shard], member.start, member.size)
-        return data.decode("ascii", "replace").strip()
+
+def _index(shard: int, path: Path) -> tuple[list[Member], str]:
+    """Return a shard's whole members, and what is wrong with it, if anything."""
+    size, members = path.stat().st_size, list[Member]()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # or tarfile keeps all it has met
+                if member.offset_data + member.size > size:
+                    raise EOFError("unexpected end of data")
+                if member.isreg() and not member.issparse():
+                    members.append(Member(shard, member.offset_data, member.size, member.name))
+            if _read_at(path, tar.offset, 512) != bytes(512):  # tarfile takes a damaged header for the end
+                raise EOFError("no end-of-archive mark")
+    except Exception as error:  # tarfile lets errors of many kinds out of a damaged header
+        return members, str(error)
+    return members, ""
+
+
+def _read_at(path: Path, start: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(size)
 
 
 def find_archives(path: Path) -> list[Path]:
     """Return the archives that a file, a folder or a pattern with braces ({000..012}, {a,b}) names; empty if none."""
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if _is_archive(p.name) and not p.name.startswith("."))
+        found = [path / name for name in sorted(os.listdir(path)) if _kind(name) and not name.startswith(".")]
         return found or sorted((path / "data").glob("*.parquet"))  # the layout of Hugging Face's repositories
     if path.is_file():
-        return [path] if _is_archive(path.name) else []
+        return [path] if _kind(path.name) else []
     names = expand_braces(str(path))
     missing = [name for name in names if not os.path.exists(name)]
     if missing and len(names) > 1:
         raise ValueError(f"{len(missing)} of {len(names)} shards of {path} do not exist, the first is {missing[0]}")
     return [] if missing else [Path(name) for name in names]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand braces: `a{0..2}` -> a0 a1 a2, `{x,y}` -> x y; leading zeros are kept."""
+    choices = []
+    for part in re.split(r"(\{[^{}]*\})", pattern):
+        if numbers := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part):
+            first, last = numbers.groups()
+            choices.append([str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)])
+        else:
+            choices.append(part[1:-1].split(",") if part.startswith("{") and "," in part else [part])
+    return ["".join(choice) for choice in product(*choices)]
 
 
 def open_archives(paths: Sequence[Path], split: str) -> ImageSource:
@@ -151,7 +150,7 @@ def open_archives(paths: Sequence[Path], split: str) -> ImageSource:
         ValueError: Several kinds, or no image.
         SplitError: None of this split.
     """
-    marked = {key: [p for p in paths if p.name.startswith(names)] for key, names in SPLITS.items()}
+    marked = {key: [p for p in paths if p.name.lower().startswith(names)] for key, names in SPLITS.items()}
     if marked["train"]:
         chosen = marked[split]
     else:
@@ -166,64 +165,35 @@ def open_archives(paths: Sequence[Path], split: str) -> ImageSource:
         images = [path for path in chosen if "labels" not in path.name]
         if len(images) != 1:
             raise ValueError(f"{first_of(chosen)} must hold one IDX file of images, got {len(images)}: name it")
-        return IdxSource(images[0])
+        return open_idx(images[0])
     return TarSource(chosen) if kind == "tar" else TableSource(chosen)
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Expand braces: `a{0..2}` -> a0 a1 a2, `{x,y}` -> x y; leading zeros are kept."""
-    parts = [_alternatives(part) for part in re.split(r"(\{[^{}]*\})", pattern)]
-    return ["".join(choice) for choice in product(*parts)]
-
-
-class Header(tarfile.TarInfo):
-    """A member's header; one with a name or notes of megabytes, which tarfile would read whole, counts as damage."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
-        """Read a header of 512 bytes."""
-        header = super().frombuf(buf, encoding, errors)
-        if not header.isreg() and header.size > _LONGEST_NOTE:
-            raise ValueError(f"a header of {header.size} bytes")
-        return header
-
-
-class _Member(NamedTuple):
-    shard: int
-    start: int
-    size: int
-    name: str
-
-
-def _alternatives(part: str) -> list[str]:
-    numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
-    if numbers:
-        first, last = numbers.groups()
-        return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    return part[1:-1].split(",") if part.startswith("{") and "," in part else [part]
-
-
 def _kind(name: str) -> str:
-    if name.endswith(TAR):
-        return "tar"
-    return "table" if name.endswith(TABLE) else "idx"
+    if name.endswith((".parquet", ".arrow")):
+        return "table"
+    return "tar" if name.endswith(".tar") else "idx" if re.search(r"idx[13]-ubyte(\.gz)?$", name) else ""
 
 
-def _is_archive(name: str) -> bool:
-    return name.endswith(TAR + TABLE) or re.search(r"idx[13]-ubyte(\.gz)?$", name) is not None
+def open_idx(images: Path) -> KeptImages:
+    """Open an IDX file of images (N, H, W) bytes such as MNIST's, packed or not, with the labels of the file beside it."""
+    pixels = _read_idx(images, 3)
+    source = KeptImages(pixels, [f"{images.name}#{i}" for i in range(len(pixels))])
+    labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    if labels != images and labels.exists():
+        source.labels = _read_idx(labels, 1).astype(np.int64)
+        source.class_names = tuple(map(str, np.unique(source.labels)))
+        if len(source.labels) != len(source):
+            raise ValueError(f"{labels} holds {len(source.labels)} labels, {images} {len(source)} images")
+    return source
 
 
-def _key(name: str) -> str:
-    """Return WebDataset's key: the name up to the first dot of its last part."""
-    folder, base = os.path.split(name)
-    return f"{folder}/{base.split('.', 1)[0]}"
-
-
-def _read_at(path: Path, start: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(size)
-
-
-def _ends_in_zeros(path: Path, size: int) -> bool:
-    return not any(_read_at(path, max(0, size - 1024), 1024))
+def _read_idx(path: Path, dims: int) -> Any:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if data[:4] != bytes([0, 0, 8, dims]):
+            raise ValueError(f"its header is not that of {dims}-dimensional bytes")
+        shape = np.frombuffer(data, ">u4", dims, 4).tolist()
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as an IDX file: {error}") from error

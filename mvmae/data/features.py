@@ -1,45 +1,79 @@
-"""The features of images by any model of timm: its own transform, its own pooled feature, a row for each image.
+"""What is computed of all images: the statistics of their channels, and their features by any model of timm.
 
 Shapes: N images, B of a batch, D width of a feature, C channels, H W pixels.
 """
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from PIL import Image
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..encoders import create_model
-from .decode import ImageError, ImageLike, colour, open_image
-from .folders import ImageSource
+from .decode import ImageError, ImageLike, colour, to_pil
 from .loader import make_loader
 from .open import open_images
-from .pixels import WHITE, Colour
-from .sampling import Bad, DataError, Key, MultiViewDataset, Sample, StepSampler, try_again
+from .pixels import Range
+from .sampling import DataError, Key, generator, read
+from .sources import ImageSource
 
 _logger = logging.getLogger(__name__)
 
 
+class ChannelStatistics(NamedTuple):
+    """Mean and standard deviation of each channel, in 0 to 1, to eight digits."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def measure_channels(source: ImageSource, transform: Callable[..., Tensor], *, limit: int = 2000) -> ChannelStatistics:
+    """Measure mean and standard deviation over all pixels of a sample of images, the same sample every time.
+
+    Sums are integers, and so exact in any order. Images that cannot be read are skipped.
+
+    Args:
+        source: The images.
+        transform: From an image to (C, H, W) uint8 without randomness, such as `CentreCropTransform`; with one size for all
+            images, each has the same weight.
+        limit: Most images to measure.
+
+    Raises:
+        ValueError: No image can be read, or a channel is the same everywhere.
+    """
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:limit]
+    count, total, squares, seen = 0, torch.zeros(1), torch.zeros(1), 0
+    for index in order.tolist():
+        try:
+            pixels = transform(read(source, index)).flatten(1).long()  # (C, H * W)
+        except ImageError as error:
+            _logger.warning("not measured: %s", error)
+            continue
+        total, squares = total.long() + pixels.sum(dim=1), squares.long() + pixels.square().sum(dim=1)
+        count, seen = count + pixels.shape[1], seen + 1
+    if not seen:
+        raise ValueError(f"at least one image must be readable, got none of {len(order)}: check {source.name(int(order[0]))}")
+    mean = total.double() / count
+    std = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
+    if not std.min() > 0:
+        raise ValueError(
+            f"each channel must vary, got channel {int(std.argmin())} with the same value in all of {seen} images: "
+            "pass mean and std, or leave the channel out"
+        )
+    return ChannelStatistics(*(tuple(round(value / 255, 8) for value in values.tolist()) for values in (mean, std)))
+
+
 class Embedded(NamedTuple):
-    """Features (N, D), float32 on the CPU, and the images' names; the row of an image that cannot be read is NaN."""
+    """Features (N, D), float32 on the CPU, the images' names, and row -> reason of images that cannot be read: rows of NaN."""
 
     features: Tensor
     names: list[str]
-
-
-class Rows(NamedTuple):
-    """The rows of a batch, their features (B, D), float32 on the CPU, and the reason for each row that cannot be read."""
-
-    rows: Sequence[int]
-    features: Tensor
     bad: dict[int, str]
 
 
@@ -47,30 +81,29 @@ class EvalTransform:
     """timm's transform for evaluation with a model, of an image of any kind: (C, H, W) float32, normalised.
 
     Args:
-        model: of timm; its cfg holds mean, standard deviation, interpolation and the share of the image that is kept.
-        image_size: side in pixels, or (H, W); 0: the size that the model was built for.
-        background: colour behind transparent pixels.
+        model: Of timm; its cfg holds mean, standard deviation, interpolation and the share of the image that is kept.
+        image_size: Side in pixels, or (H, W); 0: the size that the model was built for.
+        background: Colour behind transparent pixels.
+        value_range: Values of images deeper than 8 bits that become 0 and 255.
     """
 
-    def __init__(self, model: nn.Module, image_size: int | tuple[int, int] = 0, background: str = "white") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        image_size: int | tuple[int, int] = 0,
+        background: str = "white",
+        value_range: Range | None = None,
+    ) -> None:
         cfg = timm.data.resolve_model_data_config(model)
         built = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        self.channels, self.background = int(cfg["input_size"][0]), colour(background)
-        size = (self.channels, *to_2tuple(image_size or built or cfg["input_size"][1:]))
-        self.shape = (4, *size)  # bytes
-        self._transform = timm.data.create_transform(**{**cfg, "input_size": size})
+        self.channels, self.background, self.value_range = int(cfg["input_size"][0]), colour(background), value_range
+        self.shape = (self.channels, *to_2tuple(image_size or built or cfg["input_size"][1:]))
+        self._transform = timm.data.create_transform(**{**cfg, "input_size": self.shape})
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Return the centre of an image; nothing is random."""
-        transformed: Tensor = self._transform(to_pil(image, self.channels, self.background))
+        transformed: Tensor = self._transform(to_pil(image, self.channels, self.background, self.value_range))
         return transformed
-
-
-def to_pil(image: ImageLike, channels: int = 3, background: Colour = WHITE) -> Image.Image:
-    """Decode an image, upright."""
-    opened = open_image(image)
-    pixels = opened.upright(opened.decode(channels=channels, background=background))
-    return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
 
 
 def pooled_feature(model: Any, images: Tensor) -> Tensor:
@@ -91,38 +124,6 @@ def pooled_feature(model: Any, images: Tensor) -> Tensor:
     return features.float()
 
 
-def embed_rows(
-    model: nn.Module,
-    source: ImageSource,
-    batches: Sequence[Sequence[int]],
-    transform: EvalTransform,
-    *,
-    num_workers: int = 0,
-) -> Iterator[Rows]:
-    """Yield the features of some of a source's images, a batch at a time.
-
-    Args:
-        model: Of timm, in evaluation mode, on the device that computes.
-        source: The images.
-        batches: Numbers of the images of each batch.
-        transform: Of the images.
-        num_workers: Loading processes; 0 loads in this process.
-
-    Raises:
-        DataError: As `make_loader` has it, but for images that cannot be read.
-    """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    cuda, sampler = device.type == "cuda", _Batches(batches)
-    dataset = _EachImage(source, transform)
-    loader = make_loader(dataset, sampler, num_workers=num_workers, pin_memory=cuda, collate=_collate)
-    for images, rows, bad in loader:
-        with torch.no_grad():
-            features = pooled_feature(model, images.to(device, non_blocking=cuda)).cpu()
-        reasons = {row: one.reason for row, ones in zip(rows, bad, strict=True) for one in ones}
-        features[[row in reasons for row in rows]] = torch.nan
-        yield Rows(rows, features, reasons)
-
-
 def embed(
     model: nn.Module | str | os.PathLike[str],
     source: "str | os.PathLike[str] | Dataset[Any] | ImageSource",
@@ -130,6 +131,7 @@ def embed(
     split: str = "train",
     image_size: int | tuple[int, int] = 0,
     background: str = "white",
+    value_range: Range | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     max_bad: int = 100,
@@ -146,6 +148,7 @@ def embed(
         split: "train" or "val", where the source has splits.
         image_size: Side in pixels, or (H, W); 0: the size that the model was built for.
         background: Colour behind transparent pixels.
+        value_range: Values of images deeper than 8 bits that become 0 and 255.
         batch_size: Images at a time.
         num_workers: Loading processes; 0 loads in this process.
         max_bad: Images that cannot be read, whose rows are NaN and which are logged, before an error.
@@ -161,57 +164,79 @@ def embed(
         name = f"local-dir:{os.fspath(model)}" if Path(model).is_dir() else os.fspath(model)
         built = create_model(name, pretrained=True, num_classes=0)
         model = built.to("cuda" if torch.cuda.is_available() else "cpu")
+    batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    transform = EvalTransform(model, image_size, background, value_range)
     modes = {module: module.training for module in model.modules()}
-    transform, batches = EvalTransform(model, image_size, background), split_rows(range(len(images)), batch_size)
-    features, bad = torch.empty(0), 0
+    rows, parts, bad = list[int](), list[Tensor](), dict[int, str]()
     try:
         for part in embed_rows(model.eval(), images, batches, transform, num_workers=num_workers):
-            features = features if len(features) else torch.empty(len(images), part.features.shape[1])
-            features[list(part.rows)] = part.features
+            rows, bad = rows + part.rows, bad | part.bad
+            parts.append(part.features)
             for row, reason in part.bad.items():
                 _logger.warning("bad image %r: %s; its row is NaN", images.name(row), reason)
-            bad += len(part.bad)
-            if bad > max_bad:
-                raise DataError(f"{bad} bad images, more than the {max_bad} allowed: see the warnings, or raise max_bad")
+            if len(bad) > max_bad:
+                raise DataError(f"{len(bad)} bad images, more than the {max_bad} allowed: see the warnings, or raise max_bad")
     finally:
         for module, training in modes.items():
             module.training = training
-    return Embedded(features, [images.name(index) for index in range(len(images))])
+    if not rows:
+        raise DataError(f"none of {len(images)} images can be read: {images.name(0)} is one of them")
+    found = torch.cat([part for part in parts if len(part)])
+    features = found.new_full((len(images), found.shape[1]), torch.nan)
+    features[rows] = found
+    return Embedded(features, [images.name(index) for index in range(len(images))], bad)
 
 
-def split_rows(rows: range, size: int) -> list[range]:
-    """Split rows into parts of a size; the last may be smaller."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+class Rows(NamedTuple):
+    """Rows of a batch, their features (B, D), float32 on the CPU, and row -> reason of those without, which cannot be read."""
+
+    rows: list[int]
+    features: Tensor
+    bad: dict[int, str]
 
 
-class _EachImage(MultiViewDataset):
-    """An image by its key, or zeros and the reason if it cannot be read: no other takes its place."""
+def embed_rows(
+    model: nn.Module,
+    source: ImageSource,
+    batches: Iterable[Sequence[int]],
+    transform: Callable[..., Tensor],
+    *,
+    num_workers: int = 0,
+) -> Iterator[Rows]:
+    """Yield the features of some of a source's images, a batch at a time: the one loop over features.
 
-    def __init__(self, source: ImageSource, transform: EvalTransform) -> None:
-        super().__init__(source, transform)
-        self.shape = transform.shape[1:]
+    Args:
+        model: Of timm, or with its `forward_features` and `forward_head`, in evaluation mode, on the device that computes.
+        source: The images.
+        batches: Numbers of the images of each batch.
+        transform: (image, generator=) -> what the model takes; a generator depends on the image's number alone.
+        num_workers: Loading processes; 0 loads in this process.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    keys = [[(0, row) for row in batch] for batch in batches]
+    loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda", "collate": _collate}
+    for rows, images, bad in make_loader(_EachImage(source, transform), keys, **loading):
+        features = torch.empty(0)
+        if rows:
+            with torch.no_grad():
+                features = pooled_feature(model, images.to(device, non_blocking=True)).cpu()
+        yield Rows(rows, features, bad)
 
-    def __getitem__(self, key: Key) -> Sample:
-        index = key[1]
+
+class _EachImage(Dataset[Any]):
+    """An image by its key, or the reason if it cannot be read: no other takes its place."""
+
+    def __init__(self, source: ImageSource, transform: Callable[..., Tensor]) -> None:
+        self.source, self.transform = source, transform
+
+    def __getitem__(self, key: Key) -> tuple[int, Tensor | None, str]:
         try:
-            return Sample(try_again(partial(self._views, *key)), index, [])
+            return key[1], self.transform(read(self.source, key[1]), generator=generator(0, *key)), ""
         except ImageError as error:
-            return Sample(torch.zeros(self.shape), index, [Bad(self.name(index), error.reason)])
+            return key[1], None, error.reason
 
 
-class _Batches(StepSampler):
-    """Batches of images that are given."""
-
-    def __init__(self, batches: Iterable[Sequence[int]]) -> None:
-        self._batches = list(batches)
-        self.batch_size, self.world_size = max(map(len, self._batches), default=1), 1
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        yield from ([(0, index) for index in batch] for batch in self._batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, list[int], list[list[Bad]]]:
-    return torch.stack([sample.views for sample in samples]), [s.number for s in samples], [s.bad for s in samples]
+def _collate(samples: Sequence[tuple[int, Tensor | None, str]]) -> tuple[list[int], Tensor, dict[int, str]]:
+    good = [(row, image) for row, image, _ in samples if image is not None]
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    return [row for row, _ in good], images, {row: reason for row, image, reason in samples if image is None}

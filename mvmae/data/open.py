@@ -1,106 +1,31 @@
-"""One `--data` string, or any torch data set -> an `ImageSource`."""
+"""One `--data` string, or any torch data set -> an `ImageSource`; folders, lists of paths, and the sample stand here."""
 
+import logging
 import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from .archives import find_archives, open_archives
-from .decode import ImageLike
-from .folders import SPLITS, FileSource, ImageSource, SplitError, open_folder, open_list, scan, split_folder
-from .remote import shown
-from .sample import SampleSource
-from .shards import is_stream
-from .tables import class_names, find_columns, find_image
+from .decode import ImageLike, open_image
+from .sources import EXTENSIONS, SPLITS, FileSource, ImageSource, KeptImages, SplitError
+from .tables import DatasetSource
 
-__all__ = ["DatasetSource", "FileSource", "ImageSource", "RepeatedSource", "SplitError", "open_images"]
-
+_JUNK = (b"__MACOSX", b"lost+found", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information")  # of systems, never data
+_RUN = (b"log.jsonl", b"checkpoint.pt")  # what the folder of a training run holds, beside pictures that are no data
+_LFS = b"version https://git-lfs"
+PHOTOGRAPHS = (
+    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"),
+    *("gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
+)
 _TIMM = ("torch/", "hfds/", "tfds/", "wds/")
-
-
-class DatasetSource(ImageSource):
-    """A data set with length and index whose items are images, (image, label, ...) or {"image": ..., "label": ...}.
-
-    Of named columns, the image is `image` or `img`, else the first that holds images or their bytes. Labels are read from the
-    data set's `targets` or `labels`, or from a label column of Hugging Face; the data set should not transform images. Streams
-    that also have length and index (litdata, mosaicml-streaming) are read by index. Open them before processes join: their
-    length may be that of one process's part.
-
-    Raises:
-        TypeError: No length or no index.
-        ValueError: No images.
-    """
-
-    def __init__(self, dataset: "Dataset[Any]") -> None:
-        kind = type(dataset)
-        if not hasattr(kind, "__len__") or getattr(kind, "__getitem__", None) in (None, Dataset.__getitem__):
-            cure = "use one with __len__ and __getitem__, with which runs can resume, or open_stream"
-            raise TypeError(f"the data set must have a length and an index, got {kind.__name__}: {cure}")
-        whole = getattr(dataset, "size", None) if isinstance(dataset, IterableDataset) else None
-        size = whole if isinstance(whole, int) else len(dataset)  # type: ignore[arg-type]
-        if not size:
-            raise ValueError(f"{kind.__name__} holds no images")
-        super().__init__([])
-        self._dataset, self._size = dataset, size
-        schema = getattr(getattr(dataset, "features", None), "arrow_schema", None)  # of Hugging Face
-        images, label = ([], []) if schema is None else find_columns(schema)
-        self._columns = ["image", "img", *images]
-        labels = dataset.with_format("numpy")[label[0]][:] if label else None  # type: ignore[attr-defined]
-        labels = getattr(dataset, "targets", getattr(dataset, "labels", None)) if labels is None else labels
-        if labels is not None and np.shape(labels) == (size,) and np.asarray(labels).dtype.kind in "iu":
-            self.labels = np.asarray(labels, dtype=np.int64)
-            named = class_names(schema, label[0]) if label else getattr(dataset, "classes", None)
-            self.class_names = tuple(map(str, named or np.unique(self.labels)))
-
-    def __len__(self) -> int:
-        return self._size
-
-    def image(self, index: int) -> ImageLike:
-        """Return the data set's image.
-
-        Raises:
-            ValueError: None of the item's columns is one.
-        """
-        return find_image(self._dataset[index], self._columns)
-
-    def name(self, index: int) -> str:
-        """Return the data set's type and the image's number."""
-        return f"{type(self._dataset).__name__}[{index}]"
-
-
-class RepeatedSource(ImageSource):
-    """Every image several times, with new crops each time, for a few huge images.
-
-    Args:
-        source: The images.
-        times: How often an epoch holds each image.
-    """
-
-    def __init__(self, source: ImageSource, times: int) -> None:
-        if times < 1:
-            raise ValueError(f"times must be at least 1, got {times}")
-        super().__init__([])
-        self._source, self._times = source, times
-        self.class_names, self.problems, self.passed_over = source.class_names, source.problems, source.passed_over
-        self.labels = None if source.labels is None else np.tile(source.labels, times)
-
-    def __len__(self) -> int:
-        return len(self._source) * self._times
-
-    def image(self, index: int) -> ImageLike:
-        """Return the source's image."""
-        return self._source.image(index % len(self._source))
-
-    def name(self, index: int) -> str:
-        """Return the source's name of the image."""
-        return self._source.name(index % len(self._source))
-
-    @property
-    def fingerprint(self) -> str:
-        """The source's fingerprint, and the number of repetitions."""
-        return f"{self._source.fingerprint}x{self._times}"
+_logger = logging.getLogger(__name__)
 
 
 def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, split: str = "train") -> ImageSource:
@@ -125,31 +50,163 @@ def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, 
     return data if isinstance(data, ImageSource) else DatasetSource(data)
 
 
+def is_stream(data: str) -> bool:
+    """Return whether a `--data` string names a stream: a URL, or `hfids/` and a data set of Hugging Face."""
+    return "://" in data or data.startswith("hfids/")
+
+
 def _open_path(data: str, split: str) -> ImageSource:
     if data == "sample":
-        return SampleSource(split)
+        return _open_sample(split)
     if is_stream(data):
-        raise ValueError(f"{shown(data)} is a stream, which pretrain.py and adapt.py take: use files, or in Python open_stream")
+        raise ValueError("a stream, of which images have no numbers: use files, or pretrain.py, adapt.py or open_stream")
     path = Path(data)
     if not path.exists() and data.startswith(_TIMM):
         return _open_timm(data, split)
     folder = split_folder(path, split) if path.is_dir() and not find_archives(path) else path
     archives = find_archives(folder)
-    if archives and path.is_dir() and next(scan(folder), None):
-        raise ValueError(
-            f"{folder} must hold images or archives, got both ({archives[0].name}, ...): name the archives, or move them"
-        )
+    if archives and path.is_dir() and next(scan(folder, Counter()), None):
+        raise ValueError(f"{folder} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
     if archives:
         return open_archives(archives, split if folder == path else "train")
     if path.is_dir():
         return open_folder(path, split)
     if not path.exists():
         raise ValueError(f"no such folder, file or data set: {data} (the current folder is {Path.cwd()})")
+    if path.name.endswith((".tar.gz", ".tgz")):
+        raise ValueError(f"{path} is compressed, and images cannot be read from their place in it: gunzip it to a .tar file")
     if path.suffix != ".txt":
         raise ValueError(f"{path} is no folder, list of paths (.txt) or archive of images")
     if split != "train":
         raise SplitError(f"{path} is one list without splits")
     return open_list(path)
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Return the folders of the splits; none where no folder is called `train` or alike."""
+    with os.scandir(root) as entries:
+        folders = {entry.name.lower(): root / entry.name for entry in entries if entry.is_dir()}
+    found = {
+        split: next(folders[name] for name in names if name in folders)
+        for split, names in SPLITS.items()
+        if folders.keys() & names
+    }
+    return found if "train" in found else {}
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split; where there are no splits, root is `train`.
+
+    Raises:
+        SplitError: No such split.
+    """
+    folders = split_folders(root)
+    if not folders and split == "train":
+        return root
+    if split not in folders:
+        raise SplitError(f"{root} has no {split} split: make folders train and val in it")
+    return folders[split]
+
+
+def open_folder(root: Path, split: str) -> FileSource:
+    """Open all images below a folder; sub-folders are classes if every image lies in one.
+
+    What is not read is counted by kind, in one warning.
+
+    Raises:
+        ValueError: No image there.
+        SplitError: No such split.
+    """
+    start = time.perf_counter()
+    folders, folder = split_folders(root), split_folder(root, split)
+    passed: Counter[str] = Counter()
+    names = sorted(scan(folder, passed))
+    if folders:  # so that classes of which one is called train do not lose the others in silence
+        known = {name for names in SPLITS.values() for name in names}
+        others = [entry for entry in os.scandir(root) if _kind_of(entry) == "folder" and entry.name.lower() not in known]
+        passed += Counter({f"folder beside {folder.name}": len(others)})
+    passed_over = ", ".join(f"{count} {kind}" for kind, count in passed.most_common())
+    if not names:
+        looked = f"looked for archives and {' '.join(sorted(EXTENSIONS))}"
+        raise ValueError(f"no images in {folder}: found {passed_over or 'nothing'}; {looked}")
+    if passed_over:
+        _logger.warning("%s: passed over %s", folder, passed_over)
+    _logger.info("listed %d images in %s in %.1f s", len(names), folder, time.perf_counter() - start)
+    classes = {os.fsdecode(name.split(b"/", 1)[0]) for name in names if b"/" in name}
+    for place in folders.values():  # both splits number the classes alike, also where one has no image of a class
+        classes |= {entry.name for entry in os.scandir(place) if _kind_of(entry) == "folder"}
+    source = FileSource(folder, names, sorted(classes) if len(classes) > 1 and all(b"/" in name for name in names) else None)
+    source.passed_over = passed_over
+    return source
+
+
+def open_list(path: Path) -> FileSource:
+    """Open a text file with one path a line, relative to the list's own folder; empty lines do not count.
+
+    Raises:
+        ValueError: No line, or the first one's file is missing.
+    """
+    lines = path.read_bytes().split(b"\n")
+    names = [line.rstrip(b"\r") for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{path} must name images, one path a line, relative to {path.parent}, got none")
+    source = FileSource(path.parent, names)
+    if not os.path.exists(source.name(0)):
+        number = next(number for number, line in enumerate(lines, 1) if line.strip())
+        cure = "relative paths start at the folder of the list"
+        raise ValueError(f"{path}, line {number}: no file {source.name(0)} ({cure})")
+    return source
+
+
+def scan(root: Path, passed: "Counter[str]") -> Iterator[bytes]:
+    """Yield the names of the images below a folder, relative to it; each folder is visited once, despite links.
+
+    Args:
+        root: The folder.
+        passed: Counts what is passed over, by kind: hidden files, other extensions, broken links, Git LFS pointers.
+    """
+    top = os.fsencode(root)
+    seen: set[tuple[int, int]] = set()
+    folders, linked = deque([b""]), deque[bytes]()  # links last, so that a file keeps its own folder's name
+    while folders or linked:
+        folder = (folders or linked).popleft()
+        path = os.path.join(top, folder)
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                kind = _kind_of(entry)
+                if kind == "image":
+                    yield os.path.join(folder, entry.name)
+                elif kind == "folder":
+                    (linked if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
+                else:
+                    passed[kind] += 1
+
+
+def _kind_of(entry: "os.DirEntry[bytes] | os.DirEntry[str]") -> str:
+    """Return `image`, `folder`, or what else an entry is."""
+    name = os.fsencode(entry.name)
+    if name.startswith(b".") or name in _JUNK:
+        return "hidden"
+    if entry.is_dir():
+        path = os.fsencode(entry.path)
+        return "folder of a run" if any(os.path.exists(os.path.join(path, file)) for file in _RUN) else "folder"
+    if not entry.is_file():
+        return "broken link" if entry.is_symlink() else "device"
+    extension = os.path.splitext(os.fsdecode(name))[1].lower()
+    if extension not in EXTENSIONS:
+        return extension or "without extension"
+    if entry.stat().st_size < 1024:
+        try:
+            with open(entry.path, "rb") as file:
+                if file.read(len(_LFS)) == _LFS:
+                    return "Git LFS pointer (git lfs pull fetches the image)"
+        except OSError:
+            pass  # a bad image, which is named when it is read
+    return "image"
 
 
 def _open_timm(data: str, split: str) -> DatasetSource:
@@ -169,3 +226,31 @@ def _open_timm(data: str, split: str) -> DatasetSource:
     missing = split != "train" and "unknown split" in str(error).lower()  # as Hugging Face and TensorFlow call it
     kind = SplitError if missing else ValueError
     raise kind(f"{data} cannot be opened as split {split}: {' '.join(str(error).split())}") from error
+
+
+def _open_sample(split: str) -> KeptImages:
+    """Open tiles of 14 photographs of scikit-image, labelled by photograph, so that nothing is downloaded.
+
+    A photograph is cut into 10 x 10 tiles of its own pixels (30 x 45 to 141 x 141 pixels, most 51 x 51) that share none: 64 to
+    train on, and 36, always the same, held out.
+    """
+    try:
+        import skimage
+    except ImportError as error:
+        raise ImportError('the sample photographs come with scikit-image: pip install "mvmae[train]"') from error
+    rng = Random(0)  # noqa: S311
+    tiles: list[ImageLike] = []
+    names, labels = [], []
+    for label, photograph in enumerate(PHOTOGRAPHS):
+        pixels = open_image(Path(skimage.__file__).parent / "data" / photograph).decode(decoder="pillow")
+        height, width = (side // 10 for side in pixels.shape[:2])
+        held_out = set(rng.sample(range(100), 36))
+        for tile in range(100):
+            if (tile in held_out) == (split == "val"):
+                top, left = tile // 10 * height, tile % 10 * width
+                tiles.append(pixels[top : top + height, left : left + width])
+                names.append(f"{photograph}#{tile}")
+                labels.append(label)
+    source = KeptImages(tiles, names)
+    source.labels, source.class_names = np.array(labels, dtype=np.int64), tuple(Path(name).stem for name in PHOTOGRAPHS)
+    return source

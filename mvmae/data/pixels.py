@@ -8,52 +8,44 @@ from PIL import Image
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Colour: TypeAlias = tuple[int, int, int]
+Range: TypeAlias = tuple[float, float]
 WHITE: Colour = (255, 255, 255)
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-_DEEP = ("I", "F")  # Pillow's modes of more than 8 bits, `I;16` and its kin included
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's convert("L")
 
 
-def to_uint8(array: "NDArray[Any]", value_range: tuple[float, float] | None = None) -> Pixels:
-    """Scale pixels of any type to 8 bits.
+def to_uint8(array: "NDArray[Any]", value_range: Range | None = None, own_range: Range | None = None) -> Pixels:
+    """Scale pixels of any type to 8 bits: low to 0, high to 255, values outside clipped, NaN as low.
 
-    uint16 maps 0..65535 to 0..255. For other types the range is the smallest of 0..1 (floats only), 0..255 and 0..65535 that
-    holds the largest value, else 0..maximum. NaN becomes 0.
+    The range is never guessed from an image's values, so that equal values are equal in all images.
 
     Args:
         array: Pixels.
-        value_range: Values that become 0 and 255, for data that uses a part of its type's range, such as 0..4095 for 12
-            bits; values outside are clipped.
+        value_range: (low, high), from the user.
+        own_range: (low, high) that the format tells; else the type's: 0 to 1 for floats, 0 to the largest value for integers
+            of 8 and 16 bits.
 
     Raises:
-        ValueError: Negative values without a range.
+        ValueError: Without `value_range`: integers of more bits, or more than 1 % of the values outside the image's own range,
+            such as floats of 0 to 255 or normalised pixels.
     """
-    if value_range is not None:
-        low, high = value_range
-        values = np.nan_to_num(array.astype(np.float32), copy=False, nan=low, posinf=high, neginf=low)
-        np.clip(values, low, high, out=values)
-        values -= np.float32(low)
-        return _rounded(values, 255.0 / (high - low))
-    if array.dtype == np.uint8:
+    if value_range is None and array.dtype == np.uint8:
         return np.asarray(array, dtype=np.uint8)
-    if array.dtype == np.bool_:
-        white: Pixels = np.where(array, np.uint8(255), np.uint8(0))
-        return white
-    values = np.nan_to_num(array.astype(np.float32), copy=False, posinf=0.0, neginf=0.0)
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if low < 0:
-        raise ValueError(f"pixels must be 0 or more, got {low:g}: pass the image before it is normalised, or value_range")
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        top = 65535.0
-    else:
-        tops = ([1.0] if array.dtype.kind == "f" else []) + [255.0, 65535.0]
-        top = next((t for t in tops if high <= t), high)
-    return _rounded(values, 255.0 / top)
-
-
-def _rounded(values: "NDArray[np.float32]", factor: float) -> Pixels:
-    """Return values times a factor, as bytes; works in place, since images can be large."""
-    values *= np.float32(factor)
+    kind = array.dtype.kind
+    if value_range is None and own_range is None:
+        if kind in "iu" and array.dtype.itemsize > 2:
+            raise ValueError(f"pixels of type {array.dtype} have no range of their own: give value_range, or convert to uint8")
+        own_range = (0, np.iinfo(array.dtype).max) if kind in "iu" else (0, 1)
+    low, high = value_range or own_range or (0, 1)
+    values = np.nan_to_num(array.astype(np.float32), copy=False, nan=low, posinf=high, neginf=low)
+    if value_range is None and kind != "b":
+        outside = np.mean((values < low) | (values > high))
+        if outside > 0.01:
+            found = f"{outside:.0%} lie outside, in {values.min():g} to {values.max():g}"
+            raise ValueError(f"pixels of type {array.dtype} must be {low:g} to {high:g}, {found}: give value_range")
+    np.clip(values, low, high, out=values)
+    values -= np.float32(low)  # in place, since images can be large
+    values *= np.float32(255 / (high - low))
     scaled: Pixels = np.rint(values, out=values).astype(np.uint8)
     return scaled
 
@@ -75,7 +67,7 @@ def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE) -> 
     if held == channels:
         return pixels
     if held in (2, 4) and channels in (1, 3):
-        return with_channels(_laid_on(pixels, background), channels)
+        return with_channels(_blend(pixels, background), channels)
     if held == 1:
         return np.repeat(pixels, channels, axis=2)
     if held == 3 and channels == 1:
@@ -84,14 +76,18 @@ def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE) -> 
     raise ValueError(f"the array must have {channels} channels (in_chans), got {held}")
 
 
-def pillow_pixels(image: Image.Image, channels: int, value_range: tuple[float, float] | None, background: Colour) -> Pixels:
-    """Convert a Pillow image to a number of channels (4: RGBA, or CMYK unchanged), deep modes as `to_uint8` does."""
-    if image.mode.startswith(_DEEP):
-        return with_channels(to_uint8(np.asarray(image)[..., None], value_range), channels)
+def pillow_pixels(
+    image: Image.Image, channels: int, value_range: Range | None, own_range: Range | None, background: Colour
+) -> Pixels:
+    """Convert a Pillow image to a number of channels (4: RGBA, or CMYK unchanged)."""
+    if image.mode.startswith(("I", "F")):  # more than 8 bits: `convert` would clip them to white
+        if image.mode == "I":
+            own_range = (0, 65535)  # in which Pillow reads and writes PNG and PGM of 16 bits
+        return with_channels(to_uint8(np.asarray(image)[..., None], value_range, own_range), channels)
     if channels in (1, 3) and image.has_transparency_data:
-        laid = np.asarray(image.convert("RGBA"))
-        if laid[..., 3].min() < 255:
-            return with_channels(laid, channels, background)
+        rgba = np.asarray(image.convert("RGBA"))
+        if rgba[..., 3].min() < 255:
+            return with_channels(rgba, channels, background)
     if channels not in _MODES:
         raise ValueError(
             f"the image must have {channels} channels (in_chans), got {len(image.getbands())} of mode {image.mode}"
@@ -104,11 +100,11 @@ def pillow_pixels(image: Image.Image, channels: int, value_range: tuple[float, f
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def _laid_on(pixels: Pixels, background: Colour) -> Pixels:
-    """Blend (H, W, C + 1), whose last channel is alpha, with a background to (H, W, C); opaque pixels do not change."""
+def _blend(pixels: Pixels, background: Colour) -> Pixels:
+    """Lay (H, W, C + 1), whose last channel is alpha, on a background: (H, W, C); opaque pixels do not change."""
     alpha = pixels[..., -1].astype(np.uint16)
     under = background if pixels.shape[2] == 4 else [int(np.rint(np.array(background) @ _LUMA))]
-    laid = np.empty_like(pixels[..., :-1])
+    blended = np.empty_like(pixels[..., :-1])
     for channel, value in enumerate(under):
-        laid[..., channel] = (pixels[..., channel] * alpha + value * (255 - alpha) + 127) // 255
-    return laid
+        blended[..., channel] = (pixels[..., channel] * alpha + value * (255 - alpha) + 127) // 255
+    return blended

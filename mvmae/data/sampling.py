@@ -5,23 +5,18 @@ depend on (seed, epoch, index) alone, and the images of a step on (seed, step) a
 """
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .decode import ImageError, ImageLike
-from .folders import ImageSource
+from .sources import ImageSource
 
 Key = tuple[int, int]
-Loaded = TypeVar("Loaded")
 MAX_TRIES = 10
-PAUSES = (0.1, 0.4, 1.0, 2.0)
-"""Seconds between attempts if a file system fails, such as a network share, before an image counts as bad."""
 
 
 class DataError(RuntimeError):
@@ -36,38 +31,44 @@ class Bad(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image's views (V, C, H, W) uint8, its number in the source, and the bad images that it replaces."""
+    """An image's views (V, C, H, W) uint8, its number and name in the source, and the bad images that it replaces."""
 
     views: Tensor
     number: int
+    name: str
     bad: list[Bad]
 
 
 class Batch(NamedTuple):
-    """B images: views (B, V, C, H, W) uint8, indices (B,) long into the source, and the bad images that they replace."""
+    """B images: views (B, V, C, H, W) uint8, indices (B,) long into the source, the bad images that they replace, and names."""
 
     views: Tensor
     indices: Tensor
     bad: list[Bad]
+    names: list[str]
 
 
-def sample_seed(*numbers: int) -> int:
+def sample_seed(*numbers: int | str) -> int:
     """Return a seed from numbers such as (seed, epoch, index): 63 bits of their BLAKE2b hash."""
-    text = ",".join(map(str, numbers)).encode()
+    text = ",".join(map(str, numbers)).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def generator(*numbers: int | str) -> torch.Generator:
+    """Return a generator seeded by numbers (`sample_seed`)."""
+    return torch.Generator().manual_seed(sample_seed(*numbers))
 
 
 class MultiViewDataset(Dataset[Sample]):
     """The views of image `index` in epoch `epoch`, from the key (epoch, index).
 
-    A bad image is replaced by another one that depends on (seed, epoch, index) too. If the file system or the memory fails,
-    the image is tried again for some seconds before it counts as bad.
+    A bad image is replaced by another one that depends on (seed, epoch, index) too.
 
     Args:
         source: The images.
         transform: (image, generator=) -> (V, C, H, W) uint8, such as `MultiViewTransform`.
         seed: The run's seed.
-        max_bad: Number of different bad images that `Loader` allows before it stops the run.
+        max_bad: Number of different bad images that a `Loader` allows before it stops the run.
     """
 
     def __init__(self, source: ImageSource, transform: Callable[..., Tensor], *, seed: int = 0, max_bad: int = 100) -> None:
@@ -75,10 +76,6 @@ class MultiViewDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.source)
-
-    def name(self, index: int) -> str:
-        """Return the name of an image."""
-        return self.source.name(index)
 
     def __getitem__(self, key: Key) -> Sample:
         """Return the views of one image, or of the image that replaces it.
@@ -88,46 +85,28 @@ class MultiViewDataset(Dataset[Sample]):
         """
         epoch, index = key
         bad: list[Bad] = []
-        pauses = iter(PAUSES)
         for attempt in range(MAX_TRIES):
             chosen = index if attempt == 0 else sample_seed(self.seed, epoch, index, attempt) % len(self.source)
             try:
-                views = try_again(partial(self._views, epoch, chosen), pauses)
-                return Sample(views, chosen, bad)
+                views = self.transform(read(self.source, chosen), generator=generator(self.seed, epoch, chosen))
+                return Sample(views, chosen, self.source.name(chosen), bad)
             except ImageError as error:
                 bad.append(Bad(self.source.name(chosen), error.reason))
-        last = f"the last was {bad[-1].name!r}: {bad[-1].reason}"
-        raise DataError(f"{MAX_TRIES} images in a row cannot be used; {last}")
-
-    def _views(self, epoch: int, index: int) -> Tensor:
-        return self.transform(self._image(index), generator=generator(self.seed, epoch, index))
-
-    def _image(self, index: int) -> ImageLike:
-        try:
-            return self.source[index][0]
-        except ImageError:
-            raise
-        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:  # a data set that opens by itself
-            raise ImageError(self.source.name(index), f"{type(error).__name__}: {error}") from error
+        raise DataError(f"{MAX_TRIES} images in a row cannot be used; the last was {bad[-1].name!r}: {bad[-1].reason}")
 
 
-def try_again(load: Callable[[], Loaded], pauses: Iterator[float] | None = None) -> Loaded:
-    """Return `load()`; if the file system or the memory fails, call it again after each pause, in seconds."""
-    pauses = iter(PAUSES) if pauses is None else pauses
-    while True:
-        try:
-            return load()
-        except (ImageError, OSError, MemoryError) as error:
-            pause = next(pauses, None) if _may_pass(error) else None
-            if pause is None:
-                raise
-        time.sleep(pause)
+def read(source: ImageSource, index: int) -> ImageLike:
+    """Return an image of a source, which may be a data set that opens images by itself.
 
-
-def _may_pass(error: BaseException) -> bool:
-    """Return whether the system has failed, whose errors have numbers, rather than the image itself, as Pillow reports."""
-    cause = error.__cause__ if isinstance(error, ImageError) else error
-    return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
+    Raises:
+        ImageError: It cannot be read.
+    """
+    try:
+        return source[index][0]
+    except ImageError:
+        raise
+    except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:
+        raise ImageError(source.name(index), f"{type(error).__name__}: {error}") from error
 
 
 def check_share(batch_size: int, rank: int, world_size: int) -> None:
@@ -199,8 +178,3 @@ class StepSampler(Sampler[list[Key]]):
             start = step % self.steps_per_epoch * self.batch_size + self.rank * share
             yield [(epoch, index) for index in order[start : start + share].tolist()]
             step += 1
-
-
-def generator(*numbers: int) -> torch.Generator:
-    """Return a generator seeded by numbers (`sample_seed`)."""
-    return torch.Generator().manual_seed(sample_seed(*numbers))

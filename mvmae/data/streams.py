@@ -1,257 +1,239 @@
-"""Images that can only be read in order, in shards: how they are opened, and in which order a process sees them.
+"""Images that can only be read in order: shards behind URLs and data sets of the Hub, by `datasets` in streaming mode.
 
-What a process sees is a pure function of (seed, pass, shards, buffer, processes). Each pass has an order of shards of its own;
-each process takes its part of them, and reads up to four at once. What it reads is cut into blocks, and each block is shuffled
-as a whole. A position is then a few numbers, where the current block begins and how much of it is used up, and no image of
-a buffer has to be stored: a resumed run reads the current block again, and goes on in it.
+A list of images resumes at the very next one (`sampling`). A stream does not: a resumed run goes on with a new pass in another
+order, and says so.
 """
 
-import hashlib
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote
 
-import numpy as np
-import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .archives import expand_braces
 from .decode import ImageError, ImageLike
-from .folders import ImageSource, start_of
-from .sampling import DataError, Loaded, generator
-from .shards import ImageOrError, Item, Place, Shards, base_name, shards_of
+from .loader import Loader, worker_options
+from .sampling import MAX_TRIES, Bad, DataError, Sample, check_share, generator, sample_seed
+from .sources import KeptImages
+from .tables import find_columns, find_image
 
-AT_ONCE = 4
-"""Most shards that a process reads at the same time."""
-MOST_BYTES = 2**30
-"""Bytes of images at which a block ends, however few images it holds; there are two blocks at most."""
-_COMPARED = 16  # first images of a stream that tell it from others
-_NUMBER = 2**32  # an index is that of a shard times this, and the image's number in it
-
-
-class Streamed(NamedTuple):
-    """An image of a stream: its number (shard x 2^32 + number in the shard), pass, name, and itself or what is wrong."""
-
-    number: int
-    epoch: int
-    name: str
-    image: ImageOrError
-
-
-class KeptImages(ImageSource):
-    """Images in memory."""
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        super().__init__([os.fsencode(item.name) for item in items])
-        self._items = list(items)
-
-    def image(self, index: int) -> ImageLike:
-        """Return the image.
-
-        Raises:
-            ImageError: It could not be read.
-        """
-        return image_or_error(self._items[index].image)
+_SCHEMES = ("https://", "http://", "hf://", "file://")
+_BUILDERS = {".tar": "webdataset", ".gz": "webdataset", ".tgz": "webdataset", ".parquet": "parquet"}
+_logger = logging.getLogger(__name__)
 
 
 class ImageStream:
     """Images in shards, read in order. Made by `open_stream`.
 
-    Args:
-        shards: What is read.
-        buffer: Images that a process shuffles at a time; it holds up to twice as many, encoded.
-
     Attributes:
+        dataset: The `datasets.IterableDataset`.
+        name: For messages; without what may be secret in a URL.
         length: Number of images; None: not known.
     """
 
-    def __init__(self, shards: Shards, *, buffer: int = 2000) -> None:
-        if buffer < 1:
-            raise ValueError(f"buffer must be at least 1 image, got {buffer}")
-        self.shards, self.buffer, self.length = shards, buffer, shards.length
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.name, self._columns = name, list[str]()
+        if dataset.features is not None:
+            self._columns = find_columns(dataset.features.arrow_schema)[0]
+            if not self._columns:
+                raise ValueError(f"{name} must have a column of images, got {', '.join(dataset.features)}")
+            dataset = dataset.decode(False)  # encoded: one reader of images for all
+        self.dataset = dataset
+        known = (dataset.info.splits or {}).get(str(dataset.split))
+        self.length: int | None = getattr(known, "num_examples", None) or None
 
-    def name(self, index: int) -> str:
-        """Return the name of an image's shard and its number in it."""
-        return f"{self.shards.names[index // _NUMBER]}#{index % _NUMBER}"
-
-    def first(self, count: int) -> KeptImages:
-        """Read the first images of the first shards into memory: at most `count`, and about 1 GB.
+    def read(self, dataset: Any) -> Iterator[tuple[str, "ImageLike | ImageError"]]:
+        """Yield name and image, or what is wrong with it, of the rows of `dataset`: this stream's, or a part of it.
 
         Raises:
-            DataError: A shard cannot be read.
-            ValueError: None is an image.
+            DataError: The stream cannot be read on.
         """
-        items, size = list[Item](), 0
-        for shard in range(len(self.shards.names)):
-            for item in self.shards.read(shard, Place(), (0, 1), 0):
-                items.append(item)
-                size += _size(item.image)
-                if len(items) >= count or size > MOST_BYTES:
-                    break
-            if len(items) >= count or size > MOST_BYTES:
-                break
-        if all(isinstance(item.image, ImageError) for item in items):
-            reason = f": {items[0].image!s}" if items else ""
-            raise ValueError(f"no image at the beginning of {self.shards.names[0]} and what follows{reason}")
-        return KeptImages(items)
+        try:
+            for number, row in enumerate(dataset):
+                name = f"{self.name}#{number}"
+                if "__key__" in row:  # of a tar
+                    name = f"{PurePosixPath(_shown(row['__url__'])).name}/{row['__key__']}"
+                try:
+                    yield name, _fetch(find_image(row, self._columns))
+                except (ValueError, TypeError, KeyError) as error:  # a row without an image
+                    yield name, ImageError(name, str(error))
+        except Exception as error:  # `datasets` has tried again by itself
+            reason = _shown(f"{self.name} cannot be read on: {type(error).__name__}: {error}")
+            raise DataError(" ".join(reason.split())) from error
+
+    def first(self, count: int) -> KeptImages:
+        """Read the first images into memory: at most `count`.
+
+        Raises:
+            DataError: The stream cannot be read.
+            ValueError: It holds none.
+        """
+        images = list(itertools.islice(self.read(self.dataset), count))
+        if all(isinstance(image, ImageError) for _, image in images):
+            raise ValueError(f"no image at the beginning of {self.name}{f': {images[0][1]!s}' if images else ''}")
+        return KeptImages([image for _, image in images], [name for name, _ in images])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Number and names of the shards without their folder or host, and a hash of the first 16 images."""
-        first = self.first(_COMPARED)
-        digest = hashlib.blake2b("\n".join(map(base_name, self.shards.names)).encode(errors="surrogateescape"), digest_size=8)
-        for index in range(len(first)):
-            digest.update(start_of(first, index))
-        return f"stream-{len(self.shards.names)}-{digest.hexdigest()}"
+        """Number of shards, and a hash of the first images: what tells this stream from others."""
+        return f"stream-{self.dataset.num_shards}-{self.first(8).fingerprint}"
+
+    def describe(self) -> str:
+        """Return one line on what this is."""
+        length = "an unknown number of" if self.length is None else str(self.length)
+        return f"a stream of {length} images in {self.dataset.num_shards} shards, {self.name}"
 
 
-def open_stream(data: Any, *, buffer: int = 2000) -> ImageStream:
+def open_stream(data: Any) -> ImageStream:
     """Open a stream of images.
 
     Args:
-        data: URLs of tar files (`https://host/{000..099}.tar`, `http://`, `file://`), `hfids/NAME` or `hfids/NAME:SPLIT` for
-            a data set of Hugging Face, a `datasets.IterableDataset`, or any iterable that yields images, encoded bytes,
-            (image, label) or named columns, such as a `torch.utils.data.IterableDataset`, the same with each `iter`.
-        buffer: Images that a process shuffles at a time.
+        data: URLs of tar or Parquet files (`https://host/{000..099}.tar`, `http://`, `hf://datasets/NAME/...`, `file://`),
+            `hfids/NAME` or `hfids/NAME:SPLIT` for a data set of Hugging Face, or a `datasets.IterableDataset`.
 
     Raises:
-        ValueError: Another kind of URL, `pipe:`, an iterable that can be read once only.
+        ValueError: Another kind of URL, or it cannot be opened.
+        ImportError: `datasets` is not installed.
     """
-    return ImageStream(shards_of(data), buffer=buffer)
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('streams need datasets: pip install "mvmae[stream]"') from error
+    if isinstance(data, datasets.IterableDataset):
+        return ImageStream(data, data.info.dataset_name or "IterableDataset")
+    if data.startswith("hfids/"):
+        path, _, split = data.removeprefix("hfids/").partition(":")
+        options: dict[str, Any] = {"path": path, "split": split or "train"}
+    else:
+        urls = expand_braces(data)
+        kinds = {_BUILDERS.get(PurePosixPath(url.partition("?")[0]).suffix, "") for url in urls}
+        if len(kinds) > 1 or "" in kinds or not all(url.startswith(_SCHEMES) for url in urls):
+            known = f"URLs ({', '.join(_SCHEMES)}) of {' or '.join(_BUILDERS)} files"
+            raise ValueError(f"a stream must be hfids/NAME, or {known}, got {_shown(data)}")
+        files = [unquote(url[7:]) if url.startswith("file://") else url for url in urls]
+        options = {"path": kinds.pop(), "data_files": {"train": files}, "split": "train"}
+    try:
+        dataset = datasets.load_dataset(streaming=True, **options)
+    except Exception as error:
+        cure = ': pip install "mvmae[stream]"' if isinstance(error, ImportError) else ""
+        reason = _shown(f"{data} cannot be opened: {type(error).__name__}: {error}")
+        raise ValueError(" ".join(reason.split()) + cure) from error
+    return ImageStream(dataset, _shown(data))
 
 
-class Position(NamedTuple):
-    """Where a process is in a stream: which block, how many images of it are used up, and where each lane is at its start."""
+def stream_loader(
+    stream: ImageStream,
+    transform: Callable[..., Tensor],
+    batch_size: int,
+    *,
+    seed: int = 0,
+    num_steps: int | None = None,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    max_bad: int = 100,
+    bad_file: Any = None,
+    shuffle_buffer: int = 2000,
+) -> Loader:
+    """Load the batches of a run from a stream: pass after pass, each in another order of shards and images.
 
-    epoch: int = 0
-    block: int = 0
-    used: int = 0
-    seen: int = 0  # images of the pass before the block
-    lanes: tuple[tuple[int, int, int], ...] = ((0, 0, 0),) * AT_ONCE  # which of the lane's shards, and the place in it
+    Processes and workers share the shards; with fewer shards than processes, each takes every W-th image. A bad image is left
+    out, and the next one takes its place. The same number of processes and workers gives the same batches.
 
-    def numbers(self) -> list[int]:
-        """Return the position as numbers, as many for any."""
-        return [*self[:4], *(number for lane in self.lanes for number in lane)]
-
-    @classmethod
-    def of(cls, numbers: Sequence[int]) -> "Position":
-        """Return the position that `numbers` describes."""
-        epoch, block, used, seen, *rest = numbers
-        lanes = zip(rest[::3], rest[1::3], rest[2::3], strict=True)
-        return cls(epoch, block, used, seen, tuple(lanes))
-
-
-class Reader:
-    """Reads what one process sees of a stream, without end; its position is that after the last image that it has yielded."""
-
-    def __init__(self, stream: ImageStream, seed: int, rank: int, world_size: int, share: int, start: Position) -> None:
-        self._stream, self._seed, self._rank, self._world_size, self._share = stream, seed, rank, world_size, share
-        self.position, self.ended = start, threading.Event()
-        self._begin(start)
-
-    def __iter__(self) -> Iterator[Streamed]:
-        coming, skipped = _in_background(self._read), self.position.used
-        while True:
-            position, block = coming.result()
-            coming = _in_background(self._read)  # beside the training on this block
-            order = torch.randperm(len(block), generator=generator(self._seed, position.epoch, self._rank, position.block))
-            for used, number in enumerate(order.tolist()[skipped:], skipped + 1):
-                self.position = position._replace(used=used)
-                yield block[number]
-            skipped = 0
-
-    def _begin(self, position: Position) -> None:
-        """Begin a pass, or a block in it."""
-        shards, seed, world = self._stream.shards, self._seed, self._world_size
-        draw = generator(seed, position.epoch)
-        order = torch.randperm(len(shards.names), generator=draw).tolist()
-        whole = len(order) // world * world
-        turns = torch.randint(world, (len(order),), generator=draw).tolist()  # else the last process has none of short shards
-        units = [(shard, (0, 1)) for shard in order[self._rank : whole : world]]
-        units += [(shard, ((self._rank + turns[shard]) % world, world)) for shard in order[whole:]]
-        count = min(AT_ONCE, len(units))
-        self._lanes = [
-            _Lane(self._stream.shards, position.epoch, units[i::count], position.lanes[i], self.ended) for i in range(count)
-        ]
-        self._next = position
-
-    def _read(self) -> tuple[Position, list[Streamed]]:
-        """Read the next block; return it with its position."""
-        while True:
-            lanes = tuple(lane.at for lane in self._lanes)
-            position = self._next._replace(lanes=lanes + ((0, 0, 0),) * (AT_ONCE - len(lanes)), used=0)
-            count, most = (max(total // len(lanes), 1) for total in (self._stream.buffer, MOST_BYTES))
-            parts = [_in_background(partial(lane.take, count, most)) for lane in self._lanes]
-            block = [image for part in parts for image in part.result()]
-            if block or self.ended.is_set():
-                self._next = position._replace(block=position.block + 1, seen=position.seen + len(block))
-                return position, block
-            if position.seen < self._share:
-                found = f"{self._stream.shards.names[0]} and what follows hold {position.seen} images for process {self._rank}"
-                raise DataError(f"{found}, and its part of a batch is {self._share}: use a smaller batch")
-            self._begin(Position(epoch=position.epoch + 1))
-
-
-class _Lane:
-    """Reads some of a process's shards in a pass, one after another."""
-
-    def __init__(
-        self,
-        shards: Shards,
-        epoch: int,
-        units: Sequence[tuple[int, tuple[int, int]]],
-        at: tuple[int, int, int],
-        ended: threading.Event,
-    ) -> None:
-        self._shards, self._epoch, self._units, self.at, self._ended = shards, epoch, units, at, ended
-        self._items: Iterator[Item] | None = None
-
-    def take(self, count: int, most_bytes: int) -> list[Streamed]:
-        """Read the next images: fewer where they take more bytes, and at the end of the pass."""
-        taken, size = list[Streamed](), 0
-        while len(taken) < count and size < most_bytes and self.at[0] < len(self._units) and not self._ended.is_set():
-            number, *place = self.at
-            shard, own = self._units[number]
-            if self._items is None:
-                self._items = self._shards.read(shard, Place(*place), own, self._epoch)
-            item = next(self._items, None)
-            if item is None:
-                self._items, self.at = None, (number + 1, 0, 0)
-                continue
-            taken.append(Streamed(shard * _NUMBER + item.number, self._epoch, item.name, item.image))
-            size += _size(item.image)
-            self.at = (number, *item.after)
-        return taken
-
-
-def _in_background(work: Callable[[], Loaded]) -> "Future[Loaded]":
-    """Start work in a thread that does not keep the process from its end; return its result to come."""
-    future: Future[Loaded] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def image_or_error(image: ImageOrError) -> ImageLike:
-    """Return an image.
+    Args:
+        stream: The images.
+        transform: (image, generator=) -> (V, C, H, W) uint8, such as `MultiViewTransform`.
+        batch_size: Images per step over all processes.
+        seed: The run's seed.
+        num_steps: Steps of the whole run; None: without end.
+        start_step: First step, counted from 0: where it is not 0, a new pass begins, which a warning says.
+        rank: Number of this process.
+        world_size: Number of processes.
+        num_workers: Loading processes, at most one for each shard; 0 loads in this process.
+        pin_memory: As in `make_loader`.
+        max_bad: Number of different bad images before an error.
+        bad_file: As in `make_loader`.
+        shuffle_buffer: Encoded images that each worker holds, and of which it draws the next one.
 
     Raises:
-        ImageError: It is one.
+        ValueError: Batch and processes do not fit.
     """
-    if isinstance(image, ImageError):
-        raise image
-    return image
+    from datasets.distributed import split_dataset_by_node
+
+    check_share(batch_size, rank, world_size)
+    if start_step and rank == 0:
+        told = "%s: step %d begins a new pass in another order; what the interrupted pass had not reached comes with it"
+        _logger.warning(told, stream.name, start_step + 1)
+    order = sample_seed(seed, start_step) % 2**32  # the same in all processes, which split what it leads to
+    own = split_dataset_by_node(stream.dataset.shuffle(order, buffer_size=shuffle_buffer), rank, world_size)
+    views = StreamedViews(stream, own, transform, (seed, start_step, rank))
+    views.batch_size = batch_size // world_size
+    views.steps = None if num_steps is None else max(num_steps - start_step, 0)
+    options = worker_options(min(num_workers, own.num_shards), pin_memory)
+    loader: DataLoader[Any] = DataLoader(views, batch_size=views.batch_size, **options)
+    return Loader(loader, max_bad=max_bad, bad_file=bad_file)
 
 
-def _size(image: Any) -> int:
-    """Return about how many bytes of memory an image takes."""
-    if isinstance(image, (bytes, str, ImageError)) or not hasattr(image, "size"):
-        return len(image) if isinstance(image, bytes) else 100
-    return image.width * image.height * 4 if hasattr(image, "width") else int(np.asarray(image).nbytes)
+class StreamedViews(IterableDataset[Sample]):
+    """The views of a process's part of a stream, pass after pass; each worker yields the samples of its own batches."""
+
+    batch_size = 1
+    steps: int | None = None
+
+    def __init__(self, stream: ImageStream, own: Any, transform: Callable[..., Tensor], place: tuple[int, ...]) -> None:
+        self._stream, self._own, self._transform, self._place = stream, own, transform, place
+
+    def __len__(self) -> int:
+        if self.steps is None:
+            raise TypeError("a stream without num_steps has no length")
+        return self.steps * self.batch_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        share = None if self.steps is None else len(range(number, self.steps, workers)) * self.batch_size
+        yield from itertools.islice(self._samples(number), share)
+
+    def _samples(self, worker: int) -> Iterator[Sample]:
+        bad: list[Bad] = []
+        for epoch in itertools.count():
+            self._own.set_epoch(epoch)
+            seen = -1
+            for seen, (name, image) in enumerate(self._stream.read(self._own)):
+                try:
+                    if isinstance(image, ImageError):
+                        raise image
+                    views = self._transform(image, generator=generator(*self._place, worker, epoch, seen))
+                except ImageError as error:
+                    bad.append(Bad(name, error.reason))
+                    if len(bad) == MAX_TRIES:
+                        last = f"the last was {name!r}: {error.reason}"
+                        raise DataError(f"{MAX_TRIES} images in a row cannot be used; {last}") from error
+                    continue
+                yield Sample(views, seen, name, bad)
+                bad = []
+            if seen < 0:
+                raise DataError(f"{self._stream.name} holds no images for process {self._place[-1]}, worker {worker}")
+
+
+def _fetch(image: Any) -> Any:
+    """Return the bytes of an image that is named by a URL, as in a folder on the Hub; any other image as it is."""
+    if not isinstance(image, str) or "://" not in image:
+        return image
+    import fsspec
+
+    with fsspec.open(image, "rb") as file:
+        return file.read()
+
+
+def _shown(text: str) -> str:
+    """Return a text without what may be secret in its URLs: a signature behind `?`, a user before `@`."""
+    return re.sub(r"://[^/@\s]*@", "://", re.sub(r"(://[^?\s'\"]*)\?[^\s'\"]*", r"\1", text))

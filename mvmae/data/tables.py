@@ -1,38 +1,32 @@
-"""Images in tables: Parquet and Arrow files of Hugging Face, IDX files such as MNIST's.
+"""Rows with an image in them: Parquet and Arrow files, and data sets of torch, torchvision and Hugging Face.
 
-pyarrow reads the tables, NumPy the IDX files; what stands here checks them first. `datasets` would copy all of a Parquet file
-to disk, whatever it unpacks to, and crash on a damaged Arrow file; torchvision reads no `.gz`, and has no words for a cut file.
+pyarrow reads the files: `datasets` copies a Parquet file to disk, and dies of a damaged Arrow file.
 """
 
-import gzip
 import json
 import logging
-import math
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import Dataset
 
 from .decode import ImageError, ImageLike
-from .folders import ImageSource
-from .limits import check_memory
-from .pixels import Pixels
+from .sources import ImageSource, first_of
 
-TABLE = (".parquet", ".arrow")
-_NAME = 100  # bytes that the name of an image takes while names are listed
-_MAPPED = "use `hfds/FOLDER`, which maps images from disk"
-_ROWS = 16  # of a Parquet file at once: one value, stored once, may stand in any number of rows
 _logger = logging.getLogger(__name__)
 
 
 class TableSource(ImageSource):
-    """Images in Hugging Face tables: Parquet, held in memory, or Arrow files of `save_to_disk`, mapped from disk.
+    """Images in tables: Parquet, held in memory, or Arrow files of `save_to_disk`, mapped from disk.
 
     The image column is the first of structures with `bytes`, or of bytes; labels are in an integer column `label`,
     `labels` or `fine_label`, if there is one without empty rows.
+
+    Raises:
+        ValueError: A file cannot be read, or has no column of images or no rows.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -46,12 +40,10 @@ class TableSource(ImageSource):
             raise ValueError(f"no rows in {first_of(files)}")
         self._column, *label = table.column_names
         self._image = table.column(self._column)
-        names = [f"{f.name}#{row}".encode() for f, t in zip(files, tables, strict=True) for row in range(t.num_rows)]
-        super().__init__(names)
+        super().__init__([f"{f.name}#{i}".encode() for f, t in zip(files, tables, strict=True) for i in range(t.num_rows)])
         if label and (missing := table.column(label[0]).null_count):
-            self.problems = (
-                f"{first_of(files)}: {missing} of {len(self)} labels in column {label[0]!r} are empty: none is used",
-            )
+            where = f"{first_of(files)}: {missing} of {len(self)} labels"
+            self.problems = (f"{where} in column {label[0]!r} are empty: none is used",)
             _logger.warning(self.problems[0])
         elif label:
             self.labels = table.column(label[0]).to_numpy().astype(np.int64)
@@ -71,74 +63,63 @@ class TableSource(ImageSource):
         return encoded
 
 
-class IdxSource(ImageSource):
-    """An IDX file of images (N, H, W) bytes, and the file of labels beside it."""
+class DatasetSource(ImageSource):
+    """A data set with length and index whose items are images, (image, label, ...) or {"image": ..., "label": ...}.
 
-    def __init__(self, images: Path) -> None:
-        self._images = _read_idx(images, 3)
-        super().__init__([f"{images.name}#{i}".encode() for i in range(len(self._images))])
-        labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
-        if labels != images and labels.exists():
-            self.labels = _read_idx(labels, 1).astype(np.int64)
-            if len(self.labels) != len(self):
-                raise ValueError(f"{labels} holds {len(self.labels)} labels, {images} {len(self)} images")
-            self.class_names = tuple(map(str, np.unique(self.labels)))
+    Of named columns, the image is `image` or `img`, else the first that holds images or their bytes. Labels are read from the
+    data set's `targets` or `labels`, or from a label column of Hugging Face; the data set should not transform images.
+
+    Raises:
+        TypeError: No length or no index.
+        ValueError: No images.
+    """
+
+    def __init__(self, dataset: "Dataset[Any] | Sequence[Any]") -> None:
+        kind = type(dataset)
+        if not hasattr(kind, "__len__") or getattr(kind, "__getitem__", None) in (None, Dataset.__getitem__):
+            cure = "use one with __len__ and __getitem__, with which runs can resume, or open_stream"
+            raise TypeError(f"the data set must have a length and an index, got {kind.__name__}: {cure}")
+        if not len(dataset):  # type: ignore[arg-type]
+            raise ValueError(f"{kind.__name__} holds no images")
+        super().__init__([])
+        self._columns, labels, named = ["image", "img"], None, None
+        features: Any = getattr(dataset, "features", None)
+        if hasattr(features, "arrow_schema"):  # of Hugging Face
+            schema, hub = features.arrow_schema, dataset
+            images, label = find_columns(schema)
+            self._columns += images
+            for name in images:  # encoded: one reader for all
+                if hasattr(features[name], "decode"):
+                    hub = hub.cast_column(name, type(features[name])(decode=False))  # type: ignore[union-attr]
+            if label:
+                labels = hub.with_format("numpy")[label[0]][:]  # type: ignore[union-attr]
+                named = class_names(schema, label[0])
+            dataset = hub
+        self._dataset = dataset
+        labels = getattr(dataset, "targets", getattr(dataset, "labels", None)) if labels is None else labels
+        if labels is not None and np.shape(labels) == (len(self),) and np.asarray(labels).dtype.kind in "iu":
+            self.labels = np.asarray(labels, dtype=np.int64)
+            named = named or getattr(dataset, "classes", None)
+            self.class_names = tuple(map(str, named or np.unique(self.labels)))
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
 
     def image(self, index: int) -> ImageLike:
-        """Return the image as an array (H, W)."""
-        image: Pixels = self._images[index]
-        return image
+        """Return the data set's image.
 
+        Raises:
+            ValueError: None of the item's columns is one.
+        """
+        return find_image(self._dataset[index], self._columns)
 
-def first_of(paths: Sequence[Path]) -> str:
-    """Return the first of several files, and how many more there are, for messages."""
-    return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-
-
-def _read_table(path: Path) -> Any:
-    """Read the columns of images and of labels, and check every offset in them."""
-    import pyarrow as pa
-
-    try:
-        schema, batches = _open_parquet(path) if path.suffix == ".parquet" else _open_arrow(path)
-        columns, checked, rows = _wanted(schema, path), [], 0
-        for batch in batches:
-            checked.append(batch.select(columns))
-            checked[-1].validate(full=True)  # or an offset that points elsewhere ends the process
-            rows += batch.num_rows
-            check_memory(pa.total_allocated_bytes() + _NAME * rows, str(path), _MAPPED)
-        return pa.Table.from_batches(checked, pa.schema([schema.field(name) for name in columns], schema.metadata))
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _open_parquet(path: Path) -> tuple[Any, Iterator[Any]]:
-    """Return the schema, and batches of the columns of images and labels, which must fit into memory unpacked."""
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    columns = _wanted(file.schema_arrow, path)
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-    check_memory(sum(chunk.total_uncompressed_size for chunk in wanted), str(path), _MAPPED)
-    return file.schema_arrow, file.iter_batches(batch_size=_ROWS, columns=columns)
-
-
-def _open_arrow(path: Path) -> tuple[Any, Iterator[Any]]:
-    import pyarrow as pa
-
-    source = pa.memory_map(str(path))
-    try:
-        stream = pa.ipc.open_stream(source)
-        return stream.schema, iter(stream)
-    except pa.ArrowInvalid:
-        file = pa.ipc.open_file(source)
-        return file.schema, map(file.get_batch, range(file.num_record_batches))
+    def name(self, index: int) -> str:
+        """Return the data set's type and the image's number."""
+        return f"{type(self._dataset).__name__}[{index}]"
 
 
 def find_columns(schema: Any) -> tuple[list[str], list[str]]:
-    """Return the names of the first column of images and of the column of labels, if a table has them."""
+    """Return the names of the first column of images and of the column of labels of a table, if it has them."""
     import pyarrow as pa
 
     def holds_bytes(kind: Any) -> bool:
@@ -162,8 +143,7 @@ def find_image(item: Any, columns: Sequence[str] = ("image", "img")) -> ImageLik
         ValueError: None of the item's columns is an image.
     """
     if isinstance(item, Mapping):
-        named = [name for name in columns if name in item]
-        named += [name for name, value in item.items() if _is_image(value)]
+        named = [name for name in columns if name in item] + [name for name, value in item.items() if _is_image(value)]
         if not named:
             raise ValueError(f"no image among the columns {', '.join(map(str, item))}")
         item = item[named[0]]
@@ -171,19 +151,6 @@ def find_image(item: Any, columns: Sequence[str] = ("image", "img")) -> ImageLik
         item = item[0]
     image: ImageLike = (item["bytes"] or item["path"]) if isinstance(item, Mapping) else item
     return image
-
-
-def _is_image(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return bool(value.get("bytes") or value.get("path"))
-    return isinstance(value, (Image.Image, bytes)) or (hasattr(value, "shape") and len(value.shape) in (2, 3))
-
-
-def _wanted(schema: Any, path: Path) -> list[str]:
-    images, labels = find_columns(schema)
-    if not images:
-        raise ValueError(f"{path} must have a column of images (bytes), got {', '.join(schema.names)}")
-    return images + labels
 
 
 def class_names(schema: Any, label: str) -> tuple[str, ...]:
@@ -195,23 +162,36 @@ def class_names(schema: Any, label: str) -> tuple[str, ...]:
         return ()
 
 
-def _read_idx(path: Path, dims: int) -> Pixels:
+def _is_image(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value.get("bytes") or value.get("path"))
+    return isinstance(value, (Image.Image, bytes)) or (hasattr(value, "shape") and len(value.shape) in (2, 3))
+
+
+def _read_table(path: Path) -> Any:
+    """Read the columns of images and of labels."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            header = file.read(4 + 4 * dims)
-            if header[:4] != bytes([0, 0, 8, dims]) or len(header) < 4 + 4 * dims:
-                raise ValueError(
-                    f"{path} must be an IDX file of {dims}-dimensional bytes, and its header is another: get the file again"
-                )
-            shape = [int(n) for n in np.frombuffer(header, ">u4", dims, 4)]
-            said = " x ".join(map(str, shape))
-            if min(shape[1:], default=1) < 1:
-                raise ValueError(f"{path} holds no pixels: its header says {said}")
-            check_memory(math.prod(shape) + _NAME * shape[0], f"{path}, whose header says {said} bytes,", "use fewer images")
-            values = np.frombuffer(file.read(math.prod(shape)), np.uint8)
-            more = bool(file.read(1))
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if more or len(values) != math.prod(shape):
-        raise ValueError(f"{path} holds {'more than ' * more}{len(values)} bytes, its header says {said}")
-    return values.reshape(shape)
+        if path.suffix == ".parquet":
+            columns = _wanted(pq.read_schema(path), path)
+            table = pq.read_table(path, columns=columns, partitioning=None)
+        else:
+            source = pa.memory_map(str(path))
+            try:
+                table = pa.ipc.open_stream(source).read_all()
+            except pa.ArrowInvalid:  # not a stream: a file
+                table = pa.ipc.open_file(source).read_all()
+        table = table.select(_wanted(table.schema, path))
+        table.validate(full=True)  # or a damaged offset ends the process
+        return table
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _wanted(schema: Any, path: Path) -> list[str]:
+    images, labels = find_columns(schema)
+    if not images:
+        raise ValueError(f"{path} must have a column of images (bytes), got {', '.join(schema.names)}")
+    return images + labels

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .decode import MAX_PIXELS, ImageLike, OpenedImage, colour, open_image
-from .pixels import WHITE, Colour, Pixels
+from .pixels import Pixels, Range
 
 DECODERS = ("fast", "pillow")
 
@@ -63,7 +63,7 @@ class _BoxTransform:
         scaled_decode: float | None,
         decoder: str,
         max_pixels: int,
-        value_range: tuple[float, float] | None,
+        value_range: Range | None,
         background: str,
     ) -> None:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -85,17 +85,25 @@ class _BoxTransform:
         return open_image(image, max_pixels=self.max_pixels)
 
     def _take(self, image: OpenedImage, boxes: Sequence[Box], flips: Sequence[bool]) -> Tensor:
-        return take_views(
-            image,
-            boxes,
-            flips,
-            self.image_size,
+        """Decode once and resize the crops, bicubic with antialiasing: (V, C, H, W) uint8."""
+        transpose, mirror, upend = image.turn
+        stored = [_stored_box(box, image) for box in boxes]
+        size = (self.image_size[1], self.image_size[0]) if transpose else self.image_size
+        reduction = choose_reduction(stored, size, self.scaled_decode) if image.reducible else 1
+        pixels = image.decode(
             channels=self.in_chans,
-            scaled_decode=self.scaled_decode,
+            reduction=reduction,
             decoder=self.decoder,
             value_range=self.value_range,
             background=self.background,
         )
+        views = torch.empty(len(boxes), self.in_chans, *self.image_size, dtype=torch.uint8)
+        for view, box, flip in zip(views, stored, flips, strict=True):
+            crop = _resize(pixels, snap_box(box, reduction, pixels.shape[0], pixels.shape[1]), size)
+            dims = [-1] * (mirror != flip) + [-2] * upend  # the small crop is turned, not the large image
+            crop = crop.mT if transpose else crop
+            view.copy_(crop.flip(dims) if dims else crop)
+        return views
 
 
 class MultiViewTransform(_BoxTransform):
@@ -137,7 +145,7 @@ class MultiViewTransform(_BoxTransform):
         scaled_decode: float | None = 1.5,
         decoder: str = "fast",
         max_pixels: int = MAX_PIXELS,
-        value_range: tuple[float, float] | None = None,
+        value_range: Range | None = None,
         background: str = "white",
     ) -> None:
         if num_views < 1 or in_chans < 1:
@@ -151,17 +159,12 @@ class MultiViewTransform(_BoxTransform):
         super().__init__(image_size, in_chans, scaled_decode, decoder, max_pixels, value_range, background)
         self.num_views, self.scale, self.ratio, self.flip, self.same_crop = num_views, scale, ratio, flip, same_crop
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(V, C, H, W) of a call's result."""
-        return self.num_views, self.in_chans, *self.image_size
-
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Take the views of one image.
 
         Args:
             image: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W) or an array.
-            generator: Generator of this sample.
+            generator: Of this sample.
 
         Returns:
             (V, C, H, W) uint8.
@@ -203,7 +206,7 @@ class CentreCropTransform(_BoxTransform):
         scaled_decode: float | None = None,
         decoder: str = "fast",
         max_pixels: int = MAX_PIXELS,
-        value_range: tuple[float, float] | None = None,
+        value_range: Range | None = None,
         background: str = "white",
     ) -> None:
         if not 0 < crop <= 1:
@@ -219,39 +222,6 @@ class CentreCropTransform(_BoxTransform):
         h, w = (max(1, round(side * size)) for size in self.image_size)
         box = Box((height - h) // 2, (width - w) // 2, h, w)
         return self._take(opened, [box], [False])[0]
-
-
-def take_views(
-    image: OpenedImage,
-    boxes: Sequence[Box],
-    flips: Sequence[bool],
-    image_size: tuple[int, int],
-    *,
-    channels: int = 3,
-    scaled_decode: float | None = 1.5,
-    decoder: str = "fast",
-    value_range: tuple[float, float] | None = None,
-    background: Colour = WHITE,
-) -> Tensor:
-    """Decode once and resize the crops, bicubic with antialiasing.
-
-    Returns:
-        (V, C, H, W) uint8.
-    """
-    transpose, mirror, upend = image.turn
-    stored = [_stored_box(box, image) for box in boxes]
-    size = (image_size[1], image_size[0]) if transpose else image_size
-    reduction = choose_reduction(stored, size, scaled_decode) if image.reducible else 1
-    pixels = image.decode(
-        channels=channels, reduction=reduction, decoder=decoder, value_range=value_range, background=background
-    )
-    views = torch.empty(len(boxes), channels, *image_size, dtype=torch.uint8)
-    for view, box, flip in zip(views, stored, flips, strict=True):
-        crop = _resize(pixels, snap_box(box, reduction, pixels.shape[0], pixels.shape[1]), size)
-        dims = [-1] * (mirror != flip) + [-2] * upend
-        crop = crop.mT if transpose else crop
-        view.copy_(crop.flip(dims) if dims else crop)
-    return views
 
 
 def choose_reduction(boxes: Sequence[Box], image_size: tuple[int, int], k: float | None) -> int:

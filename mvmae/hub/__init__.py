@@ -1,11 +1,11 @@
 """Export models to timm, transformers and the Hub with a model card, and load other people's weights."""
 
+from ..weights import load_weights as load_weights
 from .card import license_warning as license_warning
 from .card import write_card as write_card
 from .export import build as build
 from .export import describe as describe
 from .export import export as export
-from .export import load_weights as load_weights
 from .export import published as published
 from .export import push as push
 from .load import load_encoder as load_encoder

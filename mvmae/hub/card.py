@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import CONFIG_FILE, WEIGHTS_FILE, locate, read_config, sha256, write_text
-from ..weights import PRETRAINING_FILE, PRETRAINING_FOLDER
+from ..architecture import PRETRAINING_FILE, PRETRAINING_FOLDER
+from ..weights import CONFIG_FILE, WEIGHTS_FILE, locate, read_json, sha256, write_text
 from .onnx import ONNX_DATA_FILE, ONNX_FILE, usage
 
 CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
-PUBLISHED_TEXTS = ("augment", "background", "encoder_args", "loss_on", "mean", "pool", "precision", "std")
-"""Settings of a run in words that the card shows besides its numbers; others can name places on the machine it ran on."""
-RUNNING = {"log_every", "max_bad", "monitor_every", "monitor_images", "other_data", "resume"}
-RUNNING |= {"save_every", "save_minutes", "workers"}
-"""Settings of a run that its weights do not depend on."""
 NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|amlr|seer-license")
+SHOWN_TEXTS = ("augment", "background", "encoder_args", "loss_on", "mean", "pool", "precision", "std")
+"""Settings of a run in words that the card shows besides its numbers; others can name places on the machine it ran on."""
+NOT_SHOWN = {"log_every", "max_bad", "monitor_every", "monitor_images", "resume", "save_every", "save_minutes", "workers"}
+"""Settings of a run that its weights do not depend on."""
 
 
 def license_warning(started_from: Mapping[str, str]) -> str | None:
@@ -30,18 +29,21 @@ def license_warning(started_from: Mapping[str, str]) -> str | None:
         The warning; None if the weights are free, or if the run started from nothing and so belongs to its owner.
     """
     weights, license = started_from.get("weights"), started_from.get("license", "unknown").lower()
-    if not weights:
+    if not weights or FREE.fullmatch(license):
         return None
     if NON_COMMERCIAL.search(license):
         return f"{weights} is under {license}, which forbids commercial use: that holds for the weights trained from it too"
     if license in ("", "unknown", "none", "other"):
         return f"the licence of {weights} is not recorded: find it out before you use or publish weights trained from it"
-    if not FREE.fullmatch(license):
-        return f"{weights} is under {license}, which has terms of its own for weights trained from it: read them"
-    return None
+    return f"{weights} is under {license}, which has terms of its own for weights trained from it: read them"
 
 
-def code(value: object) -> str:
+def without_folders(text: str) -> str:
+    """Return a command with each path of this machine reduced to its last name."""
+    return re.sub(r"(?<![^\s='\":])[~/.][^\s'\"]*/(?=[^\s/])", "", text)
+
+
+def _code(value: object) -> str:
     """Quote somebody else's text for Markdown: as code in one line, in which neither HTML nor Markdown acts."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(value)).strip()
     if not text:
@@ -50,10 +52,9 @@ def code(value: object) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
-def _is_published(key: str, value: Any) -> bool:
+def _is_shown(key: str, value: Any) -> bool:
     values = value if isinstance(value, list | tuple) else [value]
-    numbers = key not in RUNNING and all(isinstance(each, int | float) for each in values)
-    return numbers or key in PUBLISHED_TEXTS
+    return key in SHOWN_TEXTS or (key not in NOT_SHOWN and all(isinstance(each, int | float) for each in values))
 
 
 def write_card(
@@ -76,10 +77,10 @@ def write_card(
         datasets: names of the images it was trained on, as the Hub has them.
         license: licence of the weights, as the Hub spells it; where None, the export's, else ``apache-2.0``.
         metrics: results measured on these weights, and on no others.
-        command: the command that trained them.
+        command: the command that trained them; its paths are reduced to their last names.
         commit: the commit of this package.
         hardware: the machine of the training.
-        settings: settings of the run; the card shows numbers, except `RUNNING`, and of words those in `PUBLISHED_TEXTS`.
+        settings: settings of the run; the card shows numbers, except `NOT_SHOWN`, and of words those in `SHOWN_TEXTS`.
 
     Returns:
         The card's path.
@@ -88,9 +89,10 @@ def write_card(
         WeightsError: if the folder holds no export.
     """
     folder = Path(folder)
-    config = read_config(locate(folder, CONFIG_FILE))
-    whole, classes = (folder / PRETRAINING_FOLDER / PRETRAINING_FILE).exists(), config.get("num_classes", 0)
-    started, cfg = config.get("started_from") or {}, config.get("pretrained_cfg") or {}
+    config = read_json(locate(folder, CONFIG_FILE))
+    pretraining = f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}"
+    files = [name for name in (WEIGHTS_FILE, pretraining, ONNX_FILE, ONNX_DATA_FILE) if (folder / name).exists()]
+    classes, started, cfg = config.get("num_classes", 0), config.get("started_from") or {}, config.get("pretrained_cfg") or {}
     metadata = {
         "license": license or cfg.get("license") or "apache-2.0",
         "library_name": "timm",
@@ -98,39 +100,29 @@ def write_card(
         "tags": ["timm", "transformers", "mvmae", "masked-autoencoder", "self-supervised-learning"],
         "datasets": list(datasets),
     }
-    if started.get("repo"):
-        metadata["base_model"] = started["repo"]
+    metadata |= {"base_model": started["repo"]} if started.get("repo") else {}
     warning = license_warning(started)
-    made = {"Images": ", ".join(datasets), "Command": command, "Commit": commit, "Hardware": hardware}
-    made = {"Weights": config.get("training", ""), **made}
-    shown = {key: value for key, value in (settings or {}).items() if _is_published(key, value)}
-    files = {
-        name: sha256(folder / name)
-        for name in (WEIGHTS_FILE, f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}", ONNX_FILE, ONNX_DATA_FILE)
-        if (folder / name).exists()
-    }
+    made = {"Weights": config.get("training", ""), "Images": ", ".join(datasets), "Command": without_folders(command)}
+    made |= {"Commit": commit, "Hardware": hardware}
+    shown = {key: value for key, value in (settings or {}).items() if _is_shown(key, value)}
+    whole = f"```python\nimport mvmae\n\nmodel = mvmae.MultiViewMAE.from_pretrained({repo!r})  # to go on pretraining\n```"
+    origin = f"Started from {_code(started.get('weights'))}, licence {_code(started.get('license', 'unknown'))}."
+    size, kind = _code(cfg.get("description") or "a size that is not recorded"), _code(config["architecture"])
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()) + "---",
         f"# {repo.partition('/')[2]}",
-        f"A ViT of {code(cfg.get('description') or 'a size that is not recorded')}, a variant of timm's "
-        + code(config["architecture"])
-        + (f", with a head of {classes} classes." if classes else "."),
+        f"A ViT of {size}, a variant of timm's {kind}" + (f", with a head of {classes} classes." if classes else "."),
         f"```python\nimport timm\n\nmodel = timm.create_model({f'hf-hub:{repo}'!r}, pretrained=True)\n```",
-        f"```python\nimport mvmae\n\nmodel = mvmae.MultiViewMAE.from_pretrained({repo!r})  # to go on pretraining\n```"
-        if whole
-        else "",
+        whole if pretraining in files else "",
         f"Without PyTorch, by ONNX Runtime:\n\n{usage(config)}" if ONNX_FILE in files else "",
-        "## Training\n\n" + "\n".join(f"- {key}: {code(value) if value else 'not recorded'}" for key, value in made.items()),
-        f"Started from {code(started['weights'])}, licence {code(started.get('license', 'unknown'))}."
-        if "weights" in started
-        else "",
-        f"**Licence:** {code(warning)}." if warning else "",
+        "## Training\n\n" + "\n".join(f"- {key}: {_code(value) if value else 'not recorded'}" for key, value in made.items()),
+        origin if "weights" in started else "",
+        f"**Licence:** {_code(warning)}." if warning else "",
         f"```json\n{json.dumps(shown, indent=2)}\n```" if shown else "",
         "![Losses of the run](curves.png)" if (folder / "curves.png").exists() else "",
-        "## Measured\n\n"
-        + ("\n".join(f"- {code(key)}: {value:g}" for key, value in (metrics or {}).items()) or "Nothing yet."),
-        "## Files\n\n" + "\n".join(f"- {name}: sha256 {value}" for name, value in files.items()),
+        "## Measured",
+        "\n".join(f"- {_code(key)}: {value:g}" for key, value in (metrics or {}).items()) or "Nothing yet.",
+        "## Files\n\n" + "\n".join(f"- {name}: sha256 {sha256(folder / name)}" for name in files),
     ]
-    text = "\n\n".join(part for part in parts if part) + "\n"
-    write_text(folder / CARD_FILE, text)
+    write_text(folder / CARD_FILE, "\n\n".join(part for part in parts if part) + "\n")
     return folder / CARD_FILE

@@ -1,24 +1,29 @@
 """From a model to a folder that timm, transformers and `mvmae` load, and from there to the Hub."""
 
+import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from torch import Tensor, nn
+from torch import nn
 
-from ..description import build_encoder, describe_encoder, describe_pretraining, pretraining_arguments
-from ..files import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, hub_causes, write_json
+from ..architecture import (
+    PRETRAINING_CONFIG,
+    PRETRAINING_FILE,
+    PRETRAINING_FOLDER,
+    build_encoder,
+    describe_encoder,
+    describe_pretraining,
+    pretraining_arguments,
+    write_pretraining,
+)
+from ..inputs import INPUTS, Inputs
 from ..masked_vit import PlainViT, check_encoder
 from ..model import MultiViewMAE
-from ..weights import PRETRAINING_CONFIG, PRETRAINING_FILE, PRETRAINING_FOLDER, check_weights, write_pretraining, write_weights
-from ..wrappers import merged, plain_names, unwrap
-from .card import CARD_FILE, license_warning
-from .card import write_card as write_card
-from .load import load_encoder as load_encoder
-from .load import load_pretraining as load_pretraining
+from ..weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, hub_errors, write_json, write_weights
+from .card import CARD_FILE, license_warning, without_folders
 from .onnx import ONNX_DATA_FILE, ONNX_FILE, remove_onnx
 
 _logger = logging.getLogger(__name__)
@@ -37,50 +42,41 @@ PUBLISHED = [
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what rebuilds a `MultiViewMAE` or a ViT of timm, in types that JSON and a checkpoint can hold.
-
-    Raises:
-        WeightsError: if JSON cannot hold it.
-    """
-    model = merged(unwrap(model))
+    """Return what rebuilds a `MultiViewMAE` or a ViT of timm, in types that JSON can hold, or raise a `WeightsError`."""
+    model = _unwrap(model)
     return (
         describe_pretraining(model) if isinstance(model, MultiViewMAE) else describe_encoder(check_encoder(model), plain=False)
     )
 
 
-def build(description: Mapping[str, Any]) -> nn.Module:
-    """Build the untrained model that `describe` described.
+def build(description: Mapping[str, Any], **modules: nn.Module | None) -> nn.Module:
+    """Build the untrained model that `describe` described; ``modules`` are those of `MultiViewMAE.from_pretrained`.
 
     Raises:
-        WeightsError: if the description fits no model.
+        WeightsError: if the description fits no model, or a module is needed, with its class.
     """
     with building("this description"):
-        return MultiViewMAE(**pretraining_arguments(description)) if "encoder" in description else build_encoder(description)
+        whole = "encoder" in description
+        return MultiViewMAE(**pretraining_arguments(description, **modules)) if whole else build_encoder(description)
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Load weights that fit a model exactly.
-
-    Raises:
-        WeightsError: with ``source`` and the names that are missing, unexpected or of another shape; the model stays as it was.
-    """
-    check_weights(weights, model.state_dict(), source=source)
-    model.load_state_dict(weights)
+def _unwrap(model: Any) -> Any:
+    """Return the model inside what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put around it."""
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def export(
     model: nn.Module,
     folder: str | Path,
     *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    interpolation: str = "bicubic",
-    crop_pct: float = 0.875,
+    inputs: Inputs | None = None,
     label_names: Sequence[str] | None = None,
     license: str | None = None,
     started_from: Mapping[str, str] | None = None,
     training: str | None = None,
-    background: str = "white",
+    **changes: Any,
 ) -> Path:
     """Write a model for everyone: ``config.json`` and ``model.safetensors`` hold its encoder as a plain ViT of timm.
 
@@ -88,13 +84,9 @@ def export(
     head is written too, and the whole of a `MultiViewMAE`, for `MultiViewMAE.from_pretrained`.
 
     Args:
-        model: a `MultiViewMAE`, or a plain ViT of timm, fine-tuned or not; compiled or in a data-parallel wrapper, too. Active
-            adapters of peft (LoRA and the like) are merged into the weights that are written; the model keeps them.
+        model: a `MultiViewMAE`, or a plain ViT of timm, fine-tuned or not; compiled or in a data-parallel wrapper, too.
         folder: where to write; files there are replaced, and an ``encoder.onnx``, of older weights, is removed.
-        mean: mean of each channel, in 0 to 1, by which the images were normalised; where None, the encoder's cfg has it.
-        std: standard deviation of each channel, likewise.
-        interpolation: how to resize images.
-        crop_pct: share of the resized image's side that is kept at test time.
+        inputs: how the images were read; where None, the encoder's cfg says it.
         label_names: names of the classes, in the order of the head.
         license: licence of the weights, as the Hub spells it, such as ``apache-2.0``; where None, that of the weights that
             training started from, else that of the encoder's cfg.
@@ -103,7 +95,7 @@ def export(
             does not let everybody use them.
         training: how the weights were trained, for the card, such as "fine-tuned for classification"; that of a
             `MultiViewMAE` where None.
-        background: colour behind transparent pixels in training, for users of the export.
+        changes: attributes of `Inputs` that replace those of ``inputs``, such as ``mean`` and ``std``; None changes nothing.
 
     Returns:
         The folder.
@@ -113,51 +105,48 @@ def export(
         ValueError: if mean, std or names do not fit the model.
         WeightsError: if timm could not rebuild the encoder, or a weight is NaN or infinite.
     """
-    if started_from and (warning := license_warning(started_from)):
+    started = {key: without_folders(value) for key, value in (started_from or {}).items()}
+    model, folder = _unwrap(model), Path(folder)
+    if warning := license_warning(started):
         _logger.warning("%s", warning)
-    started, model = dict(started_from or {}), merged(unwrap(model))
-    folder, vit = Path(folder), check_encoder(unwrap(model.encoder) if isinstance(model, MultiViewMAE) else model)
-    if license is None:
-        license = started.get("license") or (getattr(vit, "pretrained_cfg", None) or {}).get("license")
-    if training is None:
-        training = PRETRAINED if isinstance(model, MultiViewMAE) else ""
-    history = [step for step in (started.pop("training", ""), training) if step]
-    config = _timm_config(
-        vit, mean, std, {"interpolation": interpolation, "crop_pct": crop_pct, "license": license}, label_names
-    )
-    config["background"] = background
-    if history:
-        config["training"] = ", then ".join(history)
+    whole = isinstance(model, MultiViewMAE)
+    vit = check_encoder(model.encoder if isinstance(model, MultiViewMAE) else model)
+    cfg = getattr(vit, "pretrained_cfg", None) or {}
+    history = [started.pop("training", ""), (PRETRAINED if whole else "") if training is None else training]
+    config = _timm_config(vit, _inputs(vit, cfg, inputs, changes), label_names)
+    if license := license or started.get("license") or cfg.get("license"):
+        config["pretrained_cfg"]["license"] = license
+    if any(history):
+        config["training"] = ", then ".join(filter(None, history))
     if started:
         config["started_from"] = started
     if isinstance(model, MultiViewMAE):
         description = describe_pretraining(model)
         description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
-        write_pretraining(folder / PRETRAINING_FOLDER, description, plain_names(model.state_dict()))
+        write_pretraining(folder / PRETRAINING_FOLDER, description, model.state_dict())
     remove_onnx(folder)
-    write_weights(folder / WEIGHTS_FILE, plain_names(vit.state_dict()))
+    write_weights(folder / WEIGHTS_FILE, vit.state_dict())
     write_json(folder / CONFIG_FILE, config)
     return folder
 
 
-def _timm_config(
-    vit: PlainViT,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    preprocessing: Mapping[str, Any],
-    label_names: Sequence[str] | None,
-) -> dict[str, Any]:
+def _inputs(vit: PlainViT, cfg: Mapping[str, Any], inputs: Inputs | None, changes: Mapping[str, Any]) -> Inputs:
+    """Return how the images of an encoder were read, if it fits the encoder."""
+    size, chans = tuple(vit.patch_embed.img_size), vit.in_chans
+    known = {name: cfg.get(name, ()) for name in ("mean", "std")} if inputs is None else dataclasses.asdict(inputs)
+    record = Inputs(**{**known, **{name: value for name, value in changes.items() if value is not None}, "size": size})
+    if len(record.mean) != chans:
+        raise ValueError(f"mean and std must have one number for each of the {chans} channels, got {record.mean}, {record.std}")
+    return record
+
+
+def _timm_config(vit: PlainViT, inputs: Inputs, label_names: Sequence[str] | None) -> dict[str, Any]:
     """Return the config.json of which timm and transformers rebuild the encoder (so without num_classes in model_args)."""
-    chans, cfg = vit.patch_embed.proj.in_channels, getattr(vit, "pretrained_cfg", None) or {}
-    statistics = {"mean": list(mean or cfg.get("mean") or ()), "std": list(std or cfg.get("std") or ())}
-    for name, values in statistics.items():
-        if len(values) != chans:
-            raise ValueError(f"{name} must have one number for each of the {chans} channels, got {len(values)}: {values}")
     if label_names is not None and len(label_names) != vit.num_classes:
         raise ValueError(
             f"label_names must have one name for each of the {vit.num_classes} classes of the head, got {len(label_names)}"
         )
-    description = describe_encoder(vit)
+    description, record = describe_encoder(vit), inputs.to_dict()
     return {
         "architecture": description["architecture"],
         "num_classes": vit.num_classes,
@@ -168,17 +157,17 @@ def _timm_config(
         "pretrained_cfg": {
             "tag": "mvmae",
             "custom_load": False,
-            "input_size": [chans, *vit.patch_embed.img_size],
+            "input_size": [len(inputs.mean), *inputs.size],
             "fixed_input_size": not vit.dynamic_img_size,
             "crop_mode": "center",
-            **statistics,
-            **{key: value for key, value in preprocessing.items() if value},
+            **{key: record[key] for key in ("mean", "std", "interpolation", "crop_pct")},
             "description": _size(vit),
             "num_classes": vit.num_classes,
             "pool_size": None,
-            "first_conv": "patch_embed.proj" if chans in (1, 3) else None,  # timm before 1.0.31 takes any file for 3 channels
+            "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+        INPUTS: record,
     }
 
 
@@ -186,32 +175,23 @@ def _size(vit: PlainViT) -> str:
     embed, parameters = vit.patch_embed, sum(parameter.numel() for parameter in vit.parameters())
     size, patch = (" x ".join(map(str, pair)) for pair in (embed.img_size, embed.patch_size))
     blocks = f"{len(vit.blocks)} blocks of width {vit.embed_dim} with {vit.blocks[0].attn.num_heads} heads"
-    images = f"images of {size} pixels and {embed.proj.in_channels} channels in patches of {patch}"
+    images = f"images of {size} pixels and {vit.in_chans} channels in patches of {patch}"
     return f"{blocks}, {parameters / 1e6:.1f} M parameters, for {images}"
 
 
 def published(folder: str | Path) -> list[Path]:
-    """List the files of an exported folder that `push` uploads.
-
-    Raises:
-        WeightsError: if there is no export, or one of the files is a link, which could point to any file of the user.
-    """
+    """List the files of an exported folder that `push` uploads, or raise a `WeightsError` if there is no export."""
     folder = Path(folder)
-    found = [folder / name for name in PUBLISHED if os.path.lexists(folder / name)]
-    if folder / WEIGHTS_FILE not in found:
+    if not (folder / WEIGHTS_FILE).is_file():
         raise WeightsError(f"{folder} holds no {WEIGHTS_FILE}: name a folder that mvmae's export has written")
-    for path in found:
-        above = {path.parent} - {folder}
-        if any(part.is_symlink() for part in {path} | above) or not path.is_file():
-            raise WeightsError(f"{path} is not a plain file inside {folder}, and is not uploaded: replace it by a copy")
-    return found
+    return [folder / name for name in PUBLISHED if (folder / name).is_file()]
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str = "Add the model") -> str:
-    """Upload an exported folder to a repository of the Hub, in one commit.
+    """Upload the `published` files of an exported folder to a repository of the Hub, in one commit; show them first.
 
     Args:
-        folder: as `export` and `write_card` wrote it; only its `published` files are uploaded.
+        folder: as `export` and `write_card` wrote it.
         repo: ``owner/name``; created if it does not exist.
         private: whether to create a private repository.
         message: message of the commit.
@@ -220,15 +200,14 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str =
         The commit, for ``hf-hub:owner/name@commit``.
 
     Raises:
-        WeightsError: if the folder holds no export, or links in place of files, the repository is public where a private one
-            was asked for, or the Hub refuses.
+        WeightsError: if there is no export, the repository is public where a private one was asked for, or the Hub refuses.
     """
     names = [path.relative_to(folder).as_posix() for path in published(folder)]
-    with hub_causes(repo, str(folder), None):
+    with hub_errors(repo, str(folder)):
         api = HfApi(library_name="mvmae")
         api.create_repo(repo, private=private, exist_ok=True)
         public = private and not api.repo_info(repo).private
     if public:
         raise WeightsError(f"{repo} exists and is public: make it private on the Hub first, or push without private")
-    with hub_causes(repo, str(folder), None):
+    with hub_errors(repo, str(folder)):
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=names).oid)

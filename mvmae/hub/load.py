@@ -3,29 +3,18 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from ..files import WEIGHTS_FILE, WeightsError, first_line, locate
+from ..architecture import PRETRAINING_FILE, in_export
+from ..checkpoints import checkpoint_filter, pretraining_names, vitmae_arguments
 from ..masked_vit import check_encoder
 from ..model import MultiViewMAE
 from ..patches import sincos_table
-from ..timm_weights import checkpoint_filter, encoder_prefix
-from ..vitmae import is_vitmae, vitmae_weights
-from ..weights import PRETRAINING_FILE, check_tensors, check_weights, in_export, read_weights
-from ..wrappers import plain_names, unwrap
-
-MAE_NAMES = {
-    "mask_token": "decoder.mask_token",
-    "decoder_embed.": "decoder.embed.",
-    "decoder_blocks.": "decoder.blocks.",
-    "decoder_norm.": "decoder.norm.",
-    "decoder_pred.": "decoder.head.",
-}  # of the decoder in the checkpoints of MAE (He et al., 2022), and ours
+from ..weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, check_tensors, load_weights, locate, read_weights
 
 
 def load_encoder(encoder: nn.Module, source: str | Path | Mapping[str, Tensor], *, revision: str | None = None) -> None:
@@ -36,10 +25,9 @@ def load_encoder(encoder: nn.Module, source: str | Path | Mapping[str, Tensor], 
 
     Args:
         encoder: a plain ViT of timm; after an error it is as it was.
-        source: a file (safetensors, or PyTorch's with nothing but weights; timm's layout, MAE's, that of transformers' ViTMAE
-            with or without its decoder, or a pretraining checkpoint of this package, with any prefix before the encoder's
-            names), a folder that timm reads or transformers' ``save_pretrained`` wrote for a ViTMAE, a repository of the Hub
-            that holds ``model.safetensors``, or a state dict in one of these layouts.
+        source: a file (safetensors, or PyTorch's with nothing but weights), a folder that timm reads or transformers'
+            ``save_pretrained`` wrote for a ViTMAE, a repository of the Hub that holds ``model.safetensors``, or a state dict;
+            in one of the layouts of `mvmae.checkpoints`, with any prefix before the encoder's names.
         revision: branch, tag or commit of the repository.
 
     Raises:
@@ -47,92 +35,70 @@ def load_encoder(encoder: nn.Module, source: str | Path | Mapping[str, Tensor], 
         WeightsError: if the weights cannot be found or read, or do not fit, with the names that do not.
     """
     weights, place = _read(source, WEIGHTS_FILE, revision)
-    encoder = unwrap(encoder)
     encoder.load_state_dict(_encoder_weights(weights, encoder, place))
 
 
 def load_pretraining(model: MultiViewMAE, source: str | Path | Mapping[str, Tensor], *, revision: str | None = None) -> None:
     """Load the weights of a whole pretraining model, with positions resized as timm does.
 
-    The layer norms of encoder and decoder keep their epsilon, 1e-6 (see `load_encoder`).
-
     Args:
-        model: a pretraining model; after an error it is as it was.
-        source: a file (this package's, or MAE's or transformers' ``ViTMAEForPreTraining``'s with its decoder, with any prefix
-            before all names), a folder or a repository of the Hub that hold ``pretraining.safetensors``, a folder that
-            transformers' ``save_pretrained`` wrote for a ``ViTMAEForPreTraining``, or a state dict in one of these layouts.
+        model: a pretraining model; after an error it is as it was. Its layer norms keep their epsilon (see `load_encoder`).
+        source: as for `load_encoder`, with the decoder too; a repository or a folder that holds ``pretraining.safetensors``.
         revision: branch, tag or commit of the repository.
 
     Raises:
         WeightsError: if the weights cannot be found or read, or do not fit, with the names that do not.
     """
-    weights, path = _read(source, PRETRAINING_FILE, revision)
-    model = cast(MultiViewMAE, unwrap(model))
+    weights, place = _read(source, PRETRAINING_FILE, revision)
     try:
-        weights = vitmae_weights(plain_names(weights))
-        prefix = encoder_prefix(weights)
+        weights = pretraining_names(weights)
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    root = prefix.removesuffix("encoder.")
-    weights = {name[len(root) :]: value for name, value in weights.items() if name.startswith(root)}
-    if any(name.startswith("decoder_embed.") for name in weights):
-        weights = _from_mae(weights, path)
-    others = {name: value for name, value in weights.items() if not name.startswith("encoder.")}
-    if len(others) == len(weights):
+        raise WeightsError(f"{place}: {error}") from error
+    if not any(name.startswith("decoder.") for name in weights):
+        names = ", ".join(list(weights)[:3])
+        raise WeightsError(f"{place} must hold an encoder and a decoder, got {names}, ...: use load_encoder for an encoder")
+    positions = weights.pop("decoder.pos_embed", None)
+    if positions is not None and not _are_fixed(positions):
+        got = "" if positions.any() else ", got zeros, as in a ViTMAE that was built from a config and never trained"
         raise WeightsError(
-            f"{path} must hold encoder.*, got {', '.join(list(weights)[:3])}, ...: use load_encoder for an encoder"
+            f"{place}: decoder_pos_embed must be the fixed sine-cosine table of a square grid{got}: load its encoder alone"
         )
-    encoder = _encoder_weights(weights, model.encoder, path)
-    weights = {**{f"encoder.{name}": value for name, value in encoder.items()}, **others}
-    check_weights(weights, model.state_dict(), source=path)
-    model.load_state_dict(weights)
+    encoder = _encoder_weights({k: v for k, v in weights.items() if k.startswith("encoder.")}, model.encoder, place)
+    others = {name: value for name, value in weights.items() if not name.startswith("encoder.")}
+    load_weights(model, {**{f"encoder.{name}": value for name, value in encoder.items()}, **others}, source=place)
 
 
 def _read(source: str | Path | Mapping[str, Tensor], filename: str, revision: str | None) -> tuple[dict[str, Tensor], Path]:
     """Return the weights, and where they are, for messages."""
     if isinstance(source, Mapping):
         return check_tensors(dict(source), "the state dict"), Path("the state dict")
-    path, folder = Path(source), str(source).removeprefix("local-dir:")
+    path = Path(source)
     if not path.is_file():
         if filename == PRETRAINING_FILE:
-            filename = WEIGHTS_FILE if is_vitmae(folder) else in_export(source, filename)
+            config = Path(str(source).removeprefix("local-dir:"), CONFIG_FILE)
+            filename = WEIGHTS_FILE if vitmae_arguments(config) else in_export(source, filename)
         path = locate(source, filename, revision=revision)
     return read_weights(path), path
 
 
-def _encoder_weights(weights: Mapping[str, Tensor], encoder: nn.Module, path: Path) -> dict[str, Tensor]:
-    vit = check_encoder(encoder)
-    proj, chans = "patch_embed.proj.weight", vit.patch_embed.proj.in_channels
+def _encoder_weights(weights: Mapping[str, Tensor], encoder: nn.Module, place: Path) -> dict[str, Tensor]:
+    vit, proj = check_encoder(encoder), "patch_embed.proj.weight"
     try:
         weights = checkpoint_filter(weights, vit)
-        if weights[proj].shape[1] != chans:
-            weights[proj] = adapt_input_conv(chans, weights[proj])
-        if weights[proj].shape[1] != chans:  # timm lets weights of any number of channels through to 3
-            raise NotImplementedError("weights of 3 channels alone can be adapted")
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    except NotImplementedError as error:
+        raise WeightsError(f"{place}: {error}") from error
+    given, wanted = weights[proj].shape[1], vit.in_chans
+    if given not in (3, wanted):
         raise WeightsError(
-            f"{path} is for {weights[proj].shape[1]} channels, the encoder for {chans}: {first_line(error)}"
-        ) from error
+            f"{place} is for {given} channels, the encoder for {wanted}: weights of 3 channels alone can be adapted"
+        )
+    weights[proj] = adapt_input_conv(wanted, weights[proj], base_chans=given)
     own = {name: value for name, value in vit.state_dict().items() if name.startswith("head") and name not in weights}
     return {**weights, **own}
 
 
-def _from_mae(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Rename the weights of an MAE checkpoint; its decoder's positions must be the fixed ones, which are not kept."""
-    positions = weights.get("decoder_pos_embed")
-    if positions is not None:
-        side = math.isqrt(positions.shape[1])
-        table = F.pad(sincos_table(positions.shape[2], (side, side)), (0, 0, 1, 0)).to(positions)  # none for the class token
-        if table.shape != positions.shape[1:] or not torch.allclose(positions[0], table, atol=1e-4):
-            got = "" if positions.any() else ", got zeros, as in a ViTMAE that was built from a config and never trained"
-            raise WeightsError(
-                f"{path}: decoder_pos_embed must be the fixed sine-cosine table of a square grid{got}: load its encoder alone"
-            )
-    renamed = {}
-    for name, value in weights.items():
-        if name != "decoder_pos_embed":
-            prefix = next((prefix for prefix in MAE_NAMES if name.startswith(prefix)), None)
-            renamed[f"encoder.{name}" if prefix is None else MAE_NAMES[prefix] + name[len(prefix) :]] = value
-    return renamed
+def _are_fixed(positions: Tensor) -> bool:
+    """Return whether positions, (1, 1 + L, D), are the fixed ones of a square grid, which no model keeps as weights."""
+    side = math.isqrt(positions.shape[1])
+    table = F.pad(sincos_table(positions.shape[2], (side, side)), (0, 0, 1, 0)).to(positions)  # none for the class token
+    return table.shape == positions.shape[1:] and torch.allclose(positions[0], table, atol=1e-4)

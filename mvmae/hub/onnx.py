@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,26 +16,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..files import CONFIG_FILE, WeightsError, locate, read_config, replace_file
+from ..inputs import Inputs
+from ..weights import CONFIG_FILE, WeightsError, locate, read_json, replace_file
 
 ONNX_FILE = "encoder.onnx"
-ONNX_DATA_FILE = "encoder.onnx.data"
-"""The weights, where they are too large for one file of ONNX."""
-LARGEST = 2_000_000_000
-"""Bytes of weights that `ONNX_FILE` holds; its format ends at 2 GiB."""
-TOLERANCE = 1e-4
-"""Largest distance between the outputs of ONNX Runtime and PyTorch, as a share of the norm of PyTorch's."""
-OPSET = 20
-CFG = ("mean", "std", "input_size", "interpolation", "crop_pct", "crop_mode")
-CONFIG = ("architecture", "background", "label_names")
+ONNX_DATA_FILE = "encoder.onnx.data"  # the weights, where they are too large for one file of ONNX
+LARGEST = 2_000_000_000  # bytes of weights that ONNX_FILE holds; its format ends at 2 GiB
+TOLERANCE = 1e-4  # largest distance between the outputs of ONNX Runtime and PyTorch, as a share of the norm of PyTorch's
 
 
 def require_onnx() -> Any:
-    """Import what `write_onnx` needs, and return the module onnxruntime.
-
-    Raises:
-        ImportError: in one line, with the extra to install.
-    """
+    """Import what `write_onnx` needs, and return the module onnxruntime, or raise an ImportError that names the extra."""
     try:
         import_module("onnx")
         import_module("onnxscript")
@@ -52,8 +41,7 @@ def write_onnx(folder: str | Path, images: Tensor) -> float:
 
     Its input ``images`` is (B, C, H, W) float32, normalised, with any B and the encoder's own H and W. Its output is what
     timm's forward returns: ``features`` (B, D), or ``logits`` (B, D) of a fine-tuned model. The file's metadata hold, each as
-    JSON, what prepares an image: mean, std, input_size (C, H, W), interpolation, crop_pct, crop_mode and background, and
-    label_names if the classes have names.
+    JSON, the attributes of `Inputs`, and label_names if the classes have names.
 
     Args:
         folder: as `export` wrote it.
@@ -67,12 +55,14 @@ def write_onnx(folder: str | Path, images: Tensor) -> float:
         WeightsError: if the folder holds no export, or the distance is above `TOLERANCE`; then no file is written.
     """
     runtime, folder = require_onnx(), Path(folder)
-    config = read_config(locate(folder, CONFIG_FILE))
+    config = read_json(locate(folder, CONFIG_FILE))
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     output = "logits" if config.get("num_classes") else "features"
     program = _export(model, images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1), output)
-    about = {key: config["pretrained_cfg"][key] for key in CFG} | {key: config[key] for key in CONFIG if key in config}
+    about = Inputs.from_config(config).to_dict() | {key: config[key] for key in ("label_names",) if key in config}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # the exporter's stack traces, with paths of this machine
     with torch.inference_mode():
         expected = model(images).flatten(1)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -99,64 +89,36 @@ def remove_onnx(folder: Path) -> None:
 
 
 def _export(model: nn.Module, images: Tensor, output: str) -> Any:
-    batch = torch.export.Dim("batch")
-    with _quiet("onnxscript"), _quiet("onnx_ir"):
-        return torch.onnx.export(
-            model,
-            (images,),
-            dynamo=True,
-            dynamic_shapes=({0: batch},),
-            input_names=["images"],
-            output_names=[output],
-            opset_version=OPSET,
-            verbose=False,
-        )
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keep a library from reporting what it leaves as it is."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    for name in ("onnxscript", "onnx_ir"):  # which report what they leave as it is
+        logging.getLogger(name).setLevel(logging.ERROR)
+    shapes: Any = ({0: torch.export.Dim("batch")},)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": [output]}
+    return torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=shapes, opset_version=20, verbose=False, **names)
 
 
 def usage(config: dict[str, Any]) -> str:
-    """Return an example in Python of how to use the file, for the model card.
+    """Return an example in Python of how to use the file, for the model card of an export with this config.json."""
+    inputs = Inputs.from_config(config)
+    channels, mode = len(inputs.mean), {1: "L", 3: "RGB"}.get(len(inputs.mean))
+    image = f"""image = Image.open("photograph.jpg").convert("{mode}")  # an image of yours
+method = Image.Resampling.{inputs.interpolation.upper()}
+image = ImageOps.fit(image, (width, height), method, bleed=(1 - about["crop_pct"]) / 2)  # the centre of it
+pixels = np.asarray(image, np.float32).reshape(height, width, {channels}) / 255"""
+    if mode is None:
+        image = f"pixels = np.zeros((height, width, {channels}), np.float32)  # an image of yours, from 0 to 1"
+    output, shape = ("logits", "classes") if config.get("num_classes") else ("features", "width")
+    last = '\nprint(about["label_names"][logits[0].argmax()])' if "label_names" in config else ""
+    return f"""```python
+import json
 
-    Args:
-        config: the export's config.json.
-    """
-    channels = config["pretrained_cfg"]["input_size"][0]
-    lines = [
-        "import json",
-        "",
-        "import numpy as np",
-        "import onnxruntime",
-        "from PIL import Image, ImageOps",
-        "",
-        f'session = onnxruntime.InferenceSession("{ONNX_FILE}")',
-        "about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}",
-        'channels, height, width = about["input_size"]',
-    ]
-    if channels in (1, 3):
-        lines += [
-            f'image = Image.open("photograph.jpg").convert("{"RGB" if channels == 3 else "L"}")  # an image of yours',
-            f"method = Image.Resampling.{config['pretrained_cfg']['interpolation'].upper()}",
-            'image = ImageOps.fit(image, (width, height), method, bleed=(1 - about["crop_pct"]) / 2)  # the centre of it',
-            "pixels = np.asarray(image, np.float32).reshape(height, width, channels) / 255",
-        ]
-    else:
-        lines += ["pixels = np.zeros((height, width, channels), np.float32)  # an image of yours, from 0 to 1"]
-    lines += ['pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])']
-    if config.get("num_classes"):
-        lines += ['(logits,) = session.run(None, {"images": pixels.transpose(2, 0, 1)[None]})  # (1, classes)']
-        if "label_names" in config:
-            lines += ['print(about["label_names"][logits[0].argmax()])']
-    else:
-        lines += ['(features,) = session.run(None, {"images": pixels.transpose(2, 0, 1)[None]})  # (1, width)']
-    return "```python\n" + "\n".join(lines) + "\n```"
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession("{ONNX_FILE}")
+about = {{key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}}
+height, width = about["size"]
+{image}
+pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])
+({output},) = session.run(None, {{"images": pixels.transpose(2, 0, 1)[None]}})  # (1, {shape}){last}
+```"""

@@ -48,10 +48,7 @@ def _keep(found: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
 
 
 def rollout(maps: Sequence[Tensor]) -> Tensor:
-    """Multiply the blocks' attention, averaged over heads and with the residual connection counted as half.
-
-    Args:
-        maps: the result of `attention_maps`.
+    """Multiply the blocks' attention (`attention_maps`), averaged over heads and with the residual connection counted as half.
 
     Returns:
         (B, N, N): row i holds the share that token i of the last block has from each patch and prefix token, and sums to 1.
@@ -67,18 +64,12 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
 
 
 def patch_heat(weights: Tensor, grid: tuple[int, int], *, query: str = "mean") -> Tensor:
-    """Return the share that each patch contributes.
+    """Return the share that each patch contributes: (B, h, w), above 0, with a sum of at most 1.
 
     Args:
         weights: (B, N, N), rows that sum to 1: of `rollout`, or one block's attention averaged over heads.
         grid: h and w.
         query: ``"token"``, the share that the class token takes from each patch, or ``"mean"``, the patches' average.
-
-    Returns:
-        (B, h, w), above 0, with a sum of at most 1.
-
-    Raises:
-        ValueError: if there is no such query, or no class token.
     """
     prefix = weights.shape[1] - grid[0] * grid[1]
     if query not in ("mean", "token") or (query == "token" and prefix < 1):

@@ -24,26 +24,20 @@ GREY = 0.5
 def reconstruct(
     model: MultiViewMAE, views: Tensor, *, mask: Mask | None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rebuild views from their visible patches.
+    """Rebuild views, (B, V, C, H, W), normalised, from their visible patches.
 
     Where the model predicts normalised patches, they are de-normalised with the mean and standard deviation of the true
-    ones, which the model never saw: say so on the picture.
-
-    Args:
-        model: a pretraining model; put in eval mode meanwhile.
-        views: (B, V, C, H, W), normalised.
-        mask: over the B * V views; drawn where it is None.
-        generator: source of the random mask.
+    ones, which the model never saw: say so on the picture. The model is in eval mode meanwhile.
 
     Returns:
         the predicted images, (B * V, C, H, W), in the units of the views; and where patches were masked, (B * V, 1, H, W),
         bool.
     """
     training = model.training
-    output = model.eval()(views, mask=mask, generator=generator, contrast=False)
+    output = model.eval()(views, mask=mask, generator=generator, loss_weight=0)
     model.train(training)
     pred = output.pred.float()
-    if model.reconstruction_loss.norm_pix:
+    if _predicts_normalised(model):
         pred = denormalize_patches(pred, output.target.float())
     patch_size, channels = model.encoder.patch_embed.patch_size, views.shape[2]
     grid = grid_size((views.shape[3], views.shape[4]), patch_size)
@@ -66,9 +60,9 @@ def reconstruction_picture(
 
     Args:
         model: a pretraining model.
-        views: (B, V, C, H, W), normalised by ``mean`` and ``std``; the first three channels are shown, or the first.
-        mean: of each channel, in [0, 1].
-        std: of each channel.
+        views: (B, V, C, H, W), normalised by ``mean`` and ``std`` of each channel; three channels are shown, or the first.
+        mean: in [0, 1].
+        std: likewise.
         mask: over the B * V views; drawn where it is None.
         generator: source of the random mask.
     """
@@ -84,15 +78,19 @@ def reconstruction_note(model: MultiViewMAE) -> str:
     """Return what to say on a picture of this model's reconstructions: what the model did not predict."""
     note = "Visible patches are shown as they are."
     lent = " Each rebuilt patch has the true patch's mean and contrast, which this model does not predict."
-    return note + lent * model.reconstruction_loss.norm_pix
+    return note + lent * _predicts_normalised(model)
+
+
+def _predicts_normalised(model: MultiViewMAE) -> bool:
+    return bool(getattr(model.reconstruction_loss, "norm_pix", False))  # a loss of the user's own may have no such option
 
 
 def overlay(images: Tensor, heat: Tensor, *, opacity: float = 0.6, limits: tuple[float, float] | None = None) -> Tensor:
-    """Lay heat over images in the colours of `heat_colours`.
+    """Lay heat, (B, h, w), over images, (B, C, H, W) in [0, 1], shown in grey, in the colours of `heat_colours`.
 
     Args:
-        images: (B, C, H, W) in [0, 1]; shown in grey.
-        heat: (B, h, w).
+        images: as above.
+        heat: as above.
         opacity: of the heat.
         limits: the heat drawn black and the heat drawn white; None takes each image's own smallest and largest.
 
@@ -129,16 +127,7 @@ def pca_colours(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the features of a bank with the largest cosine to each query.
-
-    Args:
-        queries: (Q, D).
-        bank: (M, D), M of k or more.
-        k: how many.
-
-    Returns:
-        cosines (Q, k), largest first, and the rows of the bank (Q, k).
-    """
+    """Find the k features of a bank, (M, D), with the largest cosine to each query, (Q, D): cosines and rows, (Q, k) each."""
     found = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(k, dim=1)
     return found.values, found.indices
 

@@ -1,0 +1,176 @@
+"""Sources: images by number, each with a name and perhaps a label; in files, in memory, or those of another source."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .decode import ImageError, ImageLike
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
+    | {".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".npy"}
+)
+SPLITS = {
+    "train": ("train", "training", "train_set", "trainset"),
+    "val": ("val", "valid", "validation", "eval", "dev", "test", "testing", "test_set", "testset", "t10k"),
+}
+"""Names of folders, and beginnings of names of archives, in upper or lower case."""
+_COMPARED, _START = 100, 2**16  # images whose content tells one source from another, and bytes of each
+
+
+class SplitError(ValueError):
+    """The data can be read but has no such split."""
+
+
+class ImageSource:
+    """Images by number: `source[i]` is (what `open_image` takes, label or None).
+
+    Attributes:
+        labels: (N,) int64, or None where images have no labels.
+        class_names: Names of the labels, where there are any.
+        problems: Parts of the data that cannot be used, such as a cut archive, one line each.
+        passed_over: Files of a folder that are not read, counted by kind; empty where there are none.
+    """
+
+    labels: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    passed_over: str = ""
+
+    def __init__(self, names: Sequence[bytes]) -> None:
+        # one array: of a million Python strings, every worker would copy each page whose references it counts
+        self._names = np.array(names, dtype=bytes)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> tuple[ImageLike, int | None]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return self.image(index), None if self.labels is None else int(self.labels[index])
+
+    def image(self, index: int) -> ImageLike:
+        """Return the image, still encoded if the source holds files."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Return the image's name, for messages."""
+        return os.fsdecode(bytes(self._names[index]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Count, and a hash of names and labels, and of sizes and first 64 KB of 100 images, spread evenly.
+
+        Other data has another fingerprint; the same data in another place has the same.
+        """
+        digest = hashlib.blake2b(f"{self._names.dtype} {self.class_names}".encode(errors="surrogateescape"), digest_size=8)
+        digest.update(self._names.tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        chosen = min(len(self), _COMPARED)
+        for number in range(chosen):
+            digest.update(_start_of(self, number * len(self) // chosen))
+        return f"{len(self)}-{digest.hexdigest()}"
+
+
+class FileSource(ImageSource):
+    """Files below a folder, by names relative to it."""
+
+    def __init__(self, root: Path, names: Sequence[bytes], classes: Sequence[str] | None = None) -> None:
+        super().__init__(names)
+        self.root = root
+        if classes is not None:
+            self.labels, self.class_names = label_by_folder(names, classes)
+
+    def image(self, index: int) -> ImageLike:
+        """Return the file's path."""
+        return self.name(index)
+
+    def name(self, index: int) -> str:
+        """Return the file's path."""
+        return os.path.join(self.root, super().name(index))
+
+
+class KeptImages(ImageSource):
+    """Images in memory: arrays, or encoded files."""
+
+    def __init__(self, images: "Sequence[ImageLike | ImageError]", names: Sequence[str]) -> None:
+        super().__init__([os.fsencode(name) for name in names])
+        self._images = images
+
+    def image(self, index: int) -> ImageLike:
+        """Return the image.
+
+        Raises:
+            ImageError: It could not be read.
+        """
+        image = self._images[index]
+        if isinstance(image, ImageError):
+            raise image
+        return image
+
+
+class RepeatedSource(ImageSource):
+    """Every image several times, with new crops each time, for a few huge images.
+
+    Args:
+        source: The images.
+        times: How often an epoch holds each image.
+    """
+
+    def __init__(self, source: ImageSource, times: int) -> None:
+        if times < 1:
+            raise ValueError(f"times must be at least 1, got {times}")
+        super().__init__([])
+        self._source, self._times = source, times
+        self.class_names, self.problems, self.passed_over = source.class_names, source.problems, source.passed_over
+        self.labels = None if source.labels is None else np.tile(source.labels, times)
+
+    def __len__(self) -> int:
+        return len(self._source) * self._times
+
+    def image(self, index: int) -> ImageLike:
+        """Return the source's image."""
+        return self._source.image(index % len(self._source))
+
+    def name(self, index: int) -> str:
+        """Return the source's name of the image."""
+        return self._source.name(index % len(self._source))
+
+    @property
+    def fingerprint(self) -> str:
+        """The source's fingerprint, and the number of repetitions."""
+        return f"{self._source.fingerprint}x{self._times}"
+
+
+def first_of(paths: Sequence[Path]) -> str:
+    """Return the first of several files, and how many more there are, for messages."""
+    return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def label_by_folder(names: Sequence[bytes], classes: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Return labels by the first folder of each name, and the names of the classes."""
+    number = {os.fsencode(name): i for i, name in enumerate(classes)}
+    return np.array([number[name.split(b"/", 1)[0]] for name in names], dtype=np.int64), tuple(classes)
+
+
+def _start_of(source: ImageSource, index: int) -> bytes:
+    """Return size and first bytes of an image's file, or of its pixels without a file; a note if it cannot be read."""
+    try:
+        image = source.image(index)
+        if isinstance(image, (str, os.PathLike)):
+            if not os.path.isfile(image):  # what may never answer is not opened
+                return b"no file"
+            with open(image, "rb") as file:
+                return b"%d " % os.path.getsize(image) + file.read(_START)
+        if not isinstance(image, bytes):
+            pixels = np.asarray(image)
+            image = f"{pixels.shape} {pixels.dtype} ".encode() + pixels.tobytes()
+        return b"%d " % len(image) + image[:_START]
+    except Exception as error:  # a data set that opens images by itself can raise anything
+        return type(error).__name__.encode()
