@@ -464,7 +464,7 @@ def test_bad_images_are_replaced_and_listed(images, tmp_path):
     (tmp_path / "odd" / "folder.jpg").mkdir()
     (tmp_path / "odd" / "loop").symlink_to(tmp_path / "odd")
     given = ["--workers", 1, "--batch-size", 9, "--max-pixels", 80_000]
-    result = pretrain(tmp_path, tmp_path / "odd", *given)
+    result = pretrain(tmp_path, tmp_path / "odd", *given, "--eval-images", 99)
     assert result.code == 0 and len(losses(tmp_path)) == 20, result.err
     listed = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
     bad = ["cut.jpg", "empty.jpg", "large.png", "text.jpg"]
