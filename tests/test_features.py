@@ -1,30 +1,26 @@
-"""examples/tasks/monitor.py: looks at features, shared by processes and their loaders, of images that are not trained on."""
+"""examples/tasks/evaluation.py: features of images that are not trained on, shared by processes, the same every time."""
 
-import json
-import os
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from PIL import Image
-from running import EXAMPLES, run_processes, without_clock
-from tiny_run import ARGUMENTS, end_of, pretrain, write_images
-from torch.utils._python_dispatch import TorchDispatchMode
+from running import EXAMPLES
+from tiny_run import end_of, pretrain
 
-from mvmae.data import CentreCropTransform
+from mvmae import MultiViewTransform
 
 sys.path.append(str(EXAMPLES))
-from tasks.monitor import Monitor, extract
-
-from engine.distributed import Processes
+from engine.distributed import Ranks
+from engine.signals import Stop
+from tasks.evaluation import Evaluation
 from tasks.splits import open_splits
 
-ONE = Processes(0, 1, torch.device("cpu"), None)
-LOADING = {"batch_size": 8, "workers": 0, "max_bad": 3}
-MEAN, STD = (0.5,) * 3, (0.25,) * 3
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU, None)
 
 
 @pytest.fixture(scope="module")
@@ -41,88 +37,54 @@ def classes(tmp_path_factory):
     return folder
 
 
-def encode(images):
-    """Means of nine places: one of each is taken from images of red and of blue."""
-    return torch.nn.functional.adaptive_avg_pool2d(images, 3).flatten(1)  # (B, 27)
+def some(folder, classes, count):
+    """So many images of each class, in a folder of their own."""
+    for name in ("red", "blue"):
+        (folder / name).mkdir()
+        for i in range(count):
+            (folder / name / f"{i}.png").symlink_to(classes / name / f"{i:02}.png")
+    return folder
 
 
-def look(folder, processes, limit=50, encode=encode):
-    splits, centre = open_splits(str(folder)), CentreCropTransform(32)
-    monitor = Monitor(splits, centre, MEAN, STD, limit, processes, width=27, drift=True, **LOADING)
-    return [monitor.look(encode) for _ in range(2)], monitor.start
+def evaluate(folder, ranks=ALONE, workers=0, limit=50, max_bad=3):
+    """What two evaluations of the same encoder measure."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 0}
+    vit = timm.create_model("vit_tiny_patch16_224", **sizes, drop_path_rate=0.5).train()
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "input_size": (3, 32, 32)}
+    options = {"limit": limit, "ranks": ranks, "pool": "avg", "workers": workers, "max_bad": max_bad}
+    evaluation = Evaluation(vit, open_splits(str(folder)), MultiViewTransform(32, num_views=3), **options)
+    before = torch.get_rng_state()
+    found = [evaluation(), evaluation()]
+    assert torch.equal(torch.get_rng_state(), before) and vit.training and found[0] == found[1]
+    return found[0], evaluation.describe()
 
 
-def look_with_another(folder):
-    seen = []
-
-    def count(images):
-        seen.append(len(images))
-        return encode(images)
-
-    processes = Processes(dist.get_rank(), 2, torch.device("cpu"), dist.new_group(backend="gloo"))
-    return *look(folder, processes, encode=count), sum(seen)
+def evaluate_with_another(folder):
+    return evaluate(folder, Ranks(dist.get_rank(), 2, CPU, dist.new_group(backend="gloo")))
 
 
-def test_two_processes_share_a_look_and_see_what_one_does(classes, two_processes):
-    alone, start = look(classes, ONE)
-    assert alone[0].keys() == {"effective_rank", "uniformity", "knn"} and alone[1].keys() > {"similarity", "cka"}
-    shared = two_processes(look_with_another, str(classes))
-    for results, features, count in shared:
-        assert results == [pytest.approx(numbers, rel=1e-5) for numbers in alone] and torch.allclose(features, start, atol=1e-6)
-        assert count == 2 * (50 + 6) / 2  # two looks at 6 images held out and 50 of the others
-
-
-class Loaded(CentreCropTransform):
-    """White where the process is the one that looks, black where it is another."""
-
-    def __call__(self, image, *, generator=None):
-        return torch.full_like(super().__call__(image), 255 if os.getpid() == int(os.environ["LOOKING"]) else 0)
-
-
-def test_loading_processes_prepare_the_images_of_a_look(classes, monkeypatch):
-    monkeypatch.setenv("LOOKING", str(os.getpid()))
-    for workers, value in ((0, 255), (2, 0)):
-        loading = {**LOADING, "workers": workers}
-        found, _ = extract(lambda x: {"": x.flatten(1)}, open_splits(str(classes)).val, Loaded(32), ONE, **loading)
-        assert found[""].unique().tolist() == [value]
+@pytest.mark.parametrize("kind", ["many", "few", "unlabelled"])
+def test_an_evaluation_repeats_and_two_processes_and_workers_measure_what_one_does(classes, tmp_path, two_processes, kind):
+    """Of few images one is held out, and one process has none of it."""
+    folder = classes / "red" if kind == "unlabelled" else some(tmp_path, classes, 30 if kind == "many" else 5)
+    alone, said = evaluate(folder)
+    assert alone.keys() == {"effective_rank", "uniformity", "retrieval" if kind == "unlabelled" else "knn"}
+    number = {"many": "6 held-out", "few": "1 held-out", "unlabelled": "30 training"}[kind]
+    assert said == f"on {number} images, {'view retrieval' if kind == 'unlabelled' else 'k-NN'}"
+    for found, _ in two_processes(evaluate_with_another, str(folder)):
+        assert found == pytest.approx(alone, rel=1e-4)
+    if kind != "few":
+        assert evaluate(folder, workers=2)[0] == alone
 
 
 def test_few_images_held_out_are_no_collapse(tmp_path, classes):
-    for name in ("red", "blue"):
-        (tmp_path / name).mkdir()
-        for i in range(7):
-            (tmp_path / name / f"{i}.png").symlink_to(classes / name / f"{i:02}.png")
-    ((found, _), _) = look(tmp_path, ONE)
-    assert found["knn"] == 100 and found["effective_rank"] > 3  # 2 held out, 12 neighbours
-
-
-def both_signs(images):
-    return {"a": encode(images.float()), "b": encode(-images.float())}
-
-
-class Zeros(TorchDispatchMode):
-    """Counts the tensors of zeros that are made, by their shapes."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.shapes[tuple(result.shape) if func.overloadpacket.__name__ == "new_zeros" else ()] += 1
-        return result
-
-
-def test_room_for_all_features_is_made_once(classes):
-    train = open_splits(str(classes)).train
-    with Zeros() as zeros:
-        found, labels = extract(both_signs, train, CentreCropTransform(32), ONE, **LOADING)
-    assert zeros.shapes[54, 27] == 2 and found["a"].shape == (54, 27) and torch.equal(found["a"], -found["b"])
-    assert labels.tolist() == train.labels.tolist()
+    found, _ = evaluate(some(tmp_path, classes, 7))
+    assert found["knn"] == 100 and found["effective_rank"] > 2  # 2 held out, 12 neighbours
 
 
 def test_a_run_on_classes_without_a_validation_split_never_opens_what_it_holds_out(classes, tmp_path):
-    held = [open_splits(str(classes)).val.name(i) for i in range(6)]
+    held = [open_splits(str(classes)).val.name(i) for i in range(5)]  # one of the 6 is left for the picture at the end
     (tmp_path / "some").mkdir()
     for path in classes.rglob("*.png"):
         place = tmp_path / "some" / path.relative_to(classes)
@@ -130,37 +92,7 @@ def test_a_run_on_classes_without_a_validation_split_never_opens_what_it_holds_o
         place.write_bytes(b"held out" if str(path) in held else path.read_bytes())
     result = pretrain(tmp_path, "some", "--workers", 0, "--max-bad", 0, "--crop-scale", 0.9, 1)
     assert result.code == 0, result.err
-    note = (
-        "features are not measured (no validation split: one image of ten of each class is held out, the same in all scripts)"
-    )
-    assert note in result.out and "54 images, listed" in result.out
-    assert end_of(tmp_path)["step"] == 5 * (54 // 8)
-    looked = pretrain(tmp_path, "some", "--workers", 0, "--max-bad", 0, "--monitor-images", 99, "--output-dir", "other")
-    assert looked.code == 1 and "10 images in a row cannot be used" in looked.err and "begins with b'held out'" in looked.err
-
-
-def test_a_run_says_which_images_it_looks_at(classes, tmp_path):
-    arguments = ["--workers", 0, "--max-steps", 2, "--monitor-images", 20]
-    labelled = pretrain(tmp_path, classes, *arguments)
-    assert labelled.code == 0 and "features are measured on 6 held-out images (" in labelled.out, labelled.err
-    assert "k-NN accuracy on held-out images" in labelled.out.splitlines()[-1]
-    (tmp_path / "flat").mkdir()
-    flat = pretrain(tmp_path, write_images(tmp_path / "flat"), *arguments, "--output-dir", "other")
-    assert flat.code == 0 and "32 images, listed" in flat.out and "k-NN" not in flat.out, flat.err
-    assert "features are measured on 20 training images (no validation split and no classes: no image is held out)" in flat.out
-    assert "effective_rank" in json.loads((tmp_path / "other" / "log.jsonl").read_text().splitlines()[0])
-
-
-@pytest.mark.parametrize("count", [30, 5])  # with 5 of a class one image is held out, and one process has none of it
-def test_two_processes_of_a_run_look_at_what_one_does(classes, tmp_path, count):
-    for name in ("red", "blue"):
-        (tmp_path / "some" / name).mkdir(parents=True)
-        for i in range(count):
-            (tmp_path / "some" / name / f"{i}.png").symlink_to(classes / name / f"{i:02}.png")
-    arguments = [*ARGUMENTS, "--monitor-images", 20, "--monitor-every", 1, "--epochs", 2, "--workers", 1, "--data", "../some"]
-    runs = [run_processes("pretrain.py", *arguments, folder=tmp_path / f"{n}", count=n) for n in (1, 2)]
-    assert [done.code for run in runs for done in run] == [0, 0, 0], runs
-    lines = [(tmp_path / f"{n}" / "runs" / "quick" / "log.jsonl").read_text().splitlines() for n in (1, 2)]
-    alone, shared = (without_clock(line for line in map(json.loads, text) if "uniformity" in line) for text in lines)
-    assert len(alone) == 3 and [line["step"] for line in alone] == [line["step"] for line in shared]
-    assert alone[0] == pytest.approx(shared[0], rel=1e-5) and all("knn" in line for line in alone + shared)
+    assert "one image of ten of each class is held out" in result.out and "  54 images\n" in result.out
+    assert end_of(tmp_path)["step"] == 5 * (54 // 8) and not (tmp_path / "run" / "bad_files.txt").exists()
+    with pytest.raises(Stop, match="more than the 2 that --max-bad allows"):
+        evaluate(tmp_path / "some", max_bad=2)
