@@ -114,7 +114,9 @@ def export(
     cfg = getattr(vit, "pretrained_cfg", None) or {}
     history = [started.pop("training", ""), (PRETRAINED if whole else "") if training is None else training]
     config = _timm_config(vit, _inputs(vit, cfg, inputs, changes), label_names)
-    if license := license or started.get("license") or cfg.get("license"):
+    if license is None:  # "" says that none is known
+        license = started.get("license") or cfg.get("license")
+    if license:
         config["pretrained_cfg"]["license"] = license
     if any(history):
         config["training"] = ", then ".join(filter(None, history))
