@@ -160,9 +160,6 @@ def main(config: Config) -> None:
             with autocast(config.precision, device):
                 # Eqs. 1-7 and their gradients; one part is a plain backward
                 losses = mvmae.backward_in_parts(trained, views, config.accumulate, mask=mask, loss_weight=weight)
-            if step <= length.alone:  # DDP gives the projector a gradient of zero, which AdamW would count and decay by
-                for parameter in (*model.projector.parameters(), *encoder.fc_norm.parameters()):
-                    parameter.grad = None
             checkpoint.require_finite(step, losses._asdict(), batch.names)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
