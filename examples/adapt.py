@@ -3,8 +3,9 @@ r"""Continue training an existing encoder, on unlabelled images of your own: pre
   python examples/adapt.py --encoder vit_small_patch14_reg4_dinov2.lvd142m --image-size 224 \
     --data path/to/images --output-dir runs/adapted
       downloads the weights; prints view retrieval before and after, or the k-NN accuracy if the images have labels
-  python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 --workers 2
-      takes minutes of one CPU core, from the encoder of pretrain.py --preset quick
+  python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 --workers 2 \
+    --decoder-dim 64 --decoder-depth 2 --decoder-heads 4
+      takes minutes of one CPU core, from encoder and decoder of pretrain.py --preset quick
 
 The recipe is that of pretrain.py --preset small with contrast from the start, and gentler: the encoder is frozen while the new
 decoder learns to use it, and then its lower layers have smaller learning rates. From the folder of a run, decoder and projector

@@ -1,7 +1,7 @@
 r"""Pretrain an encoder on unlabelled images (Section 4.1.1 of the paper).
 
   python examples/pretrain.py --data sample --preset quick
-      takes minutes on two CPU cores; prints the k-NN accuracy on held-out tiles before and after
+      takes minutes on two CPU cores; prints the k-NN accuracy on held-out images before and after
   torchrun --nproc-per-node 8 examples/pretrain.py --data path/to/imagenet \
     --output-dir runs/paper --workers 12
       the paper's run: 1600 epochs of ViT-B/16, estimated at 120 to 215 hours of one H100 (not measured); after it the paper
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
     images = open_data(config)
     model = build_model(config, device).train()
     encoder: Any = model.encoder
-    taken = load_run(model, config) if config.pretrained else ""
+    loaded = load_run(model, config) if config.pretrained else ""  # decoder and projector of a run, where they fit
     trained_part = train_last_blocks(encoder, config.train_blocks)
     mean, std = statistics(config, encoder, images.train)
     length = fit_length(config, images.length, ranks)
@@ -139,15 +139,15 @@ def main(config: Config) -> None:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
     loader = view_loader(config, encoder, images, length, checkpoint.step, last, ranks)
     training = f"{describe_length(length, config)}; {config.optimizer} on {device}"
-    weights = f"{describe_start(start)}{taken}" if start else "random"
+    weights = f"{describe_start(start)}{loaded}" if start else "random"
     parts = {"start": weights, "trained": trained_part, "images": images.listed, "split": images.splits.note}
-    about = describe_run(log, config, model, settings, **parts, training=training, evaluation=evaluation.describe())
+    summary = describe_run(log, config, model, settings, **parts, training=training, evaluation=evaluation.describe())
     if not checkpoint.step:
         before.update(evaluate(log, evaluation, model, pictures, 0))
         if config.pretrained:
             best.consider(0, before, evaluation.images)
 
-    # one wrapped model for the whole run: a stage scales a learning rate or the weight of a loss
+    # wrapped once: a frozen encoder is a learning rate of 0, and a late contrastive loss a weight of 0
     trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=length.alone > 0)  # type: ignore[arg-type]
     with checkpoint.saved_on_error():
         for step, batch in enumerate(log.timed(signals.batches(loader)), checkpoint.step + 1):
@@ -168,7 +168,7 @@ def main(config: Config) -> None:
                 log.write_step(step, epoch=round(step / length.per_epoch, 3), lr=rate)
             if length.eval_every and step % length.eval_every == 0 and 2 * (last - step) >= length.eval_every:
                 metrics = evaluate(log, evaluation, model, pictures, step)
-                if config.pretrained and step > length.alone:  # before, it tells of another loss
+                if config.pretrained and step > length.alone:  # view retrieval says nothing before the contrastive loss
                     best.consider(step, metrics, evaluation.images)
             checkpoint.advance(step, last, config.save_every)
 
@@ -180,7 +180,7 @@ def main(config: Config) -> None:
         if config.rehearse:
             sets["rehearsed"] = Evaluation(encoder, open_splits(config.rehearse, "--rehearse"), crops, **options)
         rows = compare(best, sets) if config.eval_images else []
-        after, lines = best.metrics, [best.describe(last), "", *table(rows)]
+        after, lines = best.metrics, [best.describe(last), *(["", *table(rows)] if rows else [])]
         encoder.load_state_dict(best.chosen())
         if rows and ranks.rank == 0:
             draw(checkpoint.folder / "gains.png", rows)
@@ -188,7 +188,7 @@ def main(config: Config) -> None:
         if last < length.steps:
             unfinished = f"stopped at step {last} of {length.steps}: the schedule was not finished"
             lines = [f"{unfinished}, this encoder is for trying out", *lines]
-        finish(log, config, model, pictures, about, before, after, start, lines)
+        finish(log, config, model, pictures, summary, before, after, start, lines)
 
 
 if __name__ == "__main__":
