@@ -42,9 +42,6 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         seed: seed of the jitter, which depends on (seed, epoch, index) alone.
         background: colour behind transparent pixels.
 
-    Raises:
-        FileNotFoundError: if the annotations or an image are not there.
-        ValueError: if they cannot be read, or no image has an object.
     """
 
     def __init__(
@@ -117,11 +114,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 def read_coco(path: Path) -> Any:
-    """Read annotations into pycocotools' index, with its defaults for what converters leave out.
-
-    Raises:
-        ValueError: naming the file, if it is no JSON in COCO's format.
-    """
+    """Read annotations into pycocotools' index, with its defaults for what converters leave out."""
     number = 0
     try:
         content = json.loads(path.read_bytes())
@@ -158,10 +151,10 @@ def coco_index(content: Mapping[str, Any]) -> Any:
 
 def outline(annotation: Mapping[str, Any]) -> Any:
     """Return an object's outline for pycocotools: None for a crowd, and no polygons of fewer than three corners."""
-    found = annotation.get("segmentation")
-    if annotation["iscrowd"] or not found:
+    shape = annotation.get("segmentation")
+    if annotation["iscrowd"] or not shape:
         return None
-    return found if isinstance(found, dict) else [polygon for polygon in found if len(polygon) >= 6] or None
+    return shape if isinstance(shape, dict) else [polygon for polygon in shape if len(polygon) >= 6] or None
 
 
 def jitter(image: Tensor, masks: Tensor, boxes: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:

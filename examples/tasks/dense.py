@@ -33,7 +33,7 @@ from tasks.shapes import write_toy
 
 DROPOUT = -2
 """Takes the place of an epoch in the seed of a step's random numbers: drop path, dropout, sampled regions."""
-POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
+POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")  # parameters without weight decay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,17 +146,14 @@ def fit(
     """Train, or with ``--evaluate`` load the newest checkpoint, and leave the model ready for evaluation.
 
     Args:
-        config: settings.
+        config: options.
         model: on its device; trained in place.
         trunk: the encoder in it.
         dataset: (epoch, index) -> sample.
         losses: (model, batch) -> named losses; their sum is minimised.
         ranks: this process and the others.
-        record: of the data: ``images``, which tells it from other data, and the names of the ``classes``; saved in config.json.
+        record: of the data: ``images``, its fingerprint, and the names of the ``classes``; saved in config.json.
         collate: samples -> batch.
-
-    Raises:
-        Stop: if a signal or a loss that is not finite ends the run, or there is nothing to evaluate.
     """
     folder, last = Path(config.output_dir), min(config.steps, config.max_steps or config.steps)
     if config.evaluate:
@@ -201,21 +198,17 @@ def fit(
                 log.write_step(step, lr=lr)
             checkpoint.advance(step, last, config.save_every)
     if ranks.rank == 0:
-        drawn = {name: None for line in log.records() for name in line if name not in ("step", *CLOCK)}  # in their order
+        drawn = dict.fromkeys(name for line in log.records() for name in line if name not in ("step", *CLOCK))
         draw_curves(folder / "curves.png", log.records(), drawn)
     log.close()
     signals.release()
     if signals.received is not None:
-        raise Stop("stopped after the last step, which is saved: --evaluate goes on from there", 128 + signals.received)
+        raise Stop("stopped after the last step, which is saved: --evaluate measures it", 128 + signals.received)
     model.eval()
 
 
 def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
-    """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it.
-
-    Raises:
-        Stop: if there is no such folder.
-    """
+    """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
     if config.data != "toy":
         if not Path(config.data).is_dir():
             raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
@@ -235,5 +228,5 @@ def read_image(path: str | Path, background: str) -> Tensor:
 
 
 def fingerprint(root: Path, files: Iterable[str | Path]) -> str:
-    """Return what tells the data of a run from others: its files, wherever their folder lies."""
+    """Return a hash of the data's files, the same wherever their folder lies."""
     return FileSource(root, [os.fsencode(os.path.relpath(file, root)) for file in files]).fingerprint
