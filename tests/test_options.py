@@ -179,7 +179,7 @@ def test_a_preset_sets_defaults_what_is_typed_wins_and_its_arguments_are_for_its
         (
             torch.OutOfMemoryError("CUDA\nmore"),
             1,
-            "error: the memory is used up (CUDA): use a smaller --batch-size, or fewer --workers",
+            "error: the memory is used up (OutOfMemoryError: CUDA): use a smaller --batch-size, or fewer --workers",
         ),
         (RuntimeError("DataLoader worker (pid 7) is killed"), 1, None),
     ],

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, checked when read, the one before kept; one run to a folder."""
+"""Checkpoints of a run: written whole or not at all, with the one before, and checked when read; one run to a folder."""
 
 import contextlib
 import os
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from engine.distributed import Ranks
 from engine.log import Log
 from engine.signals import NOTHING_SAVED, Signals, Stop
+from mvmae.weights import first_line
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 SAVE_MINUTES = 15.0
@@ -27,7 +28,7 @@ GRADIENT = "the gradient"
 
 
 class Checkpoint:
-    """What a run can go on from, and when it is saved.
+    """What a run can be continued from, and when it is saved.
 
         checkpoint = Checkpoint(folder, settings, ranks, may_change=..., resume=config.resume)
         checkpoint.restore(log, signals, model=model, optimizer=optimizer)
@@ -74,10 +75,10 @@ class Checkpoint:
             raise Stop(f"the ranks see different checkpoints in {folder}, of steps {[*steps]}: put it on a disk that all share")
         if self.state and not resume:
             raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
-        lines = (
-            [f"resuming {folder} after step {self.step}"] if self.state else [f"no checkpoint in {folder}: starting at step 0"]
-        )
-        lines += changed_settings(self.state["settings"], self.settings, may_change) if self.state else []
+        lines = [f"no checkpoint in {folder}: starting at step 0"]
+        if self.state:
+            changed = changed_settings(self.state["settings"], self.settings, may_change)
+            lines = [f"resuming {folder} after step {self.step}", *changed]
         if ranks.rank == 0 and resume:
             print(*lines, sep="; ", flush=True)
             if name == PREVIOUS and (folder / NEWEST).exists():  # the next save would put the damaged one over the good one
@@ -174,7 +175,7 @@ class Checkpoint:
         self.log.close(failed=True)
         if not step:
             return Stop(NOTHING_SAVED, 128 + number)
-        saved = f"step {self.saved} is saved{'' if self.saved == step else f' alone ({self.failure})'}"
+        saved = f"step {step} is saved" if self.saved == step else f"only step {self.saved} is saved ({self.failure})"
         return Stop(f"stopped after step {step}{f' of {last}' if last else ''}; {saved}: {self.again()}", 128 + number)
 
     def _agree(self) -> None:
@@ -273,7 +274,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what torch makes of damaged bytes can be anything
-        raise ValueError(f"{path} is damaged or cut short: {type(error).__name__}: {str(error).split(chr(10))[0]}") from error
+        raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
     missing = {"step", "settings", "optimizer"} - set(state) if isinstance(state, dict) else {"dictionary"}
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")

@@ -77,7 +77,7 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what goes on here, such as an evaluation, out of the throughput."""
+        """Leave what happens here, such as an evaluation, out of the throughput."""
         start = time.monotonic()
         yield
         if self.since is not None:

@@ -25,6 +25,7 @@ from engine.log import open_outputs
 from engine.signals import NOTHING_SAVED, Stop, end_process
 from engine.trackers import NAMES
 from mvmae.data import explain_loader_error
+from mvmae.weights import first_line
 
 Config = TypeVar("Config")
 Presets = Mapping[str, Mapping[str, Any]]
@@ -133,11 +134,6 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Presets, 
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _end(message: str, code: int) -> None:

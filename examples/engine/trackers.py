@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvmae.weights import write_text
+from mvmae.weights import first_line, write_text
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -164,6 +164,4 @@ class Trackers:
         except (Exception, SystemExit) as error:
             self.open.pop(name, None)
             missing = f'; pip install "mvmae[{name}]" installs it' if isinstance(error, ImportError) else ""
-            self.say(
-                f"warning: the run goes on without {name}: {type(error).__name__}: {str(error).split(chr(10))[0]}{missing}"
-            )
+            self.say(f"warning: the run goes on without {name}: {first_line(error)}{missing}")

@@ -180,16 +180,16 @@ def jitter(image: Tensor, masks: Tensor, boxes: Tensor, side: int, scale: tuple[
     return jittered
 
 
-def to_coco(found: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def to_coco(detected: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """Write an image's ``boxes``, ``labels``, ``scores``, and ``masks`` (N, 1, H, W) in [0, 1] if any, as COCO's results."""
     from pycocotools import mask as run_lengths
 
-    boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+    boxes = box_convert(detected["boxes"], "xyxy", "xywh").tolist()
     results = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "score": score, "bbox": box}
-        for box, label, score in zip(boxes, found["labels"].tolist(), found["scores"].tolist(), strict=True)
+        for box, label, score in zip(boxes, detected["labels"].tolist(), detected["scores"].tolist(), strict=True)
     ]
-    for result, mask in zip(results, found.get("masks", ()), strict="masks" in found):
+    for result, mask in zip(results, detected.get("masks", ()), strict="masks" in detected):
         code = run_lengths.encode(np.asfortranarray((mask[0] > 0.5).to(torch.uint8).cpu().numpy()))
         result["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
     return results
@@ -206,8 +206,10 @@ def evaluate(
         fields = ("image_id", "category_id", "score", field)  # areas are of boxes or of masks, so the other has to go
         results = [{name: detection[name] for name in fields} for detection in detections]
         with contextlib.redirect_stdout(io.StringIO()):
-            found = truth.loadRes(results) if results else coco_index(truth.dataset | {"annotations": []})  # loadRes([]) raises
-            evaluation = COCOeval(truth, found, kind)
+            detected = (
+                truth.loadRes(results) if results else coco_index(truth.dataset | {"annotations": []})
+            )  # loadRes([]) raises
+            evaluation = COCOeval(truth, detected, kind)
             evaluation.params.imgIds = list(image_ids)
             evaluation.evaluate()
             evaluation.accumulate()

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from engine.checkpoint import Checkpoint, check_fit, read_newest
 from engine.distributed import Ranks, autocast, parallel
@@ -23,7 +22,7 @@ from engine.log import CLOCK, Log
 from engine.optim import set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option
 from engine.signals import Signals, Stop
-from mvmae.data import FileSource, StepSampler, colour, make_loader, open_image, sample_seed
+from mvmae.data import FileSource, StepSampler, colour, make_loader, sample_seed, to_pil
 from mvmae.dense import WindowedViT
 from mvmae.patches import sincos_table
 from mvmae.weights import write_json
@@ -222,8 +221,7 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
 
 def read_image(path: str | Path, background: str) -> Tensor:
     """Read an image upright by EXIF, as labelling tools show it, transparent pixels on a background: (3, H, W) uint8."""
-    opened = open_image(path)
-    pixels: Tensor = F.pil_to_tensor(Image.fromarray(opened.upright(opened.decode(background=colour(background)))))
+    pixels: Tensor = pil_to_tensor(to_pil(path, background=colour(background)))
     return pixels
 
 

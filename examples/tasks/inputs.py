@@ -1,4 +1,4 @@
-"""The input of a run: views of the images, and the statistics of their channels."""
+"""Views of the images, and the statistics of their channels."""
 
 import functools
 import importlib

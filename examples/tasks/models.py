@@ -2,7 +2,7 @@
 
 A name is timm's (``vit_base_patch16_224.mae``), ``hf-hub:ID``, the folder of a run or an export (with ``local-dir:`` or not),
 or a file of weights, whose architecture ``arch`` names where no config.json lies beside it. ``random:`` before any of them
-leaves the weights out. What cannot be found or built ends in a `Stop`, what is damaged or does not fit in a `WeightsError`.
+leaves the weights out. What does not exist or cannot be built is a `Stop`, what is damaged or does not fit a `WeightsError`.
 """
 
 import ast
@@ -125,7 +125,7 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
         return f"local-dir:{folder}", locate(folder, WEIGHTS_FILE)
     if path.is_file():
         if not arch and not _is_export(path.parent):
-            raise Stop(f"{path} does not tell its architecture: add --arch with its name in timm")
+            raise Stop(f"{path} does not say its architecture: add --arch with its name in timm")
         return arch or f"local-dir:{path.parent}", path
     folders = ":" not in name and "/" in name  # no name of timm has one
     if folders or name.startswith(("local-dir:", ".", "/")) or path.suffix in (".safetensors", ".pth", ".pt"):

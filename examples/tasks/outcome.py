@@ -53,16 +53,16 @@ def describe_run(
 def evaluate(log: Log, evaluation: Evaluation, model: mvmae.MultiViewMAE, pictures: "Pictures", step: int) -> dict[str, float]:
     """Log how good the encoder's features are after a step, with pictures for trackers; all ranks must call it."""
     with log.paused():
-        if found := evaluation():
-            log.write(step=step, **found)
-            if warning := collapse_warning(found["effective_rank"]):
+        if metrics := evaluation():
+            log.write(step=step, **metrics)
+            if warning := collapse_warning(metrics["effective_rank"]):
                 log.say(f"warning: {warning}")
         if log.trackers:
             model.eval()
             log.trackers.picture(step, "reconstructions", pictures.reconstructions(model))
             log.trackers.picture(step, "features", pictures.features(model))
             model.train()
-    return found
+    return metrics
 
 
 class Pictures:

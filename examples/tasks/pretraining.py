@@ -132,7 +132,7 @@ def describe_length(length: Length, config: Config) -> str:
     """Return a line on the length of a run: all that was given or chosen."""
     epochs = length.steps / length.per_epoch
     parts = [f"{length.steps} steps of {length.batch_size} images ({epochs:g} epochs), peak learning rate {length.lr:.3g}"]
-    parts.append(f"warm-up of {length.warmup} steps")
+    parts += [f"warm-up of {length.warmup} steps"]
     parts += [f"encoder frozen for {length.frozen}"] if length.frozen else []
     parts += [f"contrast from step {length.alone + 1}"] if length.alone else []
     if config.batch_size > length.batch_size:
@@ -224,7 +224,7 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float, encoder_rate: float
 
 
 def settings_of(config: Config, images: Images) -> dict[str, Any]:
-    """Return what a run depends on: its options, and which images they are."""
+    """Return what a run depends on: its options and the fingerprint of its images."""
     return {**dataclasses.asdict(config), "images": images.fingerprint}
 
 
