@@ -22,8 +22,7 @@ from engine.signals import NOTHING_SAVED, Signals, Stop
 from mvmae.weights import first_line
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
-SAVE_MINUTES = 15.0
-"""Minutes after which a checkpoint is due, however few steps were taken."""
+SAVE_MINUTES = 15.0  # after which a checkpoint is due, however few steps were done
 GRADIENT = "the gradient"
 
 

@@ -122,16 +122,8 @@ def finish(
 ) -> None:
     """Write the encoder, the pictures and ``summary.md``, and say how to load the encoder and how good it is.
 
-    Args:
-        log: of the run.
-        config: its options.
-        model: as it is to be exported.
-        pictures: of the run.
-        about: what `describe_run` returned.
-        before: the first evaluation.
-        after: the evaluation of what is exported.
-        start: which weights the run started from, as `starting_weights` has it.
-        lines: more of ``summary.md``, in Markdown, which are printed too.
+    ``about`` is what `describe_run` returned, ``start`` what `starting_weights` did; ``before`` is the first evaluation,
+    ``after`` that of the model, which is exported as it is; ``lines`` are more of ``summary.md``, which are printed too.
     """
     folder = log.folder
     options: dict[str, Any] = {"background": config.background, "started_from": start, "license": start.get("license", "")}
