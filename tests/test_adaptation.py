@@ -519,7 +519,7 @@ def test_a_file_of_weights_needs_its_architecture(start, tmp_path):
     file = tmp_path / "weights.safetensors"
     file.write_bytes((start / "model.safetensors").read_bytes())
     torch.save({"model": timm.create_model(f"local-dir:{start}", pretrained=True).state_dict()}, tmp_path / "weights.pth")
-    with pytest.raises(Stop, match="does not tell its architecture: add --arch"):
+    with pytest.raises(Stop, match="does not say its architecture: add --arch"):
         build_model(config_of("--encoder", file), CPU)
     shape = ["--encoder-args", "patch_size=8 embed_dim=48 depth=2 num_heads=2", "--image-size", 32]
     for name in (file, tmp_path / "weights.pth"):

@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on_and_computes_a_damaged_foreign_or_odd_part_again(p
     refused = run_script("embed.py", *typed, folder=place)
     assert refused.code == 2 and "error: cut holds features already: add --resume" in refused.err
     other = run_script("embed.py", *typed, "--resume", "--pool", "token", folder=place)
-    assert other.code == 2 and "pool was 'avg' and is 'token' now" in other.err and other.err.count("\n") == 1
+    assert other.code == 2 and "pool was 'model' and is 'token' now" in other.err and other.err.count("\n") == 1
     done = run_script("embed.py", *typed, "--resume", "--batch-size", 5, folder=place)
     assert done.code == 0 and "resuming cut: 6 of 20 images are done" in done.out, done.err
     for number, reason in ((0, "damaged"), (12, "of another model or other images"), (18, "(3, 48) in place of 2 rows")):

@@ -52,7 +52,7 @@ def test_a_lone_file_needs_the_name_of_its_architecture(tmp_path, arch, classes)
     safetensors.torch.save_file(model.state_dict(), file)
     loaded = load_backbone(str(file), arch=arch).state_dict()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.items())
-    with pytest.raises(Stop, match="does not tell its architecture: add --arch"):
+    with pytest.raises(Stop, match="does not say its architecture: add --arch"):
         load_backbone(str(file))
 
 

@@ -140,7 +140,7 @@ PRESETS = {
         (["--crop", "0.1"], "there is no option --crop: did you mean --crop-scale?"),
         (["--epoch", "3"], "there is no option --epoch: did you mean --epochs?"),
         (["--log-evry=3"], "did you mean --log-every"),
-        (["more"], "'more' belongs to no option"),
+        (["more"], "there is no option more"),
         (["--crop-scale", "0.2"], "--crop-scale must be 2 values, got 1"),
         (["--crop-scale", "1", "0.2"], "--crop-scale must be two numbers, low and high, got 1 0.2"),
         (["--image-size", "1", "2", "3"], "--image-size must be 1 or 2 values, got 3"),
@@ -179,7 +179,7 @@ def test_a_preset_sets_defaults_what_is_typed_wins_and_its_arguments_are_for_its
         (
             torch.OutOfMemoryError("CUDA\nmore"),
             1,
-            "error: the memory is used up (CUDA): use a smaller --batch-size, or fewer --workers",
+            "error: the memory is used up (OutOfMemoryError: CUDA): use a smaller --batch-size, or fewer --workers",
         ),
         (RuntimeError("DataLoader worker (pid 7) is killed"), 1, None),
     ],

@@ -1,1 +1,1 @@
-"""A training run of anything: its options, its processes, its log, its checkpoints and how it ends."""
+"""A training run of anything: its options, its processes, its log, its checkpoints and its early end."""

@@ -1,9 +1,8 @@
-"""Checkpoints of a run: written whole or not at all, checked when read, the one before kept; one run to a folder."""
+"""Checkpoints of a run: written whole or not at all, with the one before, and checked when read; one run to a folder."""
 
 import contextlib
 import os
 import pickle
-import shutil
 import socket
 import sys
 import time
@@ -20,15 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from engine.distributed import Ranks
 from engine.log import Log
 from engine.signals import NOTHING_SAVED, Signals, Stop
+from mvmae.weights import first_line
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
-SAVE_MINUTES = 15.0
-"""Minutes after which a checkpoint is due, however few steps were taken."""
+SAVE_MINUTES = 15.0  # after which a checkpoint is due, however few steps were done
 GRADIENT = "the gradient"
 
 
 class Checkpoint:
-    """What a run can go on from, and when it is saved.
+    """What a run can be continued from, and when it is saved.
 
         checkpoint = Checkpoint(folder, settings, ranks, may_change=..., resume=config.resume)
         checkpoint.restore(log, signals, model=model, optimizer=optimizer)
@@ -41,14 +40,14 @@ class Checkpoint:
                 checkpoint.advance(step, last, save_every)    # saved where due; a signal saves and ends the run
 
     Args:
-        folder: the run's; made, and locked against other runs while this process lives.
+        folder: of the run; made, and locked against other runs while this process lives.
         settings: what the run depends on, as plain values: the options, and the fingerprint of its data.
-        ranks: this process and the others; the first one writes.
+        ranks: of which the first one writes.
         may_change: names of settings that a resumed run may have otherwise.
-        resume: go on from the newest checkpoint that is whole, if there is one.
+        resume: continue from the newest whole checkpoint, if there is one.
 
     Attributes:
-        step: the last step that the checkpoint to go on from holds; 0 for a new run.
+        step: that the run continues after; 0 for a new one.
         saved: the last step that is saved.
 
     Raises:
@@ -60,32 +59,29 @@ class Checkpoint:
         self, folder: Path, settings: Mapping[str, Any], ranks: Ranks, *, may_change: frozenset[str], resume: bool
     ) -> None:
         self.folder, self.settings, self.ranks, self.resume = folder, dict(settings), ranks, resume
-        self.found, name, problem = None, "", ""
+        self.state, name, problem = None, "", ""
         try:
             if ranks.rank == 0:
                 self._lock = lock(folder)
-            self.found, name = read_newest(folder)
+            self.state, name = read_newest(folder)
         except Stop as error:
             problem = str(error)
-        self.step: int = self.found["step"] if self.found else 0
+        self.step: int = self.state["step"] if self.state else 0
         steps, problems = zip(*ranks.gather((self.step, problem)), strict=True)
         if any(problems):
             raise Stop(next(filter(None, problems)))
         if len({*steps}) > 1:
-            raise Stop(
-                f"the ranks find different checkpoints in {folder}, of steps {[*steps]}: put it on a disk that all share"
-            )
-        if self.found and not resume:
+            raise Stop(f"the ranks see different checkpoints in {folder}, of steps {[*steps]}: put it on a disk that all share")
+        if self.state and not resume:
             raise Stop(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
-        changed = changed_settings(self.found["settings"], self.settings, may_change) if self.found else []
-        if ranks.rank == 0:
-            if self.found and name == PREVIOUS and (folder / NEWEST).exists():
-                # the next save would put the damaged one over the good one
+        lines = [f"no checkpoint in {folder}: starting at step 0"]
+        if self.state:
+            changed = changed_settings(self.state["settings"], self.settings, may_change)
+            lines = [f"resuming {folder} after step {self.step}", *changed]
+        if ranks.rank == 0 and resume:
+            print(*lines, sep="; ", flush=True)
+            if name == PREVIOUS and (folder / NEWEST).exists():  # the next save would put the damaged one over the good one
                 os.replace(folder / NEWEST, folder / DAMAGED)
-            if self.found:
-                print(f"resuming {folder} after step {self.step}" + "".join(f"; {line}" for line in changed), flush=True)
-            elif resume:
-                print(f"no checkpoint in {folder}: starting at step 0", flush=True)
         self.saved, self.failure, self._time = self.step, "", time.monotonic()
         self._at: int | None = None  # the step after which the state is now; None while the optimizer changes it
 
@@ -93,10 +89,10 @@ class Checkpoint:
         """Name what is saved, and load what the checkpoint holds of it: all of it, or nothing.
 
         Args:
-            log: of the run.
-            signals: are asked between two steps.
-            model: that is trained, not wrapped.
-            optimizer: of its parameters; gets back what it keeps of each, while its options stay as this run sets them.
+            log: for warnings, and closed where the run ends early.
+            signals: read after each step.
+            model: without a wrapper such as DDP.
+            optimizer: whose moments are loaded, while its options stay as this run sets them.
             **more: anything with ``state_dict`` and ``load_state_dict``; a plain dictionary is updated.
 
         Raises:
@@ -104,24 +100,19 @@ class Checkpoint:
         """
         self.log, self.signals, self.model = log, signals, model
         self.objects = {"model": model, "optimizer": optimizer, **more}
-        if self.found:
+        if self.state:
             own = optimizer.state_dict()["param_groups"]
-            check_fit(self.folder, self.found, self.objects, own)
-            self.found["optimizer"]["param_groups"] = own
+            check_fit(self.folder, self.state, self.objects, own)
+            self.state["optimizer"]["param_groups"] = own
             for name, thing in self.objects.items():
-                (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.found[name])
-        self.found = None  # free its memory
-        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
+                (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.state[name])
+        self.state = None  # free its memory
+        self._buffers = [buffer for norm in model.modules() if isinstance(norm, _BatchNorm) for buffer in norm.buffers()]
         self._whole(self.step)
 
     @contextlib.contextmanager
     def saved_on_error(self) -> Iterator[None]:
-        """Save the last whole step, where an error ends the steps, and say how to go on.
-
-        Raises:
-            Stop: if a signal has cut a wait for data short, or the last save has failed.
-        """
+        """Save the last whole step where an error ends the loop; a `Stop` where a signal has, or where the last save failed."""
         try:
             yield
         except BaseException as error:
@@ -129,7 +120,7 @@ class Checkpoint:
                 self._restore_statistics()
                 if step != self.saved:
                     self.save(step)
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt):  # cuts short a wait for data
                 raise self._stopped(self.saved, int(error.args[0] if error.args else 2)) from error
             if self.saved and not isinstance(error, Stop):
                 self.log.say(f"step {self.saved} is saved: {self.again()}")
@@ -147,9 +138,6 @@ class Checkpoint:
             step: counted from 1, after its backward pass.
             losses: scalars of this rank.
             images: names of this rank's part of the batch.
-
-        Raises:
-            Stop: naming the step and what is not finite.
         """
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         numbers = {**losses, GRADIENT: nn.utils.get_total_norm(gradients)}
@@ -161,22 +149,18 @@ class Checkpoint:
         self._restore_statistics()
         self.save(step - 1)
         self._agree()
-        found = dict(enumerate(self.ranks.gather((bad, list(images)))))
-        # the gradient is the mean over all ranks: where a rank has lost its loss, it alone has met the images
-        met = {rank: part for rank, part in found.items() if part[0] and part[0] != [GRADIENT]} or found
-        parts = "; ".join(f"{', '.join(names)} in process {rank}" for rank, (names, _) in met.items())
-        paths = [f"  {path!r}" for _, images in met.values() for path in images]
+        every = dict(enumerate(self.ranks.gather((bad, list(images)))))
+        # the gradient is the mean over all ranks: only a rank whose loss is not finite has read the images that caused it
+        causes = {rank: part for rank, part in every.items() if part[0] and part[0] != [GRADIENT]} or every
+        parts = "; ".join(f"{', '.join(names)} in process {rank}" for rank, (names, _) in causes.items())
+        paths = [f"  {path!r}" for _, images in causes.values() for path in images]
         self.log.append("nonfinite.txt", "\n".join([f"step {step}: {parts}", *paths]))
         self.log.close(failed=True)
         where = f"{self.folder / 'nonfinite.txt'} names the images"
         raise Stop(f"step {step}: {parts} is not finite: {where}, step {self.saved} is saved; a lower --base-lr may help", 1)
 
     def advance(self, step: int, last: int, save_every: int) -> None:
-        """End a step: save where that is due, or a signal has come, which ends the run in all ranks at the same step.
-
-        Raises:
-            Stop: after a signal, except in the last step.
-        """
+        """End a step: save where due, or after a signal, which ends the run (`Stop`) in all ranks at the same step."""
         self._whole(step)
         late = time.monotonic() > self._time + 60 * SAVE_MINUTES
         event = self.ranks.max(2 * (self.signals.received or 0) + late)  # one question to all ranks; a signal saves anyway
@@ -223,7 +207,7 @@ class Checkpoint:
             self.log.say(f"warning: step {step} is not saved: {self.failure}; the newest checkpoint is of step {self.saved}")
 
     def again(self) -> str:
-        """Return how a user continues the run."""
+        """Return how to continue the run."""
         return f"run the same command {'again' if self.resume else 'with --resume'} to continue"
 
 
@@ -250,17 +234,15 @@ def write(folder: Path, state: Mapping[str, Any]) -> str:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or "torch could not write all of it"
-        free = f", {shutil.disk_usage(folder).free >> 20} MB are free" if folder.exists() else ""
-        return f"cannot write {newest}: {reason}{free}; make room"
+        return f"cannot write {newest}: {getattr(cause, 'strerror', None) or 'torch could not write all of it'}; make room"
     return ""
 
 
 def read_newest(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """Read the newest checkpoint that is whole, and return it with its file's name; None where the folder holds none at all.
+    """Return the newest whole checkpoint and its file's name; None where there is no checkpoint at all.
 
     Raises:
-        Stop: if there are checkpoints, and none of them can be read: a run must not start at 0 then.
+        Stop: if none of several can be read: a run must not start at 0 then.
     """
     reasons = []
     for name in (NEWEST, PREVIOUS):
@@ -291,7 +273,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what torch makes of damaged bytes can be anything
-        raise ValueError(f"{path} is damaged or cut short: {type(error).__name__}: {str(error).split(chr(10))[0]}") from error
+        raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
     missing = {"step", "settings", "optimizer"} - set(state) if isinstance(state, dict) else {"dictionary"}
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
@@ -299,34 +281,25 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_fit(
-    folder: Path, found: Mapping[str, Any], objects: Mapping[str, Any], groups: Sequence[Mapping[str, Any]] | None = None
+    folder: Path, state: Mapping[str, Any], objects: Mapping[str, Any], groups: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """Check that a checkpoint holds these objects, the weights of ``objects["model"]`` and, if given, an optimizer's groups.
-
-    Raises:
-        Stop: naming what is missing or has another shape.
-    """
-    problems = [f"{name} is missing" for name in objects if name not in found]
-    states = (found.get("model", objects["model"].state_dict()), objects["model"].state_dict())
-    theirs, ours = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
+    """Raise a `Stop` if a checkpoint lacks an object, or other names or shapes of weights or groups of an optimizer differ."""
+    problems = [f"{name} is missing" for name in objects if name not in state]
+    states = (state.get("model", objects["model"].state_dict()), objects["model"].state_dict())
+    theirs, ours = ({name: tuple(value.shape) for name, value in weights.items()} for weights in states)
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             problems.append(f"model.{name} is {theirs.get(name, 'missing')} instead of {ours.get(name, 'nothing')}")
-    if groups is not None:
-        trained, trains = ([len(group["params"]) for group in part] for part in (found["optimizer"]["param_groups"], groups))
-        if trained != trains:
-            problems.append(f"optimizer has groups of {trained} parameters instead of {trains}")
+    saved, own = ([len(group["params"]) for group in part] for part in (state["optimizer"]["param_groups"], groups or ()))
+    if groups is not None and saved != own:
+        problems.append(f"optimizer has groups of {saved} parameters instead of {own}")
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise Stop(f"the checkpoint in {folder} does not fit this run: {'; '.join(problems[:4])}{more}")
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:
-    """Compare the settings of a run with those it is resumed with; return a line for each that did change and may.
-
-    Raises:
-        Stop: naming each other setting that changed, with both values.
-    """
+    """Return a line for each setting that changed and may; raise a `Stop` with both values of each that may not."""
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     lines = {name: f"{name} was {before.get(name)!r} and is {now.get(name)!r} now" for name in changed}
     if refused := [line for name, line in lines.items() if name not in may_change]:
@@ -335,11 +308,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_chan
 
 
 def lock(folder: Path) -> FileLock:
-    """Make a run's folder and lock it while this process lives.
-
-    Raises:
-        Stop: if another process holds it, with its number and machine, or the folder cannot be written to.
-    """
+    """Make a run's folder and lock it while this process lives; a `Stop` names the process that holds it already."""
     held, owner = FileLock(folder / ".lock"), folder / ".owner"
     try:
         folder.mkdir(parents=True, exist_ok=True)

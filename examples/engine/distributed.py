@@ -1,4 +1,4 @@
-"""The ranks of a run: this process among all that torchrun started, its device, and what they agree on."""
+"""The ranks: this process among all that torchrun started, its device, and what they agree on."""
 
 import inspect
 import os
@@ -35,10 +35,6 @@ class Ranks(NamedTuple):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return int(largest)
 
-    def all(self, flag: bool) -> bool:
-        """Return whether the flag is set in all ranks."""
-        return not self.any(not flag)
-
     def gather(self, item: Item) -> list[Item]:
         """Return the items of all processes, in the order of the ranks, in each process."""
         if self.world_size == 1:
@@ -61,9 +57,6 @@ def start_ranks(device: str) -> Ranks:
 
     Args:
         device: one of `DEVICES`; ``auto`` is CUDA if there is a CUDA device, else the CPU.
-
-    Raises:
-        Stop: if a device is asked for that is not there, or several processes are to share the GPU of a Mac.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,19 +88,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def parallel(model: nn.Module, ranks: Ranks, *, unused: bool = False) -> nn.Module:
-    """Wrap a model so that its gradients are averaged over all ranks, where there are several.
-
-    Args:
-        model: that is trained.
-        ranks: this process and the others.
-        unused: whether a step may leave parameters without a gradient.
-    """
+    """Average a model's gradients over all ranks; ``unused``: a step may leave parameters without a gradient."""
     if ranks.world_size == 1:
         return model
     wrap, devices = nn.parallel.DistributedDataParallel, [ranks.device.index] if ranks.device.type == "cuda" else None
     new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # torch 2.14's name for it
-    kept: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False, "find_unused_parameters": unused}
-    return wrap(model, device_ids=devices, **kept)
+    options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False, "find_unused_parameters": unused}
+    return wrap(model, device_ids=devices, **options)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -27,10 +27,10 @@ class Log:
     """The log of a run.
 
     Args:
-        folder: the run's.
-        ranks: this process and the others.
+        folder: of the run.
+        ranks: of which the first one writes.
         last: the last step of the run; 0 where it has no steps.
-        start: the step that the run goes on from: later lines of an earlier part of the run are removed.
+        start: the step that the run continues after: lines of later steps, from before it ended, are removed.
         batch_size: images of a step over all ranks, for the throughput.
     """
 
@@ -45,28 +45,24 @@ class Log:
         self.bar = tqdm(total=last, initial=start, bar_format=form, dynamic_ncols=True, leave=False, disable=hidden)
         if self.silent:
             return
-        kept = [json.dumps(record) + "\n" for record in self.records() if record.get("step", 0) <= start]
-        write_text(folder / "log.jsonl", "".join(kept))
+        lines = [json.dumps(record) + "\n" for record in self.records() if record.get("step", 0) <= start]
+        write_text(folder / "log.jsonl", "".join(lines))
 
     def records(self) -> list[dict[str, Any]]:
         """Read the lines back, without those that a killed process cut."""
-        path, found = self.folder / "log.jsonl", []
+        path, records = self.folder / "log.jsonl", []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
             with suppress(json.JSONDecodeError):
-                found.append(json.loads(line))
-        return [record for record in found if isinstance(record, dict) and isinstance(record.get("step", 0), int)]
+                records.append(json.loads(line))
+        return [record for record in records if isinstance(record, dict) and isinstance(record.get("step", 0), int)]
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches, and measure how long the run waits for each."""
-        waiting = iter(batches)
-        while True:
-            start = time.monotonic()
-            try:
-                batch = next(waiting)
-            except StopIteration:
-                return
+        start = time.monotonic()
+        for batch in batches:
             self.waited += time.monotonic() - start
             yield batch
+            start = time.monotonic()
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Count a step and its losses, scalars on the device: `write` logs their means."""
@@ -81,7 +77,7 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what goes on here, such as an evaluation, out of the throughput."""
+        """Leave what happens here, such as an evaluation, out of the throughput."""
         start = time.monotonic()
         yield
         if self.since is not None:
@@ -89,27 +85,22 @@ class Log:
 
     def write_step(self, step: int, **numbers: float) -> None:
         """Log the means, over steps and ranks, of what was added since the last line; all ranks must call it."""
-        means = {}
         if self.steps:
-            sums = self.ranks.mean(torch.stack(list(self.sums.values()))) / self.steps
-            means = dict(zip(self.sums, sums.tolist(), strict=True))
-        self.write(step=step, **numbers, **means, **self._clock())
-        self.steps, self.waited, self.since, self.first = 0, 0.0, time.monotonic(), 0
-
-    def _clock(self) -> dict[str, float]:
+            means = self.ranks.mean(torch.stack(list(self.sums.values()))) / self.steps
+            numbers |= dict(zip(self.sums, means.tolist(), strict=True))
         steps, seconds = self.steps - self.first, time.monotonic() - (self.since or 0.0)
-        found: dict[str, float] = {}
         if steps > 0 and seconds > 0:
             if self.batch_size:
-                found["images_per_second"] = float(f"{steps * self.batch_size / seconds:.4g}")
-            found["waiting"] = round(min(self.waited / seconds, 1.0), 3)
-            found["seconds_left"] = round(self.left * seconds / steps, 1)
+                numbers["images_per_second"] = float(f"{steps * self.batch_size / seconds:.4g}")
+            numbers["waiting"] = round(min(self.waited / seconds, 1.0), 3)
+            numbers["seconds_left"] = round(self.left * seconds / steps, 1)
         if peak := peak_memory(self.ranks.device):
-            found["memory_gb"] = round(peak / 1e9, 3)
-        return found
+            numbers["memory_gb"] = round(peak / 1e9, 3)
+        self.write(step=step, **numbers)
+        self.steps, self.waited, self.since, self.first = 0, 0.0, time.monotonic(), 0
 
     def write(self, **record: Any) -> None:
-        """Add a line to ``log.jsonl``, and print it."""
+        """Add a line to ``log.jsonl``, print it, and pass it to the trackers."""
         self.append("log.jsonl", json.dumps(record | {"time": round(time.time(), 3)}))
         shown = [f"step {record['step']}/{self.last}" if self.last else f"step {record['step']}"] if "step" in record else []
         for key, value in record.items():
@@ -173,19 +164,16 @@ class Output:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Print a text."""
         with suppress(OSError, ValueError, AttributeError):
             encoding = self.stream.encoding or "utf-8"
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream."""
         with suppress(OSError, ValueError, AttributeError):
             self.stream.flush()
 
     def isatty(self) -> bool:
-        """Return whether it is a terminal."""
         return self.stream is not None and bool(self.stream.isatty())
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The optimizer of a run and its learning rate, a pure function of the step."""
+"""The optimizer and its learning rate, a pure function of the step."""
 
 import math
 from collections.abc import Iterable

@@ -25,6 +25,7 @@ from engine.log import open_outputs
 from engine.signals import NOTHING_SAVED, Stop, end_process
 from engine.trackers import NAMES
 from mvmae.data import explain_loader_error
+from mvmae.weights import first_line
 
 Config = TypeVar("Config")
 Presets = Mapping[str, Mapping[str, Any]]
@@ -36,10 +37,8 @@ BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
     "at most": operator.le,
     "below": operator.lt,
 }
-LARGEST = 2**31
-"""Numbers must be below it, where their option has no upper bound of its own."""
-LOST = ("peer", "gloo", "nccl", "socket", "tcpstore")
-"""Words in torch's errors when another process has ended."""
+LARGEST = 2**31  # numbers must be below it, where their option has no upper bound of its own
+LOST = ("peer", "gloo", "nccl", "socket", "tcpstore")  # words in torch's errors when another process has ended
 
 
 def option(
@@ -56,16 +55,16 @@ def option(
     may_change: bool = False,
     section: str = "",
 ) -> Any:
-    """Declare a field of a script's dataclass.
+    """Declare a field of a script's dataclass, with the bounds of its number, or of each number of a tuple.
 
     Args:
         default: value if neither the user nor the preset sets one; with `REQUIRED` one of them has to.
         text: line of ``--help``: what the option is, with its unit, what 0 or nothing means, and the default's source.
         choices: values that are allowed; any if empty.
-        at_least: smallest value of the number, or of each number of a tuple.
-        above: number that each value must be greater than.
-        at_most: largest value.
-        below: number that each value must be less than.
+        at_least: inclusive, like ``at_most``.
+        above: exclusive, like ``below``.
+        at_most: upper bound.
+        below: upper bound.
         lengths: numbers of values that a tuple may have; any from 1 on if empty. (2,) is a range: low, then high.
         path: whether the value is a path, or the name of a model that may be one: a ``~`` at its start is the user's home.
         may_change: whether ``--resume`` accepts another value than the run began with.
@@ -137,11 +136,6 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Presets, 
             dist.destroy_process_group()
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _end(message: str, code: int) -> None:
     if os.environ.get("MVMAE_TRACEBACK"):  # for finding mistakes of these scripts
         raise
@@ -159,9 +153,6 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
             default. If there are none, there is no ``--preset``.
         about: text of ``--help`` before the options.
         arguments: words of the command line; if None, those of this process.
-
-    Raises:
-        ValueError: in one line, if an option is unknown or missing, or its value is not allowed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     fields = {field.name: field for field in dataclasses.fields(config) if field.metadata}  # type: ignore[arg-type]
@@ -174,10 +165,18 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
     defaults = {name: preset.get(name, field.default) for name, field in fields.items()}
     known, unknown = _parser(config, fields, defaults, chooser, about).parse_known_args(arguments)
     if unknown:
-        raise ValueError(_unknown(unknown[0], [*(["--preset"] if presets else []), *map(flag, fields)]))
+        name, options = unknown[0].split("=")[0], [*(["--preset"] if presets else []), *map(flag, fields)]
+        near = [one for one in options if one.startswith(name)] or difflib.get_close_matches(name, options)
+        cure = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
+        raise ValueError(f"there is no option {name}: {cure}")
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items() if name in fields}
     for name, value in typed.items():
-        _check_length(flag(name), value, fields[name].metadata["lengths"])
+        lengths = fields[name].metadata["lengths"]
+        if value == () or (lengths and len(value) not in lengths):
+            expected = " or ".join(map(str, lengths)) or "1 or more"
+            raise ValueError(f"{flag(name)} must be {expected} values, got {len(value)}")
+        if lengths == (2,) and value[0] > value[1]:
+            raise ValueError(f"{flag(name)} must be two numbers, low and high, got {shown(value)}")
     for name in ("encoder", "model"):  # a preset's arguments are for its own model
         if typed.get(name, preset.get(name)) != preset.get(name) and f"{name}_args" in preset:
             defaults[f"{name}_args"] = ""
@@ -271,21 +270,6 @@ def shown(value: Any) -> str:
         return "yes" if value else "no"
     values = value if isinstance(value, tuple) else (value,)
     return " ".join(f"{one:.12g}" if isinstance(one, float) else shlex.quote(str(one)) for one in values)
-
-
-def _check_length(name: str, value: Any, lengths: tuple[int, ...]) -> None:
-    if value == () or (lengths and len(value) not in lengths):
-        raise ValueError(f"{name} must be {' or '.join(map(str, lengths)) or '1 or more'} values, got {len(value)}")
-    if lengths == (2,) and value[0] > value[1]:
-        raise ValueError(f"{name} must be two numbers, low and high, got {shown(value)}")
-
-
-def _unknown(word: str, known: list[str]) -> str:
-    name = word.split("=")[0]
-    if not name.startswith("-"):
-        return f"{word!r} belongs to no option: --help lists all options"
-    near = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known)
-    return f"there is no option {name}: " + (f"did you mean {' or '.join(near)}?" if near else "--help lists all options")
 
 
 class _Formatter(argparse.HelpFormatter):

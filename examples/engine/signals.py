@@ -56,21 +56,15 @@ class Signals:
             raise KeyboardInterrupt(self.received)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches; a signal ends the wait for one that takes longer than `PATIENCE`.
-
-        Raises:
-            KeyboardInterrupt: with the signal's number.
-        """
-        batches = iter(loader)
-        while True:
-            self._waiting = True
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            finally:
+        """Yield the batches; a signal ends the wait for one that takes longer than `PATIENCE`, by a `KeyboardInterrupt`."""
+        self._waiting = True
+        try:
+            for batch in loader:
                 self._waiting = False
-            yield batch
+                yield batch
+                self._waiting = True
+        finally:
+            self._waiting = False
 
     def release(self) -> None:
         """Let signals end the process at once, as before: the run is saved, and what follows it saves nothing."""
@@ -79,11 +73,7 @@ class Signals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let a signal end work that saves nothing, such as computing features, once it has lasted `PATIENCE` seconds more.
-
-        Raises:
-            KeyboardInterrupt: with the signal's number.
-        """
+        """Let a signal end work that saves nothing, such as computing features, by a `KeyboardInterrupt` after `PATIENCE`."""
         self._waiting = True
         try:
             yield

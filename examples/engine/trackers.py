@@ -1,7 +1,7 @@
-"""Trackers that a run tells its numbers, pictures and options to: TensorBoard, Weights & Biases, MLflow, trackio.
+"""Trackers of a run's numbers, pictures and options: TensorBoard, Weights & Biases, MLflow, trackio.
 
-Each library is imported only when its tracker is asked for. None can end a run: one that fails, whenever it does, is left out
-from then on, with one line. A resumed run goes on in the trackers' runs by the names kept in ``trackers.json``.
+Each library is imported only when its tracker is asked for. None can end a run: one that fails is left out from then on, with
+one line. A resumed run continues the trackers' runs by their names in ``trackers.json``.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvmae.weights import write_text
+from mvmae.weights import first_line, write_text
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 class Tracker(NamedTuple):
-    """What a run calls of a tracker, and where a user finds the tracked run."""
+    """Where a user finds the tracked run, and what is called for a line of the log, for a picture, and at the end."""
 
     where: str
     numbers: Callable[[int, dict[str, float]], Any]
@@ -79,9 +79,8 @@ def mlflow(folder: Path, name: str, config: Mapping[str, Any], step: int) -> Tra
     known = client.get_experiment_by_name(project)
     experiment = known.experiment_id if known else client.create_experiment(project)
     mine = client.search_runs([experiment], f"tags.mvmae = '{name}'")
-    number = (
-        mine[0].info.run_id if mine else client.create_run(experiment, run_name=folder.name, tags={"mvmae": name}).info.run_id
-    )
+    run = mine[0] if mine else client.create_run(experiment, run_name=folder.name, tags={"mvmae": name})
+    number = run.info.run_id
     for key, value in () if mine else config.items():
         client.log_param(number, key, str(value)[:500])
 
@@ -125,24 +124,15 @@ class Trackers:
     def start(
         self, names: Sequence[str], folder: Path, config: Mapping[str, Any], step: int, say: Callable[[str], None]
     ) -> None:
-        """Begin, or go on in the runs of the same folder.
-
-        Args:
-            names: of `NAMES`.
-            folder: the run's.
-            config: its options, as plain values.
-            step: the last that is done.
-            say: prints a line.
-        """
+        """Begin the tracked runs; after a ``step`` above 0, continue those of the same folder. ``say`` prints a line."""
         self.say, known, file = say, dict[str, str](), folder / "trackers.json"
         with contextlib.suppress(OSError, ValueError):
             known = json.loads(file.read_text()) if step else {}
         for name in names:
             own = known.setdefault(name, f"mvmae-{uuid.uuid4().hex[:8]}")
             with self._left_out(name):
-                self.open[name] = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow, "trackio": trackio}[name](
-                    folder, own, config, step
-                )
+                begin = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow, "trackio": trackio}[name]
+                self.open[name] = begin(folder, own, config, step)
                 say(f"tracked by {name}: {self.open[name].where}")
         if names:
             with contextlib.suppress(OSError):
@@ -151,22 +141,21 @@ class Trackers:
     def log(self, record: Mapping[str, Any]) -> None:
         """Pass on the numbers of a line of the log."""
         values = {k: float(v) for k, v in record.items() if k not in ("step", "time") and isinstance(v, int | float)}
-        for name, tracker in list(self.open.items()):
-            with self._left_out(name):
-                tracker.numbers(record.get("step", 0), values)
+        self._each(lambda tracker: tracker.numbers(record.get("step", 0), values))
 
     def picture(self, step: int, title: str, image: Any) -> None:
         """Pass on an image of Pillow."""
-        for name, tracker in list(self.open.items()):
-            with self._left_out(name):
-                tracker.picture(step, title, image)
+        self._each(lambda tracker: tracker.picture(step, title, image))
 
     def close(self, *, failed: bool = False) -> None:
         """End all of them."""
+        self._each(lambda tracker: tracker.close(failed))
+        self.open = {}
+
+    def _each(self, call: Callable[[Tracker], Any]) -> None:
         for name, tracker in list(self.open.items()):
             with self._left_out(name):
-                tracker.close(failed)
-        self.open = {}
+                call(tracker)
 
     @contextlib.contextmanager
     def _left_out(self, name: str) -> Iterator[None]:
@@ -175,6 +164,4 @@ class Trackers:
         except (Exception, SystemExit) as error:
             self.open.pop(name, None)
             missing = f'; pip install "mvmae[{name}]" installs it' if isinstance(error, ImportError) else ""
-            self.say(
-                f"warning: the run goes on without {name}: {type(error).__name__}: {str(error).split(chr(10))[0]}{missing}"
-            )
+            self.say(f"warning: the run goes on without {name}: {first_line(error)}{missing}")

@@ -40,11 +40,6 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         seed: seed of the augmentation, which depends on (seed, epoch, index) alone.
         background: colour behind transparent pixels.
 
-    Raises:
-        FileNotFoundError: if the folders are not there, or an image has no label map.
-        ValueError: if ``classes.txt`` names another number of classes, the label maps hold fewer than two, or one that is
-            counted cannot be read.
-
     Attributes:
         classes: class of each label from 0 to 255, (256,) uint8; `IGNORE` where it is left out.
         names: of the classes, from ``classes.txt``, else their labels.
@@ -88,9 +83,9 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
                 maps = pool.map(lambda path: read_labels(path, self.classes), sorted((root / "annotations").rglob("*.png")))
                 num_classes = 1 + max(map(largest, maps))
             if num_classes < 2:  # what names all pixels alike would be perfect
-                found = f"labels other than {', '.join(map(str, sorted(left_out)))}, got {num_classes}"
+                others = f"labels other than {', '.join(map(str, sorted(left_out)))}, got {num_classes}"
                 cure = "number the classes from 0 or 1 on; --no-reduce-zero-label learns label 0 too"
-                raise ValueError(f"{root}/annotations must hold two {found}: {cure}")
+                raise ValueError(f"{root}/annotations must hold two {others}: {cure}")
         self.names = self.names or list(map(str, labels[:num_classes]))
 
     def __len__(self) -> int:
@@ -105,8 +100,8 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         epoch, index = key
         pixels, file = read_image(self.images[index], self.background), self.labels[index]
         labels = read_labels(file, self.classes)
-        if (found := largest(labels)) >= len(self.names):
-            bound, label = (self.classes.tolist().index(number) for number in (len(self.names), found))
+        if (highest := largest(labels)) >= len(self.names):
+            bound, label = (self.classes.tolist().index(number) for number in (len(self.names), highest))
             raise ValueError(f"{file} must hold labels below {bound} for {len(self.names)} classes, got {label}")
         if labels.shape != pixels.shape[1:]:
             sizes = [f"{width}x{height}" for height, width in (pixels.shape[1:], labels.shape)]
@@ -207,9 +202,7 @@ def scores(counts: Tensor, names: Sequence[str]) -> dict[str, Any]:
     counts = counts.double()
     right, true = counts.diagonal(), counts.sum(1)
     iou, acc = 100 * right / (true + counts.sum(0) - right), 100 * right / true
-    table = {
-        name: {"IoU": None if math.isnan(a) else a, "Acc": None if math.isnan(b) else b}
-        for name, a, b in zip(names, iou.tolist(), acc.tolist(), strict=True)
-    }
+    columns = ([None if math.isnan(value) else value for value in values.tolist()] for values in (iou, acc))
+    table = {name: {"IoU": a, "Acc": b} for name, a, b in zip(names, *columns, strict=True)}
     means = {"mIoU": iou.nanmean(), "mAcc": acc.nanmean(), "aAcc": 100 * right.sum() / counts.sum()}
     return {name: float(value) for name, value in means.items()} | {"classes": table}

@@ -11,16 +11,13 @@ MEASURES = {"knn": "k-NN accuracy", "retrieval": "view retrieval"}
 
 
 class Best:
-    """Keeps the encoder of the best evaluation, by k-NN accuracy where there are labels, else by view retrieval.
+    """The encoder of the best evaluation, by k-NN accuracy where there are labels, else by view retrieval.
 
-    View retrieval is near 100 % at the start where images are easily told apart, and only a clear fall is counted against an
-    encoder: of those within a standard error of the best, at most 50 / sqrt(images) points, the latest is kept.
-
-    Args:
-        encoder: as it starts.
+    View retrieval is near 100 % at the start where images are easily distinguished, and only a clear fall is counted against an
+    encoder: of those within a standard error of the best, at most 50 / sqrt(images) points, the latest is the best.
 
     Attributes:
-        step: of the evaluation that is kept; 0 is the start.
+        step: of the best evaluation; 0 is the start.
         metrics: of that evaluation; empty where nothing was measured: then the last encoder is the best.
     """
 
@@ -47,18 +44,16 @@ class Best:
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Put weights into the encoder for a while."""
-        kept = self._copy()
+        before = self._copy()
         self.encoder.load_state_dict(weights)
         try:
             yield
         finally:
-            self.encoder.load_state_dict(kept)
+            self.encoder.load_state_dict(before)
 
     def chosen(self) -> dict[str, Tensor]:
         """Return the weights to export."""
-        if not self.metrics:
-            return self._copy()
-        return self.weights or self.start
+        return (self.weights or self.start) if self.metrics else self._copy()
 
     def describe(self, last: int) -> str:
         """Return a line on what is exported after ``last`` steps."""
@@ -71,11 +66,11 @@ class Best:
         return f"exported: the encoder after step {self.step} of {last}, the best by {value}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from, and export.py takes."""
+        """Return what a resumed run and export.py read."""
         weights = self.chosen() if self.metrics else {}
         return {"step": self.step, "top": self.top, "metrics": self.metrics, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Restore that."""
         self.step, self.top = state["step"], state["top"]
         self.metrics, self.weights = dict(state["metrics"]), dict(state["weights"])

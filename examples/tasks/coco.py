@@ -42,9 +42,6 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         seed: seed of the jitter, which depends on (seed, epoch, index) alone.
         background: colour behind transparent pixels.
 
-    Raises:
-        FileNotFoundError: if the annotations or an image are not there.
-        ValueError: if they cannot be read, or no image has an object.
     """
 
     def __init__(
@@ -117,11 +114,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 def read_coco(path: Path) -> Any:
-    """Read annotations into pycocotools' index, with its defaults for what converters leave out.
-
-    Raises:
-        ValueError: naming the file, if it is no JSON in COCO's format.
-    """
+    """Read annotations into pycocotools' index, with its defaults for what converters leave out."""
     number = 0
     try:
         content = json.loads(path.read_bytes())
@@ -158,10 +151,10 @@ def coco_index(content: Mapping[str, Any]) -> Any:
 
 def outline(annotation: Mapping[str, Any]) -> Any:
     """Return an object's outline for pycocotools: None for a crowd, and no polygons of fewer than three corners."""
-    found = annotation.get("segmentation")
-    if annotation["iscrowd"] or not found:
+    shape = annotation.get("segmentation")
+    if annotation["iscrowd"] or not shape:
         return None
-    return found if isinstance(found, dict) else [polygon for polygon in found if len(polygon) >= 6] or None
+    return shape if isinstance(shape, dict) else [polygon for polygon in shape if len(polygon) >= 6] or None
 
 
 def jitter(image: Tensor, masks: Tensor, boxes: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,16 +180,16 @@ def jitter(image: Tensor, masks: Tensor, boxes: Tensor, side: int, scale: tuple[
     return jittered
 
 
-def to_coco(found: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def to_coco(detected: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """Write an image's ``boxes``, ``labels``, ``scores``, and ``masks`` (N, 1, H, W) in [0, 1] if any, as COCO's results."""
     from pycocotools import mask as run_lengths
 
-    boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+    boxes = box_convert(detected["boxes"], "xyxy", "xywh").tolist()
     results = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "score": score, "bbox": box}
-        for box, label, score in zip(boxes, found["labels"].tolist(), found["scores"].tolist(), strict=True)
+        for box, label, score in zip(boxes, detected["labels"].tolist(), detected["scores"].tolist(), strict=True)
     ]
-    for result, mask in zip(results, found.get("masks", ()), strict="masks" in found):
+    for result, mask in zip(results, detected.get("masks", ()), strict="masks" in detected):
         code = run_lengths.encode(np.asfortranarray((mask[0] > 0.5).to(torch.uint8).cpu().numpy()))
         result["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
     return results
@@ -213,8 +206,10 @@ def evaluate(
         fields = ("image_id", "category_id", "score", field)  # areas are of boxes or of masks, so the other has to go
         results = [{name: detection[name] for name in fields} for detection in detections]
         with contextlib.redirect_stdout(io.StringIO()):
-            found = truth.loadRes(results) if results else coco_index(truth.dataset | {"annotations": []})  # loadRes([]) raises
-            evaluation = COCOeval(truth, found, kind)
+            detected = (
+                truth.loadRes(results) if results else coco_index(truth.dataset | {"annotations": []})
+            )  # loadRes([]) raises
+            evaluation = COCOeval(truth, detected, kind)
             evaluation.params.imgIds = list(image_ids)
             evaluation.evaluate()
             evaluation.accumulate()

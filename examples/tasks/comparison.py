@@ -71,18 +71,18 @@ def summarise(runs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], me
         return None
     by_seed = {run["seed"]: run[measure] for run in ours if measure in run}
     pairs = [run[measure] - by_seed[run["seed"]] for run in runs if measure in run and run["seed"] in by_seed]
-    found: dict[str, Any] = {"mean": statistics.mean(values), "n": len(values)}
-    found["std"] = statistics.stdev(values) if len(values) > 1 else None
-    found["difference"] = statistics.mean(pairs) if pairs else None
+    summary: dict[str, Any] = {"mean": statistics.mean(values), "n": len(values)}
+    summary["std"] = statistics.stdev(values) if len(values) > 1 else None
+    summary["difference"] = statistics.mean(pairs) if pairs else None
     quantile = T975[len(pairs) - 2] if 1 < len(pairs) <= len(T975) + 1 else 1.96
-    found["half_width"] = quantile * statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
-    return found
+    summary["half_width"] = quantile * statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+    return summary
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """Format the tables: for each measure mean and deviation over seeds, difference to ours with its 95 % interval."""
     lines = []
-    for table, rows in found.items():
+    for table, rows in results.items():
         columns = {table: [row["arm"] for row in rows]}
         columns["the paper's"] = ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in rows]
         columns |= {title: [_cell(row[measure]) for row in rows] for measure, title in MEASURES.items()}
@@ -100,38 +100,32 @@ def _cell(summary: dict[str, Any] | None) -> str:
     return text
 
 
-def draw(path: Path, found: dict[str, Any]) -> None:
+def draw(path: Path, results: dict[str, Any]) -> None:
     """Draw each arm's mean, deviation and single runs into a PNG: a panel for each measure, a row for each arm and table."""
-    from matplotlib.transforms import blended_transform_factory
-
     rows: list[tuple[str, dict[str, Any]]] = []
-    for table, arms in found.items():
+    for table, arms in results.items():
         rows += [(table.replace("_", " "), {}), *((arm["arm"], arm) for arm in arms)]
+    places = list(enumerate(row for _, row in rows))
     with plot(path, 1, len(MEASURES), figsize=(9.5, 1.6 + 0.19 * len(rows)), sharey=True) as (figure, panels):
         for axis, (measure, title) in zip(panels[0], MEASURES.items(), strict=True):
-            means = [(place, row[measure]) for place, (_, row) in enumerate(rows) if row.get(measure)]
-            runs = [
-                (run[measure], place) for place, (_, row) in enumerate(rows) for run in row.get("runs", ()) if measure in run
-            ]
-            x, spread = [found["mean"] for _, found in means], [found["std"] or 0 for _, found in means]
-            style: dict[str, Any] = {"fmt": "o", "markersize": 4, "capsize": 2}
-            axis.errorbar(
-                x, [place for place, _ in means], xerr=spread, label="mean and standard deviation over seeds", **style
-            )
-            axis.scatter(
-                *(zip(*runs, strict=True) if runs else ((), ())), marker="|", color="C1", zorder=3, label="run of one seed"
-            )
+            means = [(row[measure]["mean"], place, row[measure]["std"] or 0) for place, row in places if row.get(measure)]
+            x, y, spread = ([mean[i] for mean in means] for i in range(3))
+            label = "mean and standard deviation over seeds"
+            axis.errorbar(x, y, xerr=spread, fmt="o", markersize=4, capsize=2, label=label)
+            runs = [(run[measure], place) for place, row in places for run in row.get("runs", ()) if measure in run]
+            x, y = ([run[i] for run in runs] for i in range(2))
+            axis.scatter(x, y, marker="|", color="C1", zorder=3, label="run of one seed")
             axis.set(title=title, xlabel="accuracy, %\n\n")  # room for the legend
             axis.grid(alpha=0.3)
-            for place, (_, row) in enumerate(rows):
+            for place, row in places:
                 if not row:
                     axis.axhspan(place - 0.5, place + 0.5, color="0.92", zorder=2)
         axes, last = panels[0][0], panels[0][-1]
         arms = {place: name for place, (name, row) in enumerate(rows) if row}
         axes.set_yticks(list(arms), list(arms.values()), fontsize=9)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        across = blended_transform_factory(axes.transAxes, last.transData)
         for place, (name, row) in enumerate(rows):
             if not row:  # written on the last panel, so that no other covers it
-                last.text(0.02, place, name, va="center", fontsize=9, transform=across).set_in_layout(False)
+                words = last.annotate(name, (0.02, place), xycoords=(axes.transAxes, last.transData), va="center", fontsize=9)
+                words.set_in_layout(False)
         figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from engine.checkpoint import Checkpoint, check_fit, read_newest
 from engine.distributed import Ranks, autocast, parallel
@@ -23,7 +22,7 @@ from engine.log import CLOCK, Log
 from engine.optim import set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option
 from engine.signals import Signals, Stop
-from mvmae.data import FileSource, StepSampler, colour, make_loader, open_image, sample_seed
+from mvmae.data import FileSource, StepSampler, colour, make_loader, sample_seed, to_pil
 from mvmae.dense import WindowedViT
 from mvmae.patches import sincos_table
 from mvmae.weights import write_json
@@ -33,7 +32,7 @@ from tasks.shapes import write_toy
 
 DROPOUT = -2
 """Takes the place of an epoch in the seed of a step's random numbers: drop path, dropout, sampled regions."""
-POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
+POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")  # parameters without weight decay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,17 +145,14 @@ def fit(
     """Train, or with ``--evaluate`` load the newest checkpoint, and leave the model ready for evaluation.
 
     Args:
-        config: settings.
+        config: options.
         model: on its device; trained in place.
         trunk: the encoder in it.
         dataset: (epoch, index) -> sample.
         losses: (model, batch) -> named losses; their sum is minimised.
         ranks: this process and the others.
-        record: of the data: ``images``, which tells it from other data, and the names of the ``classes``; saved in config.json.
+        record: of the data: ``images``, its fingerprint, and the names of the ``classes``; saved in config.json.
         collate: samples -> batch.
-
-    Raises:
-        Stop: if a signal or a loss that is not finite ends the run, or there is nothing to evaluate.
     """
     folder, last = Path(config.output_dir), min(config.steps, config.max_steps or config.steps)
     if config.evaluate:
@@ -201,21 +197,17 @@ def fit(
                 log.write_step(step, lr=lr)
             checkpoint.advance(step, last, config.save_every)
     if ranks.rank == 0:
-        drawn = {name: None for line in log.records() for name in line if name not in ("step", *CLOCK)}  # in their order
+        drawn = dict.fromkeys(name for line in log.records() for name in line if name not in ("step", *CLOCK))
         draw_curves(folder / "curves.png", log.records(), drawn)
     log.close()
     signals.release()
     if signals.received is not None:
-        raise Stop("stopped after the last step, which is saved: --evaluate goes on from there", 128 + signals.received)
+        raise Stop("stopped after the last step, which is saved: --evaluate measures it", 128 + signals.received)
     model.eval()
 
 
 def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
-    """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it.
-
-    Raises:
-        Stop: if there is no such folder.
-    """
+    """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
     if config.data != "toy":
         if not Path(config.data).is_dir():
             raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
@@ -229,11 +221,10 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
 
 def read_image(path: str | Path, background: str) -> Tensor:
     """Read an image upright by EXIF, as labelling tools show it, transparent pixels on a background: (3, H, W) uint8."""
-    opened = open_image(path)
-    pixels: Tensor = F.pil_to_tensor(Image.fromarray(opened.upright(opened.decode(background=colour(background)))))
+    pixels: Tensor = pil_to_tensor(to_pil(path, background=colour(background)))
     return pixels
 
 
 def fingerprint(root: Path, files: Iterable[str | Path]) -> str:
-    """Return what tells the data of a run from others: its files, wherever their folder lies."""
+    """Return a hash of the data's files, the same wherever their folder lies."""
     return FileSource(root, [os.fsencode(os.path.relpath(file, root)) for file in files]).fingerprint

@@ -9,8 +9,7 @@ from torch import Tensor
 from engine.signals import Stop
 from mvmae.data import ImageError, ImageSource
 
-GROUPS = 10
-"""Groups of images by brightness, contrast and lit area, equally large."""
+GROUPS = 10  # of images by brightness, contrast and lit area, equally large
 
 
 def take(source: ImageSource, count: int, transform: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,9 +17,6 @@ def take(source: ImageSource, count: int, transform: Any, seed: int) -> tuple[Te
 
     Returns:
         the images, (B, C, H, W) as ``transform`` gives them; their labels (B,), -1 for none; their numbers in the source (B,).
-
-    Raises:
-        Stop: if none can be read.
     """
     images, labels, indices = list[Tensor](), list[int](), list[int]()
     for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():

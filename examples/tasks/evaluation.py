@@ -26,12 +26,12 @@ class Evaluation:
     """Evaluates an encoder on held-out images, or on those that are trained on where none are.
 
     Args:
-        encoder: whose features are measured; its cfg holds mean, std and crop.
+        encoder: whose cfg holds mean, std and crop.
         splits: images that are trained on and images that are held out.
         crops: random views, for view retrieval.
         limit: most images of each split; 0: nothing is measured.
-        ranks: this process and the others, each of which computes its share.
-        pool: vector that is measured, as in `Pooled`.
+        ranks: each of which computes its share.
+        pool: as in `Pooled`.
         workers: processes that load images.
         max_bad: unreadable images to tolerate.
         **pixels: how images become pixels, as in `evaluation_transform`.
@@ -98,10 +98,10 @@ class Evaluation:
         spread = torch.cat([queries, bank]) if len(queries) < FEW else queries
         if len(spread) < 2:
             return {}
-        found = {"effective_rank": effective_rank(spread), "uniformity": uniformity(spread)}
+        metrics = {"effective_rank": effective_rank(spread), "uniformity": uniformity(spread)}
         if self.labelled:
-            return found | {"knn": 100 * knn_accuracy(bank, known, queries, labels, k=min(NEIGHBOURS, len(bank)))}
-        return found | self.retrieval()
+            return metrics | {"knn": 100 * knn_accuracy(bank, known, queries, labels, k=min(NEIGHBOURS, len(bank)))}
+        return metrics | self.retrieval()
 
 
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> Sequence[str]:

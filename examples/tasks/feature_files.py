@@ -6,6 +6,7 @@ Shapes: N images, n of a part, D width of a feature.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,18 +34,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class Parts:
-    """The parts of a file of features, in a folder of their own.
-
-    Args:
-        folder: of the file.
-        of: what the features are of: a part that holds another text is foreign.
-    """
+    """The parts of a file of features, in a folder beside it; ``of`` says what they are of, and other parts are foreign."""
 
     def __init__(self, folder: Path, of: str) -> None:
         self.folder, self.of = folder / "features-parts", of
 
     def path(self, rows: range) -> Path:
-        """Return the file of a part."""
+        """Return the path of a part."""
         return self.folder / f"{rows.start:012}.npz"
 
     def write(self, rows: range, features: Features, bad: dict[int, str]) -> None:
@@ -54,11 +50,7 @@ class Parts:
         replace_file(self.path(rows), lambda path: path.write_bytes(content.getvalue()))
 
     def read(self, rows: range) -> tuple[Features, dict[int, str]]:
-        """Read a part back.
-
-        Raises:
-            ValueError: naming the file, if it is damaged, foreign or of another size.
-        """
+        """Read a part, or raise a `ValueError` that names the file if it is damaged, foreign or of another size."""
         try:
             with self.path(rows).open("rb") as file, np.load(file) as saved:  # a zip archive, whose checksums are checked
                 features, bad, of = saved["features"], json.loads(str(saved["bad"])), str(saved["of"])
@@ -111,10 +103,10 @@ def write_table(path: Path, source: ImageSource, parts: Iterable[tuple[range, Fe
             yield pa.table(columns)
 
     def write(new: Path) -> None:
-        found = tables()
-        first = next(found)
+        rest = tables()
+        first = next(rest)
         with pq.ParquetWriter(new, first.schema) as writer:
-            for table in (first, *found):
+            for table in itertools.chain([first], rest):
                 writer.write_table(table)
 
     replace_file(path, write)

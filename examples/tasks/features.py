@@ -5,6 +5,7 @@ Shapes: N images, B of a batch, V views, C channels, H x W pixels, D width of a 
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import timm
@@ -16,29 +17,23 @@ from engine.distributed import Ranks
 from engine.signals import Stop
 from mvmae import CentreCropTransform, MultiViewTransform
 from mvmae.data import EvalTransform, ImageLike, ImageSource, embed_rows
+from tasks.inputs import normalize
 
 _logger = logging.getLogger(__name__)
 POOLS = ("avg", "token", "model")
 
 
 class CentreCrop:
-    """The evaluation transform for images that timm's own transform cannot take: (C, H, W) float32, normalised.
-
-    Args:
-        model: whose cfg holds mean, std, size and the share of the image that is kept.
-        **pixels: how images become pixels, as for `CentreCropTransform`.
-    """
+    """The evaluation transform for images that timm's own cannot read: by the cfg of a model, (C, H, W) float32, normalised."""
 
     def __init__(self, model: Any, **pixels: Any) -> None:
         cfg = timm.data.resolve_model_data_config(model)
-        self.mean, self.std = (torch.tensor(cfg[name])[:, None, None] for name in ("mean", "std"))
+        self.normalize = partial(normalize, mean=cfg["mean"], std=cfg["std"])
         self.crop = CentreCropTransform(cfg["input_size"][1:], crop=cfg["crop_pct"], **pixels)
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return the centre of an image; nothing is random."""
-        pixels: Tensor = self.crop(image)
-        normalised: Tensor = (pixels.float() / 255 - self.mean) / self.std
-        return normalised
+        """Return the centre of an image."""
+        return self.normalize(self.crop(image))
 
 
 def evaluation_transform(model: nn.Module, **pixels: Any) -> EvalTransform | CentreCrop:
@@ -68,7 +63,6 @@ class Pooled(nn.Module):
         self.model, self.pool = model, pool
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Compute tokens or maps, as timm does."""
         features: Tensor = self.model.forward_features(images)
         return features
 
@@ -124,9 +118,6 @@ def extract(
         batch_size: images at a time, of each rank.
         workers: processes that load images; 0: this one.
         max_bad: images of this rank's share that may be unreadable; they are named and left out.
-
-    Raises:
-        Stop: if no image can be read, or more than ``max_bad`` cannot.
     """
     share = range(ranks.rank, len(source), ranks.world_size)
     batches: Sequence[Sequence[int]] = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]

@@ -63,17 +63,16 @@ def draw(path: Path, rows: Rows) -> None:
     """Draw the rows of `compare` into a PNG: a panel for each measure, in it a line from before to after for each set."""
     keys = _measured(rows)
     columns = min(4, len(keys))
-    with plot(path, -(-len(keys) // columns), columns, figsize=(3.0 * columns, 3.0 * -(-len(keys) // columns))) as (_, axes):
+    lines = -(-len(keys) // columns)
+    with plot(path, lines, columns, figsize=(3.0 * columns, 3.0 * lines)) as (_, axes):
         for axis, key in zip(axes.flat, keys, strict=False):
             title, unit = COLUMNS[key]
+            values: list[float] = []
             for name in dict.fromkeys(row["set"] for row in rows if key in row):
-                pair = [{key: 1.0, **row} for row in rows if row["set"] == name]  # the start is 1 to itself
-                axis.plot((0, 1), [row[key] for row in pair], marker="o", label=name)
-                for row, x, side in zip(pair, (-0.1, 1.1), ("right", "left"), strict=True):
-                    axis.text(x, row[key], _cell(row, key), ha=side, va="center", fontsize=8)
-            values = [row[key] for row in rows if key in row] + [1.0] * (key in ("similarity", "cka"))
-            axis.set_title(title, pad=10)  # above the number of a point at the upper end
-            axis.set(ylabel=unit, xticks=(0, 1), xticklabels=("before", "after"), xlim=(-1, 2), ylim=limits(values, unit))
+                pair = [row.get(key, 1.0) for row in rows if row["set"] == name]  # the start is 1 to itself
+                axis.plot(("before", "after"), pair, marker="o", label=name)
+                values += pair
+            axis.set(title=title, ylabel=unit, xlim=(-0.5, 1.5), ylim=limits(values, unit))
             axis.grid(alpha=0.3)
         axes.flat[0].legend(fontsize=8)
         for axis in axes.flat[len(keys) :]:

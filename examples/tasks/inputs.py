@@ -1,4 +1,4 @@
-"""The input of a run: views of the images, and the statistics of their channels."""
+"""Views of the images, and the statistics of their channels."""
 
 import functools
 import importlib
@@ -28,21 +28,15 @@ def channel_statistics(
         own: ``mean`` and ``std`` of the encoder's cfg.
         source: images to measure.
         centre: the view of them to measure.
-
-    Raises:
-        Stop: if they are not one for each channel.
     """
-    chosen: dict[str, tuple[float, ...]] = {}
-    measured = measure_channels(source, centre)._asdict() if ("auto",) in [tuple(value) for value in typed.values()] else {}
-    for name in ("mean", "std"):
-        values = tuple(typed[name]) or tuple(own[name])
-        if values == ("auto",):
-            values = measured[name]
-        words = [value for value in values if isinstance(value, str)]
-        if words:
+    values = {name: tuple(typed[name]) or tuple(own[name]) for name in ("mean", "std")}
+    if ("auto",) in values.values():
+        measured = measure_channels(source, centre)._asdict()
+        values = {name: measured[name] if value == ("auto",) else value for name, value in values.items()}
+    for name, value in values.items():
+        if words := [word for word in value if isinstance(word, str)]:
             raise Stop(f"--{name} must be numbers, or auto alone, got {words[0]!r}")
-        chosen[name] = tuple(float(value) for value in values)
-    mean, std = chosen["mean"], chosen["std"]
+    mean, std = (tuple(map(float, value)) for value in values.values())
     if len(mean) != centre.in_chans or len(std) != centre.in_chans:
         raise Stop(
             f"--in-chans {centre.in_chans} must have as many means and standard deviations, got {len(mean)} and {len(std)}: "
@@ -58,9 +52,6 @@ def jittered(transform: mvmae.MultiViewTransform, strength: Sequence[float], gra
         transform: takes the views.
         strength: of brightness and contrast, and where given of saturation and hue (`ColorJitter`); none if empty.
         grayscale: probability of a view without colour.
-
-    Raises:
-        Stop: if colour is to change in images of other than 3 channels.
     """
     if not any(strength) and not grayscale:
         return transform
@@ -73,15 +64,7 @@ def jittered(transform: mvmae.MultiViewTransform, strength: Sequence[float], gra
 
 
 def augmented(transform: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    """Return a transform whose views a function of the user changes.
-
-    Args:
-        transform: takes the views.
-        name: ``module:function``, found from the current folder on; none where empty.
-
-    Raises:
-        Stop: if there is no such function.
-    """
+    """Return a transform whose views a function of the user changes: ``name`` is module:function; none where empty."""
     if not name:
         return transform
     module, _, function = name.partition(":")

@@ -44,12 +44,9 @@ class LabelledConfig(RunConfig):
 
 
 def clamp_batch(config: Config, images: int, multiple: int = 1) -> tuple[Config, str]:
-    """Return options whose batch is no larger than the images, and words that say so where it was; the learning rate follows.
+    """Return options whose batch, a multiple of ``multiple``, is no larger than the images, and a note where it was.
 
-    Args:
-        config: options with ``batch_size``, by which the script scales the learning rate.
-        images: how many there are.
-        multiple: what the batch must be a multiple of.
+    The script scales the learning rate by ``config.batch_size``.
     """
     typed, most = config.batch_size, images // multiple * multiple
     if typed <= most or not most:

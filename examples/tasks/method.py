@@ -13,10 +13,8 @@ from engine.signals import Stop
 from mvmae.data import MAX_PIXELS
 from tasks.models import start_encoder
 
-HEAD = 32
-"""Width of a head of a decoder whose size follows the encoder's."""
-SHORT = 256
-"""Tokens up to which two matrix products are faster than torch's fused kernel in bf16 on a CPU."""
+HEAD = 32  # width of a head of a decoder whose size follows the encoder's
+SHORT = 256  # tokens up to which two matrix products are faster than torch's fused kernel in bf16 on a CPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,11 +176,7 @@ def build_model(config: Config, device: torch.device) -> mvmae.MultiViewMAE:
 def fit_attention(model: nn.Module, tokens: int, precision: str, device: torch.device) -> None:
     """Let timm's attention use plain matrix products in bf16 on a CPU, where sequences are short: the same but for rounding.
 
-    Args:
-        model: any with timm's layers.
-        tokens: length of its sequences in training.
-        precision: of the training, as in `autocast`.
-        device: where it is trained.
+    ``tokens`` is the length of its sequences in training, ``precision`` as in `autocast`.
     """
     if device.type == "cpu" and in_bf16(precision, device) and tokens <= SHORT:
         for module in model.modules():

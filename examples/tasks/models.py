@@ -2,7 +2,7 @@
 
 A name is timm's (``vit_base_patch16_224.mae``), ``hf-hub:ID``, the folder of a run or an export (with ``local-dir:`` or not),
 or a file of weights, whose architecture ``arch`` names where no config.json lies beside it. ``random:`` before any of them
-leaves the weights out. What cannot be found or built ends in a `Stop`, what is damaged or does not fit in a `WeightsError`.
+leaves the weights out. What does not exist or cannot be built is a `Stop`, what is damaged or does not fit a `WeightsError`.
 """
 
 import ast
@@ -58,7 +58,7 @@ def start_encoder(
     image_size: Sequence[int] = (),
     in_chans: int = 3,
 ) -> Any:
-    """Build the encoder that pretraining or adapting starts from, without a head.
+    """Build the encoder that pretraining or adapting starts from, a plain ViT without a head.
 
     Args:
         name: see above; ``random:`` is refused, because ``pretrained`` says it.
@@ -67,9 +67,6 @@ def start_encoder(
         arch: see above.
         image_size: in pixels, one side or (H, W); the model's own where empty.
         in_chans: channels; weights are adapted to them as timm does.
-
-    Raises:
-        TypeError: if it is not a plain ViT.
     """
     if name.startswith("random:"):
         cure = "leave it out: pretrain.py starts from random weights, adapt.py with --no-pretrained"
@@ -116,11 +113,11 @@ def timm_arguments(text: str) -> dict[str, Any]:
 def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
     """Return the name of the model that timm builds, and the local file of its weights, if there is one.
 
-    A folder or file that does not exist is refused, with similar ones, and so is a file of unknown architecture.
+    A folder or file that does not exist is refused, and so is a file of unknown architecture.
     """
     path = Path(name.removeprefix("local-dir:"))
     if path.is_dir():
-        folder = _export_in(path)
+        folder = next((path / part for part in ("encoder", "best", "") if _is_export(path / part)), None)
         if folder is None:
             raise Stop(
                 f"{path} holds no model: give the folder of a finished run, or one with {CONFIG_FILE} and {WEIGHTS_FILE}"
@@ -128,26 +125,12 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
         return f"local-dir:{folder}", locate(folder, WEIGHTS_FILE)
     if path.is_file():
         if not arch and not _is_export(path.parent):
-            raise Stop(f"{path} does not tell its architecture: add --arch with its name in timm")
+            raise Stop(f"{path} does not say its architecture: add --arch with its name in timm")
         return arch or f"local-dir:{path.parent}", path
     folders = ":" not in name and "/" in name  # no name of timm has one
     if folders or name.startswith(("local-dir:", ".", "/")) or path.suffix in (".safetensors", ".pth", ".pt"):
-        raise Stop(f"there is no file or folder {path}{_near(path)}")
+        raise Stop(f"there is no file or folder {path} (the current folder is {Path.cwd()})")
     return name, None
-
-
-def _near(path: Path) -> str:
-    """Return a question with similar paths that hold a model; empty if there are none."""
-    missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
-    found = [str(other) for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
-    near = [Path(other) / path.relative_to(missing) for other in difflib.get_close_matches(str(missing), found)]
-    shown = [str(other) for other in near if other.is_file() or _export_in(other)]
-    return f": did you mean {' or '.join(shown)}?" if shown else ""
-
-
-def _export_in(folder: Path) -> Path | None:
-    """Return the folder of the model in that of a run or an export; None where there is none."""
-    return next((folder / part for part in ("encoder", "best", "") if _is_export(folder / part)), None)
 
 
 def _is_export(folder: Path) -> bool:
@@ -175,9 +158,7 @@ def summary(model: Any, image_size: int = 0, name: str = "") -> str:
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     patches: Any = getattr(model, "patch_embed", None)
     size = image_size or getattr(patches, "img_size", None) or cfg["input_size"][1:]
-    built = cfg.get("architecture", "")
-    same = name.split(".")[0] in ("", built) or not built
-    parts = [name or built or type(model).__name__ if same else f"{name} (like {built})"]
+    parts = [name or cfg.get("architecture") or type(model).__name__]
     parts.append(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
     if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(model, "embed_dim"):
         parts.append(f"{len(blocks)} blocks of width {model.embed_dim}")
@@ -231,23 +212,15 @@ def _texts(content: Any) -> dict[str, str]:
 
 
 def with_background(config: Config, name: str, arch: str = "") -> Config:
-    """Return a script's options with the background that its user chose, else the model's own, else white.
-
-    Raises:
-        ValueError: if it is not a colour.
-    """
+    """Return a script's options with the background that its user chose, else the model's own, else white."""
     beside = _config_beside(name.removeprefix("random:"), arch)
-    own = (beside.get("inputs") or beside).get("background")
-    chosen: str = config.background or own or "white"
-    colour(chosen)
+    chosen = config.background or (beside.get("inputs") or beside).get("background") or "white"
+    colour(chosen)  # refuses what is none
     return dataclasses.replace(config, background=chosen)
 
 
 def add_head(model: Any, num_classes: int, *, std: float) -> None:
-    """Add a new classifier to a model: for a ViT on the mean of the patch tokens, through a fresh norm (MAE).
-
-    ``std`` is that of the truncated normal distribution of its weights.
-    """
+    """Add a classifier with weights of a deviation of ``std``: to a ViT on the mean patch token, through a new norm (MAE)."""
     if isinstance(getattr(model, "fc_norm", None), nn.Module) and getattr(model, "num_prefix_tokens", None) is not None:
         model.reset_classifier(num_classes, "avg")
         if isinstance(model.fc_norm, nn.Identity):

@@ -7,6 +7,7 @@ import datetime
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,14 +33,9 @@ CURVES = ("loss", "loss_rec", "loss_con", "knn", "retrieval", "effective_rank", 
 def describe_run(
     log: Log, config: Config, model: mvmae.MultiViewMAE, settings: Mapping[str, Any], **parts: str
 ) -> dict[str, str]:
-    """Print what a run trains, on what and for how long, save it in ``config.json`` with the options, and return it.
+    """Print what a run trains, on what and for how long, save it in ``config.json`` with ``settings``, and return it.
 
-    Args:
-        log: of the run.
-        config: its options.
-        model: that is trained.
-        settings: what the run depends on.
-        **parts: further lines by name; empty ones are left out.
+    ``parts`` are further lines by name, of which empty ones are left out.
     """
     decoder, number = model.decoder, sum(parameter.numel() for parameter in model.parameters())
     lines = {
@@ -57,16 +53,16 @@ def describe_run(
 def evaluate(log: Log, evaluation: Evaluation, model: mvmae.MultiViewMAE, pictures: "Pictures", step: int) -> dict[str, float]:
     """Log how good the encoder's features are after a step, with pictures for trackers; all ranks must call it."""
     with log.paused():
-        if found := evaluation():
-            log.write(step=step, **found)
-            if warning := collapse_warning(found["effective_rank"]):
+        if metrics := evaluation():
+            log.write(step=step, **metrics)
+            if warning := collapse_warning(metrics["effective_rank"]):
                 log.say(f"warning: {warning}")
         if log.trackers:
             model.eval()
             log.trackers.picture(step, "reconstructions", pictures.reconstructions(model))
             log.trackers.picture(step, "features", pictures.features(model))
             model.train()
-    return found
+    return metrics
 
 
 class Pictures:
@@ -76,7 +72,7 @@ class Pictures:
         evaluation: whose images are drawn.
         transform: from an image to the uint8 pixels of a view.
         mean: of each channel, in [0, 1].
-        std: of each channel.
+        std: likewise.
         seed: of the masks.
     """
 
@@ -89,24 +85,22 @@ class Pictures:
         seed: int,
     ) -> None:
         self.evaluation, self.transform, self.mean, self.std, self.seed = evaluation, transform, mean, std, seed
-        self._images: Tensor | None = None
 
+    @cached_property
     def images(self) -> Tensor:
-        """Return the images that an eye can judge best, (B, C, H, W), normalised."""
-        if self._images is None:
-            images = varied(self.evaluation.source, self.transform)
-            self._images = normalize(images.to(self.evaluation.ranks.device), self.mean, self.std)
-        return self._images
+        """The images that an eye can judge best, (B, C, H, W), normalised."""
+        images = varied(self.evaluation.source, self.transform)
+        return normalize(images.to(self.evaluation.ranks.device), self.mean, self.std)
 
     def reconstructions(self, model: mvmae.MultiViewMAE) -> Image.Image:
         """Draw the images, what the encoder sees of them, and what the decoder makes of it."""
         generator = torch.Generator().manual_seed(self.seed)
-        return reconstruction_picture(model, self.images()[:, None], mean=self.mean, std=self.std, generator=generator)
+        return reconstruction_picture(model, self.images[:, None], mean=self.mean, std=self.std, generator=generator)
 
     @torch.no_grad()
     def features(self, model: mvmae.MultiViewMAE) -> Image.Image:
         """Draw the images beside the three main directions of their patches' features, as red, green and blue."""
-        images, encoder = self.images(), model.encoder
+        images, encoder = self.images, model.encoder
         tokens = encoder.forward_features(images)[:, encoder.num_prefix_tokens :]  # (B, L, D)
         colours = pca_colours(tokens.float(), encoder.patch_embed.grid_size)
         enlarged = torch.nn.functional.interpolate(colours, images.shape[2:], mode="nearest")
@@ -128,16 +122,8 @@ def finish(
 ) -> None:
     """Write the encoder, the pictures and ``summary.md``, and say how to load the encoder and how good it is.
 
-    Args:
-        log: of the run.
-        config: its options.
-        model: as it is to be exported.
-        pictures: of the run.
-        about: what `describe_run` returned.
-        before: the first evaluation.
-        after: the evaluation of what is exported.
-        start: which weights the run started from, as `starting_weights` has it.
-        lines: more of ``summary.md``, in Markdown, which are printed too.
+    ``about`` is what `describe_run` returned, ``start`` what `starting_weights` did; ``before`` is the first evaluation,
+    ``after`` that of the model, which is exported as it is; ``lines`` are more of ``summary.md``, which are printed too.
     """
     folder = log.folder
     options: dict[str, Any] = {"background": config.background, "started_from": start, "license": start.get("license", "")}
@@ -151,13 +137,12 @@ def finish(
     page = [f"# {folder.name}", "", *(f"- {name}: {text}" for name, text in about.items())]
     page += [f"- {datetime.timedelta(seconds=round(times[-1] - times[0]))} from the first line of the log to the last", ""]
     page += ["## Results", "", *(f"- {line}" if line and not line.startswith("|") else line for line in results), ""]
-    page += ["## Next", "", "- look at curves.png and reconstructions.png"]
+    page += ["## Next", "", "- see curves.png and reconstructions.png"]
     page += [f"- with labels: `python examples/linear_probe.py --data {shlex.quote(config.data)} --models {run} random:{run}`"]
     page += [f'- `timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)`', "", "## Command", ""]
     page += [f"    {shlex.join(sys.argv)}", ""]
-    write_text(
-        folder / "summary.md", "\n".join(page).encode(errors="backslashreplace").decode()
-    )  # names of files are any bytes
+    text = "\n".join(page).encode(errors="backslashreplace").decode()  # names of files are any bytes
+    write_text(folder / "summary.md", text)
     log.close()
     print(f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir() if path.name[0] != '.'))}")
     print(f'import timm\nencoder = timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)')

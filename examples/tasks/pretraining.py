@@ -35,8 +35,7 @@ from tasks.splits import Joined, Part, Splits, draw, open_splits, passed_over
 
 MASKS, DROPOUT = -1, -2
 """Streams of random numbers for the steps of a run, as in ``sample_seed(seed, DROPOUT, step)``; those of images are epochs."""
-FIRST = 512
-"""Images of a stream that stand for all where images are looked at or measured."""
+FIRST = 512  # images of a stream that stand for all where they are evaluated or measured
 EPOCHS, IMAGES = 44, 50_000
 """Epochs of two views for that many images: an hour and a half of two CPU cores at the 400 images/s of ``--preset small``."""
 
@@ -45,11 +44,11 @@ class Images(NamedTuple):
     """The images of a run.
 
     Attributes:
-        splits: images that are trained on and images that are held out; of a stream its first ones, to look at.
-        train: images that are trained on.
-        length: number of images of an epoch; 0 where a stream does not tell.
+        splits: images that are trained on and images that are held out; of a stream its first ones, to evaluate.
+        train: images that are trained on; of a stream its first ones, to measure.
+        length: number of images of an epoch; 0 where a stream does not say.
         listed: a line about them.
-        stream: what is trained on in place of ``train``, if images can only be read in order.
+        stream: trained on in place of ``train``, where images can only be read in order.
     """
 
     splits: Splits
@@ -60,7 +59,6 @@ class Images(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """What tells these images from others."""
         return self.stream.fingerprint if self.stream else self.train.fingerprint
 
 
@@ -109,9 +107,6 @@ def fit_length(config: Config, number: int, ranks: Ranks) -> Length:
     Batch: about a 16th of the images, a power of two from 16 to 256, at the learning rate of 256: a small set needs steps more
     than negatives. Epochs: as the inverse square root of the number, so that a larger set is passed fewer times, though more
     images are seen in all; twice as many with one view instead of two.
-
-    Raises:
-        Stop: if the number is needed and not known, or a batch leaves the contrastive loss no negatives.
     """
     if not number:
         if not config.steps:
@@ -137,7 +132,7 @@ def describe_length(length: Length, config: Config) -> str:
     """Return a line on the length of a run: all that was given or chosen."""
     epochs = length.steps / length.per_epoch
     parts = [f"{length.steps} steps of {length.batch_size} images ({epochs:g} epochs), peak learning rate {length.lr:.3g}"]
-    parts.append(f"warm-up of {length.warmup} steps")
+    parts += [f"warm-up of {length.warmup} steps"]
     parts += [f"encoder frozen for {length.frozen}"] if length.frozen else []
     parts += [f"contrast from step {length.alone + 1}"] if length.alone else []
     if config.batch_size > length.batch_size:
@@ -171,13 +166,8 @@ def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple
 
 def view_loader(config: Config, encoder: Any, images: Images, length: Length, start: int, last: int, ranks: Ranks) -> Loader:
     """Load V views of each image of the steps after ``start`` up to ``last``."""
-    where: dict[str, Any] = {
-        "seed": config.seed,
-        "start_step": start,
-        "num_steps": last,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-    }
+    where: dict[str, Any] = {"seed": config.seed, "start_step": start, "num_steps": last}
+    where |= {"rank": ranks.rank, "world_size": ranks.world_size}
     views = random_views(config, encoder, config.num_views)
     transform = augmented(jittered(views, config.jitter, config.grayscale), config.transform)
     loading: dict[str, Any] = {"num_workers": config.workers, "pin_memory": ranks.device.type == "cuda"}
@@ -199,19 +189,15 @@ def step_mask(config: Config, encoder: Any, batch_size: int, step: int, ranks: R
 
 
 def train_last_blocks(encoder: Any, blocks: int) -> str:
-    """Freeze all of an encoder but its last blocks and final norm, or nothing if ``blocks`` is 0; return a line about it.
-
-    Raises:
-        Stop: if the encoder has fewer blocks.
-    """
+    """Freeze all of an encoder but its last blocks and final norm, or nothing if ``blocks`` is 0; return a line about it."""
     depth = len(encoder.blocks)
     if not blocks:
         return ""
     if blocks > depth:
         raise Stop(f"--train-blocks must be at most the encoder's {depth} blocks, got {blocks}")
-    kept = (*(f"blocks.{i}." for i in range(depth - blocks, depth)), "norm.", "fc_norm.")
+    trained = (*(f"blocks.{i}." for i in range(depth - blocks, depth)), "norm.", "fc_norm.")
     for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name.startswith(kept))
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(trained))
     return f"the last {blocks} of {depth} blocks, the final norm, decoder and projector"
 
 
@@ -227,8 +213,8 @@ def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay
         fixed = tuple(encoder.no_weight_decay())  # of themselves, timm's groups decay positions and tokens
         groups = param_groups_layer_decay(encoder, weight_decay, fixed, layer_decay=layer_decay)
     rest = param_groups_weight_decay(nn.ModuleList([model.decoder, model.projector]), weight_decay)
-    marked = [{"lr_scale": 1.0, **group, "encoder": True} for group in groups]
-    return [group for group in [*marked, *({**group, "lr_scale": 1.0, "encoder": False} for group in rest)] if group["params"]]
+    marked = [{"lr_scale": 1.0, **group, "encoder": part is groups} for part in (groups, rest) for group in part]
+    return [group for group in marked if group["params"]]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float, encoder_rate: float) -> None:
@@ -238,7 +224,7 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float, encoder_rate: float
 
 
 def settings_of(config: Config, images: Images) -> dict[str, Any]:
-    """Return what a run depends on: its options, and which images they are."""
+    """Return what a run depends on: its options and the fingerprint of its images."""
     return {**dataclasses.asdict(config), "images": images.fingerprint}
 
 
@@ -247,12 +233,12 @@ def load_run(model: mvmae.MultiViewMAE, config: Config) -> str:
     file = find_weights(config.encoder, config.arch)[1]
     if file is None or not any((file.parent / folder / PRETRAINING_FILE).is_file() for folder in ("", PRETRAINING_FOLDER)):
         return ""
-    weights, taken = read_pretraining(file.parent)[1], []
+    weights, loaded = read_pretraining(file.parent)[1], []
     for name in ("decoder", "projector"):
         part: nn.Module = getattr(model, name)
         own, prefix = part.state_dict(), f"{name}."
-        found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        if own and found.keys() == own.keys() and all(found[key].shape == own[key].shape for key in own):
-            part.load_state_dict(found)
-            taken.append(name)
-    return f"; {' and '.join(taken)} too" if taken else "; neither its decoder nor its projector fits"
+        saved = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if own and saved.keys() == own.keys() and all(saved[key].shape == own[key].shape for key in own):
+            part.load_state_dict(saved)
+            loaded.append(name)
+    return f"; {' and '.join(loaded)} too" if loaded else "; neither its decoder nor its projector fits"

@@ -29,7 +29,7 @@ def draw_shapes(side: int, rng: np.random.Generator) -> tuple[Image.Image, list[
     """
     ramp = np.linspace(0, 1, side)[:, None, None] * rng.uniform(-60, 60, 3) + rng.uniform(60, 195, 3)
     image = Image.fromarray((ramp + rng.normal(0, 12, (side, side, 3))).clip(0, 255).astype(np.uint8))
-    found: list[tuple[int, Mask]] = []
+    shapes: list[tuple[int, Mask]] = []
     for _ in range(rng.integers(1, 4) if rng.random() < 0.9 else 0):
         category, radius, turn = int(rng.choice(list(SHAPES))), rng.uniform(0.15, 0.28) * side, rng.uniform(-0.3, 0.3)
         x, y = rng.uniform(radius, side - radius, 2)
@@ -42,8 +42,8 @@ def draw_shapes(side: int, rng: np.random.Generator) -> tuple[Image.Image, list[
         second = {2: 0, 5: column, 9: row + column}[category] % 2
         colours = rng.integers(0, 256, (2, 3), np.uint8)[second + np.zeros_like(row)]
         image.paste(Image.fromarray(colours), mask=Image.fromarray(covered * np.uint8(255)))
-        found = [(number, shape * (1 - covered)) for number, shape in found] + [(category, covered)]
-    return image, [(number, shape) for number, shape in found if shape.sum() >= 20]
+        shapes = [(number, shape * (1 - covered)) for number, shape in shapes] + [(category, covered)]
+    return image, [(number, shape) for number, shape in shapes if shape.sum() >= 20]
 
 
 def coco_object(mask: Mask) -> dict[str, Any]:

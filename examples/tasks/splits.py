@@ -21,7 +21,7 @@ class Part(ImageSource):
         source: the images.
         indices: which of them, in the order that they have here.
         classes: labels to number from 0 on; the source's own labels stay where it is None.
-        names: of the classes; the source's own where there are none.
+        names: of the classes; the source's own where empty.
     """
 
     def __init__(
@@ -63,7 +63,6 @@ class Joined(ImageSource):
         return self.ends[-1]
 
     def _place(self, index: int) -> tuple[ImageSource, int]:
-        """Return the source of an image, and its number there."""
         number = bisect_right(self.ends, index)
         return self.sources[number], index - (self.ends[number] - len(self.sources[number]))
 
@@ -77,7 +76,6 @@ class Joined(ImageSource):
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprints of the sources."""
         return "+".join(source.fingerprint for source in self.sources)
 
 
@@ -118,23 +116,20 @@ def open_splits(data: str, option: str = "--data") -> Splits:
         return Splits(train, named_images(data, "val", option), "the data's validation split")
     except SplitError:
         labels = torch.empty(0) if train.labels is None else torch.as_tensor(train.labels)
-    kept, held = (part.sort().values for part in hold_out(labels))
+    rest, held = (part.sort().values for part in hold_out(labels))
     if not len(held):
         return Splits(train, None, "no validation split and no classes: no image is held out")
     note = "no validation split: one image of ten of each class is held out, the same in all scripts"
-    return Splits(Part(train, kept), Part(train, held), note)
+    return Splits(Part(train, rest), Part(train, held), note)
 
 
 def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> Labelled:
-    """Open labelled images: folders by class, IDX files, ``sample``, a data set of timm; held out as in `open_splits`.
+    """Open labelled images of two or more classes; held out as in `open_splits`.
 
     Args:
         data: what `open_images` takes.
         train_images: most images to train on, drawn once, the same whatever the seed; all where 0.
         val_images: most images to validate on, likewise.
-
-    Raises:
-        Stop: if the images have no labels, or only one.
     """
     train, val, note = open_splits(data)
     if train.labels is None:
@@ -171,9 +166,7 @@ def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     classes, places, counts = labels.unique(return_inverse=True, return_counts=True)
     order = order[places[order].argsort(stable=True)]
     held = order[counts[places[order]] > 1][::HELD_OUT] if len(classes) > 1 else order[:0]
-    kept = torch.ones(len(labels), dtype=torch.bool)
-    kept[held] = False
-    return order[kept[order]], held
+    return order[~torch.isin(order, held)], held
 
 
 def draw(length: int, limit: int = 0) -> Tensor:
