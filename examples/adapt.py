@@ -36,7 +36,10 @@ class Config(method.Config):
     )
     pretrained: bool = option(True, "start from the weights of --encoder; --no-pretrained: from random ones, to compare")
     freeze: float = option(
-        0.05, "share of the run with a frozen encoder, whose rate then warms up over as long (LP-FT)", at_least=0, below=0.5
+        0.05,
+        "share of the run in which the encoder is frozen; its learning rate then warms up for as long (LP-FT)",
+        at_least=0,
+        below=0.5,
     )
     train_blocks: int = option(0, "last blocks of the encoder that are trained, with the final norm; 0: all blocks", at_least=0)
     layer_decay: float = option(

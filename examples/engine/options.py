@@ -78,8 +78,17 @@ def option(
 
 def redefine(config: type[Any], name: str, default: Any, text: str = "") -> Any:
     """Declare an option of another dataclass again, with another default, and another help text if one is given."""
-    metadata = config.__dataclass_fields__[name].metadata
-    return dataclasses.field(default=default, metadata={**metadata, "help": text or metadata["help"]})
+    field = config.__dataclass_fields__[name]
+    text = text or sourced(field.metadata["help"], field.default, default)
+    return dataclasses.field(default=default, metadata={**field.metadata, "help": text})
+
+
+def sourced(text: str, default: Any, other: Any) -> str:
+    """Return a help text, in whose brackets at the end, such as (paper), the value of that source stands beside another one."""
+    source = text.rpartition("(")[2]
+    if not text.endswith(")") or ":" in source or other == default or default in ("", (), None, REQUIRED):
+        return text
+    return f"{text[:-1]}: {shown(default)})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +167,8 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
     fields = {field.name: field for field in dataclasses.fields(config) if field.metadata}  # type: ignore[arg-type]
     chooser = _Parser(add_help=False, allow_abbrev=False)
     if presets:
-        text = "set of defaults: " + "; ".join(f"{name}: {preset['help']}" for name, preset in presets.items())
+        kinds = "; ".join(f"{name}: {preset['help']}" for name, preset in presets.items())
+        text = f"set of defaults, shown by --preset NAME --help; {kinds} [default: {next(iter(presets))}]"
         chooser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), metavar="NAME", help=text)
     chosen = getattr(chooser.parse_known_args(arguments)[0], "preset", "")
     preset = {name: value for name, value in presets.get(chosen, {}).items() if name != "help"}
@@ -227,7 +237,7 @@ def _argument(field: "dataclasses.Field[Any]", hint: Any, default: Any) -> dict[
     notes = [f"any of {', '.join(about['choices'])}"] if about["choices"] and several else []
     notes += [stated(about["bounds"])] if about["bounds"] not in ({}, {"at least": 0}) else []
     notes += [f"default: {shown(default)}"] if default not in ("", (), None, REQUIRED) else []
-    text = about["help"] + (f" [{'; '.join(notes)}]" if notes else "")
+    text = sourced(about["help"], field.default, default) + (f" [{'; '.join(notes)}]" if notes else "")
     settings: dict[str, Any] = {"help": text.replace("%", "%%")} | ({"nargs": "+"} if several else {})
     if hint is bool:
         return settings | {"action": argparse.BooleanOptionalAction}

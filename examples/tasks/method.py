@@ -19,7 +19,7 @@ SHORT = 256  # tokens up to which two matrix products are faster than torch's fu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Options of the method and of its run, with the paper's values; fields without `option` are those of adapt.py."""
+    """Options of the method and of its run, with the paper's values."""
 
     data: str = option(
         REQUIRED,
@@ -37,7 +37,7 @@ class Config(RunConfig):
     )
     in_chans: int = option(3, "channels of the images; other than 3 need --mean and --std", at_least=1)
     mean: tuple[float | str, ...] = option(
-        (), "mean of each channel, where 1 is white; auto: measured; the encoder's own if not given", at_least=0, at_most=1
+        (), "mean of each channel, 0 to 1; auto: measured; the encoder's own if not given", at_least=0, at_most=1
     )
     std: tuple[float | str, ...] = option((), "standard deviation of each channel, likewise", above=0, at_most=1)
     value_range: tuple[float, ...] = option(
@@ -58,9 +58,11 @@ class Config(RunConfig):
         may_change=True,
         section="Length",
     )
-    steps: int = option(0, "steps of the run, in place of --epochs", at_least=0, may_change=True)
+    steps: int = option(0, "steps of the run, in place of --epochs; 0: by --epochs", at_least=0, may_change=True)
     warmup_epochs: float | None = option(
-        None, "epochs of linear warm-up; 5 % of the run if not given (paper: 40 of 1600)", at_least=0
+        None,
+        "epochs of linear warm-up; if not given 5 % of the run, with the paper's preset 2.5 % (40 of 1600), with quick 10 %",
+        at_least=0,
     )
     batch_size: int = option(
         256, "images per step, over all processes; 0: chosen from their number, and printed (paper)", at_least=0
@@ -88,7 +90,9 @@ class Config(RunConfig):
     )
     pool: str = option("avg", "vector that is contrasted; avg: mean patch token, token: class token", ["avg", "token"])
     projector: int = option(
-        0, "output width of a 3-layer MLP before the contrastive loss, four times as wide inside; 0: none (paper)", at_least=0
+        0,
+        "output width of a 3-layer MLP before the contrastive loss, with hidden layers four times as wide; 0: none (paper)",
+        at_least=0,
     )
     norm_pix: bool = option(True, "reconstruct patches normalised by their own mean and deviation (MAE)")
     loss_on: str = option("masked", "patches that the reconstruction loss covers (MAE)", ["masked", "all"])
@@ -119,7 +123,7 @@ class Config(RunConfig):
     )
     accumulate: int = option(
         1,
-        "parts of a batch that are computed one after the other, to save memory: same result",
+        "parts in which a batch is computed, to save memory (GradCache); the batch stays as large as --batch-size",
         at_least=1,
         may_change=True,
         section="Speed",
@@ -127,7 +131,7 @@ class Config(RunConfig):
     compile: bool = option(False, "compile the model with torch.compile", may_change=True)
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory", may_change=True)
     warmup: float = 0.05  # share of the run, where --warmup-epochs is not given
-    # what adapt.py makes options of
+    # pretrain.main reads these too; adapt.py declares them again as options
     arch: str = ""
     pretrained: bool = False
     freeze: float = 0.0

@@ -140,7 +140,7 @@ def finish(
     page += ["## Next", "", "- see curves.png and reconstructions.png"]
     page += [f"- with labels: `python examples/linear_probe.py --data {shlex.quote(config.data)} --models {run} random:{run}`"]
     page += [f'- `timm.create_model("local-dir:{folder / "encoder"}", pretrained=True)`', "", "## Command", ""]
-    page += [f"    {shlex.join(sys.argv)}", ""]
+    page += [f"    {shlex.join(['python', *sys.argv])}", ""]
     text = "\n".join(page).encode(errors="backslashreplace").decode()  # names of files are any bytes
     write_text(folder / "summary.md", text)
     log.close()

@@ -212,7 +212,8 @@ def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay
     if layer_decay < 1:
         fixed = tuple(encoder.no_weight_decay())  # of themselves, timm's groups decay positions and tokens
         groups = param_groups_layer_decay(encoder, weight_decay, fixed, layer_decay=layer_decay)
-    rest = param_groups_weight_decay(nn.ModuleList([model.decoder, model.projector]), weight_decay)
+    others = [model.decoder, model.projector, model.contrastive_loss, model.reconstruction_loss]
+    rest = param_groups_weight_decay(nn.ModuleList(others), weight_decay)
     marked = [{"lr_scale": 1.0, **group, "encoder": part is groups} for part in (groups, rest) for group in part]
     return [group for group in marked if group["params"]]
 
