@@ -167,11 +167,11 @@ def embed(
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     transform = EvalTransform(model, image_size, background, value_range)
     modes = {module: module.training for module in model.modules()}
-    parts, bad = list[Rows](), dict[int, str]()
+    rows, parts, bad = list[int](), list[Tensor](), dict[int, str]()
     try:
         for part in embed_rows(model.eval(), images, batches, transform, num_workers=num_workers):
-            parts.append(part)
-            bad |= part.bad
+            rows, bad = rows + part.rows, bad | part.bad
+            parts.append(part.features)
             for row, reason in part.bad.items():
                 _logger.warning("bad image %r: %s; its row is NaN", images.name(row), reason)
             if len(bad) > max_bad:
@@ -179,13 +179,11 @@ def embed(
     finally:
         for module, training in modes.items():
             module.training = training
-    if len(bad) == len(images):
+    if not rows:
         raise DataError(f"none of {len(images)} images can be read: {images.name(0)} is one of them")
-    width = max(part.features.shape[-1] for part in parts)  # 0 of a batch without an image
-    features = torch.full((len(images), width), torch.nan)
-    for part in parts:
-        if part.rows:
-            features[part.rows] = part.features
+    found = torch.cat([part for part in parts if len(part)])
+    features = found.new_full((len(images), found.shape[1]), torch.nan)
+    features[rows] = found
     return Embedded(features, [images.name(index) for index in range(len(images))], bad)
 
 

@@ -202,11 +202,6 @@ class StreamedViews(IterableDataset[Sample]):
         self._stream, self._own, self._transform, self._place = stream, own, transform, place
         self._batch_size, self._steps = batch_size, steps
 
-    def __len__(self) -> int:
-        if self._steps is None:
-            raise TypeError("a stream without num_steps has no length")
-        return self._steps * self._batch_size
-
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
