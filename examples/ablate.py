@@ -1,11 +1,11 @@
 r"""Measure what each part of the method is worth: Tables 5 and 6 of the paper, and the choices that the paper leaves open.
 
-  python examples/ablate.py --preset fashion --data path/to/fashion-mnist
+  python examples/ablate.py --preset fashion --data torch/fashion_mnist:path/to/folder
       Table 6 on Fashion-MNIST with three seeds: pretraining, fine-tuning, probing; about 55 minutes on two CPU cores
   python examples/ablate.py --preset paper --data path/to/imagenet \
     --tables table6 mask_ratio loss_weight decoder_depth
       the paper's: 200 epochs of pretraining, 100 of fine-tuning for each of 16 variants; months on one GPU (not measured)
-  python examples/ablate.py --preset fashion --data path/to/fashion-mnist --tables contrast \
+  python examples/ablate.py --preset fashion --data torch/fashion_mnist:path/to/folder --tables contrast \
     --output-dir runs/ablate-longer --pretrain "--preset quick --epochs 2 --workers 1 --eval-images 0"
       the worth of the contrastive loss when all variants train four times as long
 

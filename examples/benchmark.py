@@ -34,7 +34,7 @@ import mvmae
 from engine.distributed import DEVICES, autocast, start_ranks
 from engine.log import peak_memory
 from engine.options import option, run
-from mvmae.data import MultiViewDataset, StepSampler, make_loader, open_images
+from mvmae.data import FORMATS, MultiViewDataset, StepSampler, make_loader, open_images
 from mvmae.weights import write_json
 from tasks.flops import flops_per_image
 from tasks.models import create_encoder
@@ -84,7 +84,7 @@ class Naive(Dataset[Tensor]):
         """Return two views of a file."""
         views: list[Tensor] = []
         for _ in range(2):
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 views.append(self.transform(image.convert("RGB")))
         return torch.stack(views)
 
@@ -176,7 +176,7 @@ def write_photographs(folder: Path, width: int, height: int, count: int) -> list
 
     paths = [folder / f"{width}x{height}-{i}.jpg" for i in range(count)]
     for path, name in zip(paths, itertools.cycle(SAMPLE), strict=False):
-        with Image.open(Path(skimage.__file__).parent / "data" / name) as image:
+        with Image.open(Path(skimage.__file__).parent / "data" / name, formats=FORMATS) as image:
             image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(path, quality=90)
     return paths
 

@@ -1,7 +1,5 @@
 """Sources: every kind of data behind one string, junk left out, and nothing written beside the data."""
 
-import gzip
-import io
 import itertools
 import os
 import subprocess
@@ -10,9 +8,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
 import timm
 import torch
+from pictures import write_tar
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
@@ -31,9 +31,7 @@ from mvmae.data import (
 
 
 def encode(colour: int, file_format: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (24, 20), (colour, 60, 90)).save(buffer, file_format)
-    return buffer.getvalue()
+    return pictures.encode(Image.new("RGB", (24, 20), (colour, 60, 90)), file_format)
 
 
 def write(path: Path, data: bytes = b"") -> Path:
@@ -82,16 +80,8 @@ def test_odd_names_are_kept_and_junk_is_left_out_and_counted_in_one_line(tmp_pat
     odd = ["new\nline.jpg", "quo'te\".jpg", "$(touch pwned).jpg", "; rm -rf x.jpg", "ümlaut.jpg", "-n.jpg", "\udcff\udcfe.jpg"]
     for name in odd:
         write(tmp_path / "a" / name)
-    for junk in (
-        ".hidden.jpg",
-        "__MACOSX/._x.jpg",
-        ".git/y.jpg",
-        "lost+found/z.jpg",
-        "README",
-        "1.HEIC",
-        "2.heic",
-        "run/curves.png",
-    ):
+    hidden = (".hidden.jpg", "__MACOSX/._x.jpg", ".git/y.jpg", "lost+found/z.jpg")
+    for junk in (*hidden, "README", "1.HEIC", "2.heic", "run/curves.png"):
         write(tmp_path / junk, b"junk")
     (tmp_path / "run/log.jsonl").touch()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -103,16 +93,9 @@ def test_odd_names_are_kept_and_junk_is_left_out_and_counted_in_one_line(tmp_pat
     assert sorted(names(source)) == sorted([*odd, "inside.jpg"])
     assert all(open_image(source[i][0]).decode().shape == (20, 24, 3) for i in range(len(source)))
     (line,) = caplog.messages
-    for part in (
-        "4 hidden",
-        "2 .heic",
-        "1 without extension",
-        "1 Git LFS pointer",
-        "1 broken link",
-        "1 device",
-        "1 folder of a run",
-    ):
-        assert part in line and part in source.passed_over
+    ones = ("without extension", "Git LFS pointer", "broken link", "device", "folder of a run")
+    for part in ("4 hidden", "2 .heic", *(f"1 {kind}" for kind in ones)):
+        assert part in line and part in source.problems[0]
     assert not Path("pwned").exists()
     (tmp_path / "only").mkdir()
     write(tmp_path / "only" / "a.jpg", pointer)
@@ -205,31 +188,22 @@ def test_a_fingerprint_changes_with_names_sizes_content_and_labels_and_not_with_
 # Archives
 
 
-def make_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_a_tar_gives_every_image_without_unpacking_and_a_compressed_one_says_what_to_do(tmp_path):
     members = {f"k{i}.jpg": encode(40 * i) for i in range(5)} | {"k1.json": b"{}", "note.txt": b"x"}
-    path = make_tar(tmp_path / "shard.tar", members)
+    path = write_tar(tmp_path / "shard.tar", members)
     source = open_images(path)
     assert names(source) == [f"k{i}.jpg" for i in range(5)] and source.labels is None
     assert colours(source) == pytest.approx([40 * i for i in range(5)], abs=3)
     assert trains_two_steps(source) and os.listdir(tmp_path) == [path.name]
     with pytest.raises(ValueError, match=r"shard\.tar\.gz is compressed.*gunzip"):
-        open_images(make_tar(tmp_path / "shard.tar.gz", members, "w:gz"))
+        open_images(write_tar(tmp_path / "shard.tar.gz", members, "w:gz"))
 
 
 def test_shards_come_from_a_folder_or_braces_with_labels_from_cls(tmp_path):
     for split, count in (("train", 3), ("val", 1)):
         for s in range(count):
             members = {f"{s}{i}.jpg": encode(20 * i) for i in range(4)} | {f"{s}{i}.cls": b"%d" % i for i in range(4)}
-            make_tar(tmp_path / f"{split}-{s:03d}.tar", members)
+            write_tar(tmp_path / f"{split}-{s:03d}.tar", members)
     folder = open_images(tmp_path)
     braces = open_images(f"{tmp_path}/train-{{000..002}}.tar")
     assert len(folder) == len(braces) == 12 and len(open_images(tmp_path, split="val")) == 4
@@ -248,14 +222,14 @@ def test_shards_by_webdatasets_own_writer_are_read(tmp_path):
 
 
 def test_folders_in_a_tar_are_classes(tmp_path):
-    source = open_images(make_tar(tmp_path / "x.tar", {"./b/1.jpg": encode(1), "./a/1.jpg": encode(2)}))
+    source = open_images(write_tar(tmp_path / "x.tar", {"./b/1.jpg": encode(1), "./a/1.jpg": encode(2)}))
     assert source.labels.tolist() == [1, 0] and source.class_names == ("a", "b")
 
 
 def test_members_that_point_outside_touch_nothing(tmp_path):
     (tmp_path / "in").mkdir()
     secret = write(tmp_path / "secret.jpg")
-    path = make_tar(tmp_path / "in" / "x.tar", {"../../up.jpg": encode(10), "/etc/absolute.jpg": encode(20)})
+    path = write_tar(tmp_path / "in" / "x.tar", {"../../up.jpg": encode(10), "/etc/absolute.jpg": encode(20)})
     with tarfile.open(path, "a") as tar:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
             info = tarfile.TarInfo("link.jpg")
@@ -269,8 +243,8 @@ def test_members_that_point_outside_touch_nothing(tmp_path):
 
 @pytest.mark.parametrize(("damage", "whole"), [("cut", 5), ("no mark", 9), ("header", 5), ("size", 5)])
 def test_a_damaged_shard_is_named_and_its_whole_images_are_used(tmp_path, damage, whole):
-    path = make_tar(tmp_path / "bad.tar", {f"{i}.png": encode(i, "PNG") for i in range(9)})
-    make_tar(tmp_path / "good.tar", {"g.jpg": encode(7)})
+    path = write_tar(tmp_path / "bad.tar", {f"{i}.png": encode(i, "PNG") for i in range(9)})
+    write_tar(tmp_path / "good.tar", {"g.jpg": encode(7)})
     content = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
         sixth, last = tar.getmembers()[5].offset, tar.getmembers()[8].offset + 1024
@@ -287,25 +261,24 @@ def test_a_damaged_shard_is_named_and_its_whole_images_are_used(tmp_path, damage
     assert all(open_image(source[i][0]).decode().ndim == 3 for i in range(len(source)))
 
 
-def test_a_tar_without_images_or_that_is_none_is_refused(tmp_path):
-    for path in (make_tar(tmp_path / "a.tar", {"x.txt": b"1"}), write(tmp_path / "b.tar", b"<html>")):
+def test_archives_without_images_or_of_two_kinds_or_beside_images_are_refused(tmp_path):
+    for path in (write_tar(tmp_path / "x.tar", {"x.txt": b"1"}), write(tmp_path / "y.tar", b"<html>")):
         with pytest.raises(ValueError, match=f"no images in {path}"):
             open_images(path)
+    write(tmp_path / "z.parquet", b"<html>")
+    with pytest.raises(ValueError, match="must be archives of one kind, got tar files and tables"):
+        open_images(tmp_path)
+    write(tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match="must hold images or archives, got both"):
+        open_images(tmp_path)
 
 
 def test_a_shard_that_goes_away_is_a_bad_image(tmp_path):
-    path = make_tar(tmp_path / "a.tar", {"x.jpg": encode(1)})
+    path = write_tar(tmp_path / "a.tar", {"x.jpg": encode(1)})
     source = open_images(path)
     path.unlink()
     with pytest.raises(ImageError, match="FileNotFound"):
         source[0]
-
-
-def test_images_beside_archives_are_refused(tmp_path):
-    make_tar(tmp_path / "a.tar", {"x.jpg": encode(1)})
-    write(tmp_path / "x.jpg")
-    with pytest.raises(ValueError, match="must hold images or archives, got both"):
-        open_images(tmp_path)
 
 
 def hugging_face(labelled: bool):
@@ -392,32 +365,6 @@ def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_idx_pairs_give_grey_images_with_labels(tmp_path, packed):
-    for prefix, count in (("train", 6), ("t10k", 4)):
-        images = np.arange(count * 28 * 28).reshape(count, 28, 28).astype(np.uint8)
-        for name, array in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", images[:, 0, 0])):
-            data = idx(np.ascontiguousarray(array))
-            write(tmp_path / (name + ".gz" * packed), gzip.compress(data) if packed else data)
-    train, val = open_images(tmp_path), open_images(tmp_path, split="val")
-    assert (len(train), len(val)) == (6, 4) and trains_two_steps(train)
-    assert train.labels.tolist() == [(i * 784) % 256 for i in range(6)]
-    second = np.arange(784, 1568).reshape(28, 28).astype(np.uint8)
-    np.testing.assert_array_equal(open_image(train[1][0]).decode(channels=1)[..., 0], second)
-    one = next(tmp_path.glob("t10k-images*"))
-    assert len(open_images(one)) == 4
-    short = idx(np.zeros((3, 2, 2), np.uint8))[:-1]
-    write(one, gzip.compress(short) if packed else short)
-    with pytest.raises(ValueError, match="cannot be read as an IDX file: .*11"):
-        open_images(one)
-
-
-@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Fashion-MNIST is not installed")
-def test_fashion_mnist_is_read_where_the_distribution_puts_it():
-    val = open_images("/usr/share/datasets/fashion-mnist", split="val")
-    assert len(val) == 10_000 and np.bincount(val.labels).tolist() == [1000] * 10 and trains_two_steps(val)
-
-
 # timm's names, torch data sets, the sample
 
 
@@ -476,20 +423,14 @@ def test_any_torch_data_set_is_a_source(make):
     assert open_images(source) is source and source.name(2) == "Items[2]"
 
 
-def test_a_tensor_data_set_and_one_without_labels():
-    source = open_images(TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)))
+def test_a_data_set_may_have_no_labels_and_must_have_an_index():
+    data = TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    source = open_images(data)
     assert source.labels is None and len(source) == 4 and source.fingerprint.startswith("4-")
     with pytest.raises(SplitError):
-        open_images(TensorDataset(torch.zeros(4, 3, 8, 8)), split="val")
-
-
-def test_streams_are_refused():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(())
-
+        open_images(data, split="val")
     with pytest.raises(TypeError, match="must have a length and an index, got .*: use one .* with which runs can resume"):
-        open_images(Stream())
+        open_images(type("Stream", (IterableDataset,), {"__iter__": lambda self: iter(())})())
 
 
 @pytest.mark.parametrize("column", ["picture", "image", "img"])

@@ -28,7 +28,7 @@ class LabelledConfig(RunConfig):
 
     data: str = option(
         REQUIRED,
-        "labelled images: class folders, IDX or Parquet files, a timm data set, or sample: scikit-image's photographs",
+        "labelled images: class folders, Parquet files, a timm data set, or sample: scikit-image's photographs",
         path=True,
         may_change=True,
         section="Data",

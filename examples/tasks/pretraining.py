@@ -31,7 +31,7 @@ from mvmae.data import (
 from tasks.inputs import augmented, channel_statistics, jittered
 from tasks.method import Config
 from tasks.models import find_weights
-from tasks.splits import Joined, Part, Splits, draw, open_splits, passed_over
+from tasks.splits import Joined, Part, Splits, draw, open_splits
 
 MASKS, DROPOUT = -1, -2
 """Streams of random numbers for the steps of a run, as in ``sample_seed(seed, DROPOUT, step)``; those of images are epochs."""
@@ -98,7 +98,7 @@ def open_data(config: Config) -> Images:
         drawn = draw(len(old), number)  # fewer images than that take turns
         train = Joined([train, Part(old, drawn[torch.arange(number) % len(drawn)])])
         more = f" and {number} of --rehearse" + (f" ({len(drawn)} different ones)" if len(drawn) < number else "")
-    return Images(splits, train, len(train), f"{len(splits.train)} images{more}{passed_over(train)}")
+    return Images(splits, train, len(train), "; ".join([f"{len(splits.train)} images{more}", *train.problems]))
 
 
 def fit_length(config: Config, number: int, ranks: Ranks) -> Length:

@@ -28,8 +28,8 @@ class Part(ImageSource):
         self, source: ImageSource, indices: Tensor, classes: Tensor | None = None, names: tuple[str, ...] = ()
     ) -> None:
         super().__init__([])
-        self.source, self.indices, self.class_names = source, indices, names or source.class_names
-        self.passed_over, self.problems = source.passed_over, source.problems
+        self.source, self.indices, self.problems = source, indices, source.problems
+        self.class_names = names or source.class_names
         if source.labels is not None:
             labels = torch.as_tensor(source.labels)[indices]
             self.labels = (labels if classes is None else torch.searchsorted(classes, labels)).numpy()
@@ -57,7 +57,6 @@ class Joined(ImageSource):
         self.sources = sources
         self.ends = list(accumulate(map(len, sources)))
         self.problems = tuple(problem for source in sources for problem in source.problems)
-        self.passed_over = ", ".join(filter(None, (source.passed_over for source in sources)))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -147,14 +146,8 @@ def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> L
         Part(part, draw(len(part), limit).sort().values, classes, names)
         for part, limit in ((train, train_images), (val, val_images))
     )
-    note = f"trained on {len(first)} images, tested on {len(second)}, of {len(names)} classes ({note}){passed_over(train)}"
-    return Labelled(first, second, names, note)
-
-
-def passed_over(source: ImageSource) -> str:
-    """Return what of the data is not used, to go on a line about its images; empty where all of it is."""
-    others = (f"passed over {source.passed_over}, without a reader",) if source.passed_over else ()
-    return "".join(f"; {part}" for part in (*others, *source.problems))
+    note = f"trained on {len(first)} images, tested on {len(second)}, of {len(names)} classes ({note})"
+    return Labelled(first, second, names, "; ".join([note, *train.problems]))
 
 
 def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,25 +1,21 @@
-"""Images inside files: which files a name means; tar and WebDataset shards by an index; IDX files such as MNIST's.
+"""Images inside files: which files a name means, and tar and WebDataset shards by an index. Nothing is unpacked to disk."""
 
-Nothing is unpacked to disk. Tables of images stand in `tables`.
-"""
-
-import gzip
 import logging
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from .decode import ImageError, ImageLike
-from .sources import EXTENSIONS, SPLITS, ImageSource, KeptImages, SplitError, first_of, label_by_folder
+from .sources import EXTENSIONS, SPLITS, ImageSource, SplitError, first_of, label_by_folder
 from .tables import TableSource
 
+_SUFFIXES = (".tar", ".parquet", ".arrow")
 _logger = logging.getLogger(__name__)
 
 
@@ -31,15 +27,9 @@ class Member(NamedTuple):
     size: int
     name: str
 
-    @property
-    def key(self) -> tuple[int, str]:
-        """WebDataset's key of a sample: its shard, and the name up to the first dot of its last part."""
-        folder, base = os.path.split(self.name)
-        return self.shard, f"{folder}/{base.split('.', 1)[0]}"
-
 
 class TarSource(ImageSource):
-    """Images in tar files: WebDataset shards, or any others. Nothing is unpacked: a member's name is never opened.
+    """Images in tar files: WebDataset shards, or any others. A member's name is never opened.
 
     Labels come from each image's `.cls` member if all have one, else from the images' folders if all lie in one. Of a cut or
     damaged shard the whole images before the damage are used, with a line in `problems`. Links are ignored.
@@ -79,10 +69,10 @@ class TarSource(ImageSource):
             raise ImageError(self.name(index), f"{type(error).__name__}: {error}") from error
 
     def _label(self, images: Sequence[Member], members: Sequence[Member]) -> None:
-        classes = {m.key: m for m in members if m.name.endswith(".cls")}
-        marks = [classes.get(m.key) for m in images]
-        if all(marks):
-            texts = [_read_at(self._shards[m.shard], m.start, min(m.size, 10)).strip() for m in marks if m]
+        classes = {_key(m): m for m in members if m.name.endswith(".cls")}
+        marks = [classes[_key(m)] for m in images if _key(m) in classes]
+        if len(marks) == len(images):
+            texts = [_read_at(self._shards[m.shard], m.start, min(m.size, 10)).strip() for m in marks]
             if all(text.isdigit() and len(text) < 7 for text in texts):
                 self.labels = np.array([int(text) for text in texts], dtype=np.int64)
                 self.class_names = tuple(str(i) for i in range(int(self.labels.max()) + 1))
@@ -91,6 +81,12 @@ class TarSource(ImageSource):
         folders = sorted({os.fsdecode(name.split(b"/", 1)[0]) for name in names if b"/" in name})
         if len(folders) > 1 and all(b"/" in name for name in names):
             self.labels, self.class_names = label_by_folder(names, folders)
+
+
+def _key(member: Member) -> tuple[int, str]:
+    """Return WebDataset's key of a sample: its shard, and the name up to the first dot of its last part."""
+    folder, base = os.path.split(member.name)
+    return member.shard, f"{folder}/{base.split('.', 1)[0]}"
 
 
 def _index(shard: int, path: Path) -> tuple[list[Member], str]:
@@ -120,10 +116,10 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
 def find_archives(path: Path) -> list[Path]:
     """Return the archives that a file, a folder or a pattern with braces ({000..012}, {a,b}) names; empty if none."""
     if path.is_dir():
-        found = [path / name for name in sorted(os.listdir(path)) if _kind(name) and not name.startswith(".")]
+        found = sorted(entry for entry in path.iterdir() if entry.suffix in _SUFFIXES and not entry.name.startswith("."))
         return found or sorted((path / "data").glob("*.parquet"))  # the layout of Hugging Face's repositories
     if path.is_file():
-        return [path] if _kind(path.name) else []
+        return [path] if path.suffix in _SUFFIXES else []
     names = expand_braces(str(path))
     missing = [name for name in names if not os.path.exists(name)]
     if missing and len(names) > 1:
@@ -150,50 +146,15 @@ def open_archives(paths: Sequence[Path], split: str) -> ImageSource:
         ValueError: Several kinds, or no image.
         SplitError: None of this split.
     """
-    marked = {key: [p for p in paths if p.name.lower().startswith(names)] for key, names in SPLITS.items()}
-    if marked["train"]:
-        chosen = marked[split]
-    else:
-        chosen = [p for p in paths if p not in marked["val"]] or list(paths) if split == "train" else marked["val"]
+    chosen = [path for path in paths if path.name.lower().startswith(SPLITS[split])]
+    if not chosen and split == "train":
+        chosen = [path for path in paths if not path.name.lower().startswith(SPLITS["val"])] or list(paths)
     if not chosen:
         raise SplitError(f"{first_of(paths)} has no {split} split: no name begins with {' or '.join(SPLITS[split])}")
-    kinds = {_kind(path.name) for path in chosen}
-    if len(kinds) > 1:
-        raise ValueError(f"{first_of(chosen)} must be archives of one kind, got {', '.join(sorted(kinds))}: name those of one")
-    kind = kinds.pop()
-    if kind == "idx":
-        images = [path for path in chosen if "labels" not in path.name]
-        if len(images) != 1:
-            raise ValueError(f"{first_of(chosen)} must hold one IDX file of images, got {len(images)}: name it")
-        return open_idx(images[0])
-    return TarSource(chosen) if kind == "tar" else TableSource(chosen)
+    if len({_is_tar(path) for path in chosen}) > 1:
+        raise ValueError(f"{first_of(chosen)} must be archives of one kind, got tar files and tables: name those of one")
+    return TarSource(chosen) if _is_tar(chosen[0]) else TableSource(chosen)
 
 
-def _kind(name: str) -> str:
-    if name.endswith((".parquet", ".arrow")):
-        return "table"
-    return "tar" if name.endswith(".tar") else "idx" if re.search(r"idx[13]-ubyte(\.gz)?$", name) else ""
-
-
-def open_idx(images: Path) -> KeptImages:
-    """Open an IDX file of images (N, H, W) bytes such as MNIST's, packed or not, with the labels of the file beside it."""
-    pixels = _read_idx(images, 3)
-    source = KeptImages(pixels, [f"{images.name}#{i}" for i in range(len(pixels))])
-    labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
-    if labels != images and labels.exists():
-        source.labels = _read_idx(labels, 1).astype(np.int64)
-        source.class_names = tuple(map(str, np.unique(source.labels)))
-        if len(source.labels) != len(source):
-            raise ValueError(f"{labels} holds {len(source.labels)} labels, {images} {len(source)} images")
-    return source
-
-
-def _read_idx(path: Path, dims: int) -> Any:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if data[:4] != bytes([0, 0, 8, dims]):
-            raise ValueError(f"its header is not that of {dims}-dimensional bytes")
-        shape = np.frombuffer(data, ">u4", dims, 4).tolist()
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as an IDX file: {error}") from error
+def _is_tar(path: Path) -> bool:
+    return path.suffix == ".tar"

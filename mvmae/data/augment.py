@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .decode import ImageLike
+from .pixels import LUMA
 
-LUMA = (0.299, 0.587, 0.114)
-"""Shares of red, green and blue in brightness (ITU-R BT.601), as in Pillow and torchvision."""
 YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
 QUARTER = np.linalg.solve(YIQ, np.array([(0, 0, 0), (0, 0, -1), (0, 1, 0)]) @ YIQ)
 """Takes brightness away and turns the hue by a quarter."""
@@ -103,12 +102,7 @@ class AugmentedViews:
         self.transform, self.augment = transform, augment
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
-        """Take the views of one image, and change each: (V, C, H, W) uint8.
-
-        Args:
-            image: As the transform takes it.
-            generator: Of this sample.
-        """
+        """Take the views of one image, and change each: (V, C, H, W) uint8."""
         views = self.transform(image, generator=generator)
         seed = int(torch.randint(2**62, (), generator=generator))
         if type(self.augment) is ColorJitter:  # takes a generator, which costs far less than keeping the state of three

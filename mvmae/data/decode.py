@@ -130,38 +130,25 @@ class OpenedImage:
         Raises:
             ImageError: The image is damaged or has other channels.
         """
-        size = (-(-self.height // reduction), -(-self.width // reduction))
+        image, shape = self._image, (-(-self.height // reduction), -(-self.width // reduction), channels)
         with _errors_of(self.name):
-            pixels = self._decode(channels, size, reduction, decoder, value_range, background)
-        if pixels.shape != (*size, channels):
-            raise ImageError(self.name, f"decoded to {pixels.shape}, expected {(*size, channels)}")
-        return pixels
-
-    def _decode(
-        self,
-        channels: int,
-        size: tuple[int, int],
-        reduction: int,
-        decoder: str,
-        value_range: Range | None,
-        background: Colour,
-    ) -> Pixels:
-        image = self._image
-        if not isinstance(image, Image.Image):
-            return with_channels(to_uint8(image, value_range, self._tag_range), channels, background)
-        if image.format == "TIFF" and self._encoded and channels not in (1, 3, len(image.getbands())):
-            bands = _read_tiff(self._encoded, self.name, self._max_pixels)  # Pillow drops bands that it has no name for
-            return bands.decode(channels=channels, value_range=value_range, background=background)
-        if self.reducible:
-            if self._encoded.endswith(bytes(64)) and not self._encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
-                raise ImageError(self.name, "cut: it ends in zeros, which libjpeg would silently decode to grey")
-            if decoder == "fast" and simplejpeg and channels in (1, 3) and image.mode in ("L", "RGB"):
-                try:
-                    return _simplejpeg(self._encoded, channels, size, reduction)
-                except ValueError:  # also of harmless warnings: Pillow has the last word
-                    pass
-            image.draft("L" if channels == 1 else None, (self.width // reduction, self.height // reduction))
-        return pillow_pixels(image, channels, value_range, self._tag_range, background)
+            if not isinstance(image, Image.Image):
+                return with_channels(to_uint8(image, value_range, self._tag_range), channels, background)
+            if image.format == "TIFF" and self._encoded and channels not in (1, 3, len(image.getbands())):
+                bands = _read_tiff(self._encoded, self.name, self._max_pixels)  # Pillow drops bands that it has no name for
+                return bands.decode(channels=channels, value_range=value_range, background=background)
+            if self.reducible:
+                if self._encoded.endswith(bytes(64)) and not self._encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
+                    raise ImageError(self.name, "cut: it ends in zeros, which libjpeg would silently decode to grey")
+                if decoder == "fast" and simplejpeg and channels in (1, 3) and image.mode in ("L", "RGB"):
+                    pixels = _simplejpeg(self._encoded, shape, reduction)
+                    if pixels is not None:
+                        return pixels
+                image.draft("L" if channels == 1 else None, (self.width // reduction, self.height // reduction))
+            pixels = pillow_pixels(image, channels, value_range, self._tag_range, background)
+            if pixels.shape != shape:
+                raise ImageError(self.name, f"decoded to {pixels.shape}, expected {shape}")
+            return pixels
 
 
 def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
@@ -179,12 +166,31 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
     if name is None:
         name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
     with _errors_of(name):
-        opened = _open(source, name, max_pixels)
+        if isinstance(source, (str, os.PathLike)):
+            status = os.stat(source)
+            if not stat.S_ISREG(status.st_mode):  # opening a FIFO would block
+                raise OSError("not a regular file")
+            _check_size(status.st_size, max_pixels)
+            with open(source, "rb") as file:
+                source = file.read()
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            opened = _open_bytes(bytes(source), name, max_pixels)
+        elif isinstance(source, Image.Image):
+            opened = OpenedImage(name, source)
+        elif isinstance(source, torch.Tensor):
+            if source.ndim not in (2, 3):
+                raise ValueError(f"a tensor must be (C, H, W), got the shape {tuple(source.shape)}")
+            source = source.detach().cpu()
+            opened = OpenedImage(name, (source if source.ndim == 3 else source[None]).permute(1, 2, 0).numpy())
+        elif isinstance(source, np.ndarray):
+            opened = OpenedImage(name, channels_last(source))
+        else:
+            raise TypeError(f"an image must be a path, bytes, Pillow image, tensor or array, got a {type(source).__name__}")
+    size = f"{opened.width} x {opened.height} pixels"
     if opened.width * opened.height > max_pixels:
-        size = f"{opened.width} x {opened.height} pixels"
         raise ImageError(name, f"{size}, more than the limit of {max_pixels} (max_pixels): a decompression bomb?")
     if min(opened.width, opened.height) < 1:
-        raise ImageError(name, f"{opened.width} x {opened.height} pixels: empty")
+        raise ImageError(name, f"{size}: empty")
     return opened
 
 
@@ -216,27 +222,6 @@ def _errors_of(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ImageError(name, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
-
-
-def _open(source: ImageLike, name: str, max_pixels: int) -> OpenedImage:
-    if isinstance(source, (str, os.PathLike)):
-        with open(os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:  # a FIFO must not block us
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a regular file")
-            _check_size(status.st_size, max_pixels)
-            source = file.read()
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open_bytes(bytes(source), name, max_pixels)
-    if isinstance(source, Image.Image):
-        return OpenedImage(name, source)
-    if isinstance(source, torch.Tensor):
-        if source.ndim not in (2, 3):
-            raise ValueError(f"a tensor must be (C, H, W), got the shape {tuple(source.shape)}")
-        return OpenedImage(name, (source if source.ndim == 3 else source[None]).detach().cpu().permute(1, 2, 0).numpy())
-    if isinstance(source, np.ndarray):
-        return OpenedImage(name, channels_last(source))
-    raise TypeError(f"an image must be a path, bytes, Pillow image, tensor or array, got a {type(source).__name__}")
 
 
 def _check_size(size: int, max_pixels: int) -> None:
@@ -290,10 +275,12 @@ def _range_of(bits: Any) -> Range | None:
     return (0, 2**most - 1) if 8 < most < 16 else None
 
 
-def _simplejpeg(encoded: bytes, channels: int, size: tuple[int, int], reduction: int) -> Pixels:
+def _simplejpeg(encoded: bytes, shape: tuple[int, int, int], reduction: int) -> Pixels | None:
+    """Decode a JPEG; None where it is damaged, or has warnings, mostly harmless: Pillow has the last word."""
     # simplejpeg without min_height and min_width does not scale
-    least = {"min_height": size[0], "min_width": size[1], "min_factor": reduction} if reduction > 1 else {}
-    pixels: Pixels = simplejpeg.decode_jpeg(encoded, "GRAY" if channels == 1 else "RGB", strict=True, **least)
-    if pixels.shape[:2] != size:
-        raise ValueError(f"decoded to {pixels.shape[:2]}, expected {size}")
-    return pixels
+    least = {"min_height": shape[0], "min_width": shape[1], "min_factor": reduction} if reduction > 1 else {}
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(encoded, "GRAY" if shape[2] == 1 else "RGB", strict=True, **least)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == shape else None

@@ -2,9 +2,8 @@
 
 import logging
 import os
-import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,7 +23,6 @@ PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"),
     *("gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
 )
-_TIMM = ("torch/", "hfds/", "tfds/", "wds/")
 _logger = logging.getLogger(__name__)
 
 
@@ -33,7 +31,7 @@ def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, 
 
     Args:
         data: `sample`; a folder of images, flat or nested, with or without `train` and `val` in it; a text list of
-            paths (.txt); a file, a folder or a brace pattern of tar, Parquet, Arrow or IDX files; a timm data set name
+            paths (.txt); a file, a folder or a brace pattern of tar, Parquet or Arrow files; a timm data set name
             with its folder (`torch/cifar10:FOLDER`, `hfds/NAME`); or a torch data set.
         split: "train" or "val".
 
@@ -61,16 +59,22 @@ def _open_path(data: str, split: str) -> ImageSource:
     if is_stream(data):
         raise ValueError("a stream, of which images have no numbers: use files, or pretrain.py, adapt.py or open_stream")
     path = Path(data)
-    if not path.exists() and data.startswith(_TIMM):
+    if not path.exists() and data.startswith(("torch/", "hfds/")):
         return _open_timm(data, split)
-    folder = split_folder(path, split) if path.is_dir() and not find_archives(path) else path
-    archives = find_archives(folder)
-    if archives and path.is_dir() and next(scan(folder, Counter()), None):
-        raise ValueError(f"{folder} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
-    if archives:
-        return open_archives(archives, split if folder == path else "train")
+    archives = find_archives(path)
     if path.is_dir():
-        return open_folder(path, split)
+        folders = {} if archives else split_folders(path)
+        folder = path if archives else folders.get(split)
+        if folder is None:
+            raise SplitError(f"{path} has no {split} split: make folders train and val in it")
+        if folder != path:
+            archives, split = find_archives(folder), "train"
+        if not archives:
+            return open_folder(path, folder, folders.values())
+        if next(scan(folder, Counter()), None):
+            raise ValueError(f"{folder} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
+    if archives:
+        return open_archives(archives, split)
     if not path.exists():
         raise ValueError(f"no such folder, file or data set: {data} (the current folder is {Path.cwd()})")
     if path.name.endswith((".tar.gz", ".tgz")):
@@ -83,69 +87,48 @@ def _open_path(data: str, split: str) -> ImageSource:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Return the folders of the splits; none where no folder is called `train` or alike."""
+    """Return the folders of the splits: of `train` alone, which is root, where no folder is called `train` or alike."""
     with os.scandir(root) as entries:
         folders = {entry.name.lower(): root / entry.name for entry in entries if entry.is_dir()}
-    found = {
-        split: next(folders[name] for name in names if name in folders)
-        for split, names in SPLITS.items()
-        if folders.keys() & names
-    }
-    return found if "train" in found else {}
+    found = {split: [folders[name] for name in names if name in folders] for split, names in SPLITS.items()}
+    return {split: places[0] for split, places in found.items() if places} if found["train"] else {"train": root}
 
 
-def split_folder(root: Path, split: str) -> Path:
-    """Return the folder of a split; where there are no splits, root is `train`.
-
-    Raises:
-        SplitError: No such split.
-    """
-    folders = split_folders(root)
-    if not folders and split == "train":
-        return root
-    if split not in folders:
-        raise SplitError(f"{root} has no {split} split: make folders train and val in it")
-    return folders[split]
-
-
-def open_folder(root: Path, split: str) -> FileSource:
+def open_folder(root: Path, folder: Path, splits: Iterable[Path]) -> FileSource:
     """Open all images below a folder; sub-folders are classes if every image lies in one.
 
     What is not read is counted by kind, in one warning.
 
+    Args:
+        root: The folder that the user named.
+        folder: The folder of the split in it, or root itself.
+        splits: The folders of all splits.
+
     Raises:
         ValueError: No image there.
-        SplitError: No such split.
     """
-    start = time.perf_counter()
-    folders, folder = split_folders(root), split_folder(root, split)
     passed: Counter[str] = Counter()
     names = sorted(scan(folder, passed))
-    if folders:  # so that classes of which one is called train do not lose the others in silence
+    classes = {os.fsdecode(name.split(b"/", 1)[0]) for name in names if b"/" in name}
+    if folder != root:
+        for place in splits:  # both splits number the classes alike, also where one has no image of a class
+            classes |= {entry.name for entry in os.scandir(place) if _kind_of(entry) == "folder"}
         known = {name for names in SPLITS.values() for name in names}
         others = [entry for entry in os.scandir(root) if _kind_of(entry) == "folder" and entry.name.lower() not in known]
-        passed += Counter({f"folder beside {folder.name}": len(others)})
+        passed += Counter({f"folder beside {folder.name}": len(others)})  # classes, of which one is called train
     passed_over = ", ".join(f"{count} {kind}" for kind, count in passed.most_common())
     if not names:
         looked = f"looked for archives and {' '.join(sorted(EXTENSIONS))}"
         raise ValueError(f"no images in {folder}: found {passed_over or 'nothing'}; {looked}")
+    source = FileSource(folder, names, sorted(classes) if len(classes) > 1 and all(b"/" in name for name in names) else None)
     if passed_over:
         _logger.warning("%s: passed over %s", folder, passed_over)
-    _logger.info("listed %d images in %s in %.1f s", len(names), folder, time.perf_counter() - start)
-    classes = {os.fsdecode(name.split(b"/", 1)[0]) for name in names if b"/" in name}
-    for place in folders.values():  # both splits number the classes alike, also where one has no image of a class
-        classes |= {entry.name for entry in os.scandir(place) if _kind_of(entry) == "folder"}
-    source = FileSource(folder, names, sorted(classes) if len(classes) > 1 and all(b"/" in name for name in names) else None)
-    source.passed_over = passed_over
+        source.problems = (f"passed over {passed_over}, without a reader",)
     return source
 
 
 def open_list(path: Path) -> FileSource:
-    """Open a text file with one path a line, relative to the list's own folder; empty lines do not count.
-
-    Raises:
-        ValueError: No line, or the first one's file is missing.
-    """
+    """Open a text file with one path a line, relative to the list's own folder; empty lines do not count."""
     lines = path.read_bytes().split(b"\n")
     names = [line.rstrip(b"\r") for line in lines if line.strip()]
     if not names:
@@ -161,9 +144,7 @@ def open_list(path: Path) -> FileSource:
 def scan(root: Path, passed: "Counter[str]") -> Iterator[bytes]:
     """Yield the names of the images below a folder, relative to it; each folder is visited once, despite links.
 
-    Args:
-        root: The folder.
-        passed: Counts what is passed over, by kind: hidden files, other extensions, broken links, Git LFS pointers.
+    What is passed over is counted by kind: hidden files, other extensions, broken links, Git LFS pointers.
     """
     top = os.fsencode(root)
     seen: set[tuple[int, int]] = set()
@@ -223,7 +204,7 @@ def _open_timm(data: str, split: str) -> DatasetSource:
             return DatasetSource(getattr(getattr(dataset, "reader", None), "dataset", dataset))
         except (ValueError, RuntimeError, OSError, AssertionError, ImportError) as caught:
             error = error or caught
-    missing = split != "train" and "unknown split" in str(error).lower()  # as Hugging Face and TensorFlow call it
+    missing = split != "train" and "unknown split" in str(error).lower()  # as Hugging Face calls it
     kind = SplitError if missing else ValueError
     raise kind(f"{data} cannot be opened as split {split}: {' '.join(str(error).split())}") from error
 

@@ -11,7 +11,8 @@ Colour: TypeAlias = tuple[int, int, int]
 Range: TypeAlias = tuple[float, float]
 WHITE: Colour = (255, 255, 255)
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's convert("L")
+LUMA = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in brightness (ITU-R BT.601), as in Pillow and torchvision."""
 
 
 def to_uint8(array: "NDArray[Any]", value_range: Range | None = None, own_range: Range | None = None) -> Pixels:
@@ -71,7 +72,7 @@ def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE) -> 
     if held == 1:
         return np.repeat(pixels, channels, axis=2)
     if held == 3 and channels == 1:
-        grey: Pixels = np.rint(pixels @ _LUMA).astype(np.uint8)[..., None]
+        grey: Pixels = np.rint(pixels @ np.array(LUMA, dtype=np.float32)).astype(np.uint8)[..., None]
         return grey
     raise ValueError(f"the array must have {channels} channels (in_chans), got {held}")
 
@@ -103,7 +104,7 @@ def pillow_pixels(
 def _blend(pixels: Pixels, background: Colour) -> Pixels:
     """Lay (H, W, C + 1), whose last channel is alpha, on a background: (H, W, C); opaque pixels do not change."""
     alpha = pixels[..., -1].astype(np.uint16)
-    under = background if pixels.shape[2] == 4 else [int(np.rint(np.array(background) @ _LUMA))]
+    under = background if pixels.shape[2] == 4 else [int(np.rint(np.array(background) @ np.array(LUMA, dtype=np.float32)))]
     blended = np.empty_like(pixels[..., :-1])
     for channel, value in enumerate(under):
         blended[..., channel] = (pixels[..., channel] * alpha + value * (255 - alpha) + 127) // 255

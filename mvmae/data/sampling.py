@@ -6,6 +6,7 @@ depend on (seed, epoch, index) alone, and the images of a step on (seed, step) a
 
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ class MultiViewDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Return the views of one image, or of the image that replaces it.
+        """Return the views of one image, or of the one that replaces it.
 
         Raises:
             DataError: Ten images in a row are bad.
@@ -92,7 +93,13 @@ class MultiViewDataset(Dataset[Sample]):
                 return Sample(views, chosen, self.source.name(chosen), bad)
             except ImageError as error:
                 bad.append(Bad(self.source.name(chosen), error.reason))
-        raise DataError(f"{MAX_TRIES} images in a row cannot be used; the last was {bad[-1].name!r}: {bad[-1].reason}")
+        raise all_bad(bad)
+
+
+def all_bad(images: list[Bad]) -> DataError:
+    """Return the error that ends a run where so many images in a row are bad."""
+    last = images[-1]
+    return DataError(f"{len(images)} images in a row cannot be used; the last was {last.name!r}: {last.reason}")
 
 
 def read(source: ImageSource, index: int) -> ImageLike:
@@ -110,11 +117,7 @@ def read(source: ImageSource, index: int) -> ImageLike:
 
 
 def check_share(batch_size: int, rank: int, world_size: int) -> None:
-    """Check that processes can share a batch alike.
-
-    Raises:
-        ValueError: They cannot, or there is no such process.
-    """
+    """Raise a ValueError unless so many processes can share a batch alike."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be 0 to {world_size - 1} for {world_size} processes, got {rank}")
     if batch_size < 1 or batch_size % world_size:
@@ -133,8 +136,7 @@ class StepSampler(Sampler[list[Key]]):
         seed: The run's seed.
         num_steps: Steps of the whole run; None: without end.
         start_step: First step to yield, counted from 0.
-        rank: Number of this process.
-        world_size: Number of processes.
+        rank: Number of this process, of `world_size`.
 
     Raises:
         ValueError: Batch and processes, or batch and images, do not fit.
@@ -169,12 +171,10 @@ class StepSampler(Sampler[list[Key]]):
         return max(0, self.num_steps - self.start_step)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        share, epoch, order = self.batch_size // self.world_size, -1, torch.empty(0, dtype=torch.long)
-        step = self.start_step
-        while self.num_steps is None or step < self.num_steps:
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
+        share, order = self.batch_size // self.world_size, torch.empty(0)
+        for step in count(self.start_step) if self.num_steps is None else range(self.start_step, self.num_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if place == 0 or step == self.start_step:
                 order = torch.randperm(self.length, generator=generator(self.seed, epoch))
-            start = step % self.steps_per_epoch * self.batch_size + self.rank * share
+            start = place * self.batch_size + self.rank * share
             yield [(epoch, index) for index in order[start : start + share].tolist()]
-            step += 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .decode import ImageError, ImageLike
+from .decode import ImageLike
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -17,7 +17,7 @@ EXTENSIONS = frozenset(
 )
 SPLITS = {
     "train": ("train", "training", "train_set", "trainset"),
-    "val": ("val", "valid", "validation", "eval", "dev", "test", "testing", "test_set", "testset", "t10k"),
+    "val": ("val", "valid", "validation", "eval", "dev", "test", "testing", "test_set", "testset"),
 }
 """Names of folders, and beginnings of names of archives, in upper or lower case."""
 _COMPARED, _START = 100, 2**16  # images whose content tells one source from another, and bytes of each
@@ -33,14 +33,12 @@ class ImageSource:
     Attributes:
         labels: (N,) int64, or None where images have no labels.
         class_names: Names of the labels, where there are any.
-        problems: Parts of the data that cannot be used, such as a cut archive, one line each.
-        passed_over: Files of a folder that are not read, counted by kind; empty where there are none.
+        problems: What of the data is not used, such as a cut archive, one line each.
     """
 
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
-    passed_over: str = ""
 
     def __init__(self, names: Sequence[bytes]) -> None:
         # one array: of a million Python strings, every worker would copy each page whose references it counts
@@ -72,9 +70,9 @@ class ImageSource:
         digest.update(self._names.tobytes())
         if self.labels is not None:
             digest.update(self.labels.tobytes())
-        chosen = min(len(self), _COMPARED)
-        for number in range(chosen):
-            digest.update(_start_of(self, number * len(self) // chosen))
+        compared = min(len(self), _COMPARED)
+        for number in range(compared):
+            digest.update(_start_of(self, number * len(self) // compared))
         return f"{len(self)}-{digest.hexdigest()}"
 
 
@@ -99,36 +97,24 @@ class FileSource(ImageSource):
 class KeptImages(ImageSource):
     """Images in memory: arrays, or encoded files."""
 
-    def __init__(self, images: "Sequence[ImageLike | ImageError]", names: Sequence[str]) -> None:
+    def __init__(self, images: Sequence[ImageLike], names: Sequence[str]) -> None:
         super().__init__([os.fsencode(name) for name in names])
         self._images = images
 
     def image(self, index: int) -> ImageLike:
-        """Return the image.
-
-        Raises:
-            ImageError: It could not be read.
-        """
-        image = self._images[index]
-        if isinstance(image, ImageError):
-            raise image
-        return image
+        """Return the image."""
+        return self._images[index]
 
 
 class RepeatedSource(ImageSource):
-    """Every image several times, with new crops each time, for a few huge images.
-
-    Args:
-        source: The images.
-        times: How often an epoch holds each image.
-    """
+    """Every image so many times an epoch, with new crops each time, for a few huge images."""
 
     def __init__(self, source: ImageSource, times: int) -> None:
         if times < 1:
             raise ValueError(f"times must be at least 1, got {times}")
         super().__init__([])
         self._source, self._times = source, times
-        self.class_names, self.problems, self.passed_over = source.class_names, source.problems, source.passed_over
+        self.class_names, self.problems = source.class_names, source.problems
         self.labels = None if source.labels is None else np.tile(source.labels, times)
 
     def __len__(self) -> int:

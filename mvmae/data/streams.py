@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .archives import expand_braces
 from .decode import ImageError, ImageLike
 from .loader import Loader, worker_options
-from .sampling import MAX_TRIES, Bad, DataError, Sample, check_share, generator, sample_seed
+from .sampling import MAX_TRIES, Bad, DataError, Sample, all_bad, check_share, generator, sample_seed
 from .sources import KeptImages
 from .tables import find_columns, find_image
 
@@ -54,13 +54,19 @@ class ImageStream:
         Raises:
             DataError: The stream cannot be read on.
         """
+        import fsspec
+
         try:
             for number, row in enumerate(dataset):
                 name = f"{self.name}#{number}"
                 if "__key__" in row:  # of a tar
                     name = f"{PurePosixPath(_shown(row['__url__'])).name}/{row['__key__']}"
                 try:
-                    yield name, _fetch(find_image(row, self._columns))
+                    image = find_image(row, self._columns)
+                    if isinstance(image, str) and "://" in image:  # as in a folder on the Hub
+                        with fsspec.open(image, "rb") as file:
+                            image = file.read()
+                    yield name, image
                 except (ValueError, TypeError, KeyError) as error:  # a row without an image
                     yield name, ImageError(name, str(error))
         except Exception as error:  # `datasets` has tried again by itself
@@ -68,15 +74,16 @@ class ImageStream:
             raise DataError(" ".join(reason.split())) from error
 
     def first(self, count: int) -> KeptImages:
-        """Read the first images into memory: at most `count`.
+        """Read the first images into memory: those of at most `count` rows.
 
         Raises:
             DataError: The stream cannot be read.
             ValueError: It holds none.
         """
-        images = list(itertools.islice(self.read(self.dataset), count))
-        if all(isinstance(image, ImageError) for _, image in images):
-            raise ValueError(f"no image at the beginning of {self.name}{f': {images[0][1]!s}' if images else ''}")
+        rows = list(itertools.islice(self.read(self.dataset), count))
+        images = [(name, image) for name, image in rows if not isinstance(image, ImageError)]
+        if not images:
+            raise ValueError(f"no image at the beginning of {self.name}{f': {rows[0][1]!s}' if rows else ''}")
         return KeptImages([image for _, image in images], [name for name, _ in images])
 
     @cached_property
@@ -174,32 +181,31 @@ def stream_loader(
         _logger.warning(told, stream.name, start_step + 1)
     order = sample_seed(seed, start_step) % 2**32  # the same in all processes, which split what it leads to
     own = split_dataset_by_node(stream.dataset.shuffle(order, buffer_size=shuffle_buffer), rank, world_size)
-    views = StreamedViews(stream, own, transform, (seed, start_step, rank))
-    views.batch_size = batch_size // world_size
-    views.steps = None if num_steps is None else max(num_steps - start_step, 0)
+    share, steps = batch_size // world_size, None if num_steps is None else max(num_steps - start_step, 0)
+    views = StreamedViews(stream, own, transform, (seed, start_step, rank), share, steps)
     options = worker_options(min(num_workers, own.num_shards), pin_memory)
-    loader: DataLoader[Any] = DataLoader(views, batch_size=views.batch_size, **options)
-    return Loader(loader, max_bad=max_bad, bad_file=bad_file)
+    return Loader(DataLoader(views, batch_size=share, **options), max_bad=max_bad, bad_file=bad_file)
 
 
 class StreamedViews(IterableDataset[Sample]):
     """The views of a process's part of a stream, pass after pass; each worker yields the samples of its own batches."""
 
-    batch_size = 1
-    steps: int | None = None
-
-    def __init__(self, stream: ImageStream, own: Any, transform: Callable[..., Tensor], place: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        stream: ImageStream,
+        own: Any,
+        transform: Callable[..., Tensor],
+        place: tuple[int, ...],
+        batch_size: int,
+        steps: int | None,
+    ) -> None:
         self._stream, self._own, self._transform, self._place = stream, own, transform, place
-
-    def __len__(self) -> int:
-        if self.steps is None:
-            raise TypeError("a stream without num_steps has no length")
-        return self.steps * self.batch_size
+        self._batch_size, self._steps = batch_size, steps
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        share = None if self.steps is None else len(range(number, self.steps, workers)) * self.batch_size
+        share = None if self._steps is None else len(range(number, self._steps, workers)) * self._batch_size
         yield from itertools.islice(self._samples(number), share)
 
     def _samples(self, worker: int) -> Iterator[Sample]:
@@ -215,23 +221,12 @@ class StreamedViews(IterableDataset[Sample]):
                 except ImageError as error:
                     bad.append(Bad(name, error.reason))
                     if len(bad) == MAX_TRIES:
-                        last = f"the last was {name!r}: {error.reason}"
-                        raise DataError(f"{MAX_TRIES} images in a row cannot be used; {last}") from error
+                        raise all_bad(bad) from error
                     continue
                 yield Sample(views, seen, name, bad)
                 bad = []
             if seen < 0:
                 raise DataError(f"{self._stream.name} holds no images for process {self._place[-1]}, worker {worker}")
-
-
-def _fetch(image: Any) -> Any:
-    """Return the bytes of an image that is named by a URL, as in a folder on the Hub; any other image as it is."""
-    if not isinstance(image, str) or "://" not in image:
-        return image
-    import fsspec
-
-    with fsspec.open(image, "rb") as file:
-        return file.read()
 
 
 def _shown(text: str) -> str:

@@ -22,8 +22,7 @@ _logger = logging.getLogger(__name__)
 class TableSource(ImageSource):
     """Images in tables: Parquet, held in memory, or Arrow files of `save_to_disk`, mapped from disk.
 
-    The image column is the first of structures with `bytes`, or of bytes; labels are in an integer column `label`,
-    `labels` or `fine_label`, if there is one without empty rows.
+    Labels of which some are empty are not used.
 
     Raises:
         ValueError: A file cannot be read, or has no column of images or no rows.
@@ -39,7 +38,7 @@ class TableSource(ImageSource):
         if not table.num_rows:
             raise ValueError(f"no rows in {first_of(files)}")
         self._column, *label = table.column_names
-        self._image = table.column(self._column)
+        self._image = table.column(0)
         super().__init__([f"{f.name}#{i}".encode() for f, t in zip(files, tables, strict=True) for i in range(t.num_rows)])
         if label and (missing := table.column(label[0]).null_count):
             where = f"{first_of(files)}: {missing} of {len(self)} labels"
@@ -56,10 +55,9 @@ class TableSource(ImageSource):
             ImageError: The row holds none.
         """
         value = self._image[index].as_py()
-        value = value.get("bytes") if isinstance(value, dict) else value
-        if not value:
+        encoded: bytes | None = value.get("bytes") if isinstance(value, dict) else value
+        if not encoded:
             raise ImageError(self.name(index), f"no bytes in column {self._column!r}")
-        encoded: bytes = value
         return encoded
 
 
@@ -82,35 +80,28 @@ class DatasetSource(ImageSource):
         if not len(dataset):  # type: ignore[arg-type]
             raise ValueError(f"{kind.__name__} holds no images")
         super().__init__([])
-        self._columns, labels, named = ["image", "img"], None, None
+        hub: Any = dataset
+        self._columns, named = ["image", "img"], getattr(dataset, "classes", None)
+        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         features: Any = getattr(dataset, "features", None)
         if hasattr(features, "arrow_schema"):  # of Hugging Face
-            schema, hub = features.arrow_schema, dataset
-            images, label = find_columns(schema)
+            images, label = find_columns(features.arrow_schema)
             self._columns += images
             for name in images:  # encoded: one reader for all
                 if hasattr(features[name], "decode"):
-                    hub = hub.cast_column(name, type(features[name])(decode=False))  # type: ignore[union-attr]
-            if label:
-                labels = hub.with_format("numpy")[label[0]][:]  # type: ignore[union-attr]
-                named = class_names(schema, label[0])
-            dataset = hub
-        self._dataset = dataset
-        labels = getattr(dataset, "targets", getattr(dataset, "labels", None)) if labels is None else labels
+                    hub = hub.cast_column(name, type(features[name])(decode=False))
+            for name in label:
+                labels, named = hub.with_format("numpy")[name][:], class_names(features.arrow_schema, name)
+        self._dataset = hub
         if labels is not None and np.shape(labels) == (len(self),) and np.asarray(labels).dtype.kind in "iu":
             self.labels = np.asarray(labels, dtype=np.int64)
-            named = named or getattr(dataset, "classes", None)
             self.class_names = tuple(map(str, named or np.unique(self.labels)))
 
     def __len__(self) -> int:
-        return len(self._dataset)  # type: ignore[arg-type]
+        return len(self._dataset)
 
     def image(self, index: int) -> ImageLike:
-        """Return the data set's image.
-
-        Raises:
-            ValueError: None of the item's columns is one.
-        """
+        """Return the data set's image."""
         return find_image(self._dataset[index], self._columns)
 
     def name(self, index: int) -> str:
@@ -119,7 +110,10 @@ class DatasetSource(ImageSource):
 
 
 def find_columns(schema: Any) -> tuple[list[str], list[str]]:
-    """Return the names of the first column of images and of the column of labels of a table, if it has them."""
+    """Return the columns of a table that hold images and labels, each one name or none.
+
+    Images are the first structures with `bytes`, or bytes; labels are integers called `label`, `labels` or `fine_label`.
+    """
     import pyarrow as pa
 
     def holds_bytes(kind: Any) -> bool:
@@ -132,12 +126,8 @@ def find_columns(schema: Any) -> tuple[list[str], list[str]]:
     return images[:1], [n for n in labels if pa.types.is_integer(schema.field(n).type)][:1]
 
 
-def find_image(item: Any, columns: Sequence[str] = ("image", "img")) -> ImageLike:
-    """Return the image of an item: itself, the first of (image, label, ...), or a column.
-
-    Args:
-        item: What a data set holds.
-        columns: Names to look for first; after them, the first column that holds an image or its bytes is taken.
+def find_image(item: Any, columns: Sequence[str]) -> ImageLike:
+    """Return the image of an item: itself, the first of (image, label, ...), or of these columns, or of all that are images.
 
     Raises:
         ValueError: None of the item's columns is an image.
@@ -175,15 +165,14 @@ def _read_table(path: Path) -> Any:
 
     try:
         if path.suffix == ".parquet":
-            columns = _wanted(pq.read_schema(path), path)
-            table = pq.read_table(path, columns=columns, partitioning=None)
+            table = pq.read_table(path, columns=_wanted(pq.read_schema(path), path), partitioning=None)
         else:
             source = pa.memory_map(str(path))
             try:
                 table = pa.ipc.open_stream(source).read_all()
             except pa.ArrowInvalid:  # not a stream: a file
                 table = pa.ipc.open_file(source).read_all()
-        table = table.select(_wanted(table.schema, path))
+            table = table.select(_wanted(table.schema, path))
         table.validate(full=True)  # or a damaged offset ends the process
         return table
     except (pa.ArrowException, OSError) as error:

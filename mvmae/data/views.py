@@ -32,8 +32,8 @@ def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[f
     """Draw a random resized crop: the distribution of torchvision's `RandomResizedCrop.get_params`.
 
     Args:
-        height: Height of the image, in pixels.
-        width: Width of the image, in pixels.
+        height: Of the image, in pixels.
+        width: Likewise.
         scale: Range of the crop's share of the image's area.
         ratio: Range of the crop's width / height, uniform in its logarithm.
         rng: Source of the random numbers.
@@ -80,9 +80,6 @@ class _BoxTransform:
         self.image_size = (size[0], size[1])
         self.in_chans, self.scaled_decode, self.decoder = in_chans, scaled_decode or None, decoder
         self.max_pixels, self.value_range, self.background = max_pixels, value_range, colour(background)
-
-    def _open(self, image: ImageLike) -> OpenedImage:
-        return open_image(image, max_pixels=self.max_pixels)
 
     def _take(self, image: OpenedImage, boxes: Sequence[Box], flips: Sequence[bool]) -> Tensor:
         """Decode once and resize the crops, bicubic with antialiasing: (V, C, H, W) uint8."""
@@ -160,16 +157,8 @@ class MultiViewTransform(_BoxTransform):
         self.num_views, self.scale, self.ratio, self.flip, self.same_crop = num_views, scale, ratio, flip, same_crop
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
-        """Take the views of one image.
-
-        Args:
-            image: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W) or an array.
-            generator: Of this sample.
-
-        Returns:
-            (V, C, H, W) uint8.
-        """
-        opened = self._open(image)
+        """Take the views of one image: (V, C, H, W) uint8; the generator is the sample's own."""
+        opened = open_image(image, max_pixels=self.max_pixels)
         return self._take(opened, *self.draw(*opened.upright_size, generator=generator))
 
     def draw(self, height: int, width: int, *, generator: torch.Generator | None = None) -> tuple[list[Box], list[bool]]:
@@ -189,12 +178,7 @@ class CentreCropTransform(_BoxTransform):
     Args:
         image_size: Size of the view in pixels; H and W, or one number for both.
         crop: Share of the resized image that the crop keeps (224/256, as in MAE's and timm's evaluation).
-        in_chans: C, as in `MultiViewTransform`.
-        scaled_decode: As in `MultiViewTransform`; None, the default, decodes in full.
-        decoder: As in `MultiViewTransform`.
-        max_pixels: As in `MultiViewTransform`.
-        value_range: As in `MultiViewTransform`.
-        background: As in `MultiViewTransform`.
+        in_chans, scaled_decode, decoder, max_pixels, value_range, background: As in `MultiViewTransform`.
     """
 
     def __init__(
@@ -216,7 +200,7 @@ class CentreCropTransform(_BoxTransform):
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Take the view of one image, (C, H, W) uint8; `generator` is not used."""
-        opened = self._open(image)
+        opened = open_image(image, max_pixels=self.max_pixels)
         height, width = opened.upright_size
         side = min(height / self.image_size[0], width / self.image_size[1]) * self.crop  # source pixels a view's pixel
         h, w = (max(1, round(side * size)) for size in self.image_size)
