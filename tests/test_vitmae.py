@@ -23,9 +23,8 @@ from mvmae.masking import Mask
 from mvmae.weights import WeightsError
 
 sys.path.append(str(EXAMPLES))
-from engine.ends import Stop
-from tasks.backbones import load_backbone
-from tasks.starting import start_encoder, starting_weights
+from engine.signals import Stop
+from tasks.models import load_backbone, start_encoder, starting_weights
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -346,7 +345,7 @@ def test_a_repository_of_a_vitmae_is_a_model_too(saved, tmp_path):
 import sys
 import mvmae
 sys.path.append({str(EXAMPLES)!r})
-from tasks.backbones import load_backbone
+from tasks.models import load_backbone
 features = mvmae.create_model("hf-hub:me/vitmae", pretrained=True).eval().forward_features(images)
 assert torch.equal(load_backbone("hf-hub:me/vitmae").eval().forward_features(images), features)
 """
