@@ -43,7 +43,7 @@ class Inputs:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record in types that JSON can hold."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Inputs":

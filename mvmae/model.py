@@ -131,7 +131,13 @@ class MultiViewMAE(nn.Module):
                 f"mask_ratio must mask at least one of {visible} patches to have something to reconstruct, got {mask_ratio}: "
                 'raise it, or use loss_on="all"'
             )
-        self._freeze_what_is_not_trained()
+        for name, parameter in vit.named_parameters():
+            fixed = name == "pos_embed" and isinstance(vit, SinCosVisionTransformer)
+            if fixed or name.partition(".")[0] in ("head", "head_dist", "attn_pool"):
+                parameter.requires_grad_(False)
+        if loss_weight == 0:  # none of these is on the way to the reconstruction
+            for module in (self.projector, self.contrastive_loss, vit.fc_norm):
+                module.requires_grad_(False)
         self.register_load_state_dict_post_hook(_fill_buffers)  # type: ignore[no-untyped-call]
 
     def init_weights(self) -> None:
@@ -141,15 +147,6 @@ class MultiViewMAE(nn.Module):
         for module in self.projector.modules():
             if reset := getattr(module, "reset_parameters", None):
                 reset()
-
-    def _freeze_what_is_not_trained(self) -> None:
-        for name, parameter in self.encoder.named_parameters():
-            fixed = name == "pos_embed" and isinstance(self.encoder, SinCosVisionTransformer)
-            if fixed or name.partition(".")[0] in ("head", "head_dist", "attn_pool"):
-                parameter.requires_grad_(False)
-        if self.loss_weight == 0:  # none of these is on the way to the reconstruction
-            for module in (self.projector, self.contrastive_loss, self.encoder.fc_norm):
-                module.requires_grad_(False)
 
     def forward(
         self,

@@ -888,7 +888,7 @@ def save_sharded(folder: str) -> str:
 @pytest.mark.filterwarnings("ignore")
 def test_f50_a_sharded_model_is_refused_in_one_line_whose_cure_works(two_processes, tmp_path):
     for message in two_processes(save_sharded, str(tmp_path)):
-        assert "in shards over several processes: gather them" in message and "\n" not in message
+        assert "in shards over several processes: gather the weights" in message and "\n" not in message
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path):
