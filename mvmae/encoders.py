@@ -35,48 +35,36 @@ class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
         """Initialise weights (Section 4.1.1; MAE where silent): timm's modes on request, the paper's scheme by default."""
         super().init_weights(*args, **kwargs)
         if not (self.weight_init_mode or args or kwargs.get("mode")):
-            self._init_as_in_the_paper()
-        self._init_positions()
-
-    def _init_as_in_the_paper(self) -> None:
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-        for token in (self.cls_token, self.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
-
-    def _init_positions(self) -> None:
-        if self.pos_embed is None or self.pos_embed.is_meta:
-            return
-        table = sincos_table(self.embed_dim, self.patch_embed.grid_size).to(self.pos_embed.dtype)
-        table = F.pad(table, (0, 0, self.pos_embed.shape[1] - len(table), 0))[None]
-        with torch.no_grad():
-            self.pos_embed.copy_(table)
+            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+            for module in self.blocks.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+            for token in (self.cls_token, self.reg_token):
+                if token is not None:
+                    nn.init.normal_(token, std=0.02)
+        if self.pos_embed is not None and not self.pos_embed.is_meta:
+            table = sincos_table(self.embed_dim, self.patch_embed.grid_size).to(self.pos_embed.dtype)
+            with torch.no_grad():
+                self.pos_embed.copy_(F.pad(table, (0, 0, self.pos_embed.shape[1] - len(table), 0)))  # 0 for the prefix
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_name": "Multi-View Masked Autoencoder for General Image Representation",
-        "origin_url": "https://doi.org/10.3390/app132212413",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in TIMM_NAMES})
+CFG = {
+    "url": "",
+    "num_classes": 0,
+    "input_size": (3, 224, 224),
+    "fixed_input_size": True,
+    "pool_size": None,
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+    "license": "apache-2.0",
+    "paper_name": "Multi-View Masked Autoencoder for General Image Representation",
+    "origin_url": "https://doi.org/10.3390/app132212413",
+}
+default_cfgs = generate_default_cfgs({f"{name}.untrained": CFG for name in TIMM_NAMES})
 
 
 def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> nn.Module:
