@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .masking import Mask
-from .model import MultiViewMAE
 
 
 class Losses(NamedTuple):

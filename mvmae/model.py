@@ -220,10 +220,6 @@ class MultiViewMAE(nn.Module):
         latent: Tensor = self.encoder.fc_norm(pooled)
         return latent
 
-    def features(self, images: Tensor) -> Tensor:
-        """Compute the features, (B, D), of whole images, (B, C, H, W): encoded with nothing masked, pooled as for Eq. 4."""
-        return self.pool_tokens(self.encoder.forward_features(images))
-
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **modules: nn.Module | None) -> "MultiViewMAE":
         """Load what `save_pretrained` wrote: encoder, decoder, projector and options, ready to go on pretraining.
