@@ -4,7 +4,7 @@ Shapes: B images, V views, C channels, H x W pixels, P patch side, L patches, K 
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import timm
 import torch
@@ -211,14 +211,12 @@ class MultiViewMAE(nn.Module):
 
     def project(self, z: Tensor) -> Tensor:
         """Apply the projector to pooled latents: (B, V, D) to (B, V, any width)."""
-        projected: Tensor = self.projector(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        return projected
+        return cast(Tensor, self.projector(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """Pool tokens, (B, T + K, D), to latents, (B, D): the mean patch or the class token, then ``fc_norm``."""
         pooled = tokens[:, 0] if self.pool == "token" else tokens[:, self.encoder.num_prefix_tokens :].mean(dim=1)
-        latent: Tensor = self.encoder.fc_norm(pooled)
-        return latent
+        return cast(Tensor, self.encoder.fc_norm(pooled))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **modules: nn.Module | None) -> "MultiViewMAE":
