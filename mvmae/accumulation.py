@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .masking import Mask
-from .model import MultiViewMAE
 
 
 class Losses(NamedTuple):
@@ -59,13 +58,17 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
         for piece, piece_mask in pieces:
             states.append(_random_state(views.device))
             latents.append(core.encode(piece, piece_mask)[1])
-    if _is_compiled(model) and not _equal(states[0], _random_state(views.device)):
+    if _is_compiled(model) and not all(map(torch.equal, states[0], _random_state(views.device))):
         raise ValueError(
             "a compiled encoder must draw no random numbers (dropout, drop path), which differ in the second pass: "
             "build the encoder with rates of 0, do not compile it, or use one part"
         )
-    loss_con, gradient = _contrast(core, torch.cat(latents), weight) if weight > 0 else (views.new_zeros(()), None)
-    loss_rec = views.new_zeros(())
+    loss_rec, loss_con, gradient = views.new_zeros(()), views.new_zeros(()), None
+    if weight > 0:  # Eq. 6 over all parts and processes; the projector's gradient is added to its parameters here
+        z = torch.cat(latents).requires_grad_()  # (B, V, D)
+        contrastive = core.contrastive_loss(core.project(z))
+        _backward(weight * contrastive)
+        loss_con, gradient = contrastive.detach(), z.grad
     for i, (piece, piece_mask) in enumerate(pieces):
         _set_random_state(states[i], views.device)
         last = i == parts - 1
@@ -78,19 +81,6 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
     return Losses(loss_rec + weight * loss_con, loss_rec, loss_con)
 
 
-def _contrast(model: MultiViewMAE, z: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
-    """Compute Eq. 6 over all parts and processes, and the gradient of its share of Eq. 7: the projector's, and that of ``z``.
-
-    Returns:
-        The loss, and the gradient of the pooled latents, (B, V, D); the projector's is added to ``parameter.grad``.
-    """
-    z.requires_grad_()
-    with torch.enable_grad():
-        loss = model.contrastive_loss(model.project(z))
-    _backward(weight * loss)
-    return loss.detach(), z.grad
-
-
 def _backward(loss: Tensor) -> None:
     with torch.autocast(loss.device.type, enabled=False):
         loss.backward()
@@ -98,10 +88,6 @@ def _backward(loss: Tensor) -> None:
 
 def _is_compiled(model: nn.Module) -> bool:
     return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
-
-
-def _equal(state: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
-    return all(map(torch.equal, state, other))
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, ...]:

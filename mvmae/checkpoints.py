@@ -1,14 +1,14 @@
 """Other people's checkpoints as weights of a timm ViT: their names by one table, then sizes as timm adapts them.
 
-A new layout is a new entry of `LAYOUTS`. Known beside timm's own: MAE's (He et al., 2022), that of transformers' ViTMAE, and
-this package's pretraining model; each under any prefix that a framework put before the names of one encoder.
+Known beside timm's own: MAE's (He et al., 2022), transformers' ViTMAE, and this package's pretraining model; each under any
+prefix that a framework put before the names of one encoder.
 """
 
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.models.eva import Eva
@@ -17,46 +17,30 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
-from .weights import CONFIG_FILE, WRAPPERS, WeightsError, check_sizes, check_weights, first_line, locate, read_json
+from .weights import WRAPPERS, WeightsError, check_sizes, check_weights, first_line, read_json
 
 _logger = logging.getLogger(__name__)
 
 
-class Layout(NamedTuple):
-    """How the names of one kind of checkpoint become those of MAE's code, which are timm's, and ``decoder_*``.
-
-    Attributes:
-        found_by: pattern of a name that this kind alone has.
-        names: patterns and their replacements, applied in order to each name. Where the result has ``attn.query``, ``attn.key``
-            and ``attn.value``, these three become ``attn.qkv``.
-    """
-
-    found_by: str
-    names: tuple[tuple[str, str], ...]
-
-
-LAYOUTS = {
-    "transformers' ViTMAE": Layout(  # in memory, and as 4.x and 5.x save it
-        r"(^|\.)embeddings\.(cls_token|position_embeddings|patch_embeddings\.projection\.(weight|bias))$",
-        (
-            (r"(^|\.)vit\.(?=embeddings\.|encoder\.layer\.|layers\.|layernorm\.)", r"\1"),
-            (r"(^|\.)decoder\.(?=mask_token$|decoder_)", r"\1"),
-            (r"(^|\.)embeddings\.patch_embeddings\.projection\.", r"\1patch_embed.proj."),
-            (r"(^|\.)embeddings\.position_embeddings$", r"\1pos_embed"),
-            (r"(^|\.)embeddings\.cls_token$", r"\1cls_token"),
-            (r"(^|\.)layernorm\.", r"\1norm."),
-            (r"(^|\.|decoder_)(?:encoder\.layer|layers)\.(?=\d)", r"\1blocks."),
-            (r"\.layernorm_before\.", ".norm1."),
-            (r"\.layernorm_after\.", ".norm2."),
-            (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.query."),
-            (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.key."),
-            (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.value."),
-            (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-            (r"\.intermediate\.dense\.", ".mlp.fc1."),
-            (r"\.output\.dense\.", ".mlp.fc2."),
-        ),
-    ),
-}
+FOUND_BY = r"(^|\.)embeddings\.(cls_token|position_embeddings|patch_embeddings\.projection\.(weight|bias))$"
+"""A name that only transformers' ViTMAE has."""
+VITMAE_NAMES = (
+    (r"(^|\.)vit\.(?=embeddings\.|encoder\.layer\.|layers\.|layernorm\.)", r"\1"),
+    (r"(^|\.)decoder\.(?=mask_token$|decoder_)", r"\1"),
+    (r"(^|\.)embeddings\.patch_embeddings\.projection\.", r"\1patch_embed.proj."),
+    (r"(^|\.)embeddings\.position_embeddings$", r"\1pos_embed"),
+    (r"(^|\.)embeddings\.cls_token$", r"\1cls_token"),
+    (r"(^|\.)layernorm\.", r"\1norm."),
+    (r"(^|\.|decoder_)(?:encoder\.layer|layers)\.(?=\d)", r"\1blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.query."),
+    (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.key."),
+    (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.value."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)  # applied in order: from ViTMAE's names, in memory and in files of 4.x and 5.x, to those of MAE's code, which are timm's
 MAE_DECODER = {
     "mask_token": "decoder.mask_token",
     "decoder_pos_embed": "decoder.pos_embed",
@@ -87,9 +71,8 @@ def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         WeightsError: if there are several encoders, adapters that are not merged, or a query, key or value is missing.
     """
     weights = {WRAPPERS.sub("", name): value for name, value in weights.items()}
-    for layout in LAYOUTS.values():
-        if any(re.search(layout.found_by, name) for name in weights):
-            weights = _renamed(weights, layout)
+    if any(re.search(FOUND_BY, name) for name in weights):
+        weights = _from_vitmae(weights)
     prefix = _encoder_prefix(weights)
     root = prefix.removesuffix("encoder.")
     with_decoder = any(name.startswith(f"{prefix}decoder") for name in weights)  # at the encoder's level, as in MAE's code
@@ -98,22 +81,22 @@ def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith(root):
             continue
         short = name.removeprefix(prefix)
-        part = next((part for part in MAE_DECODER if with_decoder and short.startswith(part)), None)
         if not name.startswith(prefix):
-            found[name.removeprefix(root)] = value
-        elif part is not None:
-            found[MAE_DECODER[part] + short.removeprefix(part)] = value
-        else:
-            found[short if short.startswith("decoder") else f"encoder.{short}"] = value
+            short = name.removeprefix(root)
+        elif with_decoder and (part := next(filter(short.startswith, MAE_DECODER), None)):
+            short = MAE_DECODER[part] + short.removeprefix(part)
+        elif not short.startswith("decoder"):
+            short = f"encoder.{short}"
+        found[short] = value
     return found
 
 
-def _renamed(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def _from_vitmae(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     split: dict[str, dict[str, str]] = {}  # of each matrix for query, key and value, the names of its parts
     for name, value in weights.items():
         ours = name
-        for pattern, replacement in layout.names:
+        for pattern, replacement in VITMAE_NAMES:
             ours = re.sub(pattern, replacement, ours)
         if part := re.search(r"\.attn\.(query|key|value)\.", ours):
             split.setdefault(ours.replace(part[0], ".attn.qkv."), {})[part[1]] = name
@@ -169,13 +152,7 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer |
     for name in ("weight", "bias"):
         if f"{wanted}.{name}" not in weights and f"{source}.{name}" in weights:
             weights[f"{wanted}.{name}"] = weights.pop(f"{source}.{name}")
-    _check_encoder_weights(weights, model)
-    return weights
-
-
-def _check_encoder_weights(weights: dict[str, Tensor], model: "VisionTransformer | Eva") -> None:
-    """Check all but what timm itself adapts afterwards: another number of classes, another number of channels."""
-    expected = model.state_dict()
+    expected = model.state_dict()  # but for what timm itself adapts afterwards: the numbers of classes and of channels
     head = ("head.weight", "head.bias")
     fits = all(key in weights and key in expected and weights[key].shape == expected[key].shape for key in head)
     if not fits and (not model.num_classes or model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes")):
@@ -189,15 +166,13 @@ def _check_encoder_weights(weights: dict[str, Tensor], model: "VisionTransformer
     if proj in weights and weights[proj].shape[2:] == expected[proj].shape[2:]:
         expected[proj] = expected[proj][:, :1].expand(-1, weights[proj].shape[1], -1, -1)
     check_weights(weights, expected, source="the checkpoint")
+    return weights
 
 
 def vitmae_arguments(config: Path) -> dict[str, Any] | None:
     """Return timm's arguments for the encoder that a ``config.json`` of transformers' ViTMAE describes.
 
-    None for that of another model, or where there is no such file.
-
-    Raises:
-        WeightsError: if a value of it fits no encoder.
+    None for that of another model, or where there is no such file. A `WeightsError` names a value that fits no encoder.
     """
     content = read_json(config) if config.is_file() else {}
     if content.get("model_type") != "vit_mae":
@@ -217,16 +192,9 @@ def vitmae_arguments(config: Path) -> dict[str, Any] | None:
     return args | {"mlp_ratio": args["mlp_ratio"] / args["embed_dim"], "qkv_bias": content.get("qkv_bias", True) is not False}
 
 
-def timm_model(name: str, cache_dir: str | Path | None = None) -> tuple[str, dict[str, Any]]:
-    """Return the name by which timm builds a model, and arguments for it: of a ViTMAE, else the same name and none.
-
-    Args:
-        name: of timm, or ``local-dir:FOLDER`` or ``hf-hub:owner/name``.
-        cache_dir: where downloads are kept.
-    """
-    if not name.startswith(("local-dir:", "hf-hub:")):
-        return name, {}
-    args = vitmae_arguments(locate(name, CONFIG_FILE, cache_dir=cache_dir))
+def timm_model(name: str, config: Path) -> tuple[str, dict[str, Any]]:
+    """Return the name by which timm builds ``local-dir:FOLDER`` or ``hf-hub:ID``, and arguments: of a ViTMAE, else none."""
+    args = vitmae_arguments(config)
     if args is None:
         return name, {}
     source, _, place = name.partition(":")

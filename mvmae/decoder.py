@@ -95,12 +95,9 @@ class MAEDecoder(nn.Module):
         hidden = self.mask_token.expand(batch, mask.masked.shape[1], -1)  # float32 from here to the norm, under autocast too
         places = mask.visible[:, :, None].expand(-1, -1, hidden.shape[2])
         patches = hidden.scatter(1, places, tokens[:, prefix:].to(hidden.dtype))  # (B, L, E), in the order of the image
-        tokens = torch.cat([tokens[:, :prefix], patches + self._positions(grid_size)], dim=1)
+        positions = self.get_buffer("pos_embed")
+        if grid_size is not None and grid_size != self.grid_size:
+            positions = sincos_table(positions.shape[1], grid_size).to(positions.dtype).to(positions.device)
+        tokens = torch.cat([tokens[:, :prefix], patches + positions], dim=1)
         tokens = self.norm(self.blocks(tokens)[:, prefix:])
         return cast(Tensor, self.head(tokens))
-
-    def _positions(self, grid_size: tuple[int, int] | None) -> Tensor:
-        table = self.get_buffer("pos_embed")
-        if grid_size is None or grid_size == self.grid_size:
-            return table
-        return sincos_table(table.shape[1], grid_size).to(table.dtype).to(table.device)

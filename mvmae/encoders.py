@@ -11,9 +11,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checkpoints import checkpoint_filter, timm_model, vitmae_arguments
+from .checkpoints import checkpoint_filter, timm_model
 from .patches import sincos_table
-from .weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, check_sizes, locate, read_json, read_weights
+from .weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, check_sizes, in_file, locate, read_json, read_weights
 
 TIMM_NAMES = {
     "mvmae_vit_tiny_patch16": "vit_tiny_patch16_224",
@@ -27,57 +27,44 @@ TIMM_NAMES = {
 class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
     """timm's `VisionTransformer` with the paper's initialisation: fixed sine-cosine positions, Xavier-uniform weights.
 
-    Nothing but `init_weights` differs from timm's class: parameters, their names and their shapes, forward and options are
-    timm's own. The positions are an ordinary parameter, so that timm resizes, casts and saves them; `MultiViewMAE` freezes
-    them while it pretrains.
+    Nothing but `init_weights` differs from timm's class. The positions are an ordinary parameter, so that timm resizes, casts
+    and saves them; `MultiViewMAE` freezes them while it pretrains.
     """
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         """Initialise weights (Section 4.1.1; MAE where silent): timm's modes on request, the paper's scheme by default."""
         super().init_weights(*args, **kwargs)
         if not (self.weight_init_mode or args or kwargs.get("mode")):
-            self._init_as_in_the_paper()
-        self._init_positions()
-
-    def _init_as_in_the_paper(self) -> None:
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-        for token in (self.cls_token, self.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
-
-    def _init_positions(self) -> None:
-        if self.pos_embed is None or self.pos_embed.is_meta:
-            return
-        table = sincos_table(self.embed_dim, self.patch_embed.grid_size).to(self.pos_embed.dtype)
-        table = F.pad(table, (0, 0, self.pos_embed.shape[1] - len(table), 0))[None]
-        with torch.no_grad():
-            self.pos_embed.copy_(table)
+            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+            for module in self.blocks.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+            for token in (self.cls_token, self.reg_token):
+                if token is not None:
+                    nn.init.normal_(token, std=0.02)
+        if self.pos_embed is not None and not self.pos_embed.is_meta:
+            table = sincos_table(self.embed_dim, self.patch_embed.grid_size).to(self.pos_embed.dtype)
+            with torch.no_grad():
+                self.pos_embed.copy_(F.pad(table, (0, 0, self.pos_embed.shape[1] - len(table), 0)))  # 0 for the prefix
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_name": "Multi-View Masked Autoencoder for General Image Representation",
-        "origin_url": "https://doi.org/10.3390/app132212413",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in TIMM_NAMES})
+CFG = {
+    "url": "",
+    "num_classes": 0,
+    "input_size": (3, 224, 224),
+    "fixed_input_size": True,
+    "pool_size": None,
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+    "license": "apache-2.0",
+    "paper_name": "Multi-View Masked Autoencoder for General Image Representation",
+    "origin_url": "https://doi.org/10.3390/app132212413",
+}
+default_cfgs = generate_default_cfgs({f"{name}.untrained": CFG for name in TIMM_NAMES})
 
 
 def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> nn.Module:
@@ -89,10 +76,8 @@ def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defau
         )
     if args.pop("use_naflex", False):
         return _create_naflex(name, pretrained, args)
-    try:
+    with in_file(place):
         model: Any = _build(name, pretrained, args) if weights is None else _build_with(weights, name, args)
-    except WeightsError as error:
-        raise WeightsError(f"{place}: {error}") from error
     model.pretrained_cfg["architecture"] = TIMM_NAMES[name]  # so that timm's own saver writes what plain timm can rebuild
     model._model_args = {**getattr(model, "_model_args", {}), "fc_norm": args["fc_norm"]}
     return model  # type: ignore[no-any-return]
@@ -209,10 +194,19 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     """
     if not model_name.startswith(("local-dir:", "hf-hub:")):
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
-    check_source(model_name, weights=pretrained, cache_dir=kwargs.get("cache_dir"))
     try:
         with building(f"{model_name} with {kwargs}" if kwargs else model_name):
-            name, described = timm_model(model_name, kwargs.get("cache_dir"))
+            path = locate(model_name, CONFIG_FILE, cache_dir=kwargs.get("cache_dir"))
+            config = read_json(path)
+            name, described = timm_model(model_name, path)
+            if not (described or isinstance(config.get("architecture"), str)):
+                raise WeightsError(f"{path}: architecture must be a str, got {config.get('architecture')!r:.80}: get it again")
+            cfg = config.get("pretrained_cfg", config)
+            sizes = {key: cfg.get(key) for key in ("num_classes", "input_size", "test_input_size", "min_input_size")}
+            check_sizes({"num_classes": config.get("num_classes"), **sizes, **config.get("model_args", {})}, path)
+            if pretrained:  # whose damage timm would report as anything
+                file = cfg.get("hf_hub_filename") if model_name.startswith("hf-hub:") else None
+                read_weights(locate(model_name, str(file or WEIGHTS_FILE), cache_dir=kwargs.get("cache_dir")))
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **{**described, **kwargs})
     except WeightsError as error:
         title, *keys = str(error.__cause__).splitlines() or [""]
@@ -221,32 +215,3 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         what = f"{keys[0].strip().rstrip('.')} ({len(keys)} such)"
         raise WeightsError(f"{model_name} does not fit the model: {what}; is it a checkpoint of another model?") from error
     return model
-
-
-def check_source(name: str, *, weights: bool, cache_dir: str | Path | None = None) -> None:
-    """Check the files of an exported model that timm would read: ``config.json``, and the weights if asked.
-
-    Raises:
-        WeightsError: if a file is missing, damaged, or of another kind; of a repository, if its weights are not safetensors.
-    """
-    path = locate(name, CONFIG_FILE, cache_dir=cache_dir)
-    config = vitmae_arguments(path) or _read_config(path)
-    if weights:
-        file = config.get("pretrained_cfg", config).get("hf_hub_filename") if name.startswith("hf-hub:") else None
-        read_weights(locate(name, str(file or WEIGHTS_FILE), cache_dir=cache_dir))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of an exported model, and check what timm builds from it."""
-    config = read_json(path)
-    cfg = config.get("pretrained_cfg", config)
-    for name, value, kind in (
-        ("architecture", config.get("architecture"), str),
-        ("model_args", config.get("model_args", {}), dict),
-        ("pretrained_cfg", cfg, dict),
-    ):
-        if not isinstance(value, kind):
-            raise WeightsError(f"{path}: {name} must be a {kind.__name__}, got {str(value)[:80]!r}: get the file again")
-    sizes = {name: cfg.get(name) for name in ("num_classes", "input_size", "test_input_size", "min_input_size")}
-    check_sizes({"num_classes": config.get("num_classes"), **sizes, **config.get("model_args", {})}, path)
-    return config

@@ -43,22 +43,15 @@ class Inputs:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record in types that JSON can hold."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Inputs":
-        """Return the record that `to_dict` gave, or raise a `WeightsError`."""
-        try:
-            return cls(**content)
-        except (TypeError, ValueError) as error:
-            raise WeightsError(f"this does not say how images are read ({first_line(error)}): upgrade mvmae") from error
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Inputs":
         """Return the record in an export's ``config.json``, or what timm's cfg there says, or raise a `WeightsError`."""
-        if INPUTS in config:
-            return cls.from_dict(config[INPUTS])
         cfg = config.get("pretrained_cfg", config)
         known = {name: cfg[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in cfg}
         old = {"background": config["background"]} if "background" in config else {}  # of this package, before the record
-        return cls.from_dict({"size": (cfg.get("input_size") or (3, 0, 0))[1:], **known, **old})
+        try:
+            return cls(**config.get(INPUTS, {"size": (cfg.get("input_size") or (3, 0, 0))[1:], **known, **old}))
+        except (TypeError, ValueError) as error:
+            raise WeightsError(f"this does not say how images are read ({first_line(error)}): upgrade mvmae") from error

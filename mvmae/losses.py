@@ -114,20 +114,15 @@ class NTXentLoss(nn.Module):
                     "the contrastive loss must have a global batch of at least 2 images, got 1, which has no negatives: "
                     "use a larger batch, or loss_weight=0"
                 )
-            views = z.shape[1]
+            latents, views = keys.flatten(0, 1), z.shape[1]  # (N * V, D)
             anchors = slice(offset * views, (offset + len(z)) * views)
-            denominator = self._log_denominator(keys.flatten(0, 1), anchors)  # (B*V,)
-            return (denominator - mean_positive_similarity(z).flatten() / self.temperature).mean()  # Eqs. 4, 6
-
-    def _log_denominator(self, latents: Tensor, anchors: slice) -> Tensor:
-        chunk_size = self.chunk_size
-        if chunk_size is None:
             row_bytes = len(latents) * latents.element_size()
-            if (anchors.stop - anchors.start) * row_bytes <= PLAIN_LOGITS_BYTES:
-                return log_denominator(latents, anchors, self.temperature)
-            chunk_size = max(PLAIN_LOGITS_BYTES // 4 // row_bytes, 1)
-        result: Tensor = _ChunkedLogDenominator.apply(latents, anchors, self.temperature, chunk_size)
-        return result
+            if self.chunk_size is None and (anchors.stop - anchors.start) * row_bytes <= PLAIN_LOGITS_BYTES:
+                denominator = log_denominator(latents, anchors, self.temperature)  # (B * V,)
+            else:
+                chunk_size = self.chunk_size or max(PLAIN_LOGITS_BYTES // 4 // row_bytes, 1)
+                denominator = _ChunkedLogDenominator.apply(latents, anchors, self.temperature, chunk_size)
+            return (denominator - mean_positive_similarity(z).flatten() / self.temperature).mean()  # Eqs. 4, 6
 
     def extra_repr(self) -> str:
         """Return the options, for ``repr``."""

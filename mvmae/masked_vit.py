@@ -39,16 +39,14 @@ def check_encoder(vit: nn.Module) -> PlainViT:
     Raises:
         TypeError: if it is not a plain ViT of timm, with the reason.
     """
-    own: Any = type(vit)
-    name = own.__name__
-    kinds: list[Any] = [kind for kind in (VisionTransformer, Eva) if isinstance(vit, kind)]
-    if not kinds:
+    name, kind = type(vit).__name__, Eva if isinstance(vit, Eva) else VisionTransformer
+    if not isinstance(vit, kind):
         reason = next((f" ({why})" for start, why in REASONS.items() if name.startswith(start)), "")
         raise TypeError(
             f"the encoder must be a timm VisionTransformer or Eva, got {name}{reason}: use a plain ViT, such as timm's vit_*, "
             "deit*, eva02_* or mvmae_vit_*"
         )
-    if own.forward_features is not kinds[0].forward_features:
+    if type(vit).forward_features is not kind.forward_features:
         raise TypeError(
             f"the encoder must not override forward_features, which is not called here, got {name}: use a plain ViT of timm"
         )
@@ -144,28 +142,17 @@ def _positions(vit: PlainViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return positions[0, :with_prefix], positions[0, with_prefix:]
 
 
-def _rotary_table(vit: Eva, grid: tuple[int, int]) -> Tensor | None:
-    """Return the rotary positions of every patch: (L, R), or (depth, heads, L, R) where each block learns its own, or None."""
-    if vit.rope is None:
-        return None
-    fixed = hasattr(vit.rope, "feat_shape") and not vit.dynamic_img_size
-    table: Tensor = vit.rope.get_embed() if fixed else vit.rope.get_embed(shape=grid)
-    return table
-
-
 def _rotated_blocks(vit: Eva, tokens: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Run the blocks of an `Eva` on tokens, (B, T + K, D), each visible patch at its own place."""
-    table, blocks = _rotary_table(vit, grid), list(vit.blocks)
-    if table is None:
-        positions: list[Any] = [None] * len(blocks)
-    elif table.ndim == 2:
-        positions = [table[visible][:, None]] * len(blocks)  # (B, 1, K, R), one for all heads
-    else:
-        positions = [of_block[:, visible].transpose(0, 1) for of_block in table]  # (B, heads, K, R)
+    """Run the blocks of an `Eva` on tokens, (B, T + K, D), each visible patch at its own rotary position."""
+    blocks, positions = list(vit.blocks), [None] * len(vit.blocks)
+    if vit.rope is not None:
+        fixed = hasattr(vit.rope, "feat_shape") and not vit.dynamic_img_size
+        table = vit.rope.get_embed() if fixed else vit.rope.get_embed(shape=grid)
+        if table.ndim == 2:  # (L, R), one for all blocks and heads
+            positions = [table[visible][:, None]] * len(blocks)  # (B, 1, K, R)
+        else:  # (depth, heads, L, R): each block learns its own
+            positions = [of_block[:, visible].transpose(0, 1) for of_block in table]  # (B, heads, K, R)
     for block, rope in zip(blocks, positions, strict=True):
-        tokens = _run(block, vit.grad_checkpointing)(tokens, rope=rope)
+        run = partial(checkpoint, block, use_reentrant=False) if vit.grad_checkpointing else block
+        tokens = run(tokens, rope=rope)
     return tokens
-
-
-def _run(block: nn.Module, checkpointed: bool) -> Any:
-    return partial(checkpoint, block, use_reentrant=False) if checkpointed else block

@@ -35,10 +35,7 @@ def knn_accuracy(
     Raises:
         ValueError: as in `knn_predict`, or if features and labels differ in number.
     """
-    if test_labels.shape != test_features.shape[:1]:
-        raise ValueError(
-            f"test_labels must be (Q,) for (Q, D) features, got {tuple(test_labels.shape)} and {tuple(test_features.shape)}"
-        )
+    _check_labels("test_labels", test_labels, test_features)
     predicted = knn_predict(train_features, train_labels, test_features, k=k, temperature=temperature, chunk_size=chunk_size)
     return float(as_double(predicted == test_labels.to(predicted.device)).mean())
 
@@ -73,10 +70,7 @@ def knn_predict(
             "test_features and train_features must be (Q, D) and (N, D), "
             f"got {tuple(test_features.shape)} and {tuple(train_features.shape)}"
         )
-    if train_labels.shape != train_features.shape[:1]:
-        raise ValueError(
-            f"train_labels must be (N,) for (N, D) features, got {tuple(train_labels.shape)} and {tuple(train_features.shape)}"
-        )
+    _check_labels("train_labels", train_labels, train_features)
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k must be 1 to {len(train_features)}, the number of labelled features, got {k}")
     if temperature is not None and not temperature > 0:
@@ -175,8 +169,7 @@ def variance_explained(features: Tensor, groups: Tensor) -> float:
         ValueError: if there are fewer than two features, they are all the same, or groups and features differ in number.
     """
     _check_features(features, at_least=2)
-    if groups.shape != features.shape[:1]:
-        raise ValueError(f"groups must be (N,) for (N, D) features, got {tuple(groups.shape)} and {tuple(features.shape)}")
+    _check_labels("groups", groups, features)
     centred = as_double(_unit(features))
     centred = centred - centred.mean(dim=0)
     _, numbers, counts = groups.to(centred.device).unique(return_inverse=True, return_counts=True)
@@ -207,9 +200,7 @@ def mean_cosine(before: Tensor, after: Tensor) -> float:
         ValueError: if the shapes differ.
     """
     if before.shape != after.shape or before.ndim != 2:
-        raise ValueError(
-            f"before and after must have the same shape (N, D), got {tuple(before.shape)} and {tuple(after.shape)}"
-        )
+        raise ValueError(f"before and after must have the same shape (N, D), got {tuple(before.shape)}, {tuple(after.shape)}")
     return float(F.cosine_similarity(as_double(before), as_double(after), dim=1).mean())
 
 
@@ -243,3 +234,8 @@ def _unit(features: Tensor) -> Tensor:
 def _check_features(features: Tensor, at_least: int = 1) -> None:
     if features.ndim != 2 or len(features) < at_least:
         raise ValueError(f"features must have the shape (N, D) with N >= {at_least}, got {tuple(features.shape)}")
+
+
+def _check_labels(name: str, labels: Tensor, features: Tensor) -> None:
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"{name} must be (N,) for (N, D) features, got {tuple(labels.shape)} and {tuple(features.shape)}")

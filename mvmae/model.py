@@ -4,7 +4,7 @@ Shapes: B images, V views, C channels, H x W pixels, P patch side, L patches, K 
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import timm
 import torch
@@ -131,7 +131,13 @@ class MultiViewMAE(nn.Module):
                 f"mask_ratio must mask at least one of {visible} patches to have something to reconstruct, got {mask_ratio}: "
                 'raise it, or use loss_on="all"'
             )
-        self._freeze_what_is_not_trained()
+        for name, parameter in vit.named_parameters():
+            fixed = name == "pos_embed" and isinstance(vit, SinCosVisionTransformer)
+            if fixed or name.partition(".")[0] in ("head", "head_dist", "attn_pool"):
+                parameter.requires_grad_(False)
+        if loss_weight == 0:  # none of these is on the way to the reconstruction
+            for module in (self.projector, self.contrastive_loss, vit.fc_norm):
+                module.requires_grad_(False)
         self.register_load_state_dict_post_hook(_fill_buffers)  # type: ignore[no-untyped-call]
 
     def init_weights(self) -> None:
@@ -141,15 +147,6 @@ class MultiViewMAE(nn.Module):
         for module in self.projector.modules():
             if reset := getattr(module, "reset_parameters", None):
                 reset()
-
-    def _freeze_what_is_not_trained(self) -> None:
-        for name, parameter in self.encoder.named_parameters():
-            fixed = name == "pos_embed" and isinstance(self.encoder, SinCosVisionTransformer)
-            if fixed or name.partition(".")[0] in ("head", "head_dist", "attn_pool"):
-                parameter.requires_grad_(False)
-        if self.loss_weight == 0:  # none of these is on the way to the reconstruction
-            for module in (self.projector, self.contrastive_loss, self.encoder.fc_norm):
-                module.requires_grad_(False)
 
     def forward(
         self,
@@ -214,18 +211,12 @@ class MultiViewMAE(nn.Module):
 
     def project(self, z: Tensor) -> Tensor:
         """Apply the projector to pooled latents: (B, V, D) to (B, V, any width)."""
-        projected: Tensor = self.projector(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        return projected
+        return cast(Tensor, self.projector(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """Pool tokens, (B, T + K, D), to latents, (B, D): the mean patch or the class token, then ``fc_norm``."""
         pooled = tokens[:, 0] if self.pool == "token" else tokens[:, self.encoder.num_prefix_tokens :].mean(dim=1)
-        latent: Tensor = self.encoder.fc_norm(pooled)
-        return latent
-
-    def features(self, images: Tensor) -> Tensor:
-        """Compute the features, (B, D), of whole images, (B, C, H, W): encoded with nothing masked, pooled as for Eq. 4."""
-        return self.pool_tokens(self.encoder.forward_features(images))
+        return cast(Tensor, self.encoder.fc_norm(pooled))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **modules: nn.Module | None) -> "MultiViewMAE":

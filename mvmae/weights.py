@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-NAMED_FILES = (WEIGHTS_FILE, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-WEIGHTS_FILES = (*NAMED_FILES, "*.safetensors", "*.pth", "*.pth.tar", "*.bin")  # in timm's order in a folder
+OTHER_FILES = ("pytorch_model.bin", "pytorch_model.pth", "model.pth", "*.safetensors", "*.pth", "*.pth.tar", "*.bin")
+"""What timm loads from a folder instead of `WEIGHTS_FILE`, in its order."""
 HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 WRAPPERS = re.compile(
     r"^(?:module\.|base_model\.model\.|_orig_mod\.)+|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -54,10 +54,8 @@ def locate(source: str | Path, filename: str, *, revision: str | None = None, ca
     folder = Path(text.removeprefix("local-dir:"))
     if folder.is_dir() and not text.startswith("hf-hub:"):
         if revision is not None:
-            raise WeightsError(
-                f"revision must be None for the folder {folder}, got {revision!r}: only a repository of the Hub has revisions"
-            )
-        names = WEIGHTS_FILES if filename == WEIGHTS_FILE else (filename,)
+            raise WeightsError(f"revision must be None for the folder {folder}, got {revision!r}: only a repository has one")
+        names = (filename, *(OTHER_FILES if filename == WEIGHTS_FILE else ()))
         found = next((path for name in names for path in sorted(folder.glob(name)) if path.is_file()), None)
         if found is None:
             raise WeightsError(f"{folder} holds no {filename}: name a folder that mvmae's export, or timm, has written")
@@ -80,6 +78,8 @@ def hub_errors(repo: str, filename: str, revision: str | None = None) -> Iterato
     """Convert an error of the Hub's client into a `WeightsError` of one line with the cause and the cure."""
     try:
         yield
+    except WeightsError:
+        raise
     except Exception as error:  # the client's HTTP library, and with it the class of a cut connection, changes with its version
         host, status = constants.ENDPOINT, getattr(getattr(error, "response", None), "status_code", "an error")
         cure = "log in with `hf auth login`, with an account that has access" if status in (401, 403) else "try again later"
@@ -144,11 +144,19 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def in_file(place: str | Path) -> Iterator[None]:
+    """Put the place of the weights before the message of a `WeightsError`."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{place}: {error}") from error
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a checkpoint: safetensors, or a PyTorch file, of which only tensors are unpickled.
 
-    A PyTorch file may hold the weights under ``model`` or ``state_dict`` (timm's rules: averaged weights first) beside other
-    plain data.
+    A PyTorch file may hold them under ``model`` or ``state_dict`` (timm's rules: averaged weights first) beside other data.
 
     Raises:
         WeightsError: if the file is missing, damaged, would run code, or holds something else than finite weights.
@@ -164,20 +172,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 weights = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        raise WeightsError(_why_unreadable(path, error)) from error
+        cause = f"({path.stat().st_size} bytes) is cut or damaged ({first_line(error)}): get it again"
+        if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+            cause = "is a Git LFS pointer, not the weights: run `git lfs pull`"
+        elif "weights_only" in str(error):
+            cause = "is a pickle of more than weights, which could run code, and was not loaded: "
+            cause += "if you trust it, save its state dict alone as safetensors"
+        raise WeightsError(f"{path} {cause}") from error
     return check_tensors(weights, path)
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        if file.read(64).startswith(b"version https://git-lfs"):
-            return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`"
-    if "weights_only" in str(error):
-        return (
-            f"{path} is a pickle of more than weights, which could run code, and was not loaded: "
-            "if you trust it, save its state dict alone as safetensors"
-        )
-    return f"{path} ({path.stat().st_size} bytes) is cut or damaged ({first_line(error)}): get it again"
 
 
 def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:
@@ -202,8 +204,8 @@ def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:
             cause = "without numbers, on the meta device: load weights first"
         elif value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_complex():
             cause = "as a sparse, nested, quantized or complex tensor: save it as a plain tensor"
-        elif value.numel() * value.element_size() > value.untyped_storage().nbytes():  # a copy could take all memory
-            cause = f"of shape {tuple(value.shape)} with less data: save it as a plain tensor"
+        elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            cause = f"of shape {tuple(value.shape)} with less data: save it as a plain tensor"  # a copy could take all memory
         elif value.is_floating_point() and not value.isfinite().all():
             cause = "with NaN or infinity: the run has diverged, or the file is damaged"
         if cause:
@@ -236,11 +238,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Load weights that fit a model exactly.
-
-    Raises:
-        WeightsError: as `check_weights`; the model stays as it was.
-    """
+    """Load weights that fit a model exactly, or raise the error of `check_weights` and leave the model as it was."""
     check_weights(weights, model.state_dict(), source=source)
     model.load_state_dict(weights)
 

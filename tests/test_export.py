@@ -31,9 +31,15 @@ def leave(folder: Path, model: torch.nn.Module, **about: object) -> None:
     Image.new("RGB", (8, 8)).save(folder / "curves.png")
 
 
-def test_a_fine_tuned_run_keeps_its_head_and_the_names_of_its_classes(tmp_path: Path) -> None:
+def fine_tuned(folder: Path, **about: object) -> torch.nn.Module:
+    """Leaves what a fine-tuned run does."""
     vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY, num_classes=3).eval()
-    leave(tmp_path / "run", vit, label_names=["cat", "dog", "eel"], crop_pct=0.9, training="fine-tuned for classification")
+    leave(folder, vit, label_names=["cat", "dog", "eel"], training="fine-tuned for classification", **about)
+    return vit
+
+
+def test_a_fine_tuned_run_keeps_its_head_and_the_names_of_its_classes(tmp_path: Path) -> None:
+    vit = fine_tuned(tmp_path / "run", crop_pct=0.9)
     done = run_script("export.py", "--run", "run", "--output-dir", "out", "--datasets", "cifar10", folder=tmp_path)
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -73,6 +73,8 @@ def test_heat_is_laid_over_from_black_to_white():
     grey = overlay(images, heat, opacity=0.0)
     torch.testing.assert_close(grey, images.mean(1, keepdim=True).expand(-1, 3, -1, -1))
     assert overlay(images, torch.ones(2, 4, 4)).isfinite().all()
+    drawn = overlay(images, torch.tensor([[[1.0]], [[2.0]]]), opacity=1.0, limits=(1.0, 2.0))
+    assert torch.equal(drawn[0], torch.zeros(3, 8, 8)) and torch.equal(drawn[1], torch.ones(3, 8, 8))
 
 
 def test_colours_are_the_main_directions_of_scikit_learn():
@@ -95,10 +97,12 @@ def test_neighbours_are_those_of_scikit_learn():
     np.testing.assert_allclose(1 - cosines.numpy(), distances, atol=1e-6)
 
 
-def test_heat_is_drawn_between_the_limits_given():
-    images, heat = torch.rand(2, 3, 8, 8), torch.tensor([[[1.0]], [[2.0]]])
-    drawn = overlay(images, heat, opacity=1.0, limits=(1.0, 2.0))
-    assert torch.equal(drawn[0], torch.zeros(3, 8, 8)) and torch.equal(drawn[1], torch.ones(3, 8, 8))
+TILE = torch.ones(1, 3, 160, 160)
+
+
+def drawn(columns, titles=None, *note, **more):
+    """The pixels of a sheet."""
+    return np.array(contact_sheet(columns, titles or [""] * len(columns), *note, **more)).astype(int)
 
 
 def dark_rows(pixels):
@@ -121,26 +125,21 @@ def test_a_sheet_holds_tiles_of_any_size_under_their_titles():
 
 def test_captions_can_be_read_on_a_sheet_that_a_browser_shrinks_to_800_pixels():
     for count in (1, 4, 12):
-        picture = np.array(contact_sheet([torch.ones(1, 3, 160, 160)] * count, ["I"] * count))
+        picture = drawn([TILE] * count, ["I"] * count)
         assert np.ptp(dark_rows(picture[:-170])) + 1 >= max(10, 8 * picture.shape[1] / 800)  # height of a capital letter
 
 
 def test_long_titles_and_notes_stay_within_their_column_and_the_sheet():
-    tile = torch.ones(1, 3, 160, 160)
-    plain = np.array(contact_sheet([tile] * 2, ["title", ""]))
+    plain = drawn([TILE] * 2, ["title", ""])
     for title in ("a title of many words, far wider than 160 pixels", "a-name-without-any-space-wider-than-160-pixels"):
-        picture = np.array(contact_sheet([tile] * 2, [title, ""]))
+        picture = drawn([TILE] * 2, [title, ""])
         assert (picture[:, 166:] == 255).all() and len(dark_rows(picture)) > 1.5 * len(dark_rows(plain))
-    noted = np.array(
-        contact_sheet([tile] * 2, ["title", ""], "a note of so many words that it takes two lines or more below the tiles")
-    )
+    noted = drawn([TILE] * 2, ["title", ""], "a note of so many words that it takes two lines or more below the tiles")
     assert len(noted) - len(plain) > 40 and (noted[:, -2:] == 255).all()
 
 
 def test_right_and_wrong_tiles_differ_in_colour_and_without_it():
-    picture = np.array(contact_sheet([torch.zeros(3, 3, 160, 160)] * 2, ["", ""], marks=[None, [True, False, True]])).astype(
-        int
-    )
+    picture = drawn([torch.zeros(3, 3, 160, 160)] * 2, marks=[None, [True, False, True]])
     top = len(picture) - 3 * 164
     tiles = [[picture[top + 164 * row :, 4 + 164 * column :][:160, :160] for row in range(3)] for column in range(2)]
     assert all((tile == 0).all() for tile in tiles[0])
@@ -155,23 +154,18 @@ def test_right_and_wrong_tiles_differ_in_colour_and_without_it():
 
 
 def test_a_colour_bar_below_its_column_goes_from_black_to_white_between_two_words():
-    tiles, titles = [torch.ones(1, 3, 160, 160)] * 2, ["", ""]
-    bare = np.array(contact_sheet(tiles, titles))
-    picture = np.array(contact_sheet(tiles, titles, bars=[None, ("0.50", "1.50+")]))
-    below = picture[len(bare) :]
+    below = drawn([TILE] * 2, bars=[None, ("0.50", "1.50+")])[len(drawn([TILE] * 2)) :]
     assert len(below) >= 30 and (below[:, :166] == 255).all()
-    bar = below[8, 168:328] / 255
     expected = heat_colours(torch.linspace(0, 1, 160)[None])[:, 0].T.numpy()
-    np.testing.assert_allclose(bar[1:-1], expected[1:-1], atol=0.01)
+    np.testing.assert_allclose(below[8, 169:327] / 255, expected[1:-1], atol=0.01)
     assert (below[20:, 168:220] < 100).any() and (below[20:, 270:] < 100).any()
 
 
 def test_a_legend_names_its_colours_in_as_many_lines_as_it_takes():
-    tile, names = [torch.ones(1, 3, 160, 160)], [(f"class {i}", (10 * i, 255 - 10 * i, 50)) for i in range(20)]
-    bare = np.array(contact_sheet(tile, [""]))
-    picture = np.array(contact_sheet(tile, [""], legend=names))
-    found = {tuple(pixel) for pixel in picture[len(bare) :].reshape(-1, 3).tolist()}
-    assert all(colour in found for _, colour in names) and len(picture) > len(bare) + 10 * 16
+    names = [(f"class {i}", (10 * i, 255 - 10 * i, 50)) for i in range(20)]
+    below = drawn([TILE], legend=names)[len(drawn([TILE])) :]
+    found = {tuple(pixel) for pixel in below.reshape(-1, 3).tolist()}
+    assert all(colour in found for _, colour in names) and len(below) > 10 * 16
 
 
 def test_lines_break_between_words_and_behind_punctuation_before_letters():

@@ -1,7 +1,6 @@
 """Weights of transformers' ViTMAE: the same features, predictions and loss here as there."""
 
 import json
-import math
 import re
 import sys
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from hub_server import Hub
 from running import EXAMPLES
 from test_hub import features, hub_repo
+from test_hub import mae_positions as table
 from torch.nn.functional import layer_norm
 
 import mvmae
@@ -23,9 +23,8 @@ from mvmae.masking import Mask
 from mvmae.weights import WeightsError
 
 sys.path.append(str(EXAMPLES))
-from engine.ends import Stop
-from tasks.backbones import load_backbone
-from tasks.starting import start_encoder, starting_weights
+from engine.signals import Stop
+from tasks.models import load_backbone, start_encoder, starting_weights
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -50,19 +49,6 @@ DECODER = {
     "decoder_num_attention_heads": 4,
     "decoder_intermediate_size": 128,
 }
-
-
-def table(width: int, side: int) -> torch.Tensor:
-    """Computes MAE's positions number by number, with a row of zeros for the class token."""
-    positions = torch.zeros(1, side * side + 1, width)
-    quarter = width // 4
-    for place in range(side * side):
-        for i in range(quarter):
-            for half, angle in enumerate((place % side, place // side)):
-                angle = angle / 10000 ** (i / quarter)
-                positions[0, 1 + place, 2 * half * quarter + i] = math.sin(angle)
-                positions[0, 1 + place, (2 * half + 1) * quarter + i] = math.cos(angle)
-    return positions
 
 
 def vitmae(**options: Any) -> Any:
@@ -346,7 +332,7 @@ def test_a_repository_of_a_vitmae_is_a_model_too(saved, tmp_path):
 import sys
 import mvmae
 sys.path.append({str(EXAMPLES)!r})
-from tasks.backbones import load_backbone
+from tasks.models import load_backbone
 features = mvmae.create_model("hf-hub:me/vitmae", pretrained=True).eval().forward_features(images)
 assert torch.equal(load_backbone("hf-hub:me/vitmae").eval().forward_features(images), features)
 """

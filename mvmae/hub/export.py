@@ -24,29 +24,19 @@ from ..masked_vit import PlainViT, check_encoder
 from ..model import MultiViewMAE
 from ..weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, hub_errors, write_json, write_weights
 from .card import CARD_FILE, license_warning, without_folders
-from .onnx import ONNX_DATA_FILE, ONNX_FILE, remove_onnx
+from .onnx import ONNX_FILES, remove_onnx
 
 _logger = logging.getLogger(__name__)
 PRETRAINED = "pretrained by the Multi-View Masked Autoencoder (https://doi.org/10.3390/app132212413)"
-PUBLISHED = [
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    f"{PRETRAINING_FOLDER}/{PRETRAINING_CONFIG}",
-    f"{PRETRAINING_FOLDER}/{PRETRAINING_FILE}",
-    ONNX_FILE,
-    ONNX_DATA_FILE,
-    CARD_FILE,
-    "curves.png",
-    "reconstructions.png",
-]
+PRETRAINING = [f"{PRETRAINING_FOLDER}/{name}" for name in (PRETRAINING_CONFIG, PRETRAINING_FILE)]
+PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, *PRETRAINING, *ONNX_FILES, CARD_FILE, "curves.png", "reconstructions.png"]
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return what rebuilds a `MultiViewMAE` or a ViT of timm, in types that JSON can hold, or raise a `WeightsError`."""
     model = _unwrap(model)
-    return (
-        describe_pretraining(model) if isinstance(model, MultiViewMAE) else describe_encoder(check_encoder(model), plain=False)
-    )
+    whole = isinstance(model, MultiViewMAE)
+    return describe_pretraining(model) if whole else describe_encoder(check_encoder(model), plain=False)
 
 
 def build(description: Mapping[str, Any], **modules: nn.Module | None) -> nn.Module:
@@ -106,56 +96,50 @@ def export(
         WeightsError: if timm could not rebuild the encoder, or a weight is NaN or infinite.
     """
     started = {key: without_folders(value) for key, value in (started_from or {}).items()}
-    model, folder = _unwrap(model), Path(folder)
     if warning := license_warning(started):
         _logger.warning("%s", warning)
-    whole = isinstance(model, MultiViewMAE)
-    vit = check_encoder(model.encoder if isinstance(model, MultiViewMAE) else model)
+    model, folder = _unwrap(model), Path(folder)
+    whole = model if isinstance(model, MultiViewMAE) else None
+    vit = check_encoder(whole.encoder if whole else model)
     cfg = getattr(vit, "pretrained_cfg", None) or {}
+    known = {name: cfg.get(name, ()) for name in ("mean", "std")} if inputs is None else dataclasses.asdict(inputs)
+    known |= {name: value for name, value in changes.items() if value is not None}
+    record = Inputs(**{**known, "size": tuple(vit.patch_embed.img_size)})
+    if len(record.mean) != vit.in_chans:
+        raise ValueError(f"mean and std must have one number for each of the {vit.in_chans} channels, got {record.mean}")
+    if label_names is not None and len(label_names) != vit.num_classes:
+        raise ValueError(
+            f"label_names must have one name for each of the {vit.num_classes} classes of the head, got {len(label_names)}"
+        )
+    config = _timm_config(vit, record)
     history = [started.pop("training", ""), (PRETRAINED if whole else "") if training is None else training]
-    config = _timm_config(vit, _inputs(vit, cfg, inputs, changes), label_names)
     if license is None:  # "" says that none is known
         license = started.get("license") or cfg.get("license")
     if license:
         config["pretrained_cfg"]["license"] = license
-    if any(history):
-        config["training"] = ", then ".join(filter(None, history))
-    if started:
-        config["started_from"] = started
-    if isinstance(model, MultiViewMAE):
-        description = describe_pretraining(model)
+    about = {"training": ", then ".join(filter(None, history)), "started_from": started, "label_names": list(label_names or ())}
+    config |= {key: value for key, value in about.items() if value}
+    if whole:
+        description = describe_pretraining(whole)
         description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
-        write_pretraining(folder / PRETRAINING_FOLDER, description, model.state_dict())
+        write_pretraining(folder / PRETRAINING_FOLDER, description, whole.state_dict())
     remove_onnx(folder)
     write_weights(folder / WEIGHTS_FILE, vit.state_dict())
     write_json(folder / CONFIG_FILE, config)
     return folder
 
 
-def _inputs(vit: PlainViT, cfg: Mapping[str, Any], inputs: Inputs | None, changes: Mapping[str, Any]) -> Inputs:
-    """Return how the images of an encoder were read, if it fits the encoder."""
-    size, chans = tuple(vit.patch_embed.img_size), vit.in_chans
-    known = {name: cfg.get(name, ()) for name in ("mean", "std")} if inputs is None else dataclasses.asdict(inputs)
-    record = Inputs(**{**known, **{name: value for name, value in changes.items() if value is not None}, "size": size})
-    if len(record.mean) != chans:
-        raise ValueError(f"mean and std must have one number for each of the {chans} channels, got {record.mean}, {record.std}")
-    return record
-
-
-def _timm_config(vit: PlainViT, inputs: Inputs, label_names: Sequence[str] | None) -> dict[str, Any]:
+def _timm_config(vit: PlainViT, inputs: Inputs) -> dict[str, Any]:
     """Return the config.json of which timm and transformers rebuild the encoder (so without num_classes in model_args)."""
-    if label_names is not None and len(label_names) != vit.num_classes:
-        raise ValueError(
-            f"label_names must have one name for each of the {vit.num_classes} classes of the head, got {len(label_names)}"
-        )
-    description, record = describe_encoder(vit), inputs.to_dict()
+    description, record, embed = describe_encoder(vit), inputs.to_dict(), vit.patch_embed
+    parameters = sum(parameter.numel() for parameter in vit.parameters())
+    size, patch = (" x ".join(map(str, pair)) for pair in (embed.img_size, embed.patch_size))
+    blocks = f"{len(vit.blocks)} blocks of width {vit.embed_dim} with {vit.blocks[0].attn.num_heads} heads"
+    images = f"images of {size} pixels and {vit.in_chans} channels in patches of {patch}"
     return {
-        "architecture": description["architecture"],
-        "num_classes": vit.num_classes,
+        **description,
         "num_features": vit.num_features,
         "global_pool": vit.global_pool,
-        "model_args": description["model_args"],
-        **({"label_names": list(label_names)} if label_names is not None else {}),
         "pretrained_cfg": {
             "tag": "mvmae",
             "custom_load": False,
@@ -163,7 +147,7 @@ def _timm_config(vit: PlainViT, inputs: Inputs, label_names: Sequence[str] | Non
             "fixed_input_size": not vit.dynamic_img_size,
             "crop_mode": "center",
             **{key: record[key] for key in ("mean", "std", "interpolation", "crop_pct")},
-            "description": _size(vit),
+            "description": f"{blocks}, {parameters / 1e6:.1f} M parameters, for {images}",
             "num_classes": vit.num_classes,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -171,14 +155,6 @@ def _timm_config(vit: PlainViT, inputs: Inputs, label_names: Sequence[str] | Non
         },
         INPUTS: record,
     }
-
-
-def _size(vit: PlainViT) -> str:
-    embed, parameters = vit.patch_embed, sum(parameter.numel() for parameter in vit.parameters())
-    size, patch = (" x ".join(map(str, pair)) for pair in (embed.img_size, embed.patch_size))
-    blocks = f"{len(vit.blocks)} blocks of width {vit.embed_dim} with {vit.blocks[0].attn.num_heads} heads"
-    images = f"images of {size} pixels and {vit.in_chans} channels in patches of {patch}"
-    return f"{blocks}, {parameters / 1e6:.1f} M parameters, for {images}"
 
 
 def published(folder: str | Path) -> list[Path]:
@@ -190,13 +166,13 @@ def published(folder: str | Path) -> list[Path]:
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str = "Add the model") -> str:
-    """Upload the `published` files of an exported folder to a repository of the Hub, in one commit; show them first.
+    """Upload the `published` files of an exported folder to a repository of the Hub, in one commit.
 
     Args:
         folder: as `export` and `write_card` wrote it.
         repo: ``owner/name``; created if it does not exist.
         private: whether to create a private repository.
-        message: message of the commit.
+        message: of the commit.
 
     Returns:
         The commit, for ``hf-hub:owner/name@commit``.
@@ -208,8 +184,6 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str =
     with hub_errors(repo, str(folder)):
         api = HfApi(library_name="mvmae")
         api.create_repo(repo, private=private, exist_ok=True)
-        public = private and not api.repo_info(repo).private
-    if public:
-        raise WeightsError(f"{repo} exists and is public: make it private on the Hub first, or push without private")
-    with hub_errors(repo, str(folder)):
+        if private and not api.repo_info(repo).private:
+            raise WeightsError(f"{repo} exists and is public: make it private on the Hub first, or push without private")
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=names).oid)

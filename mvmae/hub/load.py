@@ -14,7 +14,7 @@ from ..checkpoints import checkpoint_filter, pretraining_names, vitmae_arguments
 from ..masked_vit import check_encoder
 from ..model import MultiViewMAE
 from ..patches import sincos_table
-from ..weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, check_tensors, load_weights, locate, read_weights
+from ..weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, check_tensors, in_file, load_weights, locate, read_weights
 
 
 def load_encoder(encoder: nn.Module, source: str | Path | Mapping[str, Tensor], *, revision: str | None = None) -> None:
@@ -50,22 +50,21 @@ def load_pretraining(model: MultiViewMAE, source: str | Path | Mapping[str, Tens
         WeightsError: if the weights cannot be found or read, or do not fit, with the names that do not.
     """
     weights, place = _read(source, PRETRAINING_FILE, revision)
-    try:
+    with in_file(place):
         weights = pretraining_names(weights)
-    except WeightsError as error:
-        raise WeightsError(f"{place}: {error}") from error
-    if not any(name.startswith("decoder.") for name in weights):
-        names = ", ".join(list(weights)[:3])
-        raise WeightsError(f"{place} must hold an encoder and a decoder, got {names}, ...: use load_encoder for an encoder")
-    positions = weights.pop("decoder.pos_embed", None)
-    if positions is not None and not _are_fixed(positions):
-        got = "" if positions.any() else ", got zeros, as in a ViTMAE that was built from a config and never trained"
-        raise WeightsError(
-            f"{place}: decoder_pos_embed must be the fixed sine-cosine table of a square grid{got}: load its encoder alone"
-        )
-    encoder = _encoder_weights({k: v for k, v in weights.items() if k.startswith("encoder.")}, model.encoder, place)
-    others = {name: value for name, value in weights.items() if not name.startswith("encoder.")}
-    load_weights(model, {**{f"encoder.{name}": value for name, value in encoder.items()}, **others}, source=place)
+        if not any(name.startswith("decoder.") for name in weights):
+            names = ", ".join(list(weights)[:3])
+            raise WeightsError(f"it must hold an encoder and a decoder, got {names}, ...: use load_encoder for an encoder")
+        positions = weights.pop("decoder.pos_embed", None)
+        if positions is not None and not _are_fixed(positions):
+            got = "" if positions.any() else ", got zeros, as in a ViTMAE that was built from a config and never trained"
+            raise WeightsError(
+                f"decoder_pos_embed must be the fixed sine-cosine table of a square grid{got}: load its encoder alone"
+            )
+    of_encoder = {name: value for name, value in weights.items() if name.startswith("encoder.")}
+    others = {name: value for name, value in weights.items() if name not in of_encoder}
+    adapted = {f"encoder.{name}": value for name, value in _encoder_weights(of_encoder, model.encoder, place).items()}
+    load_weights(model, {**adapted, **others}, source=place)
 
 
 def _read(source: str | Path | Mapping[str, Tensor], filename: str, revision: str | None) -> tuple[dict[str, Tensor], Path]:
@@ -83,10 +82,8 @@ def _read(source: str | Path | Mapping[str, Tensor], filename: str, revision: st
 
 def _encoder_weights(weights: Mapping[str, Tensor], encoder: nn.Module, place: Path) -> dict[str, Tensor]:
     vit, proj = check_encoder(encoder), "patch_embed.proj.weight"
-    try:
+    with in_file(place):
         weights = checkpoint_filter(weights, vit)
-    except WeightsError as error:
-        raise WeightsError(f"{place}: {error}") from error
     given, wanted = weights[proj].shape[1], vit.in_chans
     if given not in (3, wanted):
         raise WeightsError(

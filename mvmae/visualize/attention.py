@@ -3,7 +3,8 @@
 Shapes: B images, A heads, N tokens (prefix tokens first), h x w patches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,11 +15,7 @@ from ..masked_vit import check_encoder
 
 @torch.no_grad()
 def attention_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return the attention weights of each block.
-
-    Args:
-        encoder: any plain ViT of timm; it is in eval mode during the call.
-        images: (B, C, H, W), normalised.
+    """Return the attention weights that a plain ViT, in eval mode meanwhile, has for normalised images, (B, C, H, W).
 
     Returns:
         for each block, first to last, (B, A, N, N): row i holds the share that token i takes from each token, and sums to 1.
@@ -30,7 +27,7 @@ def attention_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
     layers = [block.attn for block in vit.blocks]
     fused, training = [layer.fused_attn for layer in layers], vit.training
-    hooks = [layer.attn_drop.register_forward_hook(_keep(found)) for layer in layers]
+    hooks = [layer.attn_drop.register_forward_hook(lambda *call: found.append(call[2].float())) for layer in layers]
     try:
         for layer in layers:
             layer.fused_attn = False  # which would not give the weights
@@ -43,24 +40,16 @@ def attention_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
     return found
 
 
-def _keep(found: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
-    return lambda module, given, weights: found.append(weights.float())
-
-
 def rollout(maps: Sequence[Tensor]) -> Tensor:
     """Multiply the blocks' attention (`attention_maps`), averaged over heads and with the residual connection counted as half.
 
     Returns:
         (B, N, N): row i holds the share that token i of the last block has from each patch and prefix token, and sums to 1.
     """
-    total: Tensor | None = None
-    for weights in maps:
-        mixed = weights.mean(dim=1) / 2
-        mixed.diagonal(dim1=1, dim2=2).add_(0.5)
-        total = mixed if total is None else mixed @ total
-    if total is None:
+    if not maps:
         raise ValueError("maps must hold the attention of at least one block, got none")
-    return total
+    mixed = [(weights.mean(dim=1) + torch.eye(weights.shape[-1], device=weights.device)) / 2 for weights in maps]
+    return reduce(lambda total, block: block @ total, mixed)
 
 
 def patch_heat(weights: Tensor, grid: tuple[int, int], *, query: str = "mean") -> Tensor:

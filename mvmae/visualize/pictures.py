@@ -58,13 +58,8 @@ def reconstruction_picture(
 
     What the decoder predicts for visible patches is not shown: unless ``loss_on="all"``, nothing trains it.
 
-    Args:
-        model: a pretraining model.
-        views: (B, V, C, H, W), normalised by ``mean`` and ``std`` of each channel; three channels are shown, or the first.
-        mean: in [0, 1].
-        std: likewise.
-        mask: over the B * V views; drawn where it is None.
-        generator: source of the random mask.
+    Views, (B, V, C, H, W), are normalised by ``mean`` and ``std``, in [0, 1]; three channels are shown, or the first. A mask
+    over the B * V views is drawn, from ``generator``, where it is None.
     """
     rebuilt, masked = reconstruct(model, views, mask=mask, generator=generator)
     images, rebuilt = (to_unit_range(x, mean, std) for x in (views.flatten(0, 1), rebuilt))
@@ -76,9 +71,8 @@ def reconstruction_picture(
 
 def reconstruction_note(model: MultiViewMAE) -> str:
     """Return what to say on a picture of this model's reconstructions: what the model did not predict."""
-    note = "Visible patches are shown as they are."
     lent = " Each rebuilt patch has the true patch's mean and contrast, which this model does not predict."
-    return note + lent * _predicts_normalised(model)
+    return "Visible patches are shown as they are." + lent * _predicts_normalised(model)
 
 
 def _predicts_normalised(model: MultiViewMAE) -> bool:
@@ -88,14 +82,8 @@ def _predicts_normalised(model: MultiViewMAE) -> bool:
 def overlay(images: Tensor, heat: Tensor, *, opacity: float = 0.6, limits: tuple[float, float] | None = None) -> Tensor:
     """Lay heat, (B, h, w), over images, (B, C, H, W) in [0, 1], shown in grey, in the colours of `heat_colours`.
 
-    Args:
-        images: as above.
-        heat: as above.
-        opacity: of the heat.
-        limits: the heat drawn black and the heat drawn white; None takes each image's own smallest and largest.
-
-    Returns:
-        (B, 3, H, W) in [0, 1].
+    ``limits`` are the heat drawn black and the heat drawn white; None takes each image's own smallest and largest. The result
+    is (B, 3, H, W) in [0, 1].
     """
     heat = heat.float()
     low, high = limits or (heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True))
@@ -108,12 +96,8 @@ def overlay(images: Tensor, heat: Tensor, *, opacity: float = 0.6, limits: tuple
 def pca_colours(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Colour patches by the three directions in which their features differ most, over all images together.
 
-    Args:
-        tokens: features of patches, (B, h * w, D) with D of 3 or more.
-        grid: h and w.
-
-    Returns:
-        (B, 3, h, w) in [0, 1]: red is the first direction. Each goes from its 1st to its 99th percentile.
+    Features are (B, h * w, D) with D of 3 or more, ``grid`` h and w, the result (B, 3, h, w) in [0, 1]: red is the first
+    direction. Each goes from its 1st to its 99th percentile.
     """
     rows = as_double(tokens.flatten(0, 1))
     rows = rows - rows.mean(dim=0)

@@ -4,10 +4,11 @@ Shapes: C channels, H x W pixels.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 GAP = 4
@@ -16,8 +17,6 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 """Colours of the marks: green, with a tick, and red, with a cross."""
 MIN_TEXT, LETTERS = 16, 64
 """Smallest height of text in pixels; on wide sheets it is the width divided by LETTERS, since a browser shrinks the sheet."""
-
-Colour = tuple[int, int, int]
 
 
 def contact_sheet(
@@ -28,7 +27,7 @@ def contact_sheet(
     min_width: int = 160,
     marks: Sequence[Sequence[bool] | None] = (),
     bars: Sequence[tuple[str, str] | None] = (),
-    legend: Sequence[tuple[str, Colour]] = (),
+    legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
 ) -> Image.Image:
     """Put images into a grid with a title over each column, and colour bars, a legend and a note below.
 
@@ -43,26 +42,28 @@ def contact_sheet(
         bars: for each column None, or what the darkest and the lightest colour of `heat_colours` stand for.
         legend: names and the colours, red, green and blue in [0, 255], that stand for them.
     """
-    tiles = [[_enlarged(to_pillow(image), min_width) for image in column] for column in columns]
+    nearest = Image.Resampling.NEAREST
+    tiles = [
+        [ImageOps.scale(tile, max(-(-min_width // tile.width), 1), nearest) for tile in map(to_pillow, column)]
+        for column in columns
+    ]
     widths = [max(tile.width for tile in column) for column in tiles]
     lefts = _starts(widths, GAP)
     font: Any = ImageFont.load_default(size=max(MIN_TEXT, lefts[-1] // LETTERS))
     headings = [_wrapped(title, font, width) for title, width in zip(titles, widths, strict=True)]
-    tops = _starts([max(tile.height for tile in row) for row in zip(*tiles, strict=True)], _height(headings, font))
+    above = _words(headings, lefts, lefts[-1], font)
+    tops = _starts([max(tile.height for tile in row) for row in zip(*tiles, strict=True)], above.height)
     below = [_bars(bars, lefts, widths, font), _legend(legend, lefts[-1], font)]
     below += [_words([_wrapped(note, font, lefts[-1] - 2 * GAP)], [GAP], lefts[-1], font)] if note else []
-    sheet = Image.new("RGB", (lefts[-1], tops[-1] + sum(part.height for part in below)), "white")
-    sheet.paste(_words(headings, lefts, lefts[-1], font), (0, 0))
-    for number, (left, column) in enumerate(zip(lefts, tiles, strict=False)):
-        for row, (top, tile) in enumerate(zip(tops, column, strict=False)):
+    ends = list(accumulate((part.height for part in below), initial=tops[-1]))
+    sheet = Image.new("RGB", (lefts[-1], ends[-1]), "white")
+    for part, top in zip([above, *below], [0, *ends], strict=False):
+        sheet.paste(part, (0, top))
+    for left, column, marked in zip_longest(lefts[:-1], tiles, marks):
+        for top, tile, right in zip_longest(tops[:-1], column, marked or ()):
             sheet.paste(tile, (left, top))
-            right = marks[number][row] if number < len(marks) and marks[number] else None  # type: ignore[index]
             if right is not None:
                 _mark(ImageDraw.Draw(sheet), (left, top, left + tile.width - 1, top + tile.height - 1), right, font.size)
-    top = tops[-1]
-    for part in below:
-        sheet.paste(part, (0, top))
-        top += part.height
     return sheet
 
 
@@ -79,14 +80,9 @@ def to_pillow(image: Tensor) -> Image.Image:
     return Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist())).convert("RGB")
 
 
-def _enlarged(image: Image.Image, min_width: int) -> Image.Image:
-    zoom = max(-(-min_width // image.width), 1)
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-
-
 def _starts(sizes: Sequence[int], first: int) -> list[int]:
     """Return where things of these sizes start, one after the other, and where the next would."""
-    return [first + sum(sizes[:index]) + index * GAP for index in range(len(sizes) + 1)]
+    return list(accumulate((size + GAP for size in sizes), initial=first))
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
@@ -106,13 +102,9 @@ def _line(font: Any) -> int:
     return int(sum(font.getmetrics())) + 1
 
 
-def _height(texts: Sequence[Sequence[str]], font: Any) -> int:
-    return GAP + _line(font) * max(map(len, texts))
-
-
 def _words(texts: Sequence[Sequence[str]], lefts: Sequence[int], width: int, font: Any) -> Image.Image:
     """Write texts side by side."""
-    strip = Image.new("RGB", (width, _height(texts, font)), "white")
+    strip = Image.new("RGB", (width, GAP + _line(font) * max(map(len, texts))), "white")
     draw = ImageDraw.Draw(strip)
     for left, lines in zip(lefts, texts, strict=False):
         for number, line in enumerate(lines):
@@ -134,7 +126,7 @@ def _bars(bars: Sequence[tuple[str, str] | None], lefts: Sequence[int], widths: 
     return strip
 
 
-def _legend(legend: Sequence[tuple[str, Colour]], width: int, font: Any) -> Image.Image:
+def _legend(legend: Sequence[tuple[str, tuple[int, int, int]]], width: int, font: Any) -> Image.Image:
     """Draw a square of each colour with its name, in as many lines as it takes."""
     places, left, top = [], GAP, 0
     for name, _ in legend:
