@@ -36,9 +36,9 @@ PRETRAINING_CONFIG = "pretraining.json"
 PRETRAINING_FORMAT = 1
 OPTIONS = ("decoder_dim", "decoder_depth", "decoder_heads", "mask_ratio", "loss_weight", "pool")
 LOSSES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "contrastive_loss": (NTXentLoss, ("temperature", "gather", "chunk_size")),
-    "reconstruction_loss": (ReconstructionLoss, ("norm_pix", "loss_on")),
-}  # of a `MultiViewMAE`: the class that a file can describe, and its options
+    name: (kind, tuple(inspect.signature(kind).parameters))
+    for name, kind in (("contrastive_loss", NTXentLoss), ("reconstruction_loss", ReconstructionLoss))
+}  # of a `MultiViewMAE`: the class that a file can describe, and its options, each an attribute of the same name
 
 
 def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Other people's checkpoints as weights of a timm ViT: their names by one table, then sizes as timm adapts them.
 
-Known beside timm's own: MAE's (He et al., 2022), transformers' ViTMAE, and this package's pretraining model; each under any
-prefix that a framework put before the names of one encoder.
+A new layout is a new entry of `LAYOUTS`. Known beside timm's own: MAE's (He et al., 2022), transformers' ViTMAE, and this
+package's pretraining model; each under any prefix that a framework put before the names of one encoder: that needs no entry.
 """
 
 import logging
@@ -22,25 +22,31 @@ from .weights import WRAPPERS, WeightsError, check_sizes, check_weights, first_l
 _logger = logging.getLogger(__name__)
 
 
-FOUND_BY = r"(^|\.)embeddings\.(cls_token|position_embeddings|patch_embeddings\.projection\.(weight|bias))$"
-"""A name that only transformers' ViTMAE has."""
-VITMAE_NAMES = (
-    (r"(^|\.)vit\.(?=embeddings\.|encoder\.layer\.|layers\.|layernorm\.)", r"\1"),
-    (r"(^|\.)decoder\.(?=mask_token$|decoder_)", r"\1"),
-    (r"(^|\.)embeddings\.patch_embeddings\.projection\.", r"\1patch_embed.proj."),
-    (r"(^|\.)embeddings\.position_embeddings$", r"\1pos_embed"),
-    (r"(^|\.)embeddings\.cls_token$", r"\1cls_token"),
-    (r"(^|\.)layernorm\.", r"\1norm."),
-    (r"(^|\.|decoder_)(?:encoder\.layer|layers)\.(?=\d)", r"\1blocks."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.query."),
-    (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.key."),
-    (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.value."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-)  # applied in order: from ViTMAE's names, in memory and in files of 4.x and 5.x, to those of MAE's code, which are timm's
+LAYOUTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "transformers' ViTMAE": (  # in memory, and in files of 4.x and 5.x
+        r"(^|\.)embeddings\.(cls_token|position_embeddings|patch_embeddings\.projection\.(weight|bias))$",
+        (
+            (r"(^|\.)vit\.(?=embeddings\.|encoder\.layer\.|layers\.|layernorm\.)", r"\1"),
+            (r"(^|\.)decoder\.(?=mask_token$|decoder_)", r"\1"),
+            (r"(^|\.)embeddings\.patch_embeddings\.projection\.", r"\1patch_embed.proj."),
+            (r"(^|\.)embeddings\.position_embeddings$", r"\1pos_embed"),
+            (r"(^|\.)embeddings\.cls_token$", r"\1cls_token"),
+            (r"(^|\.)layernorm\.", r"\1norm."),
+            (r"(^|\.|decoder_)(?:encoder\.layer|layers)\.(?=\d)", r"\1blocks."),
+            (r"\.layernorm_before\.", ".norm1."),
+            (r"\.layernorm_after\.", ".norm2."),
+            (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.query."),
+            (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.key."),
+            (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.value."),
+            (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+            (r"\.intermediate\.dense\.", ".mlp.fc1."),
+            (r"\.output\.dense\.", ".mlp.fc2."),
+        ),
+    ),
+}
+"""For each kind of checkpoint, the pattern of a name that it alone has, and patterns with replacements that make its names
+those of MAE's code, which are timm's, and ``decoder_*``. They are applied in order, each to the result of the one before; where
+that has ``attn.query``, ``attn.key`` and ``attn.value``, these three become ``attn.qkv``."""
 MAE_DECODER = {
     "mask_token": "decoder.mask_token",
     "decoder_pos_embed": "decoder.pos_embed",
@@ -71,8 +77,9 @@ def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         WeightsError: if there are several encoders, adapters that are not merged, or a query, key or value is missing.
     """
     weights = {WRAPPERS.sub("", name): value for name, value in weights.items()}
-    if any(re.search(FOUND_BY, name) for name in weights):
-        weights = _from_vitmae(weights)
+    for known_by, patterns in LAYOUTS.values():
+        if any(re.search(known_by, name) for name in weights):
+            weights = _renamed(weights, patterns)
     prefix = _encoder_prefix(weights)
     root = prefix.removesuffix("encoder.")
     with_decoder = any(name.startswith(f"{prefix}decoder") for name in weights)  # at the encoder's level, as in MAE's code
@@ -91,12 +98,12 @@ def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _from_vitmae(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(weights: Mapping[str, Tensor], patterns: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     split: dict[str, dict[str, str]] = {}  # of each matrix for query, key and value, the names of its parts
     for name, value in weights.items():
         ours = name
-        for pattern, replacement in VITMAE_NAMES:
+        for pattern, replacement in patterns:
             ours = re.sub(pattern, replacement, ours)
         if part := re.search(r"\.attn\.(query|key|value)\.", ours):
             split.setdefault(ours.replace(part[0], ".attn.qkv."), {})[part[1]] = name
