@@ -5,8 +5,8 @@ r"""Measure what each part of the method is worth: Tables 5 and 6 of the paper, 
   python examples/ablate.py --preset paper --data path/to/imagenet \
     --tables table6 mask_ratio loss_weight decoder_depth
       the paper's: 200 epochs of pretraining, 100 of fine-tuning for each of 16 variants; months on one GPU (not measured)
-  python examples/ablate.py --preset fashion --data torch/fashion_mnist:path/to/folder --tables contrast \
-    --output-dir runs/ablate-longer --pretrain "--preset quick --epochs 2 --workers 1 --eval-images 0"
+  python examples/ablate.py --preset fashion --data torch/fashion_mnist:path/to/folder \
+    --tables contrast --output-dir runs/ablate-longer --pretrain "--preset quick --epochs 2 --workers 1 --eval-images 0"
       the worth of the contrastive loss when all variants train four times as long
 
 Each variant is trained with pretrain.py and measured with finetune.py and linear_probe.py. All cost the same FLOPs: a variant

@@ -3,8 +3,8 @@ r"""Continue training an existing encoder, on unlabelled images of your own: pre
   python examples/adapt.py --encoder vit_small_patch14_reg4_dinov2.lvd142m --image-size 224 \
     --data path/to/images --output-dir runs/adapted
       downloads the weights; prints view retrieval before and after, or the k-NN accuracy if the images have labels
-  python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 --workers 2 \
-    --decoder-dim 64 --decoder-depth 2 --decoder-heads 4
+  python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 \
+    --decoder-dim 64 --decoder-depth 2 --decoder-heads 4 --workers 2
       takes minutes of one CPU core, from encoder and decoder of pretrain.py --preset quick
 
 The recipe is that of pretrain.py --preset small with contrast from the start, and gentler: the encoder is frozen while the new

@@ -247,8 +247,10 @@ def test_settings_that_may_change_are_told_and_others_are_refused_with_both_valu
     before, now = {"seed": 1, "epochs": 5, "old": 2, "resume": False}, {"seed": 1, "epochs": 6, "resume": True}
     may = frozenset({"epochs", "old", "resume"})
     assert changed_settings(before, now, may) == ["epochs was 5 and is 6 now", "old was 2 and is None now"]
-    with pytest.raises(Stop, match="other settings: data was None and is 'x' now; seed was 1 and is 2 now"):
-        changed_settings(before, {**now, "seed": 2, "data": "x"}, may)
+    later = {**now, "came_later": 0}  # an option that the run did not have when it began
+    assert changed_settings(before, later, may)[0] == "came_later was None and is 0 now"
+    with pytest.raises(Stop, match="other settings: gone was 'x' and is None now; seed was 1 and is 2 now"):
+        changed_settings({**before, "gone": "x"}, {**now, "seed": 2}, may)
     checkpoint = checkpoint_of(tmp_path, *trained(), silence())
     checkpoint.save(1)
     checkpoint._lock.release()
