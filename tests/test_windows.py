@@ -47,7 +47,7 @@ def test_a_run_keeps_others_out_and_saves_at_a_signal(images, tmp_path, number):
     wait_for_steps(first, tmp_path, 2)
     os.kill(first.pid, signal.SIGSTOP)
     second = pretrain(tmp_path, images, *arguments, "--resume", patch=hide)
-    assert second.code == 2 and "error: run is in use by another process: choose another --output-dir" in second.err
+    assert second.code == 2 and f"error: run is in use by process {first.pid} on " in second.err
     os.kill(first.pid, number)
     os.kill(first.pid, signal.SIGCONT)
     result, step = first.finish(), end_of(tmp_path)["step"]
