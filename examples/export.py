@@ -13,7 +13,6 @@ names of its classes. The model card states what the run recorded and nothing el
 
 import dataclasses
 import json
-import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -38,11 +37,6 @@ class Config:
     private: bool = option(False, "create the repository as a private one")
     datasets: tuple[str, ...] = option((), "names of the data sets, as on the Hub, for the card")
     license: str = option("", "licence of the weights; default: that of the weights the run started from, else apache-2.0")
-
-
-def without_folders(command: str) -> str:
-    """Return a command with each path of this machine reduced to its last name."""
-    return re.sub(r"(?<![^\s='\":])[~/.][^\s'\"]*/(?=[^\s/])", "", command)
 
 
 def measured(folder: Path, step: int) -> dict[str, float]:
@@ -104,7 +98,7 @@ def main(config: Config) -> None:
         datasets=config.datasets,
         license=license,
         metrics=measured(source, best["step"] if best.get("weights") else state["step"]),
-        command=without_folders(about.get("command", "")),
+        command=about.get("command", ""),
         settings=state["settings"],
     )
     print(f'{folder} is written: timm.create_model("local-dir:{folder}", pretrained=True)', flush=True)

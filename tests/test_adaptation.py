@@ -20,7 +20,7 @@ from torch import nn
 
 from mvmae import CentreCropTransform, MultiViewMAE, MultiViewTransform, backward_in_parts, hub, projection_mlp, random_mask
 from mvmae.architecture import read_pretraining
-from mvmae.data import AugmentedViews, MultiViewDataset, RepeatedSource, measure_channels, open_images
+from mvmae.data import AugmentedViews, measure_channels, open_images
 from mvmae.hub import license_warning
 from mvmae.metrics import linear_cka, mean_cosine
 
@@ -588,14 +588,6 @@ def test_an_own_augmentation_repeats_and_leaves_the_generators_alone():
     assert not torch.equal(plain, first) and (plain.float() - first.float()).abs().mean() < 3
     with pytest.raises(TypeError, match="torch.uint8"):
         AugmentedViews(MultiViewTransform(16), torch.Tensor.float)(image)
-
-
-def test_a_repeated_source_crops_each_image_anew():
-    source = RepeatedSource(open_images("sample"), 3)
-    assert len(source) == 3 * 896 and source[5][1] == source[5 + 896][1] and source.name(900) == source.name(4)
-    assert source.fingerprint != open_images("sample").fingerprint
-    dataset = MultiViewDataset(source, MultiViewTransform(16))
-    assert not torch.equal(dataset[0, 5].views, dataset[0, 5 + 896].views)
 
 
 def test_a_value_range_keeps_the_depth_of_twelve_bits(tmp_path):

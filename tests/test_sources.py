@@ -21,7 +21,6 @@ from mvmae.data import (
     ImageError,
     MultiViewDataset,
     MultiViewTransform,
-    RepeatedSource,
     SplitError,
     StepSampler,
     make_loader,
@@ -460,13 +459,6 @@ def test_the_sample_holds_labelled_tiles_and_others_that_share_no_pixel():
     whole = open_image(Path(skimage.__file__).parent / "data" / "camera.png").decode()
     np.testing.assert_array_equal(np.vstack(rows), whole[:510, :510])  # each pixel once
     assert train.fingerprint != val.fingerprint and trains_two_steps(train)
-
-
-def test_a_repeated_source_holds_each_image_several_times(tmp_path):
-    source = open_images(Items(lambda i: np.full((20, 24, 3), 10 * i, np.uint8), targets=[3, 2, 1, 0]))
-    twice = RepeatedSource(source, 2)
-    assert colours(twice) == colours(source) * 2 and twice.labels.tolist() == [3, 2, 1, 0] * 2
-    assert twice.fingerprint != source.fingerprint and twice.name(5) == source.name(1)
 
 
 def test_numbers_outside_are_index_errors(tmp_path):

@@ -33,7 +33,6 @@ from .sampling import StepSampler as StepSampler
 from .sampling import sample_seed as sample_seed
 from .sources import FileSource as FileSource
 from .sources import ImageSource as ImageSource
-from .sources import RepeatedSource as RepeatedSource
 from .sources import SplitError as SplitError
 from .streams import ImageStream as ImageStream
 from .streams import open_stream as open_stream

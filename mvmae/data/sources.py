@@ -106,34 +106,6 @@ class KeptImages(ImageSource):
         return self._images[index]
 
 
-class RepeatedSource(ImageSource):
-    """Every image so many times an epoch, with new crops each time, for a few huge images."""
-
-    def __init__(self, source: ImageSource, times: int) -> None:
-        if times < 1:
-            raise ValueError(f"times must be at least 1, got {times}")
-        super().__init__([])
-        self._source, self._times = source, times
-        self.class_names, self.problems = source.class_names, source.problems
-        self.labels = None if source.labels is None else np.tile(source.labels, times)
-
-    def __len__(self) -> int:
-        return len(self._source) * self._times
-
-    def image(self, index: int) -> ImageLike:
-        """Return the source's image."""
-        return self._source.image(index % len(self._source))
-
-    def name(self, index: int) -> str:
-        """Return the source's name of the image."""
-        return self._source.name(index % len(self._source))
-
-    @property
-    def fingerprint(self) -> str:
-        """The source's fingerprint, and the number of repetitions."""
-        return f"{self._source.fingerprint}x{self._times}"
-
-
 def first_of(paths: Sequence[Path]) -> str:
     """Return the first of several files, and how many more there are, for messages."""
     return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
