@@ -59,7 +59,7 @@ def test_f46_pretraining_equals_that_on_pictures_laid_on_the_background(place):
     runs = {name: losses(place / f"run-{name}") for name in ("white", "default", "coloured", "holes")}
     assert runs["default"] == runs["white"] and runs["holes"] == runs["coloured"]
     assert runs["white"] != runs["coloured"] and len(runs["white"]) > 3
-    recorded = {name: json.loads((place / f"run-{name}/run/encoder/config.json").read_text())["background"] for name in runs}
+    recorded = {name: json.loads((place / f"run-{name}/run/encoder/config.json").read_text())["inputs"]["background"] for name in runs}
     assert recorded == {"white": "white", "default": "white", "coloured": COLOUR, "holes": COLOUR}
 
 
@@ -86,7 +86,7 @@ def test_f46_what_is_measured_takes_the_models_own_background(place, script, arg
         found.append([json.loads((place / output / name).read_text()) for name in results])
     assert [without_time(part) for part in found[0]] == [without_time(part) for part in found[1]]
     if script == "finetune.py":
-        assert found[0][1]["background"] == COLOUR
+        assert found[0][1]["inputs"]["background"] == COLOUR
 
 
 def without_time(result):
