@@ -39,8 +39,8 @@ from tasks.models import describe_start, starting_weights, with_background
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     DROPOUT,
-    describe_length,
-    fit_length,
+    describe_schedule,
+    fit_schedule,
     load_run,
     open_data,
     parameter_groups,
@@ -112,8 +112,8 @@ def main(config: Config) -> None:
     loaded = load_run(model, config) if config.pretrained else ""  # decoder and projector of a run, where they fit
     trained_part = train_last_blocks(encoder, config.train_blocks)
     mean, std = statistics(config, encoder, images.train)
-    length = fit_length(config, images.length, ranks)
-    last = min(length.steps, config.max_steps or length.steps)
+    schedule = fit_schedule(config, images.length, ranks)
+    last = min(schedule.steps, config.max_steps or schedule.steps)
     pixels, crops = pixel_options(config), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
     options: dict[str, Any] = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
     options |= {"max_bad": config.max_bad, **pixels}
@@ -123,7 +123,7 @@ def main(config: Config) -> None:
 
     # optimizer
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
-    optimizer = build_optimizer(groups, config.optimizer, lr=length.lr, precision=config.precision, device=device)
+    optimizer = build_optimizer(groups, config.optimizer, lr=schedule.lr, precision=config.precision, device=device)
 
     # resume
     settings = settings_of(config, images)
@@ -132,13 +132,13 @@ def main(config: Config) -> None:
     best, before = Best(encoder), dict[str, float]()
     record = {"description": describe(model), "mean": list(mean), "std": list(std)}  # for export.py, like the rest of it
     record |= {"start": start, "command": shlex.join(["python", *sys.argv])}
-    log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, length.batch_size), Signals()
+    log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, schedule.batch_size), Signals()
     more = {"best": best} if config.pretrained else {}
     checkpoint.restore(log, signals, model=model, optimizer=optimizer, before=before, about=record, **more)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
-    loader = view_loader(config, encoder, images, length, checkpoint.step, last, ranks)
-    training = f"{describe_length(length, config)}; {config.optimizer} on {device}"
+    loader = view_loader(config, encoder, images, schedule, checkpoint.step, last, ranks)
+    training = f"{describe_schedule(schedule, config)}; {config.optimizer} on {device}"
     weights = f"{describe_start(start)}{loaded}" if start else "random"
     parts = {"start": weights, "trained": trained_part, "images": images.listed, "split": images.splits.note}
     summary = describe_run(log, config, model, settings, **parts, training=training, evaluation=evaluation.describe())
@@ -148,14 +148,14 @@ def main(config: Config) -> None:
             best.consider(0, before, evaluation.images)
 
     # wrapped once: a frozen encoder is a learning rate of 0, and a late contrastive loss a weight of 0
-    trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=length.alone > 0)  # type: ignore[arg-type]
+    trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=schedule.alone > 0)  # type: ignore[arg-type]
     with checkpoint.saved_on_error():
         for step, batch in enumerate(log.timed(signals.batches(loader)), checkpoint.step + 1):
-            rate = length.lr * cosine(step, length.steps, length.warmup)
-            set_rates(optimizer, rate, length.encoder_rate(step))
-            weight = config.loss_weight if step > length.alone else 0.0  # lambda; contrast may begin late
+            rate = schedule.lr * cosine(step, schedule.steps, schedule.warmup)
+            set_rates(optimizer, rate, schedule.encoder_rate(step))
+            weight = config.loss_weight if step > schedule.alone else 0.0  # lambda; contrast may begin late
             views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
-            mask = step_mask(config, encoder, length.batch_size, step, ranks)  # this rank's rows of the global mask
+            mask = step_mask(config, encoder, schedule.batch_size, step, ranks)  # this rank's rows of the global mask
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
             with autocast(config.precision, device):
                 # Eqs. 1-7 and their gradients; one part is a plain backward
@@ -165,10 +165,10 @@ def main(config: Config) -> None:
             optimizer.zero_grad(set_to_none=True)
             log.add(losses._asdict())
             if step % config.log_every == 0 or step == last:
-                log.write_step(step, epoch=round(step / length.per_epoch, 3), lr=rate)
-            if length.eval_every and step % length.eval_every == 0 and 2 * (last - step) >= length.eval_every:
+                log.write_step(step, epoch=round(step / schedule.per_epoch, 3), lr=rate)
+            if schedule.eval_every and step % schedule.eval_every == 0 and 2 * (last - step) >= schedule.eval_every:
                 metrics = evaluate(log, evaluation, model, pictures, step)
-                if config.pretrained and step > length.alone:  # view retrieval says nothing before the contrastive loss
+                if config.pretrained and step > schedule.alone:  # view retrieval says nothing before the contrastive loss
                     best.consider(step, metrics, evaluation.images)
             checkpoint.advance(step, last, config.save_every)
 
@@ -185,8 +185,8 @@ def main(config: Config) -> None:
         if rows and ranks.rank == 0:
             draw(checkpoint.folder / "gains.png", rows)
     if ranks.rank == 0:
-        if last < length.steps:
-            unfinished = f"stopped at step {last} of {length.steps}: the schedule was not finished"
+        if last < schedule.steps:
+            unfinished = f"stopped at step {last} of {schedule.steps}: the schedule was not finished"
             lines = [f"{unfinished}, this encoder is for trying out", *lines]
         finish(log, config, model, pictures, summary, before, after, start, lines)
 

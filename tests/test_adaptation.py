@@ -36,8 +36,8 @@ from tasks.inputs import jittered
 from tasks.method import build_model
 from tasks.models import describe_start, save_classifier, starting_weights
 from tasks.pretraining import (
-    describe_length,
-    fit_length,
+    describe_schedule,
+    fit_schedule,
     load_run,
     open_data,
     parameter_groups,
@@ -123,10 +123,10 @@ def test_what_is_not_given_suits_the_number_of_images_and_the_encoder(channels):
     given = ["--data", "x", "--encoder", "vit_tiny_patch16_224", "--no-pretrained", "--image-size", "16"]
     given += ["--encoder-args", "patch_size=8 embed_dim=128 depth=2 num_heads=2", "--in-chans", str(channels)]
     config = parse(script.Config, {}, None, given)
-    length, decoder = fit_length(config, 56, ALONE), build_model(config, CPU).decoder
+    length, decoder = fit_schedule(config, 56, ALONE), build_model(config, CPU).decoder
     assert (len(decoder.blocks), decoder.embed.out_features, decoder.blocks[0].attn.num_heads) == (1, 64, 2)
     expected = "3945 steps of 16 images (1315 epochs), peak learning rate 0.004; warm-up of 197 steps; encoder frozen for 197"
-    assert describe_length(length, config) == expected
+    assert describe_schedule(length, config) == expected
     assert [length.encoder_rate(step) for step in (1, 197, 198, 394, 395)] == [0, 0, 1 / 198, 197 / 198, 1]
 
 
@@ -392,7 +392,7 @@ def test_rehearsal_trains_on_as_many_old_images_none_of_them_held_out_and_evalua
     assert names == [images.train.image(i) for i in range(len(names))]
     assert max(Counter(names[18:]).values()) == -(-18 // different)
     assert images.train.labels is None and len(images.splits.train) == 18
-    assert fit_length(config, 36, ALONE).steps == round(44 * (50_000 / 36) ** 0.5) * (36 // 32)
+    assert fit_schedule(config, 36, ALONE).steps == round(44 * (50_000 / 36) ** 0.5) * (36 // 32)
     assert alone.train.fingerprint == own.train.fingerprint and images.train.fingerprint != alone.train.fingerprint
     if number == 60:
         given = [*given[:4], "--rehearse", "old", "--batch-size", 16, "--loss-weight", 0, "--eval-images", 99]

@@ -59,7 +59,9 @@ def test_f46_pretraining_equals_that_on_pictures_laid_on_the_background(place):
     runs = {name: losses(place / f"run-{name}") for name in ("white", "default", "coloured", "holes")}
     assert runs["default"] == runs["white"] and runs["holes"] == runs["coloured"]
     assert runs["white"] != runs["coloured"] and len(runs["white"]) > 3
-    recorded = {name: json.loads((place / f"run-{name}/run/encoder/config.json").read_text())["inputs"]["background"] for name in runs}
+    recorded = {
+        name: json.loads((place / f"run-{name}/run/encoder/config.json").read_text())["inputs"]["background"] for name in runs
+    }
     assert recorded == {"white": "white", "default": "white", "coloured": COLOUR, "holes": COLOUR}
 
 

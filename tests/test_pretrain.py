@@ -30,7 +30,7 @@ from engine.options import parse
 from engine.signals import Stop
 from tasks.drawn_images import varied
 from tasks.method import Config, build_model
-from tasks.pretraining import describe_length, fit_length, step_mask
+from tasks.pretraining import describe_schedule, fit_schedule, step_mask
 from tasks.splits import open_splits
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def records(folder, run="run"):
 
 
 def length_of(number, *given, ranks=ALONE):
-    return fit_length(config_of("--data", "x", *given), number, ranks)
+    return fit_schedule(config_of("--data", "x", *given), number, ranks)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_steps_warm_up_and_stages_are_as_given_and_a_long_warm_up_is_warned_of()
     assert length_of(32, *given, "--eval-every", 0).eval_every == 0
     for warmup, warns in ((6, False), (7, True)):
         config = config_of("--data", "x", *given, "--steps", 100, "--warmup-epochs", warmup)
-        line = describe_length(fit_length(config, 32, ALONE), config)
+        line = describe_schedule(fit_schedule(config, 32, ALONE), config)
         assert ("warning: the warm-up is more than a quarter" in line) == warns
         assert line.startswith(f"100 steps of 8 images (25 epochs), peak learning rate 0.000125; warm-up of {4 * warmup} steps")
         assert "contrast from step 26" in line
@@ -102,9 +102,9 @@ def test_the_small_preset_with_epochs_of_ones_own_warms_up_for_a_share_and_comes
 @pytest.mark.parametrize(("processes", "parts", "batch"), [(1, 3, 30), (2, 2, 32), (5, 3, 30)])
 def test_fewer_images_than_a_batch_cut_it_and_its_rate(processes, parts, batch):
     given = ["--data", "x", "--batch-size", 256, "--accumulate", parts, "--base-lr", 4e-3]
-    length = fit_length(config_of(*given), 32, Ranks(0, processes, CPU, None))
+    length = fit_schedule(config_of(*given), 32, Ranks(0, processes, CPU, None))
     assert (length.batch_size, length.lr) == (batch, pytest.approx(4e-3 * batch / 256))
-    assert "cut from --batch-size 256, which is more than there are images" in describe_length(length, config_of(*given))
+    assert "cut from --batch-size 256, which is more than there are images" in describe_schedule(length, config_of(*given))
 
 
 # ---------------------------------------------------------------------------------------------------------- model and step

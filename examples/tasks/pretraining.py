@@ -62,7 +62,7 @@ class Images(NamedTuple):
         return self.stream.fingerprint if self.stream else self.train.fingerprint
 
 
-class Length(NamedTuple):
+class Schedule(NamedTuple):
     """The length of a run and of its stages in steps, and the images of a step over all ranks."""
 
     batch_size: int
@@ -101,7 +101,7 @@ def open_data(config: Config) -> Images:
     return Images(splits, train, len(train), "; ".join([f"{len(splits.train)} images{more}", *train.problems]))
 
 
-def fit_length(config: Config, number: int, ranks: Ranks) -> Length:
+def fit_schedule(config: Config, number: int, ranks: Ranks) -> Schedule:
     """Return the length of a run on ``number`` images, 0 where it is not known; what is not given is chosen from that number.
 
     Batch: about a 16th of the images, a power of two from 16 to 256, at the learning rate of 256: a small set needs steps more
@@ -125,19 +125,21 @@ def fit_length(config: Config, number: int, ranks: Ranks) -> Length:
     warmup = round(config.warmup * steps if config.warmup_epochs is None else config.warmup_epochs * per_epoch)
     every = round(0.1 * steps if config.eval_every is None else config.eval_every * per_epoch)
     frozen, alone = round(config.freeze * steps), round(config.contrast_from * steps) if config.loss_weight else 0
-    return Length(batch, lr, steps, warmup, frozen, alone, every, per_epoch)
+    return Schedule(batch, lr, steps, warmup, frozen, alone, every, per_epoch)
 
 
-def describe_length(length: Length, config: Config) -> str:
-    """Return a line on the length of a run: all that was given or chosen."""
-    epochs = length.steps / length.per_epoch
-    parts = [f"{length.steps} steps of {length.batch_size} images ({epochs:g} epochs), peak learning rate {length.lr:.3g}"]
-    parts += [f"warm-up of {length.warmup} steps"]
-    parts += [f"encoder frozen for {length.frozen}"] if length.frozen else []
-    parts += [f"contrast from step {length.alone + 1}"] if length.alone else []
-    if config.batch_size > length.batch_size:
+def describe_schedule(schedule: Schedule, config: Config) -> str:
+    """Return a line on the schedule of a run: all that was given or chosen."""
+    epochs = schedule.steps / schedule.per_epoch
+    parts = [
+        f"{schedule.steps} steps of {schedule.batch_size} images ({epochs:g} epochs), peak learning rate {schedule.lr:.3g}"
+    ]
+    parts += [f"warm-up of {schedule.warmup} steps"]
+    parts += [f"encoder frozen for {schedule.frozen}"] if schedule.frozen else []
+    parts += [f"contrast from step {schedule.alone + 1}"] if schedule.alone else []
+    if config.batch_size > schedule.batch_size:
         parts.append(f"batch and rate cut from --batch-size {config.batch_size}, which is more than there are images")
-    if length.warmup > length.steps / 4:
+    if schedule.warmup > schedule.steps / 4:
         parts.append("warning: the warm-up is more than a quarter of the run")
     return "; ".join(parts)
 
@@ -164,7 +166,9 @@ def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple
     return mean, std
 
 
-def view_loader(config: Config, encoder: Any, images: Images, length: Length, start: int, last: int, ranks: Ranks) -> Loader:
+def view_loader(
+    config: Config, encoder: Any, images: Images, schedule: Schedule, start: int, last: int, ranks: Ranks
+) -> Loader:
     """Load V views of each image of the steps after ``start`` up to ``last``."""
     where: dict[str, Any] = {"seed": config.seed, "start_step": start, "num_steps": last}
     where |= {"rank": ranks.rank, "world_size": ranks.world_size}
@@ -173,8 +177,8 @@ def view_loader(config: Config, encoder: Any, images: Images, length: Length, st
     loading: dict[str, Any] = {"num_workers": config.workers, "pin_memory": ranks.device.type == "cuda"}
     loading |= {"bad_file": Path(config.output_dir) / "bad_files.txt"}
     if images.stream:
-        return stream_loader(images.stream, transform, length.batch_size, max_bad=config.max_bad, **where, **loading)
-    sampler = StepSampler(len(images.train), length.batch_size, **where)
+        return stream_loader(images.stream, transform, schedule.batch_size, max_bad=config.max_bad, **where, **loading)
+    sampler = StepSampler(len(images.train), schedule.batch_size, **where)
     dataset = MultiViewDataset(images.train, transform, seed=config.seed, max_bad=config.max_bad)
     return make_loader(dataset, sampler, **loading)
 
@@ -184,8 +188,9 @@ def step_mask(config: Config, encoder: Any, batch_size: int, step: int, ranks: R
     views = batch_size * config.num_views
     share = views // ranks.world_size
     rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    generator, length = torch.Generator().manual_seed(sample_seed(config.seed, MASKS, step)), encoder.patch_embed.num_patches
-    return mvmae.random_mask(views, length, config.mask_ratio, generator=generator, device=ranks.device, rows=rows)
+    generator = torch.Generator().manual_seed(sample_seed(config.seed, MASKS, step))
+    patches = encoder.patch_embed.num_patches
+    return mvmae.random_mask(views, patches, config.mask_ratio, generator=generator, device=ranks.device, rows=rows)
 
 
 def train_last_blocks(encoder: Any, blocks: int) -> str:
