@@ -14,6 +14,7 @@ from torch import nn
 
 import mvmae
 from engine.distributed import Ranks
+from engine.optim import set_learning_rate
 from engine.signals import Stop
 from mvmae.architecture import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
 from mvmae.data import (
@@ -225,8 +226,10 @@ def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float, encoder_rate: float) -> None:
     """Set the learning rate of each group: the run's, times the group's own share, and the encoder's times its stage's."""
+    set_learning_rate(optimizer, rate)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"] * (encoder_rate if group["encoder"] else 1.0)
+        if group["encoder"]:
+            group["lr"] *= encoder_rate
 
 
 def settings_of(config: Config, images: Images) -> dict[str, Any]:
