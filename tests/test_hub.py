@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import io
 import json
 import os
 import pickle
@@ -157,21 +158,18 @@ def test_f62_of_a_repository_only_safetensors_are_read(tmp_path):
 
 
 NAME = "me/mvmae_vit_tiny_patch16.untrained"
-PLAIN = """import timm
-features = timm.create_model(SOURCE, pretrained=True).eval().forward_features(images)
-"""
 WAYS = {
-    "timm without mvmae, from a folder": BLOCKED + PLAIN.replace("SOURCE", '"local-dir:" + FOLDER'),
-    "timm without mvmae, from the Hub": BLOCKED + PLAIN.replace("SOURCE", f'"hf-hub:{NAME}"'),
-    "timm by the name of mvmae": f"""import timm, mvmae
-sizes = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, pretrained_cfg_overlay=dict(hf_hub_id="{NAME}"))
-features = timm.create_model("mvmae_vit_tiny_patch16", pretrained=True, **sizes).eval().forward_features(images)
+    "timm without mvmae, from a folder and the Hub": f"""{BLOCKED}import timm, torch
+vits = [timm.create_model(name, pretrained=True).eval() for name in ("local-dir:FOLDER", "hf-hub:{NAME}")]
+features = torch.stack([vit.forward_features(images) for vit in vits])
 """,
     "transformers without mvmae": f"""{BLOCKED}from transformers import AutoModel
 features = AutoModel.from_pretrained("{NAME}").eval()(images).last_hidden_state
 """,
-    "mvmae": f"""from mvmae import MultiViewMAE
-features = MultiViewMAE.from_pretrained("{NAME}").eval().encoder.forward_features(images)
+    "mvmae, and timm by its names": f"""import timm, torch, mvmae
+sizes = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, pretrained_cfg_overlay=dict(hf_hub_id="{NAME}"))
+vits = [timm.create_model("mvmae_vit_tiny_patch16", pretrained=True, **sizes), mvmae.MultiViewMAE.from_pretrained("{NAME}").encoder]
+features = torch.stack([vit.eval().forward_features(images) for vit in vits])
 """,
 }
 
@@ -179,36 +177,14 @@ features = MultiViewMAE.from_pretrained("{NAME}").eval().encoder.forward_feature
 @pytest.mark.parametrize("way", WAYS)
 def test_a_fresh_process_gets_the_runs_features(way, published, tmp_path):
     server, folder, images, expected = published
-    if "transformers" in way and importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
-    code = WAYS[way].replace("FOLDER", repr(str(folder)))
+    if "transformers" in way:
+        pytest.importorskip("transformers")
+    code = WAYS[way].replace("FOLDER", str(folder))
     found = features(code, tmp_path, server.endpoint, images)
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= 1e-6
-    if way == "mvmae":  # the cache serves offline
+    assert found.shape[-3:] == expected.shape and (found - expected).abs().max() <= 1e-6
+    if "names" in way:  # the cache serves offline
         offline = features(code, tmp_path, "http://127.0.0.1:9", images, HF_HUB_OFFLINE="1")
         assert torch.equal(offline, found)
-
-
-def test_what_timm_itself_uploads_loads_without_mvmae(tmp_path):
-    vit = timm.create_model("mvmae_vit_tiny_patch16", patch_size=8, **TINY).eval()
-    images = torch.randn(2, 3, 32, 32)
-    safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
-    safetensors.torch.save_file(vit.state_dict(), tmp_path / "vit.safetensors")
-    arguments = f"patch_size=8, **{TINY}"
-    code = f"""
-        import mvmae, safetensors.torch, timm
-        vit = timm.create_model("mvmae_vit_tiny_patch16", {arguments})
-        vit.load_state_dict(safetensors.torch.load_file("vit.safetensors"))
-        timm.models.push_to_hf_hub(vit, "me/by-timm")
-    """
-    with Hub() as server:
-        done = client(code, tmp_path, server.endpoint)
-        assert done.returncode == 0, done.stderr
-        read = 'import timm\nfeatures = timm.create_model("hf-hub:me/by-timm", pretrained=True).eval()(images)'
-        found = features(BLOCKED + read, tmp_path, server.endpoint, tmp_path / "images.safetensors")
-    assert (found - vit(images)).abs().max() <= 1e-6
-    assert json.loads(server.repos["me/by-timm"].commits[-1][1]["config.json"])["architecture"] == "vit_tiny_patch16_224"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
@@ -339,9 +315,7 @@ def test_without_network_and_cache_the_cause_is_one_line(tmp_path):
 
 
 ENCODERS = {
-    "mvmae_vit_tiny_patch16": ("vit_tiny_patch16_224", {}),
     "mvmae_vit_base_patch16": ("vit_base_patch16_224", {"in_chans": 1, "img_size": (32, 64), "dynamic_img_size": True}),
-    "mvmae_vit_huge_patch14": ("vit_huge_patch14_224", {}),
     "vit_tiny_patch16_224": ("vit_tiny_patch16_224", {"drop_path_rate": 0.1, "num_classes": 7}),
     "vit_base_patch16_clip_quickgelu_224": ("vit_base_patch16_clip_quickgelu_224", {}),
     "deit3_small_patch16_224": ("deit3_small_patch16_224", {"in_chans": 4}),
@@ -428,9 +402,7 @@ def test_every_option_of_a_pretraining_model_comes_back(tmp_path):
     decoder = {"decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 6}
     nt_xent = {"temperature": 0.2, "gather": False, "chunk_size": 30_000}
     keywords = inspect.signature(mvmae.MultiViewMAE).parameters.keys() - {"encoder", "projector", "temperature"}
-    assert options.keys() | decoder.keys() | {"contrastive_loss", "reconstruction_loss"} == keywords, (
-        "a new option: try it here"
-    )
+    assert options.keys() | decoder.keys() | {"contrastive_loss", "reconstruction_loss"} == keywords  # a new one: try it here
     vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
     model = mvmae.MultiViewMAE(vit, contrastive_loss=mvmae.NTXentLoss(**nt_xent), **options, **decoder)
     model.save_pretrained(tmp_path)
@@ -469,9 +441,7 @@ def test_a_model_with_losses_of_ones_own_is_saved_and_asks_for_them(tmp_path):
     given = {"contrastive_loss": Alignment(), "reconstruction_loss": Absolute()}
     for missing in given:
         others = {name: loss for name, loss in given.items() if name != missing}
-        with pytest.raises(
-            WeightsError, match=f"the {missing}, a A.*, cannot be built from a file: pass one like it as {missing}="
-        ):
+        with pytest.raises(WeightsError, match=f"pass one like it as {missing}="):
             mvmae.MultiViewMAE.from_pretrained(tmp_path, **others)
     loaded = mvmae.MultiViewMAE.from_pretrained(tmp_path, **given)
     views, mask = torch.randn(3, 2, 3, 32, 32), mvmae.random_mask(6, 16, 0.5)
@@ -510,42 +480,44 @@ def test_how_images_are_read_is_one_record_of_the_export(tmp_path):
     hub.export(vit, tmp_path / "changed", inputs=record, background="black", mean=None)
     hub.export(vit, tmp_path / "cfg")
     configs = {path.name: json.loads((path / "config.json").read_text()) for path in tmp_path.iterdir()}
-    assert (
-        Inputs.from_config(configs["whole"])
-        == record
-        == Inputs.from_config({"inputs": json.loads(json.dumps(record.to_dict()))})
-    )
+    for config in (configs["whole"], {"inputs": json.loads(json.dumps(record.to_dict()))}):
+        assert Inputs.from_config(config) == record
     assert Inputs.from_config(configs["changed"]) == dataclasses.replace(record, background="black")
     cfg = configs["whole"]["pretrained_cfg"]  # what timm reads says the same
-    assert (cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"]) == (
-        [0.1, 0.2, 0.3],
-        [0.4, 0.5, 0.6],
-        "bilinear",
-        0.75,
-    )
+    expected = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "crop_pct": 0.75}
+    assert {name: cfg[name] for name in expected} == expected
     assert Inputs.from_config(configs["cfg"]).mean == IMAGENET_DEFAULT_MEAN
     old = {name: value for name, value in configs["whole"].items() if name != "inputs"} | {"background": "black"}
-    assert Inputs.from_config(old) == Inputs(
-        (32, 32), record.mean, record.std, "bilinear", 0.75, "black"
-    )  # as 1c37e2a wrote it
+    written_by_1c37e2a = Inputs((32, 32), record.mean, record.std, "bilinear", 0.75, "black")
+    assert Inputs.from_config(old) == written_by_1c37e2a
     for content in ({}, {"inputs": {"sise": 3}}, {"inputs": {**record.to_dict(), "std": [1]}}):
         with pytest.raises(WeightsError, match="does not say how images are read"):
             Inputs.from_config(content)
 
 
-def test_what_a_file_cannot_describe_is_refused_by_name(tmp_path):
-    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+def with_another_norm(vit: Any) -> None:
     vit.blocks[1].norm1 = torch.nn.LayerNorm(48, eps=0.5)
-    with pytest.raises(WeightsError, match=r"blocks.1.norm1 is LayerNorm\(\(48,\), eps=0.5"):
-        hub.export(vit, tmp_path)
-    with pytest.raises(ValueError, match="must have one number for each of the 3 channels, got .0.5,."):
-        hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, mean=[0.5], std=[0.5])
-    with pytest.raises(ValueError, match="label_names must have one name for each of the 0 classes of the head, got 2"):
-        hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), tmp_path, label_names=["a", "b"])
-    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+
+
+def with_nan(vit: Any) -> None:
     torch.nn.init.constant_(vit.norm.bias, float("nan"))
-    with pytest.raises(WeightsError, match=r"norm\.bias with NaN or infinity"):
-        hub.export(vit, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "cause"),
+    [
+        (with_another_norm, {}, r"blocks.1.norm1 is LayerNorm\(\(48,\), eps=0.5"),
+        (with_nan, {}, r"norm\.bias with NaN or infinity"),
+        (None, {"mean": [0.5], "std": [0.5]}, "one number for each of the 3 channels"),
+        (None, {"label_names": ["a", "b"]}, "one name for each of the 0 classes of the head, got 2"),
+    ],
+)
+def test_what_a_file_cannot_describe_is_refused_by_name(change, options, cause, tmp_path):
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    if change:
+        change(vit)
+    with pytest.raises(ValueError, match=cause):
+        hub.export(vit, tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -572,42 +544,10 @@ def test_a_checkpoint_of_mae_fills_the_whole_model(tmp_path):
     views = torch.randn(2, 2, 3, 32, 32)
     outputs = [model(views, generator=torch.Generator().manual_seed(0)) for model in (source, target)]
     assert torch.equal(outputs[0].pred, outputs[1].pred)
-    torch.save({"model": {**mae_weights(source), "decoder_pos_embed": torch.zeros(1, 17, 32)}}, tmp_path / "mae.pth")
-    with pytest.raises(WeightsError, match="decoder_pos_embed must be the fixed sine-cosine table"):
-        hub.load_pretraining(target, tmp_path / "mae.pth")
-
-
-@pytest.mark.parametrize("file", ["encoder", "mae", "whole", "run"])
-def test_an_encoder_is_read_from_every_kind_of_file(file, tmp_path):
-    source = tiny_mae(projector=False)
-    path = tmp_path / "file.safetensors"
-    if file == "encoder":
-        path = hub.export(source, tmp_path / "exported")
-    elif file == "run":
-        path = tmp_path / "checkpoint.pt"
-        torch.save({"model": source.state_dict(), "optimizer": {"state": {}}, "step": 3}, path)
-    else:
-        safetensors.torch.save_file(mae_weights(source) if file == "mae" else source.state_dict(), path)
-    target = timm.create_model(
-        "vit_tiny_patch16_224", patch_size=8, **TINY, num_classes=0, global_pool="avg", fc_norm=False
-    ).eval()
-    hub.load_encoder(target, path)
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(target(images), source.encoder(images))
-
-
-def test_positions_and_channels_are_adapted_as_timm_does(tmp_path):
-    source = tiny_mae(projector=False)
-    hub.export(source, tmp_path)
-    kwargs = TINY | {"img_size": (32, 64), "patch_size": 8, "in_chans": 1}
-    target = timm.create_model("mvmae_vit_tiny_patch16", **kwargs).eval()
-    hub.load_encoder(target, tmp_path)
-    expected = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=(32, 64), in_chans=1).eval()
-    images = torch.randn(1, 1, 32, 64)
-    assert torch.equal(target(images), expected(images))
-    whole = tiny_mae(projector=False, img_size=48)
-    hub.load_pretraining(whole, tmp_path)
-    assert torch.equal(whole.decoder.head.weight, source.decoder.head.weight)
+    source.save_pretrained(tmp_path)
+    larger = tiny_mae(projector=False, img_size=48)
+    hub.load_pretraining(larger, tmp_path)
+    assert torch.equal(larger.decoder.head.weight, source.decoder.head.weight)
 
 
 class Payload:
@@ -620,72 +560,69 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-ODD = {
-    "sparse": lambda: torch.eye(48).to_sparse(),
-    "meta": lambda: torch.empty(48, device="meta"),
-    "huge stride": lambda: torch.zeros(1).expand(2**40),
-    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(48), 0.1, 0, torch.qint8),
-    "complex": lambda: torch.zeros(48, dtype=torch.complex64),
+def saved(content: Any) -> bytes:
+    """The bytes of a file of torch."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+DAMAGE: dict[str, tuple[str, str]] = {  # the ending of the file, and the cause that is named
+    "cut": (".safetensors", "cut or damaged"),
+    "empty": (".safetensors", r"\(0 bytes\) is cut or damaged"),
+    "header of 2^62": (".safetensors", "cut or damaged"),
+    "lying shape": (".safetensors", "cut or damaged"),
+    "NaN": (".safetensors", "norm.bias with NaN or infinity"),
+    "LFS pointer": (".safetensors", "git lfs pull"),
+    "pickle with a payload": (".pth", "could run code, and was not loaded"),
+    "zipped pickle with a payload": (".pth", "could run code, and was not loaded"),
+    "pickle of a number": (".pth", "must hold a dictionary of tensors|cut or damaged"),
+    "sparse": (".pth", "sparse, nested, quantized"),
+    "meta": (".pth", "norm.bias without numbers"),
+    "huge stride": (".pth", "with less data"),
+    "quantized": (".pth", "quantized or complex|cut"),
+    "complex": (".pth", "quantized or complex"),
 }
 
 
-def damaged(kind: str, path: Path, weights: dict[str, torch.Tensor]) -> Path:
-    """Writes a file of weights that is damaged in some way."""
+def damaged(kind: str, weights: dict[str, torch.Tensor], ran: Path) -> bytes:
+    """The bytes of a file of weights that is damaged in some way, or runs code that leaves the file `ran`."""
     whole = safetensors.torch.save(weights)
-    header = int.from_bytes(whole[:8], "little")
-    contents = {
-        "cut": whole[:-50],
-        "empty": b"",
-        "header of 2^62": (2**62).to_bytes(8, "little") + whole[8:],
-        "lying shape": whole[: 8 + header].replace(b"[48]", b"[49]") + whole[8 + header :],
-        "NaN": safetensors.torch.save({**weights, "norm.bias": torch.full((48,), float("nan"))}),
-        "LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    contents: dict[str, Any] = {
+        "cut": lambda: whole[:-50],
+        "empty": lambda: b"",
+        "header of 2^62": lambda: (2**62).to_bytes(8, "little") + whole[8:],
+        "lying shape": lambda: whole.replace(b"[48]", b"[49]", 1),
+        "NaN": lambda: safetensors.torch.save({**weights, "norm.bias": torch.full((48,), float("nan"))}),
+        "LFS pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "pickle with a payload": lambda: pickle.dumps({"model": weights, "payload": Payload(ran)}),
+        "zipped pickle with a payload": lambda: saved({"model": weights, "payload": Payload(ran)}),
+        "pickle of a number": lambda: saved({"model": 3}),
+        "sparse": lambda: saved({**weights, "norm.bias": torch.eye(48).to_sparse()}),
+        "meta": lambda: saved({**weights, "norm.bias": torch.empty(48, device="meta")}),
+        "huge stride": lambda: saved({**weights, "norm.bias": torch.zeros(1).expand(2**40)}),
+        "quantized": lambda: saved({**weights, "norm.bias": torch.quantize_per_tensor(torch.zeros(48), 0.1, 0, torch.qint8)}),
+        "complex": lambda: saved({**weights, "norm.bias": torch.zeros(48, dtype=torch.complex64)}),
     }
-    pickled = {
-        "pickle with a payload": lambda: path.write_bytes(pickle.dumps({"model": weights, "payload": Payload(ran)})),
-        "zipped pickle with a payload": lambda: torch.save({"model": weights, "payload": Payload(ran)}, path),
-        "pickle of a number": lambda: torch.save({"model": 3}, path),
-        **{odd: lambda make=make: torch.save({**weights, "norm.bias": make()}, path) for odd, make in ODD.items()},
-    }
-    path, ran = path.with_suffix(".pth" if kind in pickled else ".safetensors"), path.with_name("ran")
-    pickled[kind]() if kind in pickled else path.write_bytes(contents[kind])
-    return path
-
-
-DAMAGE = {
-    "cut": "cut or damaged",
-    "empty": r"\(0 bytes\) is cut or damaged",
-    "header of 2^62": "cut or damaged",
-    "lying shape": "cut or damaged",
-    "NaN": "norm.bias with NaN or infinity",
-    "LFS pointer": "git lfs pull",
-    "pickle with a payload": "could run code, and was not loaded",
-    "zipped pickle with a payload": "could run code, and was not loaded",
-    "pickle of a number": "must hold a dictionary of tensors|cut or damaged",
-    "sparse": "sparse, nested, quantized",
-    "meta": "norm.bias without numbers",
-    "huge stride": "with less data",
-    "quantized": "quantized or complex|cut",
-    "complex": "quantized or complex",
-}
+    content: bytes = contents[kind]()
+    return content
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.filterwarnings("ignore")  # torch's, of formats that it will give up
 def test_a_damaged_or_dangerous_file_is_named_and_the_model_untouched(kind, tmp_path):
-    weights = dict(timm.create_model("mvmae_vit_tiny_patch16", **TINY).state_dict())
-    path = damaged(kind, tmp_path / "file", weights)
+    ending, cause = DAMAGE[kind]
+    path = tmp_path / f"file{ending}"
+    path.write_bytes(damaged(kind, dict(timm.create_model("mvmae_vit_tiny_patch16", **TINY).state_dict()), tmp_path / "ran"))
     vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
     before = {name: value.clone() for name, value in vit.state_dict().items()}
-    calls = [
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    for call in (
         lambda: read_weights(path),
         lambda: hub.load_encoder(vit, path),
-        lambda: timm.create_model(
-            "mvmae_vit_tiny_patch16", pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **TINY
-        ),
-    ]
-    for call in calls:
-        with pytest.raises(WeightsError, match=DAMAGE[kind]) as error:
+        lambda: timm.create_model("mvmae_vit_tiny_patch16", **overlay, **TINY),
+    ):
+        with pytest.raises(WeightsError, match=cause) as error:
             call()
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
