@@ -74,15 +74,6 @@ def test_weights_and_positions_start_as_in_the_paper():
     assert vit.pos_embed[0, 2, 96:144].abs().max() == 0  # row 0
 
 
-def test_meta_device_then_init_weights_equals_building_in_place():
-    vit = tiny(device="meta")
-    assert all(parameter.is_meta for parameter in vit.parameters())
-    vit.to_empty(device="cpu")
-    vit.init_weights()
-    assert torch.equal(vit.pos_embed, tiny().pos_embed)
-    assert all(value.isfinite().all() for value in vit.state_dict().values())
-
-
 def test_naflex_has_the_positions_too():
     vit = tiny(use_naflex=True)
     assert type(vit).__name__ == "NaFlexVit"
