@@ -1,4 +1,3 @@
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -55,8 +54,8 @@ def test_memory_is_linear_in_a_large_batch():
         NTXentLoss()(z).backward()
     assert largest.size <= 64 * 2**20
     with Largest() as largest:
-        NTXentLoss(chunk_size=8400)(z).backward()
-    assert largest.size > 256 * 2**20
+        NTXentLoss(chunk_size=2100)(z).backward()
+    assert largest.size > 64 * 2**20
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-9, 0.0])
@@ -83,12 +82,12 @@ def test_extreme_latents_give_finite_losses_and_gradients(dtype, temperature, no
     assert value.isfinite() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("images", [64, 4112])  # all logits at once; in chunks
-def test_losses_and_gradients_stay_float32_where_the_backward_pass_runs_under_autocast(images):
-    z = torch.randn(images, 2, 16)
+@pytest.mark.parametrize("chunk_size", [None, 48])
+def test_losses_and_gradients_stay_float32_where_the_backward_pass_runs_under_autocast(chunk_size):
+    z = torch.randn(64, 2, 16)
     expected = value_and_gradient(NTXentLoss(), z.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = value_and_gradient(NTXentLoss(), z)
+        found = value_and_gradient(NTXentLoss(chunk_size=chunk_size), z)
     largest = expected[1].abs().max()  # bfloat16 would be off by 0.3 %
     torch.testing.assert_close([x.double() for x in found], list(expected), rtol=1e-4, atol=1e-5 * largest)
 
