@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import mvmae
-from mvmae import MultiViewMAE, projection_mlp, random_mask
+from mvmae import MultiViewMAE, hub, projection_mlp, random_mask
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
 DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4}
@@ -237,8 +237,8 @@ def test_compiled_it_takes_a_smaller_last_batch_and_other_sizes_and_draws_the_sa
         assert torch.equal(found.mask.visible, expected.mask.visible)
         torch.testing.assert_close(found.loss, expected.loss)
         found.loss.backward()
-        alone = compiled(views, mask=found.mask, loss_weight=0)
-        torch.testing.assert_close(alone.loss, expected.loss_rec)
+    alone = compiled(views, mask=found.mask, loss_weight=0)
+    torch.testing.assert_close(alone.loss, expected.loss_rec)
 
 
 def test_the_residual_streams_and_the_losses_stay_float32_under_autocast(build):
@@ -301,7 +301,7 @@ def test_init_weights_defines_all_that_a_model_from_the_meta_device_lacks(encode
         assert torch.equal(new.encoder.pos_embed, model.encoder.pos_embed)
 
 
-def step_of_half(state, views, mask):
+def step_of_half(state, views, mask, folder):
     """A step on this process's half of the batch, plain and sharded by FSDP: losses, and gradients over both processes."""
     rank, found = dist.get_rank(), []
     for sharded in (False, True):
@@ -319,14 +319,17 @@ def step_of_half(state, views, mask):
                 dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
                 gradient /= 2
         found.append((output.loss.detach(), gradients))
+    with pytest.raises(mvmae.WeightsError, match=r"^.*in shards over several processes: gather the weights[^\n]*$"):
+        hub.export(model, folder)
     return found
 
 
-def test_with_blocks_and_root_sharded_by_fsdp_a_step_is_the_same(two_processes):
+def test_with_blocks_and_root_sharded_by_fsdp_a_step_is_the_same_and_an_export_is_refused(two_processes, tmp_path):
     state = made_on("cpu", "fixed positions").state_dict()
     views, mask = torch.randn(4, 2, 3, 32, 32), random_mask(8, 16, 0.75)
-    for plain, sharded in two_processes(step_of_half, state, views, mask):
+    for plain, sharded in two_processes(step_of_half, state, views, mask, str(tmp_path)):
         torch.testing.assert_close(sharded, plain, rtol=1e-4, atol=1e-6)
+    assert not list(tmp_path.rglob("*.*"))
 
 
 @pytest.mark.parametrize(
