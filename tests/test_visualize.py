@@ -54,6 +54,20 @@ def test_reconstructions_show_predictions_of_masked_patches_only(tiny_vit, monke
     assert not torch.equal(rebuilt[~patches], original[~patches])
 
 
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_a_prediction_of_zero_is_the_mean_of_the_true_patch_where_each_is_normalised_else_the_mean_of_all(tiny_vit, norm_pix):
+    model = MultiViewMAE(tiny_vit(), decoder_dim=16, decoder_depth=1, decoder_heads=2, norm_pix=norm_pix)
+    for parameter in model.decoder.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    views = torch.randn(2, 1, 3, 32, 32)
+    rebuilt, _ = pictures.reconstruct(model, views)
+    for row in range(0, 32, 8):
+        for column in range(0, 32, 8):
+            patch = views[:, 0, :, row : row + 8, column : column + 8]
+            expected = patch.mean((1, 2, 3), keepdim=True).expand_as(patch) if norm_pix else torch.zeros_like(patch)
+            torch.testing.assert_close(rebuilt[:, :, row : row + 8, column : column + 8], expected)
+
+
 def test_normalisation_is_undone():
     images = torch.rand(2, 4, 5, 6)
     mean, std = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.5, 0.6, 0.7, 0.8])
