@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 
+import mvmae
 from mvmae import Mask, MultiViewMAE, encode_visible, hub, random_mask
 from mvmae.encoders import TIMM_NAMES
+from mvmae.weights import WeightsError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 0}
 FAMILIES = {
@@ -196,3 +198,26 @@ def test_what_is_not_supported_is_refused_by_name_with_the_reason(name, reason):
 def test_images_and_masks_that_do_not_fit_are_refused(tiny_vit, images, message):
     with pytest.raises((ValueError, TypeError), match=message):
         encode_visible(tiny_vit(), images, random_mask(2, 16, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((16, 64), (32, 32)), ((16, 64), (32, 64)), ((32, 64), (64, 32)), ((24, 40), (32, 32))]
+)
+@pytest.mark.parametrize("family", ["supervised", "EVA, no rotary positions", "ours"])
+def test_positions_of_a_rectangle_are_resized_as_one_or_asked_about(family, old, new, tmp_path):
+    vit = build(family, img_size=old)
+    MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2).save_pretrained(tmp_path / "pretraining")
+    hub.export(vit, tmp_path / "export")
+    prefix, rows, columns = vit.num_prefix_tokens, *vit.patch_embed.grid_size
+    table = vit.pos_embed.detach()[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    table = torch.nn.functional.interpolate(table, [side // 8 for side in new], mode="bicubic", antialias=True)
+    wanted = table.flatten(2).mT
+    for source, size in ((tmp_path / "export", None), (tmp_path / "pretraining", None), (vit.state_dict(), old)):
+        loaded = build(family, img_size=new)
+        hub.load_encoder(loaded, source, size=size)
+        assert torch.allclose(loaded.pos_embed[:, prefix:], wanted, atol=1e-5)
+    created = mvmae.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True, img_size=new)
+    assert torch.allclose(created.pos_embed[:, prefix:], wanted, atol=1e-5)
+    if new[0] != new[1]:  # of as many patches, and another shape
+        with pytest.raises(WeightsError, match=r"give the size of the images"):
+            hub.load_encoder(build(family, img_size=new), vit.state_dict())

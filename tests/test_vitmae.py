@@ -359,7 +359,7 @@ def test_f66_a_config_of_no_such_encoder_is_refused_in_one_line(change, cause, s
 
 
 def test_channels_and_positions_of_a_folder_are_adapted_as_timm_does(saved, tmp_path):
-    vit: Any = load_backbone(str(saved[1]), image_size=48)
+    vit: Any = load_backbone(str(saved[1]), image_size=(48,))
     assert vit.pos_embed.shape == (1, 37, 48)
     with pytest.raises(WeightsError, match=r"is for 1 channels, the encoder for 3: [^\n]*$"):
         start_encoder(str(saved[1]), pretrained=True)
