@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
-from .weights import WRAPPERS, WeightsError, check_sizes, check_weights, first_line, read_json
+from .weights import WeightsError, check_sizes, check_weights, first_line, plain_name, read_json
 
 _logger = logging.getLogger(__name__)
 PROJ = "patch_embed.proj.weight"
@@ -79,7 +79,7 @@ def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         WeightsError: if there are several encoders, adapters that are not merged, or a query, key or value is missing.
     """
-    weights = {WRAPPERS.sub("", name): value for name, value in weights.items()}
+    weights = {plain_name(name): value for name, value in weights.items()}
     for known_by, patterns in LAYOUTS.values():
         if any(re.search(known_by, name) for name in weights):
             weights = _renamed(weights, patterns)
