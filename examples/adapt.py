@@ -18,15 +18,15 @@ import dataclasses
 from engine.options import REQUIRED, option, redefine
 from engine.options import run as run_script
 from pretrain import main
-from tasks import method
+from tasks import config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(method.Config):
+class Config(config.Config):
     """All but the layer decay's source is ours, measured (RESULTS.md): nobody has published such a recipe."""
 
     encoder: str = redefine(
-        method.Config,
+        config.Config,
         "encoder",
         REQUIRED,
         "encoder to start from, a plain ViT: timm name, hf-hub:ID, folder of a run or export, or file of weights",
@@ -51,21 +51,22 @@ class Config(method.Config):
         path=True,
         section="Data",
     )
-    output_dir: str = redefine(method.Config, "output_dir", "runs/adapt")
+    output_dir: str = redefine(config.Config, "output_dir", "runs/adapt")
     # the recipe of pretrain.py --preset small; without a projector the contrastive loss undid what the encoder knew
-    jitter: tuple[float, ...] = redefine(method.Config, "jitter", (0.4, 0.4, 0.4, 0.1))
-    grayscale: float = redefine(method.Config, "grayscale", 0.2)
-    mask_ratio: float = redefine(method.Config, "mask_ratio", 0.75)
-    loss_weight: float = redefine(method.Config, "loss_weight", 1.0)
-    temperature: float = redefine(method.Config, "temperature", 0.1)
-    projector: int = redefine(method.Config, "projector", 128)
-    decoder_dim: int = redefine(method.Config, "decoder_dim", 0)
-    decoder_depth: int = redefine(method.Config, "decoder_depth", 1)
-    decoder_heads: int = redefine(method.Config, "decoder_heads", 0)
-    epochs: float = redefine(method.Config, "epochs", 0)
-    batch_size: int = redefine(method.Config, "batch_size", 0)
-    optimizer: str = redefine(method.Config, "optimizer", "muon")
-    base_lr: float = redefine(method.Config, "base_lr", 4e-3)
+    jitter: tuple[float, ...] = redefine(config.Config, "jitter", (0.4, 0.4, 0.4, 0.1))
+    grayscale: float = redefine(config.Config, "grayscale", 0.2)
+    mask_ratio: float = redefine(config.Config, "mask_ratio", 0.75)
+    loss_weight: float = redefine(config.Config, "loss_weight", 1.0)
+    temperature: float = redefine(config.Config, "temperature", 0.1)
+    projector: int = redefine(config.Config, "projector", 128)
+    decoder_dim: int = redefine(config.Config, "decoder_dim", 0)
+    decoder_depth: int = redefine(config.Config, "decoder_depth", 1)
+    decoder_heads: int = redefine(config.Config, "decoder_heads", 0)
+    epochs: float = redefine(config.Config, "epochs", 0)
+    batch_size: int = redefine(config.Config, "batch_size", 0)
+    lr_batch: int = 0
+    optimizer: str = redefine(config.Config, "optimizer", "muon")
+    base_lr: float = redefine(config.Config, "base_lr", 4e-3)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from engine.options import parse
 from engine.signals import Stop
 from tasks import gains
 from tasks.best import Best
+from tasks.config import build_model
 from tasks.inputs import jittered
-from tasks.method import build_model
 from tasks.models import describe_start, save_classifier, starting_weights
 from tasks.pretraining import (
     describe_schedule,

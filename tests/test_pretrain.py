@@ -28,8 +28,8 @@ from engine.distributed import Ranks
 from engine.optim import build_optimizer, cosine
 from engine.options import parse
 from engine.signals import Stop
+from tasks.config import Config, build_model
 from tasks.drawn_images import varied
-from tasks.method import Config, build_model
 from tasks.pretraining import describe_schedule, fit_schedule, step_mask
 from tasks.splits import open_splits
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.distributed import Ranks
-from mvmae import MultiViewTransform
+from mvmae import CentreCropTransform, MultiViewTransform
 from mvmae.data import ImageSource
 from mvmae.metrics import effective_rank, knn_accuracy, uniformity, view_retrieval
 from tasks.features import OfViews, Pooled, evaluation_transform, extract
@@ -31,7 +31,6 @@ class Evaluation:
         crops: random views, for view retrieval.
         limit: most images of each split; 0: nothing is measured.
         ranks: each of which computes its share.
-        pool: as in `Pooled`.
         workers: processes that load images.
         max_bad: unreadable images to tolerate.
         **pixels: how images become pixels, as in `evaluation_transform`.
@@ -45,14 +44,13 @@ class Evaluation:
         *,
         limit: int,
         ranks: Ranks,
-        pool: str,
         workers: int,
         max_bad: int,
         **pixels: Any,
     ) -> None:
-        self.pooled, self.crops, self.limit, self.ranks = Pooled(encoder, pool), crops, limit, ranks
+        self.pooled, self.crops, self.limit, self.ranks = Pooled(encoder), crops, limit, ranks
         self.train, self.val, _ = splits
-        self.transform = evaluation_transform(encoder, **pixels)
+        self.transform, self.centre = evaluation_transform(encoder, **pixels), CentreCropTransform(crops.image_size, **pixels)
         self.extract = partial(extract, ranks=ranks, workers=workers, max_bad=max_bad)
         self.source: ImageSource = self.train if self.val is None else self.val
         parts = [] if self.val is None else [self.train, self.val]
