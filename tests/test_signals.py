@@ -242,7 +242,7 @@ def test_memory_that_is_used_up_saves_and_ends_in_one_line(images, tmp_path):
         result = pretrain(tmp_path, images, *STEPS, "--save-every", 100, *options, fault=f"raise@{step}")
         assert (
             result.code == 1
-            and "error: the memory is used up (MemoryError: no room for a step): use a smaller --batch" in result.err
+            and "error: the memory is used up (MemoryError: no room for a step): use a smaller model" in result.err
         )
         assert f"step {step} is saved: run the same command {how} to continue" in result.out and "Traceback" not in result.err
         assert end_of(tmp_path)["step"] == step

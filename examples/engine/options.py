@@ -15,7 +15,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -240,7 +240,7 @@ def _argument(field: "dataclasses.Field[Any]", hint: Any, default: Any) -> dict[
         return settings | {"action": argparse.BooleanOptionalAction}
     if about["choices"]:
         return settings | {"choices": about["choices"], "metavar": "NAME" if several else None}
-    word, read = field.name.rpartition("_")[2].upper(), (os.path.expanduser if about["path"] else str)
+    word, read = field.name.rpartition("_")[2].upper(), cast(Any, os.path.expanduser if about["path"] else str)
     if types & {int, float}:
         word, read = "N" if int in types else "X", partial(_number, types=types, bounds=about["bounds"])
     if about["lengths"] == (2,):
