@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 from running import EXAMPLES, run_processes, run_script
 from tiny_run import ARGUMENTS, SMALL, assert_identical, end_of, losses, pretrain, start
+from torch import nn
 
-from mvmae import CentreCropTransform
-from mvmae.data import open_images
 from mvmae.metrics import effective_rank, knn_accuracy, uniformity
 
 sys.path.append(str(EXAMPLES))
@@ -28,7 +27,6 @@ from engine.optim import build_optimizer
 from engine.options import parse
 from engine.signals import Stop
 from tasks.config import Config, build_model
-from tasks.drawn_images import varied
 from tasks.pretraining import Schedule, describe_schedule, fit_schedule, step_mask
 from tasks.splits import open_splits
 
@@ -135,7 +133,7 @@ def test_options_of_the_losses_reach_them():
     assert losses_of("--loss-weight", 0).loss_con == 0 and losses_of("--projector", 4).projected.shape == (8, 2, 4)
     assert losses_of("--mask-ratio", 0.5).mask.visible.shape == (16, 8)
     layers = build_model(config_of(*TINY, "--projector", 4), CPU).projector
-    widths = [tuple(layer.weight.shape) for layer in layers if isinstance(layer, torch.nn.Linear)]
+    widths = [tuple(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear)]
     assert widths == [(16, 32), (16, 16), (4, 16)] and any("Norm" in type(layer).__name__ for layer in layers)
 
 
@@ -148,35 +146,34 @@ def test_every_step_has_masks_of_its_own_and_processes_share_them():
     assert torch.equal(torch.cat(halves), first)
 
 
-@pytest.mark.parametrize(("precision", "exact"), [("auto", True), ("float32", True), ("bf16", False)])
-def test_muon_computes_in_the_precision_of_the_run(precision, exact):
-    """Against Newton and Schulz's iteration in float64, x <- a x + (b x x' + c (x x')^2) x, with timm's coefficients."""
-    weight = torch.nn.Parameter(torch.zeros(12, 20))
-    weight.grad = torch.randn(12, 20)
-    group = {"params": [weight], "weight_decay": 0.0}
-    build_optimizer([group], "muon", lr=0.1, precision=precision, device=CPU).step()
-    x = weight.grad.double() / weight.grad.double().norm()
-    for a, b, c in timm.optim.muon.resolve_ns_coefficients("quintic", timm.optim.muon._COEFFICIENTS):
-        product = x @ x.T
-        x = a * x + (b * product + c * product @ product) @ x
-    error = (weight.detach() + 0.1 * 0.2 * 20**0.5 * x).norm() / weight.detach().norm()
-    assert error < 1e-5 if exact else 1e-4 < error < 0.05
-
-
-def test_the_reconstructions_are_of_held_out_images_that_an_eye_can_judge():
-    data, centre = open_images("sample", split="val"), CentreCropTransform(48)
-    images = varied(data, centre)
-    assert torch.equal(images, varied(data, centre)) and images.shape == (8, 3, 48, 48)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:256].tolist()
-    best = {}  # of each class, the one with the largest contrast among those that are read
-    for image, label in (data[index] for index in order):
-        view = centre(image)
-        contrast = sum(channel.float().std() for channel in view)
-        best[label] = max(best.get(label, (0, None)), (contrast, view), key=lambda pair: pair[0])
-    shown = [next(label for label, (_, view) in best.items() if torch.equal(view, image)) for image in images]
-    assert len(set(shown)) == 8  # classes
-    grey = {label for label, (_, view) in best.items() if (view.amax(0) == view.amin(0)).all()}
-    assert len(grey) == 6 and not grey & set(shown)  # brick, camera, coins, grass, gravel, moon
+@pytest.mark.parametrize(
+    ("name", "precision", "error"),
+    [("adamw", "auto", 1e-6), ("muon", "auto", 1e-5), ("muon", "float32", 1e-5), ("muon", "bf16", 0.05)],
+)
+def test_the_optimizer_is_adamw_with_the_papers_betas_or_muon_in_the_precision_of_the_run(name, precision, error):
+    """Muon against Newton and Schulz's iteration in float64, x <- a x + (b x x' + c (x x')^2) x, with timm's coefficients."""
+    gradients = [[torch.randn(12, 20), torch.randn(7)] for _ in range(2)]
+    found, plain = ([nn.Parameter(torch.ones(12, 20)), nn.Parameter(torch.ones(7))] for _ in range(2))
+    groups = [
+        [{"params": [one], "weight_decay": decay} for one, decay in zip(pair, (0.5, 0), strict=True)] for pair in (found, plain)
+    ]
+    ours = build_optimizer(groups[0], name, lr=0.1, precision=precision, device=CPU)
+    adamw = torch.optim.AdamW(groups[1], lr=0.1, betas=(0.9, 0.95))
+    for step in gradients[: 2 if name == "adamw" else 1]:
+        for parameter, gradient in zip([*found, *plain], step * 2, strict=True):
+            parameter.grad = gradient.clone()
+        ours.step(), adamw.step()
+    torch.testing.assert_close(found[1], plain[1])  # vectors are AdamW's
+    expected = plain[0].detach()
+    if name == "muon":
+        x = gradients[0][0].double() / gradients[0][0].double().norm()
+        for a, b, c in timm.optim.muon.resolve_ns_coefficients("quintic", timm.optim.muon._COEFFICIENTS):
+            product = x @ x.T
+            x = a * x + (b * product + c * product @ product) @ x
+        expected = 1 - 0.1 * 0.5 - 0.1 * 0.2 * 20**0.5 * x
+    changes = [1 - value.detach().double() - 0.05 for value in (found[0], expected)]
+    distance = (changes[0] - changes[1]).norm() / changes[1].norm()
+    assert distance < error and (precision != "bf16" or distance > 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ a run and its recipe
@@ -222,50 +219,6 @@ def test_the_rate_rises_for_an_epoch_and_falls_as_a_cosine_from_that_of_the_batc
         for step in range(12)
     ]
     assert [record["lr"] for record in records(whole) if "loss" in record] == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.fixture(scope="module")
-def second_steps(images, tmp_path_factory):
-    """State after the first step, whose rate is 0, and weights after the second, by weight decay and optimizer."""
-    found = {}
-    for name, given in {"plain": [0], "decayed": [1000], "muon": [0, "--optimizer", "muon"]}.items():
-        folder = tmp_path_factory.mktemp(name)
-        result = pretrain(folder, images, "--max-steps", 2, "--save-every", 1, "--workers", 0, "--weight-decay", *given)
-        assert result.code == 0, result.err
-        first = torch.load(folder / "run" / "checkpoint-previous.pt", weights_only=True)
-        found[name] = first, end_of(folder)["model"]
-    return found
-
-
-def test_the_optimizer_is_adamw_with_the_papers_betas_and_decays_what_has_two_dimensions(second_steps):
-    """With so much decay that it shows in one step."""
-    first, decayed_end = second_steps["decayed"]
-    start, rate = first["model"], 4e-3 * 8 / 256 / 4
-    for name, weight in start.items():
-        lost = second_steps["plain"][1][name] - decayed_end[name]
-        decayed = weight.ndim > 1 and name != "encoder.pos_embed"
-        torch.testing.assert_close(lost, weight * rate * 1000 if decayed else torch.zeros_like(weight), rtol=1e-3, atol=1e-6)
-    saved = first["optimizer"]
-    for group in saved["param_groups"]:  # biases are 0 at the start, so that their decay does not show in weights
-        assert {(saved["state"][i]["exp_avg"].ndim > 1) for i in group["params"]} == {group["weight_decay"] > 0}
-    mean, square = (torch.cat([entry[key].flatten() for entry in saved["state"].values()]) for key in ("exp_avg", "exp_avg_sq"))
-    assert mean.count_nonzero() > 1000
-    torch.testing.assert_close(square, (1 - 0.95) / (1 - 0.9) ** 2 * mean**2, rtol=1e-3, atol=1e-12)
-
-
-def test_muon_makes_the_update_of_a_matrix_orthogonal_and_leaves_vectors_to_adamw(second_steps):
-    adamw, muon = (
-        {name: weight - first["model"][name] for name, weight in end.items()}
-        for first, end in (second_steps["plain"], second_steps["muon"])
-    )
-    vectors = [name for name, change in adamw.items() if change.ndim == 1 and "qkv" not in name]  # a key's bias has no gradient
-    assert len(vectors) > 10
-    for name in vectors:
-        torch.testing.assert_close(muon[name], adamw[name], rtol=1e-3, atol=1e-7)
-    name, rate = "encoder.blocks.0.attn.proj.weight", 4e-3 * 8 / 256 / 4
-    spread = [torch.linalg.svdvals(changes[name]) for changes in (adamw, muon)]
-    assert spread[0][16] < 0.3 * spread[0][0] and spread[1][16] > 0.5 * spread[1][0]  # of 32 singular values
-    assert 0.1 < muon[name].pow(2).mean().sqrt() / rate < 0.3  # 0.2 as for AdamW, which is of the order of 1 in a first step
 
 
 def test_the_small_recipe_trains_on_few_images_and_resumes_bit_identical(images, tmp_path):
@@ -426,6 +379,14 @@ def test_bad_images_are_replaced_and_listed(images, tmp_path):
     assert "300" in next(line for line in listed if "large.png" in line)
     refused = pretrain(tmp_path, tmp_path / "odd", *given, "--max-bad", 2, "--output-dir", "other")
     assert refused.code == 1 and "3 bad images, more than the 2 allowed" in refused.err
+
+
+def test_pictures_are_of_training_images_where_no_held_out_one_can_be_read(images, tmp_path):
+    shutil.copytree(images, tmp_path / "data" / "train" / "a")
+    (tmp_path / "data" / "val" / "a").mkdir(parents=True)
+    (tmp_path / "data" / "val" / "a" / "0.jpg").write_bytes(b"<html>")
+    result = pretrain(tmp_path, "data", "--max-steps", 1, "--workers", 0)
+    assert result.code == 0 and (tmp_path / "run" / "reconstructions.png").exists(), result.err
 
 
 @pytest.mark.parametrize(
