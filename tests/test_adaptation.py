@@ -153,7 +153,8 @@ def test_the_encoder_stays_bit_for_bit_while_the_new_parts_warm_up(start, tmp_pa
     groups = last["optimizer"]["param_groups"]
     assert sorted({group["lr_scale"] for group in groups if group["encoder"]}) == [0.75**2, 0.75, 1.0]
     new = next(group["lr"] for group in groups if not group["encoder"])
-    assert lines(tmp_path)[-1]["lr"] == pytest.approx(new) and lines(tmp_path)[-1]["lr_encoder"] == pytest.approx(new / 5)
+    logged = [line for line in lines(tmp_path) if "lr" in line]
+    assert logged[0]["lr_encoder"] == 0 and logged[-1]["lr"] == new and logged[-1]["lr_encoder"] == pytest.approx(new / 5)
     for group in groups:
         if group["encoder"]:
             assert group["lr"] == pytest.approx(new * group["lr_scale"] / 5)  # the first of four steps of its own warm-up
@@ -189,7 +190,7 @@ def test_the_encoder_of_the_best_evaluation_is_left_and_the_start_counts(whole, 
     words = "the starting encoder, unchanged" if best == 0 else f"the encoder after step {best} of 10, the best"
     assert f"exported: {words}" in result.out and f"exported: {words}" in (folder / "run" / "summary.md").read_text()
     again = run_script("export.py", "--run", "run", "--output-dir", "again", folder=folder)
-    assert again.code == 0 and differ(loaded(folder / "again"), left) == set() if best else again.code == 2, again.err
+    assert again.code == 0 and differ(loaded(folder / "again"), left) == set(), again.err
 
 
 def test_a_run_goes_on_with_decoder_and_projector_and_tells_how_far_the_features_moved(whole, tmp_path):
