@@ -27,19 +27,18 @@ from engine.optim import build_optimizer
 from engine.options import changeable
 from engine.options import run as run_script
 from engine.signals import Signals
-from mvmae.data import sample_seed
+from mvmae.data import normalize, sample_seed
 from mvmae.hub import describe
 from tasks.best import Best
 from tasks.config import Config as Config
 from tasks.config import build_model
 from tasks.gains import compare, draw, table
-from tasks.inputs import normalize
-from tasks.models import describe_start, starting_weights, with_background
+from tasks.inputs import describe_inputs, read_inputs
+from tasks.models import describe_start, starting_weights
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     DROPOUT,
     build_evaluation,
-    choose_inputs,
     describe_schedule,
     describe_views,
     fit_schedule,
@@ -105,13 +104,13 @@ def main(config: Config) -> None:
     device = ranks.device
 
     # data and model
-    config = without_colour(with_background(config, config.encoder, config.arch))
+    config = without_colour(config)
     images = open_data(config)
     model = build_model(config, device).train()
     encoder: Any = model.encoder
     loaded = load_run(model, config) if config.pretrained else ""  # decoder and projector of a run, where they fit
     trained_part = train_last_blocks(encoder, config.train_blocks)
-    inputs = choose_inputs(config, encoder, images.train)
+    inputs = read_inputs(config, encoder, images.train)  # recorded on the encoder, and exported with it
     schedule = fit_schedule(config, images.length, ranks)
     last = min(schedule.steps, config.max_steps or schedule.steps)
     evaluation = build_evaluation(config, encoder, images.splits, ranks)
@@ -122,12 +121,12 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(groups, config.optimizer, lr=schedule.lr, precision=config.precision, device=device)
 
     # resume
-    settings = {**dataclasses.asdict(config), "images": images.fingerprint}
+    settings = {**dataclasses.asdict(config), "images": images.fingerprint, "inputs": inputs.to_dict()}
     checkpoint = Checkpoint(Path(config.output_dir), settings, ranks, may_change=changeable(Config), resume=config.resume)
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     best, before = Best(encoder), dict[str, float]()
-    record = {"description": describe(model), **inputs.to_dict()}  # for export.py, like the rest of it
-    record |= {"start": start, "command": shlex.join(["python", *sys.argv])}
+    record: dict[str, Any] = {"description": describe(model), "inputs": inputs.to_dict(), "start": start}  # for export.py
+    record["command"] = shlex.join(["python", *sys.argv])
     log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, schedule.batch_size), Signals()
     more = {"best": best} if config.pretrained else {}
     checkpoint.restore(log, signals, model=model, optimizer=optimizer, before=before, about=record, **more)
@@ -138,11 +137,12 @@ def main(config: Config) -> None:
         log,
         config,
         model,
-        {**settings, "inputs": inputs.to_dict()},
+        settings,
         start=f"{describe_start(start)}{loaded}" if start else "random",
         trained=trained_part,
         images=images.listed,
         split=images.splits.note,
+        inputs=describe_inputs(config, inputs),
         views=describe_views(config),
         training=f"{describe_schedule(schedule, config)}; {config.optimizer} on {device}",
         evaluation=evaluation.describe(),

@@ -22,7 +22,7 @@ from engine.log import CLOCK, Log
 from engine.optim import set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option
 from engine.signals import Signals, Stop
-from mvmae.data import FileSource, StepSampler, colour, make_loader, sample_seed, to_pil
+from mvmae.data import FileSource, StepSampler, make_loader, sample_seed, to_pil
 from mvmae.dense import WindowedViT
 from mvmae.patches import sincos_table
 from mvmae.weights import write_json
@@ -221,7 +221,7 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
 
 def read_image(path: str | Path, background: str) -> Tensor:
     """Read an image upright by EXIF, as labelling tools show it, transparent pixels on a background: (3, H, W) uint8."""
-    pixels: Tensor = pil_to_tensor(to_pil(path, background=colour(background)))
+    pixels: Tensor = pil_to_tensor(to_pil(path, background=background))
     return pixels
 
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.distributed import Ranks
-from mvmae import CentreCropTransform, MultiViewTransform
-from mvmae.data import ImageSource
+from mvmae import MultiViewTransform
+from mvmae.data import EvalTransform, ImageSource, normalize
 from mvmae.metrics import effective_rank, knn_accuracy, uniformity, view_retrieval
-from tasks.features import OfViews, Pooled, evaluation_transform, extract
-from tasks.inputs import normalize
+from tasks.features import OfViews, Pooled, extract
 from tasks.splits import Part, Splits, draw
 
 NEIGHBOURS = 20
@@ -33,7 +32,6 @@ class Evaluation:
         ranks: each of which computes its share.
         workers: processes that load images.
         max_bad: unreadable images to tolerate.
-        **pixels: how images become pixels, as in `evaluation_transform`.
     """
 
     def __init__(
@@ -46,11 +44,10 @@ class Evaluation:
         ranks: Ranks,
         workers: int,
         max_bad: int,
-        **pixels: Any,
     ) -> None:
         self.pooled, self.crops, self.limit, self.ranks = Pooled(encoder), crops, limit, ranks
         self.train, self.val, _ = splits
-        self.transform, self.centre = evaluation_transform(encoder, **pixels), CentreCropTransform(crops.image_size, **pixels)
+        self.transform = EvalTransform(encoder)
         self.extract = partial(extract, ranks=ranks, workers=workers, max_bad=max_bad)
         self.source: ImageSource = self.train if self.val is None else self.val
         parts = [] if self.val is None else [self.train, self.val]

@@ -17,6 +17,7 @@ from torch import Tensor
 import mvmae
 from engine.log import Log
 from engine.signals import Stop
+from mvmae.data import normalize, pixel_options
 from mvmae.hub import export
 from mvmae.inputs import Inputs
 from mvmae.metrics import collapse_warning
@@ -25,7 +26,6 @@ from mvmae.weights import write_json, write_text
 from tasks.config import Config
 from tasks.drawn_images import varied
 from tasks.evaluation import Evaluation, report
-from tasks.inputs import normalize
 from tasks.models import summary
 from tasks.plots import draw_curves
 
@@ -76,7 +76,7 @@ class Pictures:
     @cached_property
     def images(self) -> Tensor:
         """The images that an eye can judge best, (B, C, H, W), normalised."""
-        centre = self.evaluation.centre
+        centre = mvmae.CentreCropTransform(self.inputs.size, **pixel_options(self.inputs))
         try:
             images = varied(self.evaluation.source, centre)
         except Stop:
@@ -118,7 +118,7 @@ def finish(
     ``after`` that of the model, which is exported as it is; ``lines`` are more of ``summary.md``, which are printed too.
     """
     folder = log.folder
-    export(model, folder / "encoder", inputs=pictures.inputs, started_from=start, license=start.get("license", ""))
+    export(model, folder / "encoder", started_from=start, license=start.get("license", ""))
     records = [{k: v for k, v in record.items() if k != "loss_con" or v} for record in log.records()]  # 0: not computed
     draw_curves(folder / "curves.png", records, CURVES)
     pictures.reconstructions(model.eval()).save(folder / "reconstructions.png")

@@ -26,13 +26,14 @@ from mvmae.data import (
     is_stream,
     make_loader,
     open_stream,
+    pixel_options,
     sample_seed,
     stream_loader,
 )
-from mvmae.inputs import Inputs
+from mvmae.inputs import inputs_of
 from tasks.config import Config
 from tasks.evaluation import VIEWS, Evaluation
-from tasks.inputs import augmented, channel_statistics, jittered
+from tasks.inputs import augmented, jittered
 from tasks.models import find_weights
 from tasks.splits import Joined, Part, Splits, draw, open_splits
 
@@ -158,12 +159,6 @@ def describe_schedule(schedule: Schedule, config: Config) -> str:
     return "; ".join(parts)
 
 
-def pixel_options(config: Config) -> dict[str, Any]:
-    """Return how images become pixels."""
-    options: dict[str, Any] = {"in_chans": config.in_chans, "max_pixels": config.max_pixels}
-    return options | {"value_range": config.value_range or None, "background": config.background}
-
-
 def without_colour(config: Config) -> Config:
     """Return the options with jitter of brightness and contrast alone where images have other than 3 channels."""
     return config if config.in_chans == 3 else dataclasses.replace(config, jitter=config.jitter[:2], grayscale=0.0)
@@ -171,27 +166,15 @@ def without_colour(config: Config) -> Config:
 
 def random_views(config: Config, encoder: Any, num_views: int) -> mvmae.MultiViewTransform:
     """Return what takes random crops of an image."""
-    options = {"scale": config.crop_scale, "same_crop": config.same_crop, **pixel_options(config)}
+    options = {"scale": config.crop_scale, "same_crop": config.same_crop, **pixel_options(inputs_of(encoder))}
     return mvmae.MultiViewTransform(encoder.patch_embed.img_size, num_views=num_views, **options)
-
-
-def choose_inputs(config: Config, encoder: Any, source: ImageSource) -> Inputs:
-    """Return how images are read, with each channel's mean and deviation, and note it in the encoder's cfg, for evaluation."""
-    size: tuple[int, int] = encoder.patch_embed.img_size
-    centre = mvmae.CentreCropTransform(size, **pixel_options(config))
-    mean, std = channel_statistics({"mean": config.mean, "std": config.std}, encoder.pretrained_cfg, source, centre)
-    pixels = {name: value for name, value in pixel_options(config).items() if name != "in_chans"}
-    inputs = Inputs(size, mean, std, **pixels)
-    shared = {name: getattr(inputs, name) for name in ("mean", "std", "crop_pct", "interpolation")}
-    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **shared, "input_size": (config.in_chans, *size)}
-    return inputs
 
 
 def build_evaluation(config: Config, encoder: Any, splits: Splits, ranks: Ranks) -> Evaluation:
     """Return what evaluates the encoder on the held-out images of ``splits``."""
     crops = random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
     options: dict[str, Any] = {"limit": config.eval_images, "workers": config.workers, "max_bad": config.max_bad}
-    return Evaluation(encoder, splits, crops, ranks=ranks, **options, **pixel_options(config))
+    return Evaluation(encoder, splits, crops, ranks=ranks, **options)
 
 
 def describe_views(config: Config) -> str:
