@@ -196,7 +196,8 @@ class Bench:
     def clock(self, **peers: nn.Module) -> dict[str, dict[str, float]]:
         """Time our training steps in turn with those of other models, which take the views as images of their own."""
         model: Any = torch.compile(self.model) if self.config.compile else self.model
-        ways = {name: self.steps(peer, lambda peer=peer: peer(self.views.flatten(0, 1)).loss) for name, peer in peers.items()}
+        images = self.views.flatten(0, 1)
+        ways = {name: self.steps(peer, partial(lambda peer: peer(images).loss, peer)) for name, peer in peers.items()}
         ways["ours"] = self.steps(self.model, lambda: model(self.views, mask=self.mask).loss)
         return clock(ways, self.config.rounds, self.device, len(self.views) * self.repeats)
 

@@ -72,9 +72,8 @@ class Config(InputOptions, RunConfig):
     grayscale: float = option(0.0, "probability that a view becomes grey", at_least=0, at_most=1)
     transform: str = option(
         "",
-        "function of yours, module:function, that changes each view, (C, H, W) uint8, after crop and flip; what it draws from "
-        "the global generators of torch, NumPy and Python can be repeated, and from one of its own if it has a method "
-        "set_random_seed, as albumentations' have",
+        "function of yours, module:function, that changes each view, (C, H, W) uint8, after crop and flip; so that runs can be "
+        "repeated, it draws from the global generators of torch, NumPy and Python, or from its own, which it refers to by name",
     )
     mask_ratio: float = option(0.8, "share of the patches that is masked (paper, Table 5)", at_least=0, below=1)
     loss_weight: float = option(2.0, "weight of the contrastive loss, lambda; 0: none (paper, Table 5)", at_least=0)
