@@ -164,10 +164,8 @@ def main(config: Config) -> None:
     labels, centre = torch.as_tensor(data.train.labels), EvalTransform(model)
 
     log, signals, best = Log(folder, ranks, last, checkpoint.step, config.batch_size), Signals(), {"top1": -1.0}
-    about: dict[str, Any] = {
-        "inputs": inputs.to_dict(),
-        "label_names": list(data.class_names),
-    }  # for export.py, like the rest of it
+    # for export.py
+    about: dict[str, Any] = {"inputs": inputs.to_dict(), "label_names": list(data.class_names)}
     about |= {"start": source, "training": models.classified(source), "command": shlex.join(["python", *sys.argv])}
     with contextlib.suppress(TypeError):  # no plain ViT, which export.py could rebuild
         about["description"] = describe(model)

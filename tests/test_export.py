@@ -14,6 +14,7 @@ from PIL import Image
 from running import EXAMPLES, run_script
 
 from mvmae import MultiViewMAE, hub, projection_mlp
+from mvmae.inputs import inputs_of
 
 TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -23,6 +24,8 @@ def leave(folder: Path, model: torch.nn.Module, **about: object) -> None:
     folder.mkdir()
     settings = {"lr": 0.1, "data": str(folder), "output_dir": str(folder)}
     state = {"model": model.state_dict(), "optimizer": {}, "settings": settings, "step": 9}
+    read = {name: about.pop(name, None) for name in ("mean", "std", "crop_pct")}
+    about["inputs"] = inputs_of(getattr(model, "encoder", model), **read).to_dict()
     about |= {"description": hub.describe(model), "command": f"python train.py --data {folder}/images"}
     torch.save({**state, "about": about}, folder / "checkpoint.pt")
     records = [{"step": 3, "knn": 11.0}, {"step": 9, "loss": 1.0}, {"step": 9, "knn": 44.0}]
