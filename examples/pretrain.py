@@ -14,6 +14,7 @@ the weights of an existing encoder, on images of your own, use adapt.py.
 import dataclasses
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from mvmae.hub import describe
 from tasks.best import Best
 from tasks.config import Config as Config
 from tasks.config import build_model
-from tasks.gains import compare, draw, table
+from tasks.evaluation import Evaluation
 from tasks.inputs import describe_inputs, read_inputs
 from tasks.models import describe_start, starting_weights
 from tasks.outcome import Pictures, describe_run, evaluate, finish
@@ -51,7 +52,6 @@ from tasks.pretraining import (
     view_loader,
     without_colour,
 )
-from tasks.splits import open_splits
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"help": "the paper's run, ViT-B/16 at 224 pixels, 1600 epochs", "warmup": 40 / 1600},
@@ -98,8 +98,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(config: Config) -> None:
-    """Train, from random weights or from those of an encoder, and leave the encoder and its pictures."""
+def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]] | None = None) -> None:
+    """Train, from random weights or from those of an encoder, and leave the encoder and its pictures.
+
+    ``compare`` returns lines of the summary on the encoder that training started from and the one that is exported.
+    """
     ranks = start_ranks(config.device)
     device = ranks.device
 
@@ -184,14 +187,10 @@ def main(config: Config) -> None:
 
     # export
     if config.pretrained:
-        sets = {"own": evaluation}
-        if config.rehearse:
-            sets["rehearsed"] = build_evaluation(config, encoder, open_splits(config.rehearse, "--rehearse"), ranks)
-        rows = compare(best, sets) if config.eval_images else []
-        after, lines = best.metrics, [best.describe(last), *(["", *table(rows)] if rows else [])]
+        after, lines = best.metrics, [best.describe(last)]
+        if compare is not None and config.eval_images:
+            lines += compare(config, best, evaluation)
         encoder.load_state_dict(best.chosen())
-        if rows and ranks.rank == 0:
-            draw(checkpoint.folder / "gains.png", rows)
     if ranks.rank == 0:
         if last < schedule.steps:
             unfinished = f"stopped at step {last} of {schedule.steps}: the schedule was not finished"
