@@ -29,12 +29,14 @@ SCRIPTS = {
     "detect.py": DENSE,
     "segment.py": [*DENSE, "--stride", 32],
 }
-SIGNALS = {"term": signal.SIGTERM, "hup": getattr(signal, "SIGHUP", None), "int": signal.SIGINT}  # Windows has no SIGHUP
+SIGNALS = {name: getattr(signal, f"SIG{name.upper()}", None) for name in ("term", "hup", "int", "usr1")}  # Windows lacks two
 TARGETS = ["process", "group", "torchrun", "torchrun and ranks"]
-GRID = [(script, number, target) for script in SCRIPTS for number in SIGNALS for target in TARGETS]
+GRID = [(script, number, target) for script in SCRIPTS for number in ("term", "hup", "int") for target in TARGETS]
+GRID += [("pretrain.py", "usr1", "process")]  # which torchrun passes on only where it is told to
 THIN = {
     ("pretrain.py", "term", "torchrun and ranks"),
     ("pretrain.py", "hup", "process"),
+    ("pretrain.py", "usr1", "process"),
     ("adapt.py", "term", "process"),
     ("finetune.py", "int", "group"),
     ("linear_probe.py", "hup", "group"),
