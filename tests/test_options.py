@@ -216,7 +216,7 @@ def test_torchrun_passes_every_option_on():
     """Its parser takes the beginning of an option of its own for that option, after the script's name too."""
     from torch.distributed.run import get_args_parser  # not collected on Windows, whose signals it was not written for
 
-    for name, field in OPTIONS:
+    for name, field in [(name, field) for name, field in OPTIONS if name in TRAINED]:
         for typed in ([flag(field.name), "1"], [flag(field.name).replace("--", "--no-")]):
             line = get_args_parser().parse_args(["--nproc-per-node", "2", f"examples/{name}.py", *typed])
             assert line.training_script_args == typed and line.nproc_per_node == "2"
