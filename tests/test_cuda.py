@@ -67,9 +67,6 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=float(1e-3 * largest), msg=name)
 
 
-# -------------------------------------------------------------------------------------------------------------- one step
-
-
 @BOTH
 def test_a_step_is_that_of_the_cpu_in_parts_and_with_recomputed_activations_too(build, device):
     model, expected = build(device), gradients(build("cpu"))
@@ -134,9 +131,6 @@ def test_batches_are_not_overwritten_while_they_are_copied(images, device):
     assert len(copied) == 24
     for got, expected in zip(copied, batches(torch.device("cpu")), strict=True):
         assert torch.equal(got.cpu(), expected)
-
-
-# ------------------------------------------------------------------------------------------------------------ whole runs
 
 
 def run(folder, images, *arguments, script=run_script, **options):
