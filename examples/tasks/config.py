@@ -36,7 +36,7 @@ class Config(InputOptions, RunConfig):
         at_most=2**14,
         lengths=(1, 2),
     )
-    in_chans: int = option(3, "channels of the images; other than 3 need --mean and --std", at_least=1, at_most=4096)
+    in_chans: int = option(3, "channels of the images; other than 1 and 3 need --mean and --std", at_least=1, at_most=4096)
     max_bad: int = option(100, "different unreadable images to tolerate; one more stops the run", at_least=0, may_change=True)
     output_dir: str = redefine(RunConfig, "output_dir", "runs/pretrain")
     epochs: float = option(
