@@ -116,7 +116,7 @@ def main(config: Config) -> None:
             print(f"warning: {error}: it is computed again", file=sys.stderr, flush=True)
             missing.append(rows)
     count = sum(map(len, missing))
-    print(f"{summary(model, config.image_size, config.model)}; {len(source)} images on {ranks.device}")
+    print(f"{summary(model, name=config.model)}; {len(source)} images on {ranks.device}")
     print(f"inputs  {describe_inputs(config, inputs)}", flush=True)
     if count < len(source):
         print(f"resuming {folder}: {len(source) - count} of {len(source)} images are done", flush=True)

@@ -172,7 +172,7 @@ def main(config: Config) -> None:
     checkpoint.restore(log, signals, model=model, optimizer=optimizer, best=best, about=about)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
-    log.say(f"model  {models.summary(model, config.image_size, config.model)}")
+    log.say(f"model  {models.summary(model, name=config.model)}")
     log.say(f"inputs  {describe_inputs(config, inputs)}")
     log.say(f"weights  {models.describe_start(about['start'])}\nimages  {data.note}")
     warmup = describe_warmup(round(config.warmup_epochs * per_epoch), steps)

@@ -142,7 +142,7 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
     checkpoint.restore(log, signals, model=probe, optimizer=optimizer)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
-    log.say(f"model  {summary(model, config.image_size, name)}\ninputs  {describe_inputs(config, inputs)}\nimages  {data.note}")
+    log.say(f"model  {summary(model, name=name)}\ninputs  {describe_inputs(config, inputs)}\nimages  {data.note}")
     log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}; {describe_warmup(warmup, steps)}")
 
     @torch.no_grad()

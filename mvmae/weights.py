@@ -115,6 +115,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with part.open("r+b") as file:  # Windows brings to the disk only what is open for writing
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a full disk, or a limit on the size of files
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -133,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds one object, or raise a `WeightsError`."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON ({first_line(error)}): get it again") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold one JSON object, got a {type(content).__name__}: get the file again")

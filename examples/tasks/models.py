@@ -153,7 +153,7 @@ def load_file(model: Any, file: Path) -> None:
         model.load_state_dict(weights, strict=False)
 
 
-def summary(model: Any, image_size: int | Sequence[int] = (), name: str = "") -> str:
+def summary(model: Any, image_size: int = 0, name: str = "") -> str:
     """Return a line about a model as it was built, or a part of one: architecture, parameters, size of images and patches.
 
     ``image_size`` is given where it takes other images than it was built for; ``name``, as the user typed it, begins the line.
