@@ -5,24 +5,31 @@ Shapes: H x W pixels, N objects.
 
 import contextlib
 import io
+import itertools
 import json
-import math
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
+import os
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.ops import box_convert, clip_boxes_to_image, masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from mvmae.data import sample_seed
-from tasks.dense import read_image
+from mvmae.inputs import Inputs
+from mvmae.weights import first_line
+from tasks.dense import RGB, check_size, read_image
 
 NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val")}
 SIZES = ("_small", "_medium", "_large")
@@ -30,9 +37,10 @@ METRICS = [f"AP{kind}" for kind in ("", "50", "75", *SIZES)] + [f"AR{kind}" for 
 
 
 class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Images and objects in COCO's format: polygons or run lengths, any category ids, crowd regions, images without objects.
+    """Images and objects in COCO's format: polygons or run lengths, any ids, crowd regions, images without objects.
 
-    Where no object of the split has an outline, ``with_masks`` is false and the objects are boxes alone.
+    Classes are those of the training split, in the order of their ids; the other split's are matched to them by name. Where no
+    object of the split has an outline, ``with_masks`` is false and the objects are boxes alone.
 
     Args:
         root: folder with ``train2017``, ``val2017`` and ``annotations/instances_*.json``.
@@ -40,8 +48,17 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         side: side in pixels of the square into which training images are jittered; 0 leaves images whole.
         scale: range of the jitter.
         seed: seed of the jitter, which depends on (seed, epoch, index) alone.
-        background: colour behind transparent pixels.
+        inputs: how images are read.
 
+    Attributes:
+        truth: pycocotools' index of the annotations.
+        names: of the classes.
+        category_ids: of the classes in the file of this split.
+        counts: objects of each class.
+        note: how many images and objects there are, and what is left out.
+
+    Raises:
+        ValueError: if the annotations are wrong, with file and place, or there is no object.
     """
 
     def __init__(
@@ -52,55 +69,60 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         side: int = 0,
         scale: tuple[float, float] = (1, 1),
         seed: int = 0,
-        background: str = "white",
+        inputs: Inputs = RGB,
     ) -> None:
-        name = next((name for name in NAMES[split] if (root / f"annotations/instances_{name}.json").exists()), None)
-        if name is None:
-            needed = f"annotations/instances_{NAMES[split][0]}.json"
-            raise FileNotFoundError(f"--data: {root} must hold {needed}, as COCO's layout does")
-        self.file, self.folder = root / f"annotations/instances_{name}.json", root / name
-        self.side, self.scale, self.seed, self.background = side, scale, seed, background
-        self.truth = read_coco(self.file)
-        self.categories = {number: self.truth.cats[number]["name"] for number in sorted(self.truth.cats)}
-        self.category_ids, self.names = list(self.categories), list(self.categories.values())
-        self.with_masks = any(map(outline, self.truth.anns.values()))
-        self.image_ids = [number for number in sorted(self.truth.imgs) if split != "train" or self._objects(number)]
-        if not self.image_ids:
-            raise ValueError(f"{self.file} must hold images with objects, got none")
-        if missing := next((path for path in map(self.name, range(len(self))) if not Path(path).exists()), ""):
-            raise FileNotFoundError(f"{missing} is missing, which {self.file} names")
+        self.side, self.scale, self.seed, self.inputs = side, scale, seed, inputs
+        self.file, self.truth = read_split(root, split, inputs.max_pixels)
+        first, training = read_split(root, "train", inputs.max_pixels)
+        self.names = [training.cats[number]["name"] for number in sorted(training.cats)]
+        own = {category["name"]: number for number, category in self.truth.cats.items()}
+        if unknown := own.keys() - set(self.names):
+            raise ValueError(f"{self.file} must have classes of {first} alone, got {', '.join(sorted(unknown))} too")
+        free = itertools.count(1 + max(own.values(), default=0))
+        self.category_ids = [own[name] if name in own else next(free) for name in self.names]
+
+        objects = [item for item in self.truth.anns.values() if not item["iscrowd"]]
+        self.with_masks = any(item["segmentation"] for item in objects)
+        learnt = list(filter(self._is_learnt, objects))
+        counts = Counter(item["category_id"] for item in learnt)
+        self.counts = [counts[number] for number in self.category_ids]
+        having = {item["image_id"] for item in learnt}
+        self.image_ids = [number for number in sorted(self.truth.imgs) if split != "train" or number in having]
+        crowds, shape = len(self.truth.anns) - len(objects), "an outline" if self.with_masks else "a box with an area"
+        unseen = f"{len(objects) - len(learnt)} objects without {shape}, {crowds} crowd regions"
+        unused = len(self.truth.imgs) - len(self.image_ids)
+        self.note = f"{len(self)} images with {len(learnt)} objects; left out: {unused} images without any, {unseen}"
+        if not learnt:
+            got = f"{len(self.truth.anns)} annotations, {crowds} of them crowd regions (iscrowd 1; that of an object is 0)"
+            raise ValueError(f"{self.file} must hold objects with {shape}, got {got}")
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
-        return str(self.folder / self.truth.imgs[self.image_ids[index]]["file_name"])
+        return str(self.truth.imgs[self.image_ids[index]]["path"])
 
-    def _objects(self, number: int) -> list[dict[str, Any]]:
-        """Return the objects in an image that have an outline or, where none in the split has, a box with an area."""
-        items = [item for item in self.truth.imgToAnns[number] if not item["iscrowd"]]
-        if self.with_masks:
-            return [item | {"segmentation": outline(item)} for item in items if outline(item)]
-        return [item for item in items if min(item["bbox"][2:]) > 0]
+    def _is_learnt(self, item: Mapping[str, Any]) -> bool:
+        """Return whether an annotation is an object with an outline or, where none in the split has, a box with an area."""
+        return not item["iscrowd"] and bool(item["segmentation"] if self.with_masks else min(item["bbox"][2:]) > 0)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return an image (3, H, W) in [0, 1] and, for torchvision, what is known of its objects.
+        """Return an image (C, H, W) in [0, 1] and, for torchvision, what is known of its objects.
 
         These are ``boxes`` (N, 4), ``labels`` (N,) from 1, ``image_id``, and ``masks`` (N, H, W) unless there are boxes alone.
         """
         epoch, index = key
         number = self.image_ids[index]
-        pixels, objects, known = read_image(self.name(index), self.background), self._objects(number), self.truth.imgs[number]
-        size = (pixels.shape[1], pixels.shape[2])
-        if size != (known["height"], known["width"]):
-            needed = f"{known['width']}x{known['height']} pixels, as {self.file} says"
-            raise ValueError(f"{self.name(index)} must have {needed}, got {size[1]}x{size[0]}")
+        objects, known = list(filter(self._is_learnt, self.truth.imgToAnns[number])), self.truth.imgs[number]
+        size = (known["height"], known["width"])
+        pixels = read_image(self.name(index), self.inputs, size, self.file)
         masks = torch.zeros(len(objects) * self.with_masks, *size, dtype=torch.uint8)
         for mask, item in zip(masks, objects, strict=self.with_masks):
             mask.copy_(torch.from_numpy(self.truth.annToMask(item)))
         sides = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).view(-1, 4)
-        boxes: Tensor = BoundingBoxes(box_convert(sides, "xywh", "xyxy"), format="XYXY", canvas_size=size)
+        inside = clip_boxes_to_image(box_convert(sides, "xywh", "xyxy"), size)
+        boxes: Tensor = BoundingBoxes(inside, format="XYXY", canvas_size=size)
         if self.side:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
@@ -113,27 +135,192 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return pixels.float() / 255, target
 
 
-def read_coco(path: Path) -> Any:
-    """Read annotations into pycocotools' index, with its defaults for what converters leave out."""
-    number = 0
+@lru_cache(maxsize=2)
+def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[Path, Any]:
+    """Read and check a split's annotations once: their file, and pycocotools' index with the defaults of COCO's own tools.
+
+    Images have their ``path``, and the height and width in which they are seen. Annotations are numbered anew (to pycocotools
+    a match with id 0 is none), classes of one name are one, and ``segmentation`` is what pycocotools takes, or None.
+
+    Raises:
+        ValueError: with file and place of the first thing that is wrong.
+    """
+    names = NAMES[split]
+    name = next((name for name in names if (root / f"annotations/instances_{name}.json").is_file()), None)
+    if name is None:
+        raise FileNotFoundError(f"--data: {root} must hold annotations/instances_{names[0]}.json, as COCO's layout does")
+    file = root / f"annotations/instances_{name}.json"
     try:
-        content = json.loads(path.read_bytes())
-        images = {int(image["id"]): (image["file_name"], image["width"], image["height"]) for image in content["images"]}
-        categories = {category["id"]: category["name"] for category in content["categories"]}
-        for number, item in enumerate(content["annotations"], start=1):
-            _ = images[item["image_id"]], categories[item["category_id"]]
-            item["id"] = number  # pycocotools takes a match with id 0 for none, and ids may repeat
-            item["iscrowd"] = item.get("iscrowd") or 0
-            left, top, width, height = item["bbox"]
-            if not math.isfinite(left + top + width + height):
-                raise ValueError(f"the box {item['bbox']}")
-            item["area"] = item.get("area", width * height)
-            if isinstance(shape := item.get("segmentation"), list) and shape and not isinstance(shape[0], list):
-                item["segmentation"] = [shape]  # one polygon
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        place = f" in annotation {number}" if number else ""
-        raise ValueError(f"{path} must be JSON in COCO's format, got {type(error).__name__} {error}{place}") from error
-    return coco_index(content)
+        content = json.loads(file.read_bytes())
+        images, categories, items = (Table(file, content[key], key) for key in ("images", "categories", "annotations"))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON in COCO's format, got {first_line(error)}") from error
+
+    given = images.column("file_name")
+    below = [PureWindowsPath(str(path)) for path in given]  # of either kind of slash
+    images.refuse((path.anchor or ".." in path.parts for path in below), f"must name a file below {root}", given)
+    places = ([os.path.join(parent, *path.parts) for parent in (root / name, root)] for path in below)
+    paths = [next(filter(os.path.isfile, place), "") for place in places]
+    images.refuse((not path for path in paths), f"must name a file in {root / name}", given)
+    stated = zip(images.numbers("height", default=0), images.numbers("width", default=0), strict=True)
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(partial(check_size, source=file, max_pixels=max_pixels), paths, stated))
+    image_ids = images.ids()
+    for image, number, path, size in zip(images.records, image_ids.values(), paths, sizes, strict=True):
+        image.update(id=number, path=path, height=size[0], width=size[1])
+
+    category_ids, ids = categories.ids(), dict[str, int]()
+    for text, category in zip(category_ids, categories.column("name"), strict=True):
+        category_ids[text] = ids.setdefault(str(category), category_ids[text])
+
+    image_of = items.references("image_id", "images", image_ids)
+    size_of = dict(zip(image_ids.values(), sizes, strict=True))
+    extent = np.array([size_of[number][::-1] for number in image_of]).reshape(-1, 2)  # width, height
+    box, crowd = items.numbers("bbox", (4,)), items.numbers("iscrowd", default=0)
+    outside = (box[:, 2:] < 0) | (box[:, :2] > extent) | (box[:, :2] + box[:, 2:] < 0)
+    must = "must have left, top, width and height of a box in its picture as 'bbox'"
+    items.refuse(list(outside.any(1)), must, items.column("bbox"))
+    items.refuse(crowd * (crowd - 1) != 0, "must have 0 or 1 as 'iscrowd'", crowd)
+    area = items.numbers("area", default=-1)
+    columns = {
+        "id": range(1, 1 + len(box)),
+        "image_id": image_of,
+        "category_id": items.references("category_id", "categories", category_ids),
+        "bbox": box.tolist(),
+        "area": np.where(area >= 0, area, box[:, 2] * box[:, 3]).tolist(),
+        "iscrowd": crowd.astype(int).tolist(),
+        "segmentation": outlines(items, extent),
+    }
+    for item, values in zip(items.records, zip(*columns.values(), strict=True), strict=True):
+        item.update(zip(columns, values, strict=True))
+    classes = [{"id": number, "name": name} for name, number in ids.items()]
+    return file, coco_index({"images": images.records, "categories": classes, "annotations": items.records})
+
+
+class Table:
+    """The records of a list in a JSON file, by columns: all are checked at once, and the first wrong one is named.
+
+    Raises:
+        TypeError: if it is no list.
+        ValueError: by all methods, if a record is wrong.
+    """
+
+    def __init__(self, file: Path, records: Any, name: str) -> None:
+        if not isinstance(records, list):
+            raise TypeError(f"{reprlib.repr(records)} as {name}")
+        self.place, self.records = f"{file}, {name}", records
+        self.refuse((not isinstance(record, dict) for record in records), "must be an object", records)
+
+    def refuse(self, wrong: Iterable[Any], must: str, values: Any) -> None:
+        """Raise an error about the first record that is wrong."""
+        if (number := next((number for number, bad in enumerate(wrong) if bad), None)) is not None:
+            raise ValueError(f"{self.place}[{number}] {must}, got {reprlib.repr(values[number])}")
+
+    def column(self, key: str, default: Any = None) -> list[Any]:
+        """Return the values of a key, with a default for those that are missing or null; without a default none may be."""
+        values = [default if (value := record.get(key)) is None else value for record in self.records]
+        self.refuse((value is None for value in values), f"must have {key!r}", self.records)
+        return values
+
+    def ids(self) -> dict[str, int]:
+        """Return a number for each id: the ids themselves, or from 1 on unless all of them are whole numbers."""
+        values = self.column("id")
+        uses = Counter(map(id_text, values))
+        self.refuse((uses[id_text(value)] > 1 for value in values), "must have an id of its own", values)
+        whole = all(type(value) is int and abs(value) < 2**63 for value in values)
+        return {id_text(value): value if whole else number for number, value in enumerate(values, start=1)}
+
+    def references(self, key: str, table: str, numbers: Mapping[str, int]) -> list[int]:
+        """Return the numbers of the records of another table that a column names by their ids."""
+        values = self.column(key)
+        found = [numbers.get(id_text(value)) for value in values]
+        self.refuse((number is None for number in found), f"must name one of the {table} as {key!r}", values)
+        return found  # type: ignore[return-value]
+
+    def numbers(self, key: str, shape: tuple[int, ...] = (), default: float | None = None) -> NDArray[np.float64]:
+        """Return a column of finite numbers, or of lists of as many as ``shape`` says, (N, *shape)."""
+        values = self.column(key, default)
+        array = as_numbers(values, (len(values), *shape)) if values else np.empty((0, *shape))
+        if array is None:
+            must = f"must have {shape[0]} finite numbers" if shape else "must have a finite number"
+            self.refuse((as_numbers(value, shape) is None for value in values), f"{must} as {key!r}", values)
+        return array  # type: ignore[return-value]
+
+
+def id_text(value: Any) -> str:
+    """Return an id as text, the same one for 7, 7.0 and "7", since converters mix them."""
+    return str(value).removesuffix(".0")
+
+
+def as_numbers(values: Any, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """Return finite numbers as an array of a shape; None where they are something else."""
+    try:
+        array = np.array(values, np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return array if array.shape == shape and np.isfinite(array).all() else None
+
+
+def outlines(items: Table, extent: NDArray[Any]) -> list[Any]:
+    """Check the outlines of annotations, and return them as pycocotools takes them: polygons, run lengths, or None.
+
+    Polygons of fewer than three corners, which it would take for boxes, are left out.
+
+    Args:
+        items: the annotations.
+        extent: width and height of their pictures, (N, 2).
+
+    Raises:
+        ValueError: if a polygon is no list of pairs, or farther outside its picture than that is large; if run lengths do
+            not make up a picture.
+    """
+    given = items.column("segmentation", default=[])
+    flat = (int, float)
+    shapes = [[shape] if isinstance(shape, list) and shape and isinstance(shape[0], flat) else shape for shape in given]
+    wrong = {number for number, shape in enumerate(shapes) if not isinstance(shape, list | dict)}
+
+    polygons = [(number, polygon) for number, shape in enumerate(shapes) if isinstance(shape, list) for polygon in shape]
+    wrong |= {number for number, polygon in polygons if not isinstance(polygon, list) or len(polygon) % 2}
+    if not wrong:
+        lengths = [len(polygon) for _, polygon in polygons]
+        points = as_numbers([value for _, polygon in polygons for value in polygon], (sum(lengths),))
+        if points is None:
+            wrong = {number for number, polygon in polygons if as_numbers(polygon, (len(polygon),)) is None}
+        else:
+            owner = np.repeat(np.array([number for number, _ in polygons], int), np.array(lengths, int) // 2)
+            far = np.abs(points.reshape(-1, 2) / extent[owner] - 0.5) > 1.5
+            wrong = set(owner[far.any(1)].tolist())
+
+    for number, shape in enumerate(shapes):
+        if isinstance(shape, dict):
+            counts, (width, height) = shape.get("counts"), extent[number]
+            runs = unpack(counts) if isinstance(counts, str) else counts if isinstance(counts, list) else []
+            known = as_numbers(runs, (len(runs),))
+            whole = known is not None and known.min(initial=0) >= 0 and known.sum() == width * height
+            if not whole or shape.get("size") != [height, width]:
+                wrong.add(number)
+    must = "must have polygons [x, y, ...], or run lengths that make up its picture, as 'segmentation'"
+    items.refuse((number in wrong for number in range(len(given))), must, given)
+    return [
+        [polygon for polygon in shape if len(polygon) >= 6] or None if isinstance(shape, list) else shape for shape in shapes
+    ]
+
+
+def unpack(code: str) -> list[int]:
+    """Decode COCO's compressed run lengths; pycocotools reads past the end of those that are cut.
+
+    A character holds 5 bits of a number, the lowest first, and whether another one follows. From the fourth number on it is the
+    difference from the number before the last.
+    """
+    runs, value, bits = list[int](), 0, 0
+    for byte in code.encode():
+        value |= (byte - 48 & 31) << bits
+        bits += 5
+        if not byte - 48 & 32:
+            value -= (byte - 48 & 16) << bits - 4  # the highest bit is the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = bits = 0
+    return runs
 
 
 def coco_index(content: Mapping[str, Any]) -> Any:
@@ -144,17 +331,9 @@ def coco_index(content: Mapping[str, Any]) -> Any:
         raise ModuleNotFoundError('COCO needs pycocotools: pip install "mvmae[detection]"') from error
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = dict(content)
+        coco.dataset = {"info": {}, **content}
         coco.createIndex()
     return coco
-
-
-def outline(annotation: Mapping[str, Any]) -> Any:
-    """Return an object's outline for pycocotools: None for a crowd, and no polygons of fewer than three corners."""
-    shape = annotation.get("segmentation")
-    if annotation["iscrowd"] or not shape:
-        return None
-    return shape if isinstance(shape, dict) else [polygon for polygon in shape if len(polygon) >= 6] or None
 
 
 def jitter(image: Tensor, masks: Tensor, boxes: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,11 +384,13 @@ def evaluate(
     for name, kind, field in (("box", "bbox", "bbox"), ("mask", "segm", "segmentation"))[: 1 + with_masks]:
         fields = ("image_id", "category_id", "score", field)  # areas are of boxes or of masks, so the other has to go
         results = [{name: detection[name] for name in fields} for detection in detections]
+        known = [item for item in truth.dataset["annotations"] if item[field]]  # an object may have a box alone
         with contextlib.redirect_stdout(io.StringIO()):
+            true = coco_index(truth.dataset | {"annotations": known})
             detected = (
-                truth.loadRes(results) if results else coco_index(truth.dataset | {"annotations": []})
+                true.loadRes(results) if results else coco_index(truth.dataset | {"annotations": []})
             )  # loadRes([]) raises
-            evaluation = COCOeval(truth, detected, kind)
+            evaluation = COCOeval(true, detected, kind)
             evaluation.params.imgIds = list(image_ids)
             evaluation.evaluate()
             evaluation.accumulate()

@@ -1,5 +1,6 @@
 """What detect.py and segment.py share: options, the encoder, the training loop, images from the disk, toy data."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -9,12 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from engine.checkpoint import Checkpoint, check_fit, read_newest
 from engine.distributed import Ranks, autocast, parallel
@@ -22,16 +24,19 @@ from engine.log import CLOCK, Log
 from engine.optim import set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option
 from engine.signals import Signals, Stop
-from mvmae.data import FileSource, StepSampler, colour, make_loader, sample_seed, to_pil
+from mvmae.data import FORMATS, MAX_PIXELS, FileSource, StepSampler, colour, make_loader, open_image, sample_seed
 from mvmae.dense import WindowedViT
+from mvmae.inputs import INPUTS, Inputs, inputs_of
 from mvmae.patches import sincos_table
-from mvmae.weights import write_json
+from mvmae.weights import read_json, write_json
 from tasks.models import load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 
 DROPOUT = -2
 """Takes the place of an epoch in the seed of a step's random numbers: drop path, dropout, sampled regions."""
+RGB = Inputs(size=(0, 0), mean=(0.0,) * 3, std=(1.0,) * 3)
+"""Images of 8 bits and three channels, on white."""
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")  # parameters without weight decay
 
 
@@ -43,7 +48,13 @@ class DenseConfig(RunConfig):
         REQUIRED, "data set folder, or toy: shapes drawn into the output folder", path=True, may_change=True, section="Data"
     )
     image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1)
-    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; default: the encoder's, else white")
+    mean: tuple[float, ...] = option((), "mean of each channel, 0 to 1; the encoder's own if not given", at_least=0, at_most=1)
+    std: tuple[float, ...] = option((), "standard deviation of each channel, likewise", above=0, at_most=1)
+    value_range: tuple[float, ...] = option(
+        (), "pixel values of deeper images that map to black and white, such as 0 4095; likewise", lengths=(2,)
+    )
+    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; likewise")
+    max_pixels: int = option(0, "pixels above which an image is refused; 0: likewise", at_least=0)
     toy_images: int = option(600, "training images that --data toy draws; for validation it draws a sixth of them", at_least=1)
     steps: int = option(REQUIRED, "training steps", at_least=1, section="Length")
     warmup_steps: int = option(0, "steps of linear warm-up of the learning rate; 0: the preset's share of --steps", at_least=0)
@@ -95,8 +106,8 @@ def lr_factor(step: int, config: DenseConfig) -> float:
 
 def build_trunk(
     config: DenseConfig, *, positions: Any = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
-) -> tuple[WindowedViT, Any]:
-    """Return the encoder with attention in windows, and the plain one, for its mean and standard deviation.
+) -> tuple[WindowedViT, Inputs]:
+    """Return the encoder with attention in windows, and how its images are read.
 
     ``taps`` gives, for a number of blocks, those whose output is used; ``positions`` is that of `WindowedViT`.
     """
@@ -110,7 +121,16 @@ def build_trunk(
         with torch.no_grad():  # what timm drew at random is no table to build anew for another size
             vit.pos_embed[:, -vit.patch_embed.num_patches :] = sincos_table(vit.embed_dim, vit.patch_embed.grid_size)
     options: Any = {"window_size": config.window_size or None, "grad_checkpointing": config.grad_checkpointing}
-    return WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options), vit
+    trunk = WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options)
+
+    file, names = Path(config.output_dir) / "config.json", ("mean", "std", "value_range", "background", "max_pixels")
+    evaluated = read_json(file).get(INPUTS) if config.evaluate and file.is_file() else None
+    inputs = Inputs(**evaluated) if evaluated else inputs_of(vit)
+    inputs = dataclasses.replace(inputs, **{name: value for name in names if (value := getattr(config, name))})
+    colour(inputs.background)  # refuses what is none
+    if len(inputs.mean) != vit.in_chans:
+        raise Stop(f"--mean and --std must be {vit.in_chans} numbers each, as the encoder has channels, got {len(inputs.mean)}")
+    return trunk, inputs
 
 
 def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> list[dict[str, Any]]:
@@ -151,10 +171,13 @@ def fit(
         dataset: (epoch, index) -> sample.
         losses: (model, batch) -> named losses; their sum is minimised.
         ranks: this process and the others.
-        record: of the data: ``images``, its fingerprint, and the names of the ``classes``; saved in config.json.
+        record: of the data, from `data_record`; printed, and saved in config.json.
         collate: samples -> batch.
     """
     folder, last = Path(config.output_dir), min(config.steps, config.max_steps or config.steps)
+    if ranks.rank == 0:
+        shown = [f"{name} {value}" for name, value in record[INPUTS].items() if value is not None and name != "size"]
+        print("\n".join([f"images: {', '.join(shown)}", *record["notes"]]), flush=True)
     if config.evaluate:
         saved, _ = read_newest(folder)
         if saved is None:
@@ -174,7 +197,6 @@ def fit(
         write_json(folder / "config.json", settings)
         log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
     log.say(f"model: {summary(trunk, config.image_size, config.model)}")
-    log.say(f"data: {len(dataset)} images, {len(record['classes'])} classes: {', '.join(record['classes'])}")
     log.say(f"training: {config.steps} steps of {config.batch_size} images, on {ranks.device}")
     sampler.start_step = checkpoint.step
     loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=cuda, collate=collate)
@@ -219,12 +241,56 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     return root
 
 
-def read_image(path: str | Path, background: str) -> Tensor:
-    """Read an image upright by EXIF, as labelling tools show it, transparent pixels on a background: (3, H, W) uint8."""
-    pixels: Tensor = pil_to_tensor(to_pil(path, background=colour(background)))
-    return pixels
+def read_image(path: str, inputs: Inputs, size: Sequence[float], source: str | Path) -> Tensor:
+    """Read an image upright by EXIF, as labelling tools show it: (C, H, W) uint8, of the size that ``source`` says."""
+    opened = open_image(path, max_pixels=inputs.max_pixels or MAX_PIXELS)
+    options: Any = {"value_range": inputs.value_range, "background": colour(inputs.background)}
+    pixels = opened.upright(opened.decode(channels=len(inputs.mean), **options))
+    require_size(path, pixels.shape[:2], size, source)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def fingerprint(root: Path, files: Iterable[str | Path]) -> str:
-    """Return a hash of the data's files, the same wherever their folder lies."""
-    return FileSource(root, [os.fsencode(os.path.relpath(file, root)) for file in files]).fingerprint
+def check_size(path: str, stated: Sequence[float], *, source: str | Path, max_pixels: int | None) -> tuple[int, int]:
+    """Return height and width of an image as it is seen, from its header where that agrees with the size that is stated.
+
+    Args:
+        path: of the image.
+        stated: height and width, 0 where it is unknown.
+        source: what states it, for messages.
+        max_pixels: most pixels of an image; None for the readers' own limit.
+    """
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:  # many times faster than the whole file
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        size = (image.width, image.height) if turned else (image.height, image.width)
+        if image.width * image.height <= (max_pixels or MAX_PIXELS) and (tuple(stated) == size or 0 in stated):
+            return size
+    size = open_image(path, max_pixels=max_pixels or MAX_PIXELS).upright_size
+    require_size(path, size, stated if all(stated) else size, source)
+    return size
+
+
+def require_size(path: str, size: Sequence[float], stated: Sequence[float], source: str | Path) -> None:
+    """Refuse an image that is seen in another size, height and width, than ``source`` says."""
+    if tuple(size) != tuple(stated):
+        raise ValueError(f"{path} must have {stated[1]:g}x{stated[0]:g} pixels, as {source} says, got {size[1]}x{size[0]}")
+
+
+def data_record(root: Path, data: Any, val: Any, files: Iterable[str | Path], unit: str) -> dict[str, Any]:
+    """Return what a run decides about its data: ``images``, ``classes``, ``inputs``, and ``notes``, lines to print.
+
+    Args:
+        root: folder of the data.
+        data: images to train on, with ``names`` of the classes, ``counts`` of each, a ``note`` and ``inputs``.
+        val: images to validate on, likewise.
+        files: all that training depends on; their hash is the same wherever ``root`` lies.
+        unit: what is counted.
+    """
+    amounts = list(zip(data.names, data.counts, val.counts, strict=True))
+    notes = [f"training: {data.note}", f"validation: {val.note}"]
+    notes += [
+        f"{len(amounts)} classes, {unit} in training and validation: " + ", ".join(f"{n} {a} and {b}" for n, a, b in amounts)
+    ]
+    if missing := [name for name, _, count in amounts if not count]:
+        notes += [f"not in validation: {', '.join(missing)}"]
+    source = FileSource(root, [os.fsencode(os.path.relpath(file, root)) for file in files])
+    return {"images": source.fingerprint, "classes": data.names, INPUTS: data.inputs.to_dict(), "notes": notes}
