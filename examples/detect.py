@@ -247,7 +247,7 @@ def main(config: Config) -> None:
     trunk, inputs = build_trunk(config, positions=config.positions)
 
     data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, inputs=inputs)
-    val = CocoData(root, "val", inputs=inputs)
+    val = CocoData(root, "val", inputs=inputs, names=data.names)
     if val.with_masks != data.with_masks:
         raise Stop(f"{root}: training and validation images must both have masks, or both boxes alone")
     model = build_model(config, trunk, inputs, len(data.names), with_masks=data.with_masks).to(ranks.device)

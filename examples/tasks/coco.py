@@ -7,13 +7,14 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from pathlib import Path, PureWindowsPath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         scale: range of the jitter.
         seed: seed of the jitter, which depends on (seed, epoch, index) alone.
         inputs: how images are read.
+        names: of the classes; None: read from the training split.
 
     Attributes:
         truth: pycocotools' index of the annotations.
@@ -70,16 +72,19 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         scale: tuple[float, float] = (1, 1),
         seed: int = 0,
         inputs: Inputs = RGB,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.side, self.scale, self.seed, self.inputs = side, scale, seed, inputs
         self.file, self.truth = read_split(root, split, inputs.max_pixels)
-        first, training = read_split(root, "train", inputs.max_pixels)
-        self.names = [training.cats[number]["name"] for number in sorted(training.cats)]
+        if names is None:
+            known = (self.truth if split == "train" else read_split(root, "train", inputs.max_pixels)[1]).cats
+            names = [known[number]["name"] for number in sorted(known)]
         own = {category["name"]: number for number, category in self.truth.cats.items()}
-        if unknown := own.keys() - set(self.names):
-            raise ValueError(f"{self.file} must have classes of {first} alone, got {', '.join(sorted(unknown))} too")
-        free = itertools.count(1 + max(own.values(), default=0))
-        self.category_ids = [own[name] if name in own else next(free) for name in self.names]
+        if unknown := own.keys() - set(names):
+            got = f"got {', '.join(sorted(unknown))} too"
+            raise ValueError(f"{self.file} must have classes of the training images alone, {', '.join(names)}, {got}")
+        self.names, free = list(names), itertools.count(1 + max(own.values(), default=0))
+        self.category_ids = [own[name] if name in own else next(free) for name in names]
 
         objects = [item for item in self.truth.anns.values() if not item["iscrowd"]]
         self.with_masks = any(item["segmentation"] for item in objects)
@@ -135,9 +140,8 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return pixels.float() / 255, target
 
 
-@lru_cache(maxsize=2)
 def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[Path, Any]:
-    """Read and check a split's annotations once: their file, and pycocotools' index with the defaults of COCO's own tools.
+    """Read and check a split's annotations: their file, and pycocotools' index with the defaults of COCO's own tools.
 
     Images have their ``path``, and the height and width in which they are seen. Annotations are numbered anew (to pycocotools
     a match with id 0 is none), classes of one name are one, and ``segmentation`` is what pycocotools takes, or None.
@@ -157,10 +161,11 @@ def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[P
         raise ValueError(f"{file} must be JSON in COCO's format, got {first_line(error)}") from error
 
     given = images.column("file_name")
-    below = [PureWindowsPath(str(path)) for path in given]  # of either kind of slash
-    images.refuse((path.anchor or ".." in path.parts for path in below), f"must name a file below {root}", given)
-    places = ([os.path.join(parent, *path.parts) for parent in (root / name, root)] for path in below)
-    paths = [next(filter(os.path.isfile, place), "") for place in places]
+    below = [str(path).replace("\\", "/") for path in given]
+    leaving = (path.startswith("/") or ":" in path.split("/")[0] or ".." in path.split("/") for path in below)
+    images.refuse(leaving, f"must name a file below {root}", given)
+    folders = [os.path.join(root, name), str(root)]
+    paths = [next(filter(os.path.isfile, (f"{folder}/{path}" for folder in folders)), "") for path in below]
     images.refuse((not path for path in paths), f"must name a file in {root / name}", given)
     stated = zip(images.numbers("height", default=0), images.numbers("width", default=0), strict=True)
     with ThreadPoolExecutor() as pool:
@@ -179,9 +184,12 @@ def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[P
     box, crowd = items.numbers("bbox", (4,)), items.numbers("iscrowd", default=0)
     outside = (box[:, 2:] < 0) | (box[:, :2] > extent) | (box[:, :2] + box[:, 2:] < 0)
     must = "must have left, top, width and height of a box in its picture as 'bbox'"
-    items.refuse(list(outside.any(1)), must, items.column("bbox"))
+    items.refuse(outside.any(axis=1).tolist(), must, items.column("bbox"))
     items.refuse(crowd * (crowd - 1) != 0, "must have 0 or 1 as 'iscrowd'", crowd)
-    area = items.numbers("area", default=-1)
+    area, given = items.numbers("area", default=-1), items.column("segmentation", default=[])
+    shapes = list(map(cleaned, given))
+    wrong = (shape is not None and not is_outline(shape, *size) for shape, size in zip(shapes, extent.tolist(), strict=True))
+    items.refuse(wrong, "must have polygons, or run lengths that make up its picture, as 'segmentation'", given)
     columns = {
         "id": range(1, 1 + len(box)),
         "image_id": image_of,
@@ -189,7 +197,7 @@ def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[P
         "bbox": box.tolist(),
         "area": np.where(area >= 0, area, box[:, 2] * box[:, 3]).tolist(),
         "iscrowd": crowd.astype(int).tolist(),
-        "segmentation": outlines(items, extent),
+        "segmentation": shapes,
     }
     for item, values in zip(items.records, zip(*columns.values(), strict=True), strict=True):
         item.update(zip(columns, values, strict=True))
@@ -261,49 +269,29 @@ def as_numbers(values: Any, shape: tuple[int, ...]) -> NDArray[np.float64] | Non
     return array if array.shape == shape and np.isfinite(array).all() else None
 
 
-def outlines(items: Table, extent: NDArray[Any]) -> list[Any]:
-    """Check the outlines of annotations, and return them as pycocotools takes them: polygons, run lengths, or None.
+def cleaned(shape: Any) -> Any:
+    """Return an outline as a list of polygons, without those of two corners, which pycocotools takes for boxes; None if empty."""
+    if not isinstance(shape, list):
+        return shape
+    polygons = [shape] if shape and isinstance(shape[0], int | float) else shape
+    return [polygon for polygon in polygons if not isinstance(polygon, list) or len(polygon) >= 6] or None
 
-    Polygons of fewer than three corners, which it would take for boxes, are left out.
 
-    Args:
-        items: the annotations.
-        extent: width and height of their pictures, (N, 2).
-
-    Raises:
-        ValueError: if a polygon is no list of pairs, or farther outside its picture than that is large; if run lengths do
-            not make up a picture.
-    """
-    given = items.column("segmentation", default=[])
-    flat = (int, float)
-    shapes = [[shape] if isinstance(shape, list) and shape and isinstance(shape[0], flat) else shape for shape in given]
-    wrong = {number for number, shape in enumerate(shapes) if not isinstance(shape, list | dict)}
-
-    polygons = [(number, polygon) for number, shape in enumerate(shapes) if isinstance(shape, list) for polygon in shape]
-    wrong |= {number for number, polygon in polygons if not isinstance(polygon, list) or len(polygon) % 2}
-    if not wrong:
-        lengths = [len(polygon) for _, polygon in polygons]
-        points = as_numbers([value for _, polygon in polygons for value in polygon], (sum(lengths),))
-        if points is None:
-            wrong = {number for number, polygon in polygons if as_numbers(polygon, (len(polygon),)) is None}
-        else:
-            owner = np.repeat(np.array([number for number, _ in polygons], int), np.array(lengths, int) // 2)
-            far = np.abs(points.reshape(-1, 2) / extent[owner] - 0.5) > 1.5
-            wrong = set(owner[far.any(1)].tolist())
-
-    for number, shape in enumerate(shapes):
+def is_outline(shape: Any, width: int, height: int) -> bool:
+    """Return whether an outline is polygons [x, y, ...] in or near its picture, or run lengths that make up the picture."""
+    try:
         if isinstance(shape, dict):
-            counts, (width, height) = shape.get("counts"), extent[number]
-            runs = unpack(counts) if isinstance(counts, str) else counts if isinstance(counts, list) else []
-            known = as_numbers(runs, (len(runs),))
-            whole = known is not None and known.min(initial=0) >= 0 and known.sum() == width * height
-            if not whole or shape.get("size") != [height, width]:
-                wrong.add(number)
-    must = "must have polygons [x, y, ...], or run lengths that make up its picture, as 'segmentation'"
-    items.refuse((number in wrong for number in range(len(given))), must, given)
-    return [
-        [polygon for polygon in shape if len(polygon) >= 6] or None if isinstance(shape, list) else shape for shape in shapes
-    ]
+            counts = unpack(shape["counts"]) if isinstance(shape["counts"], str) else shape["counts"]
+            return shape["size"] == [height, width] and min(counts) >= 0 and sum(counts) == width * height
+        return all(
+            len(polygon) % 2 == 0
+            and math.isfinite(sum(polygon))  # no NaN; of a polygon far outside, pycocotools would follow each pixel
+            and -width <= min(polygon[::2]) <= max(polygon[::2]) <= 2 * width
+            and -height <= min(polygon[1::2]) <= max(polygon[1::2]) <= 2 * height
+            for polygon in shape
+        )
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return False
 
 
 def unpack(code: str) -> list[int]:
