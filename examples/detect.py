@@ -42,7 +42,7 @@ from mvmae.dense import ViTPyramid, WindowedViT, group_norm
 from mvmae.inputs import Inputs
 from mvmae.visualize import contact_sheet, to_pillow
 from mvmae.weights import write_json, write_text
-from tasks.coco import CocoData, evaluate, to_coco
+from tasks.coco import CocoData, evaluate, split_folder, to_coco
 from tasks.dense import DenseConfig, build_trunk, data_folder, data_record, fit
 
 COLOURS = ["red", "deepskyblue", "lime", "gold", "magenta", "orange", "cyan", "white"]
@@ -244,7 +244,7 @@ def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then detect, measure and draw."""
     ranks = start_ranks(config.device)
     folder, root = Path(config.output_dir), data_folder(config, ranks)
-    trunk, inputs = build_trunk(config, positions=config.positions)
+    trunk, inputs = build_trunk(config, split_folder(root, "train"), positions=config.positions)
 
     data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, inputs=inputs)
     val = CocoData(root, "val", inputs=inputs, names=data.names)

@@ -34,19 +34,19 @@ from mvmae.data.loader import escape
 from mvmae.weights import read_json, write_json, write_text
 from tasks.feature_files import Features, Parts, fingerprint, write_array, write_table
 from tasks.features import POOLS, Pooled
+from tasks.inputs import InputOptions, describe_inputs, read_inputs
 from tasks.labelled import LabelledConfig
-from tasks.models import load_backbone, summary, with_background
+from tasks.models import load_backbone, summary
 from tasks.splits import named_images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(InputOptions):
     data: str = option(
         REQUIRED, "images: folder, list of paths, archive, Parquet file, timm data set, or sample", path=True, section="Data"
     )
     split: str = option("train", "split of the images, where they have splits", ["train", "val"])
-    image_size: int = redefine(LabelledConfig, "image_size", 0, "side of an image in pixels; 0: the model's own")
-    background: str = redefine(LabelledConfig, "background", "")
+    image_size: tuple[int, ...] = redefine(LabelledConfig, "image_size", ())
     max_bad: int = redefine(LabelledConfig, "max_bad", 100, "number of unreadable images to tolerate; one more stops the run")
     model: str = option(
         REQUIRED,
@@ -81,13 +81,14 @@ def main(config: Config) -> None:
         )
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise Stop('--format parquet needs pyarrow: pip install "mvmae[train]"')
-    config = with_background(config, config.model, config.arch)
     source = named_images(config.data, config.split)
     torch.manual_seed(config.seed)
     model = load_backbone(config.model, arch=config.arch, image_size=config.image_size).to(ranks.device)
+    inputs = read_inputs(config, model, source, config.image_size)
     encoder = Pooled(model, config.pool).eval().requires_grad_(False)
 
     settings = {**dataclasses.asdict(config), "images": source.fingerprint, "weights": fingerprint(model)}
+    settings["inputs"] = inputs.to_dict()
     file, described, held = folder / f"features.{config.format}", folder / "config.json", lock(folder)
     if file.exists() and not described.exists():
         raise Stop(f"{file} is of another program: choose another --output-dir")
@@ -102,7 +103,7 @@ def main(config: Config) -> None:
         print(f"{file} is complete")
         return
 
-    of = {name: settings[name] for name in ("images", "weights", "pool", "image_size", "background", "precision")}
+    of = {name: settings[name] for name in ("images", "weights", "pool", "inputs", "precision")}
     parts, missing, bad = Parts(folder, str(of)), list[range](), dict[int, str]()
     ranges = cut(range(len(source)), config.save_every)
     for rows in ranges:
@@ -115,12 +116,13 @@ def main(config: Config) -> None:
             print(f"warning: {error}: it is computed again", file=sys.stderr, flush=True)
             missing.append(rows)
     count = sum(map(len, missing))
-    print(f"{summary(model, config.image_size, config.model)}; {len(source)} images on {ranks.device}", flush=True)
+    print(f"{summary(model, config.image_size, config.model)}; {len(source)} images on {ranks.device}")
+    print(f"inputs  {describe_inputs(config, inputs)}", flush=True)
     if count < len(source):
         print(f"resuming {folder}: {len(source) - count} of {len(source)} images are done", flush=True)
 
     signals, start = Signals(), time.monotonic()
-    transform = EvalTransform(model, config.image_size, config.background)
+    transform = EvalTransform(model)
     batches = [batch for rows in missing for batch in cut(rows, config.batch_size)]
     unfinished, features = list(missing), dict[int, Features]()
     unread = np.full(int(getattr(model, "head_hidden_size", None) or model.num_features), np.nan, np.float32)  # type: ignore[arg-type]

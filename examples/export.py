@@ -25,6 +25,7 @@ from engine.checkpoint import read_newest
 from engine.options import REQUIRED, option, run
 from engine.signals import Stop
 from mvmae import MultiViewMAE, hub
+from mvmae.inputs import Inputs
 from mvmae.weights import replace_file
 
 
@@ -72,10 +73,8 @@ def main(config: Config) -> None:
 
     model = hub.build(about["description"])
     hub.load_weights(model, weights, source=source / "checkpoint.pt")
-    named = ("mean", "std", "interpolation", "crop_pct", "label_names", "training")
-    recorded = {name: about[name] for name in named if about.get(name) is not None}
-    background = state["settings"].get("background") or "white"
-    hub.export(model, folder, license=license, started_from=start, background=background, **recorded)
+    recorded = {name: about[name] for name in ("label_names", "training") if about.get(name) is not None}
+    hub.export(model, folder, license=license, started_from=start, inputs=Inputs.from_config(about), **recorded)
 
     encoder: Any = model.encoder if isinstance(model, MultiViewMAE) else model
     images = torch.randn(4, encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -37,6 +36,7 @@ from mvmae.hub import describe
 from mvmae.weights import write_json
 from tasks import models
 from tasks.features import Pooled, extract
+from tasks.inputs import describe_inputs, read_inputs
 from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
 from tasks.plots import draw_curves
 from tasks.splits import open_labelled
@@ -109,7 +109,7 @@ def build_transform(config: Config, model: nn.Module) -> TrainTransform:
     augmentation = {"scale": config.crop_scale, "re_prob": config.erasing, "re_mode": "pixel"}
     augmentation["auto_augment"] = None if config.augment == "none" else config.augment
     try:
-        return TrainTransform(model, config.image_size, config.background, **augmentation)
+        return TrainTransform(model, **augmentation)
     except (AssertionError, LookupError, ValueError) as error:  # how timm refuses a policy
         cure = "rand-m9-mstd0.5-inc1 is one, none is none"
         raise Stop(f"--augment {config.augment!r} is no policy of timm ({error}): {cure}") from error
@@ -137,7 +137,6 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 def main(config: Config) -> None:
     """Train, evaluate on the way, write the result for people and programs."""
     start, ranks = time.monotonic(), start_ranks(config.device)
-    config = models.with_background(config, config.model, config.arch)
     data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
     config, clamped = clamp_batch(config, len(data.train), 2 * ranks.world_size)
     if config.batch_size // ranks.world_size % 2:
@@ -147,6 +146,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     model = models.load_backbone(config.model, arch=config.arch, image_size=config.image_size, drop_path_rate=config.drop_path)
     source = models.starting_weights(model, config.model, config.arch)
+    inputs = read_inputs(config, model, data.train, config.image_size)
     models.add_head(model, len(data.class_names), std=2e-5)  # MAE
     model.to(ranks.device).train()
     optimizer = build_optimizer(config, model)
@@ -161,19 +161,21 @@ def main(config: Config) -> None:
     last = sampler.num_steps = min(steps, config.max_steps or steps)
     loading: dict[str, Any] = {"workers": config.workers, "max_bad": config.max_bad}
     loader = training_loader(data.train, build_transform(config, model), sampler, folder=folder, **loading)
-    labels, centre = torch.as_tensor(data.train.labels), EvalTransform(model, config.image_size, config.background)
+    labels, centre = torch.as_tensor(data.train.labels), EvalTransform(model)
 
     log, signals, best = Log(folder, ranks, last, checkpoint.step, config.batch_size), Signals(), {"top1": -1.0}
-    cfg = timm.data.resolve_model_data_config(model)
-    about = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}  # for export.py, like the rest of it
-    about |= {"label_names": list(data.class_names), "start": source, "training": models.classified(source)}
-    about["command"] = shlex.join(["python", *sys.argv])
+    about: dict[str, Any] = {
+        "inputs": inputs.to_dict(),
+        "label_names": list(data.class_names),
+    }  # for export.py, like the rest of it
+    about |= {"start": source, "training": models.classified(source), "command": shlex.join(["python", *sys.argv])}
     with contextlib.suppress(TypeError):  # no plain ViT, which export.py could rebuild
         about["description"] = describe(model)
     checkpoint.restore(log, signals, model=model, optimizer=optimizer, best=best, about=about)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
     log.say(f"model  {models.summary(model, config.image_size, config.model)}")
+    log.say(f"inputs  {describe_inputs(config, inputs)}")
     log.say(f"weights  {models.describe_start(about['start'])}\nimages  {data.note}")
     log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}")
 
@@ -185,7 +187,7 @@ def main(config: Config) -> None:
         log.write(step=step, **result)
         for name, wanted in (("best", result["top1"] > best["top1"]), ("last", step == last)):
             if ranks.rank == 0 and wanted:
-                models.save_classifier(model, folder / name, data.class_names, source, config.background)
+                models.save_classifier(model, folder / name, data.class_names, source)
         best["top1"] = max(best["top1"], result["top1"])
         return result
 

@@ -34,8 +34,9 @@ from engine.signals import Signals
 from mvmae.data import EvalTransform, StepSampler
 from mvmae.weights import write_json, write_text
 from tasks.features import POOLS, Pooled, extract
+from tasks.inputs import describe_inputs, read_inputs
 from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
-from tasks.models import load_backbone, starting_weights, summary, with_background
+from tasks.models import load_backbone, starting_weights, summary
 from tasks.plots import draw_curves
 from tasks.probe import DRAWS, Probe, measure, probe_optimizer, table
 from tasks.splits import Labelled, open_labelled
@@ -96,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals: Signals) -> dict[str, Any]:
     """Measure one model, in a folder of its own, and return its results."""
-    start, config = time.monotonic(), with_background(config, name, config.arch)
+    start = time.monotonic()
     folder = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
     settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
     checkpoint = Checkpoint(folder, settings, ranks, may_change=changeable(Config), resume=config.resume)
@@ -104,7 +105,8 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
     torch.manual_seed(config.seed)
     model = load_backbone(name, arch=config.arch, image_size=config.image_size).to(ranks.device)
     encoder = Pooled(model, config.pool).eval().requires_grad_(False)  # no dropout, no statistics that move
-    centre = EvalTransform(model, config.image_size, config.background)
+    inputs = read_inputs(config, model, data.train, config.image_size)
+    centre = EvalTransform(model)
     loading = {"batch_size": min(config.batch_size, 256), "workers": config.workers, "max_bad": config.max_bad}
     with signals.interruptible(), autocast(config.precision, ranks.device):  # nothing is saved before the features are there
         train, val = (extract(encoder, part, centre, ranks, **loading) for part in (data.train, data.val))
@@ -125,7 +127,7 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
                 rows = torch.tensor([index for _, index in keys], device=ranks.device)
                 yield train[0][rows], train[1][rows], (f"readable image {row}" for row in rows.tolist())
             return
-        crops, labels = TrainTransform(model, config.image_size, config.background), torch.as_tensor(data.train.labels)
+        crops, labels = TrainTransform(model), torch.as_tensor(data.train.labels)
         options: dict[str, Any] = {"workers": config.workers, "max_bad": config.max_bad, "folder": folder}
         for batch in training_loader(data.train, crops, sampler, **options):
             with torch.no_grad(), autocast(config.precision, ranks.device):
@@ -140,7 +142,7 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
     checkpoint.restore(log, signals, model=probe, optimizer=optimizer)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
-    log.say(f"model  {summary(model, config.image_size, name)}\nimages  {data.note}")
+    log.say(f"model  {summary(model, config.image_size, name)}\ninputs  {describe_inputs(config, inputs)}\nimages  {data.note}")
     log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}")
 
     @torch.no_grad()

@@ -27,15 +27,15 @@ from engine.optim import build_optimizer, cosine
 from engine.options import changeable
 from engine.options import run as run_script
 from engine.signals import Signals
-from mvmae.data import sample_seed
+from mvmae.data import normalize, pixel_options, sample_seed
 from mvmae.hub import describe
 from tasks.best import Best
 from tasks.evaluation import VIEWS, Evaluation
 from tasks.gains import compare, draw, table
-from tasks.inputs import normalize
+from tasks.inputs import describe_inputs, read_inputs
 from tasks.method import Config as Config
 from tasks.method import build_model
-from tasks.models import describe_start, starting_weights, with_background
+from tasks.models import describe_start, starting_weights
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     DROPOUT,
@@ -44,11 +44,9 @@ from tasks.pretraining import (
     load_run,
     open_data,
     parameter_groups,
-    pixel_options,
     random_views,
     set_rates,
     settings_of,
-    statistics,
     step_mask,
     train_last_blocks,
     view_loader,
@@ -105,18 +103,18 @@ def main(config: Config) -> None:
     device = ranks.device
 
     # data and model
-    config = with_background(config, config.encoder, config.arch)
     images = open_data(config)
     model = build_model(config, device).train()
     encoder: Any = model.encoder
     loaded = load_run(model, config) if config.pretrained else ""  # decoder and projector of a run, where they fit
     trained_part = train_last_blocks(encoder, config.train_blocks)
-    mean, std = statistics(config, encoder, images.train)
+    inputs = read_inputs(config, encoder, images.train)  # recorded on the encoder, and exported with it
+    mean, std = inputs.mean, inputs.std
     schedule = fit_schedule(config, images.length, ranks)
     last = min(schedule.steps, config.max_steps or schedule.steps)
-    pixels, crops = pixel_options(config), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
-    options: dict[str, Any] = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool, "workers": config.workers}
-    options |= {"max_bad": config.max_bad, **pixels}
+    pixels, crops = pixel_options(inputs), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
+    options: dict[str, Any] = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool}
+    options |= {"workers": config.workers, "max_bad": config.max_bad}
     evaluation = Evaluation(encoder, images.splits, crops, **options)
     centre = mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixels)
     pictures = Pictures(evaluation, centre, mean, std, config.seed)
@@ -126,11 +124,12 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(groups, config.optimizer, lr=schedule.lr, precision=config.precision, device=device)
 
     # resume
-    settings = settings_of(config, images)
+    settings = {**settings_of(config, images), "inputs": inputs.to_dict()}
     checkpoint = Checkpoint(Path(config.output_dir), settings, ranks, may_change=changeable(Config), resume=config.resume)
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     best, before = Best(encoder), dict[str, float]()
-    record = {"description": describe(model), "mean": list(mean), "std": list(std)}  # for export.py, like the rest of it
+    # for export.py
+    record: dict[str, Any] = {"description": describe(model), "inputs": inputs.to_dict()}
     record |= {"start": start, "command": shlex.join(["python", *sys.argv])}
     log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, schedule.batch_size), Signals()
     more = {"best": best} if config.pretrained else {}
@@ -140,7 +139,13 @@ def main(config: Config) -> None:
     loader = view_loader(config, encoder, images, schedule, checkpoint.step, last, ranks)
     training = f"{describe_schedule(schedule, config)}; {config.optimizer} on {device}"
     weights = f"{describe_start(start)}{loaded}" if start else "random"
-    parts = {"start": weights, "trained": trained_part, "images": images.listed, "split": images.splits.note}
+    parts = {
+        "start": weights,
+        "trained": trained_part,
+        "images": images.listed,
+        "inputs": describe_inputs(config, inputs),
+        "split": images.splits.note,
+    }
     summary = describe_run(log, config, model, settings, **parts, training=training, evaluation=evaluation.describe())
     if not checkpoint.step:
         before.update(evaluate(log, evaluation, model, pictures, 0))

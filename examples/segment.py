@@ -31,7 +31,7 @@ from engine.options import option, run
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid
 from mvmae.visualize import contact_sheet
 from mvmae.weights import write_json
-from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, find_classes, fitting_size, read_split, scores
+from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, find_classes, fitting_size, read_split, scores, split_folder
 from tasks.dense import DenseConfig, build_trunk, data_folder, data_record, fit
 
 Prepare = Callable[[Tensor], Tensor]
@@ -176,7 +176,7 @@ def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then test, measure and draw."""
     ranks = start_ranks(config.device)
     folder, root = Path(config.output_dir), data_folder(config, ranks)
-    trunk, inputs = build_trunk(config, taps=taps)
+    trunk, inputs = build_trunk(config, split_folder(root, "train"), taps=taps)
 
     splits = {split: read_split(root, split, inputs.max_pixels) for split in ("train", "val")}
     left_out = dict.fromkeys(config.ignore_label, "a shorter --ignore-label makes it a class")

@@ -43,8 +43,9 @@ from mvmae.visualize import (
 )
 from mvmae.weights import write_json
 from tasks.drawn_images import properties, spread, take
-from tasks.features import CentreCrop, Pooled, evaluation_transform, extract
-from tasks.models import load_backbone, with_background
+from tasks.features import Pooled, extract
+from tasks.inputs import InputOptions, read_inputs
+from tasks.models import load_backbone
 from tasks.splits import Part, named_images
 
 DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions")
@@ -54,15 +55,12 @@ Sheet = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(InputOptions):
     data: str = option(
         REQUIRED, "images: a folder, a list, an archive, a data set that timm can open, or sample", path=True, section="Data"
     )
     image_size: tuple[int, ...] = option(
         (), "side in pixels, or height and width; each model's own if not given", at_least=1, lengths=(1, 2)
-    )
-    background: str = option(
-        "", "colour behind transparent pixels, a name or #RRGGBB; each model's own if not given, else white"
     )
     output_dir: str = option("runs/pictures", "folder for the pictures", path=True, section="Run")
     seed: int = option(0, "seed of the choice of images, of untrained weights and of masks", at_least=0)
@@ -83,7 +81,7 @@ class Model(NamedTuple):
 
     name: str
     vit: Any
-    transform: EvalTransform | CentreCrop
+    transform: EvalTransform
 
     def read(self, source: ImageSource) -> Tensor:
         """Return the images of a source as the model takes them, (B, C, H, W) normalised."""
@@ -105,14 +103,12 @@ def short(name: str) -> str:
     return shown if len(shown) <= 24 else shown[:21] + "..."
 
 
-def load(config: Config, name: str, device: torch.device) -> Model:
+def load(config: Config, name: str, source: ImageSource, device: torch.device) -> Model:
     """Build a model at the size of the images."""
     torch.manual_seed(config.seed)
-    size = config.image_size
-    options: dict[str, Any] = {"img_size": (size[0], size[-1])} if size else {}
-    vit: Any = check_encoder(load_backbone(name, **options))
-    pixels = {"in_chans": vit.patch_embed.proj.in_channels, "background": with_background(config, name).background}
-    return Model(name, vit.to(device).eval(), evaluation_transform(vit, **pixels))
+    vit: Any = check_encoder(load_backbone(name, image_size=config.image_size))
+    read_inputs(config, vit, source)
+    return Model(name, vit.to(device).eval(), EvalTransform(vit))
 
 
 def draw_attention(models: Sequence[Model], drawn: ImageSource) -> Sheet:
@@ -199,7 +195,7 @@ def main(config: Config) -> None:
     """Draw the requested pictures."""
     ranks, folder = start_ranks(config.device), Path(config.output_dir)
     source = named_images(config.data)
-    models = [load(config, name, ranks.device) for name in config.models]
+    models = [load(config, name, source, ranks.device) for name in config.models]
     folder.mkdir(parents=True, exist_ok=True)
 
     pictures, labels, indices = take(source, config.bank, models[0].picture, config.seed)
@@ -225,7 +221,7 @@ def main(config: Config) -> None:
             print(f"no neighbours: all {len(bank)} images are drawn; give more, or a smaller --count")
     if "reconstructions" in config.draw:
         runs = [name for name in config.models if (Path(name) / "encoder" / "pretraining").is_dir()]
-        own = [load(dataclasses.replace(config, image_size=()), name, ranks.device) for name in runs]
+        own = [load(dataclasses.replace(config, image_size=()), name, source, ranks.device) for name in runs]
         maes = [mvmae.MultiViewMAE.from_pretrained(Path(name) / "encoder").to(ranks.device) for name in runs]
         if runs:
             write("reconstructions", draw_reconstructions(own, maes, drawn, config.seed))

@@ -18,13 +18,12 @@ from tiny_run import ARGUMENTS, STEPS, assert_identical, end_of, losses
 from torch.nn.functional import cosine_similarity
 
 import mvmae
-from mvmae.data import MultiViewDataset, StepSampler, make_loader, open_images
+from mvmae.data import MultiViewDataset, StepSampler, make_loader, normalize, open_images
 
 sys.path.insert(0, str(EXAMPLES))
 
 from engine.distributed import Ranks, autocast, start_ranks, to_device
 from engine.optim import build_optimizer
-from tasks.inputs import normalize
 
 DEVICE = "cuda"
 BOTH = pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=pytest.mark.cuda)])

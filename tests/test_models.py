@@ -71,10 +71,10 @@ def test_the_encoder_is_taken_out_of_a_pretraining_model_and_nothing_is_loaded_h
 
 
 def test_another_image_size_resizes_positions_and_a_model_without_them_takes_any(encoder, tmp_path):
-    larger = load_backbone(str(tmp_path / "run"), image_size=48, drop_path_rate=0.1)
+    larger = load_backbone(str(tmp_path / "run"), image_size=(48,), drop_path_rate=0.1)
     assert larger(torch.randn(1, 3, 48, 48)).shape == (1, 48)
     assert torch.equal(larger.blocks[1].mlp.fc1.weight, encoder.blocks[1].mlp.fc1.weight)
-    assert load_backbone("random:convnext_atto", image_size=48, no_such_option=1)(torch.randn(1, 3, 48, 48)).ndim == 2
+    assert load_backbone("random:convnext_atto", image_size=(48,), no_such_option=1)(torch.randn(1, 3, 48, 48)).ndim == 2
 
 
 @pytest.mark.parametrize(

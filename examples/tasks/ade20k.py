@@ -48,6 +48,14 @@ class Split(NamedTuple):
     problems: tuple[str, ...]
 
 
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split's images."""
+    for name in NAMES[split]:
+        if (root / "images" / name).is_dir():
+            return root / "images" / name
+    raise FileNotFoundError(f"--data: {root} must hold images/{NAMES[split][0]}, as ADE20K's layout does")
+
+
 def read_split(root: Path, split: str, max_pixels: int | None = None) -> Split:
     """Find a split in ADE20K's layout, ``images/training/*`` and ``annotations/training/*.png``, and check all its label maps.
 
@@ -59,10 +67,7 @@ def read_split(root: Path, split: str, max_pixels: int | None = None) -> Split:
     Raises:
         ValueError: if an image has no label map, or one that cannot be read or is of another size.
     """
-    name = next((name for name in NAMES[split] if (root / "images" / name).is_dir()), None)
-    if name is None:
-        raise FileNotFoundError(f"--data: {root} must hold images/{NAMES[split][0]}, as ADE20K's layout does")
-    source = open_images(root / "images" / name)
+    source = open_images(split_folder(root, split))
     images = list(map(source.name, range(len(source))))
     stems = [root / "annotations" / Path(path).relative_to(root / "images").with_suffix("") for path in images]
     labels = [

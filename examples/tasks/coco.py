@@ -140,6 +140,14 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return pixels.float() / 255, target
 
 
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split's images, beside which its annotations lie."""
+    for name in NAMES[split]:
+        if (root / f"annotations/instances_{name}.json").is_file():
+            return root / name
+    raise FileNotFoundError(f"--data: {root} must hold annotations/instances_{NAMES[split][0]}.json, as COCO's layout does")
+
+
 def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[Path, Any]:
     """Read and check a split's annotations: their file, and pycocotools' index with the defaults of COCO's own tools.
 
@@ -149,11 +157,8 @@ def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[P
     Raises:
         ValueError: with file and place of the first thing that is wrong.
     """
-    names = NAMES[split]
-    name = next((name for name in names if (root / f"annotations/instances_{name}.json").is_file()), None)
-    if name is None:
-        raise FileNotFoundError(f"--data: {root} must hold annotations/instances_{names[0]}.json, as COCO's layout does")
-    file = root / f"annotations/instances_{name}.json"
+    folder = split_folder(root, split)
+    file = root / f"annotations/instances_{folder.name}.json"
     try:
         content = json.loads(file.read_bytes())
         images, categories, items = (Table(file, content[key], key) for key in ("images", "categories", "annotations"))
@@ -164,9 +169,8 @@ def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[P
     below = [str(path).replace("\\", "/") for path in given]
     leaving = (path.startswith("/") or ":" in path.split("/")[0] or ".." in path.split("/") for path in below)
     images.refuse(leaving, f"must name a file below {root}", given)
-    folders = [os.path.join(root, name), str(root)]
-    paths = [next(filter(os.path.isfile, (f"{folder}/{path}" for folder in folders)), "") for path in below]
-    images.refuse((not path for path in paths), f"must name a file in {root / name}", given)
+    paths = [next(filter(os.path.isfile, (f"{folder}/{path}", f"{root}/{path}")), "") for path in below]
+    images.refuse((not path for path in paths), f"must name a file in {folder}", given)
     stated = zip(images.numbers("height", default=0), images.numbers("width", default=0), strict=True)
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(partial(check_size, source=file, max_pixels=max_pixels), paths, stated))

@@ -24,11 +24,12 @@ from engine.log import CLOCK, Log
 from engine.optim import set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option
 from engine.signals import Signals, Stop
-from mvmae.data import FORMATS, MAX_PIXELS, FileSource, StepSampler, colour, make_loader, open_image, sample_seed
+from mvmae.data import FORMATS, MAX_PIXELS, FileSource, StepSampler, colour, make_loader, open_image, open_images, sample_seed
 from mvmae.dense import WindowedViT
-from mvmae.inputs import INPUTS, Inputs, inputs_of
+from mvmae.inputs import INPUTS, Inputs, set_inputs
 from mvmae.patches import sincos_table
 from mvmae.weights import read_json, write_json
+from tasks.inputs import InputOptions, describe_inputs, read_inputs
 from tasks.models import load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
@@ -41,20 +42,13 @@ POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")  # parameters without weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseConfig(RunConfig):
+class DenseConfig(InputOptions, RunConfig):
     """Options of both scripts. Fields without `option` are constants of a recipe: its preset sets them."""
 
     data: str = option(
         REQUIRED, "data set folder, or toy: shapes drawn into the output folder", path=True, may_change=True, section="Data"
     )
     image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1)
-    mean: tuple[float, ...] = option((), "mean of each channel, 0 to 1; the encoder's own if not given", at_least=0, at_most=1)
-    std: tuple[float, ...] = option((), "standard deviation of each channel, likewise", above=0, at_most=1)
-    value_range: tuple[float, ...] = option(
-        (), "pixel values of deeper images that map to black and white, such as 0 4095; likewise", lengths=(2,)
-    )
-    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; likewise")
-    max_pixels: int = option(0, "pixels above which an image is refused; 0: likewise", at_least=0)
     toy_images: int = option(600, "training images that --data toy draws; for validation it draws a sixth of them", at_least=1)
     steps: int = option(REQUIRED, "training steps", at_least=1, section="Length")
     warmup_steps: int = option(0, "steps of linear warm-up of the learning rate; 0: the preset's share of --steps", at_least=0)
@@ -105,11 +99,15 @@ def lr_factor(step: int, config: DenseConfig) -> float:
 
 
 def build_trunk(
-    config: DenseConfig, *, positions: Any = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
+    config: DenseConfig, images: Path, *, positions: Any = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
 ) -> tuple[WindowedViT, Inputs]:
-    """Return the encoder with attention in windows, and how its images are read.
+    """Return the encoder with attention in windows, and how its images are read: in an evaluation, as in training.
 
-    ``taps`` gives, for a number of blocks, those whose output is used; ``positions`` is that of `WindowedViT`.
+    Args:
+        config: options.
+        images: folder of those to measure, where ``--mean`` or ``--std`` is auto.
+        positions: that of `WindowedViT`.
+        taps: gives, for a number of blocks, those whose output is used.
     """
     torch.manual_seed(config.seed)
     arguments = timm_arguments(config.model_args)
@@ -123,14 +121,12 @@ def build_trunk(
     options: Any = {"window_size": config.window_size or None, "grad_checkpointing": config.grad_checkpointing}
     trunk = WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options)
 
-    file, names = Path(config.output_dir) / "config.json", ("mean", "std", "value_range", "background", "max_pixels")
-    evaluated = read_json(file).get(INPUTS) if config.evaluate and file.is_file() else None
-    inputs = Inputs(**evaluated) if evaluated else inputs_of(vit)
-    inputs = dataclasses.replace(inputs, **{name: value for name in names if (value := getattr(config, name))})
-    colour(inputs.background)  # refuses what is none
-    if len(inputs.mean) != vit.in_chans:
-        raise Stop(f"--mean and --std must be {vit.in_chans} numbers each, as the encoder has channels, got {len(inputs.mean)}")
-    return trunk, inputs
+    file = Path(config.output_dir) / "config.json"
+    saved = read_json(file) if config.evaluate and file.is_file() else {}
+    if INPUTS in saved:
+        set_inputs(vit, Inputs.from_config(saved))
+    source: Any = open_images(images) if "auto" in config.mean + config.std else None
+    return trunk, read_inputs(config, vit, source, [config.image_size])
 
 
 def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> list[dict[str, Any]]:
@@ -176,8 +172,7 @@ def fit(
     """
     folder, last = Path(config.output_dir), min(config.steps, config.max_steps or config.steps)
     if ranks.rank == 0:
-        shown = [f"{name} {value}" for name, value in record[INPUTS].items() if value is not None and name != "size"]
-        print("\n".join([f"images: {', '.join(shown)}", *record["notes"]]), flush=True)
+        print("\n".join([f"inputs: {describe_inputs(config, dataset.inputs)}", *record["notes"]]), flush=True)
     if config.evaluate:
         saved, _ = read_newest(folder)
         if saved is None:
@@ -244,8 +239,8 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
 def read_image(path: str, inputs: Inputs, size: Sequence[float], source: str | Path) -> Tensor:
     """Read an image upright by EXIF, as labelling tools show it: (C, H, W) uint8, of the size that ``source`` says."""
     opened = open_image(path, max_pixels=inputs.max_pixels or MAX_PIXELS)
-    options: Any = {"value_range": inputs.value_range, "background": colour(inputs.background)}
-    pixels = opened.upright(opened.decode(channels=len(inputs.mean), **options))
+    behind, channels = colour(inputs.background), len(inputs.mean)
+    pixels = opened.upright(opened.decode(channels=channels, value_range=inputs.value_range, background=behind))
     require_size(path, pixels.shape[:2], size, source)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from engine.distributed import Ranks
 from mvmae import MultiViewTransform
-from mvmae.data import ImageSource
+from mvmae.data import EvalTransform, ImageSource, normalize
 from mvmae.metrics import effective_rank, knn_accuracy, uniformity, view_retrieval
-from tasks.features import OfViews, Pooled, evaluation_transform, extract
-from tasks.inputs import normalize
+from tasks.features import OfViews, Pooled, extract
 from tasks.splits import Part, Splits, draw
 
 NEIGHBOURS = 20
@@ -34,7 +33,6 @@ class Evaluation:
         pool: as in `Pooled`.
         workers: processes that load images.
         max_bad: unreadable images to tolerate.
-        **pixels: how images become pixels, as in `evaluation_transform`.
     """
 
     def __init__(
@@ -48,11 +46,10 @@ class Evaluation:
         pool: str,
         workers: int,
         max_bad: int,
-        **pixels: Any,
     ) -> None:
         self.pooled, self.crops, self.limit, self.ranks = Pooled(encoder, pool), crops, limit, ranks
         self.train, self.val, _ = splits
-        self.transform = evaluation_transform(encoder, **pixels)
+        self.transform = EvalTransform(encoder)
         self.extract = partial(extract, ranks=ranks, workers=workers, max_bad=max_bad)
         self.source: ImageSource = self.train if self.val is None else self.val
         parts = [] if self.val is None else [self.train, self.val]

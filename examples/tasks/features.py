@@ -5,47 +5,19 @@ Shapes: N images, B of a batch, V views, C channels, H x W pixels, D width of a 
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.distributed import Ranks
 from engine.signals import Stop
-from mvmae import CentreCropTransform, MultiViewTransform
-from mvmae.data import EvalTransform, ImageLike, ImageSource, embed_rows
-from tasks.inputs import normalize
+from mvmae import MultiViewTransform
+from mvmae.data import EvalTransform, ImageSource, embed_rows
 
 _logger = logging.getLogger(__name__)
 POOLS = ("avg", "token", "model")
-
-
-class CentreCrop:
-    """The evaluation transform for images that timm's own cannot read: by the cfg of a model, (C, H, W) float32, normalised."""
-
-    def __init__(self, model: Any, **pixels: Any) -> None:
-        cfg = timm.data.resolve_model_data_config(model)
-        self.normalize = partial(normalize, mean=cfg["mean"], std=cfg["std"])
-        self.crop = CentreCropTransform(cfg["input_size"][1:], crop=cfg["crop_pct"], **pixels)
-
-    def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return the centre of an image."""
-        return self.normalize(self.crop(image))
-
-
-def evaluation_transform(model: nn.Module, **pixels: Any) -> EvalTransform | CentreCrop:
-    """Return the transform of images whose features are computed: timm's own for evaluation, wherever that can read them.
-
-    Args:
-        model: whose cfg holds mean, std, size, interpolation and crop.
-        **pixels: ``in_chans``, ``value_range``, ``background``, ``max_pixels``: how images become pixels.
-    """
-    if pixels.get("in_chans", 3) in (1, 3):
-        return EvalTransform(model, background=pixels.get("background") or "white", value_range=pixels.get("value_range"))
-    return CentreCrop(model, **pixels)
 
 
 class Pooled(nn.Module):
@@ -101,7 +73,7 @@ class OfViews(nn.Module):
 def extract(
     model: nn.Module,
     source: ImageSource,
-    transform: EvalTransform | CentreCrop | MultiViewTransform,
+    transform: EvalTransform | MultiViewTransform,
     ranks: Ranks,
     *,
     batch_size: int = 64,

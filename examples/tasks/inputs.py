@@ -1,48 +1,72 @@
-"""Views of the images, and the statistics of their channels."""
+"""How images are read, decided once for a script and a model, and the views of them."""
 
-import functools
+import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mvmae
+from engine.options import option
 from engine.signals import Stop
-from mvmae.data import AugmentedViews, ColorJitter, ImageSource, measure_channels
+from mvmae.data import MAX_PIXELS, AugmentedViews, ColorJitter, ImageSource, colour, measure_channels, pixel_options
+from mvmae.inputs import Inputs, channels_of, inputs_of, set_inputs
 
 
-def channel_statistics(
-    typed: Mapping[str, Sequence[float | str]],
-    own: Mapping[str, Sequence[float]],
-    source: ImageSource,
-    centre: mvmae.CentreCropTransform,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation of each channel: the user's, measured on the images, or the encoder's.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """Options on how images are read; what is not given is the model's own (`mvmae.inputs.Inputs`)."""
+
+    mean: tuple[float | str, ...] = option(
+        (), "mean of each channel, 0 to 1; auto: measured; the model's own if not given", at_least=0, at_most=1, section="Data"
+    )
+    std: tuple[float | str, ...] = option((), "standard deviation of each channel, likewise", above=0, at_most=1)
+    value_range: tuple[float, ...] = option(
+        (),
+        "pixel values that map to black and white, such as 0 4095; if not given the model's own, else the whole range",
+        lengths=(2,),
+    )
+    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; the model's own if not given")
+    max_pixels: int = option(
+        0, f"pixels above which an image counts as unreadable; 0: the model's own, else {MAX_PIXELS}", at_least=0
+    )
+
+
+TYPED = tuple(field.name for field in dataclasses.fields(InputOptions))
+
+
+def read_inputs(config: Any, model: nn.Module, source: ImageSource, size: Sequence[int] = ()) -> Inputs:
+    """Decide how a model's images are read, by `InputOptions` and the model's own record, and record it on the model.
 
     Args:
-        typed: ``mean`` and ``std`` as the user gave them: numbers, "auto", or nothing.
-        own: ``mean`` and ``std`` of the encoder's cfg.
-        source: images to measure.
-        centre: the view of them to measure.
+        config: with the fields of `InputOptions`.
+        model: of timm.
+        source: images to measure, where mean or deviation is "auto".
+        size: side of an image in pixels, or (H, W), for models without a size of their own; empty: as the model was built.
     """
-    values = {name: tuple(typed[name]) or tuple(own[name]) for name in ("mean", "std")}
-    if ("auto",) in values.values():
-        measured = measure_channels(source, centre)._asdict()
-        values = {name: measured[name] if value == ("auto",) else value for name, value in values.items()}
-    for name, value in values.items():
-        if words := [word for word in value if isinstance(word, str)]:
+    typed: dict[str, Any] = {name: getattr(config, name) or None for name in TYPED}
+    typed |= {"size": (size[0], size[-1]) if size else None}
+    colour(config.background or "white")  # refuses what is none
+    if measured := [name for name in ("mean", "std") if typed[name] == ("auto",)]:
+        blank = inputs_of(model, **{**typed, **dict.fromkeys(("mean", "std"), (1.0,) * channels_of(model))})
+        centre = mvmae.CentreCropTransform(blank.size, **pixel_options(blank))
+        found = measure_channels(source, centre)._asdict()
+        typed |= {name: found[name] for name in measured}
+    for name in ("mean", "std"):
+        if words := [word for word in typed[name] or () if isinstance(word, str)]:
             raise Stop(f"--{name} must be numbers, or auto alone, got {words[0]!r}")
-    mean, std = (tuple(map(float, value)) for value in values.values())
-    if len(mean) != centre.in_chans or len(std) != centre.in_chans:
-        raise Stop(
-            f"--in-chans {centre.in_chans} must have as many means and standard deviations, got {len(mean)} and {len(std)}: "
-            f"give --mean and --std {centre.in_chans} numbers each, in units of the whole range (0 to 1), or auto"
-        )
-    return mean, std
+    inputs = inputs_of(model, **typed)
+    set_inputs(model, inputs)
+    return inputs
+
+
+def describe_inputs(config: Any, inputs: Inputs) -> str:
+    """Return a line on how images are read, and which options replaced the model's own."""
+    replaced = " ".join(f"--{name.replace('_', '-')}" for name in TYPED if getattr(config, name))
+    return f"{inputs}" + (f"; {replaced} in place of the model's own" if replaced else "")
 
 
 def jittered(transform: mvmae.MultiViewTransform, strength: Sequence[float], grayscale: float) -> Callable[..., Tensor]:
@@ -75,15 +99,3 @@ def augmented(transform: Callable[..., Tensor], name: str) -> Callable[..., Tens
     except (ImportError, AttributeError, ValueError) as error:
         raise Stop(f"--transform must be module:function, in a file of the current folder, got {name} ({error})") from error
     return AugmentedViews(transform, augment)
-
-
-def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
-    """Normalise uint8 images (..., C, H, W) to float32 by mean and standard deviation in units of the whole range, 255."""
-    mean, std = (_per_channel(tuple(x), images.device) for x in (mean, std))
-    return images.float().div_(255).sub_(mean).div_(std)
-
-
-@functools.cache
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Copy values to the device, (C, 1, 1); once, because a copy waits until the device has finished its work."""
-    return torch.tensor(values, device=device)[:, None, None]

@@ -5,6 +5,8 @@ Shapes: B images of a batch, N of a set, C channels, H W pixels.
 
 import dataclasses
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,17 +15,32 @@ import timm
 import torch
 from PIL import Image
 from timm.data.auto_augment import posterize
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from engine.options import REQUIRED, RunConfig, option
-from mvmae.data import ImageLike, ImageSource, Loader, MultiViewDataset, StepSampler, colour, make_loader, to_pil
+from engine.signals import Stop
+from mvmae import MultiViewTransform
+from mvmae.data import (
+    ImageLike,
+    ImageSource,
+    Loader,
+    MultiViewDataset,
+    StepSampler,
+    make_loader,
+    normalize,
+    pixel_options,
+    to_pil,
+)
+from mvmae.inputs import inputs_of
 from mvmae.metrics import as_double
+from tasks.inputs import InputOptions
 
 Config = TypeVar("Config", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledConfig(RunConfig):
+class LabelledConfig(InputOptions, RunConfig):
     """Options of the scripts that measure a model on labelled images."""
 
     data: str = option(
@@ -33,8 +50,12 @@ class LabelledConfig(RunConfig):
         may_change=True,
         section="Data",
     )
-    image_size: int = option(0, "side of an image in pixels; 0: the model's own (paper: 224)", at_least=0)
-    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; default: the model's own, else white")
+    image_size: tuple[int, ...] = option(
+        (),
+        "side in pixels, or height and width; the model's own if not given (paper: 224)",
+        at_least=1,
+        lengths=(1, 2),
+    )
     train_images: int = option(0, "maximum number of training images; 0: all", at_least=0)
     val_images: int = option(0, "maximum number of validation images; 0: all", at_least=0)
     max_bad: int = option(
@@ -56,14 +77,27 @@ def clamp_batch(config: Config, images: int, multiple: int = 1) -> tuple[Config,
 
 
 class TrainTransform:
-    """timm's augmentation of an image, random crops and more, drawn from one generator: (C, H, W) float32, normalised."""
+    """timm's augmentation of an image, random crops and more, drawn from one generator: (C, H, W) float32, normalised.
 
-    def __init__(self, model: nn.Module, image_size: int, background: str = "white", **augmentation: Any) -> None:
-        cfg = timm.data.resolve_model_data_config(model)
-        self.channels, self.background, side = cfg["input_size"][0], colour(background), image_size or cfg["input_size"][1]
-        self.shape = (4, self.channels, side, side)  # bytes
-        options = {"interpolation": "bicubic", "mean": cfg["mean"], "std": cfg["std"], "color_jitter": None, **augmentation}
-        self.transform = timm.data.create_transform((self.channels, side, side), is_training=True, **options)
+    Images of other channels than 1 and 3, which Pillow cannot change, have random crops, flips and erasing.
+    """
+
+    def __init__(self, model: nn.Module, **augmentation: Any) -> None:
+        inputs = inputs_of(model)
+        options, channels = pixel_options(inputs), len(inputs.mean)
+        self.shape = (4, channels, *inputs.size)  # bytes
+        self.of_arrays = channels not in (1, 3)
+        if self.of_arrays:
+            if augmentation.get("auto_augment"):
+                raise Stop(f"--augment changes images of 1 or 3 channels, and the model takes {channels}: use --augment none")
+            scale, probability = augmentation.get("scale", (0.08, 1.0)), augmentation.get("re_prob", 0.0)
+            self.crop = MultiViewTransform(inputs.size, num_views=1, scale=scale, **options)
+            self.normalize = partial(normalize, mean=inputs.mean, std=inputs.std)
+            self.erase = RandomErasing(probability, mode="pixel", device="cpu")
+            return
+        self.read: Callable[[ImageLike], Image.Image] = partial(to_pil, **options)
+        changes = {"interpolation": "bicubic", "mean": inputs.mean, "std": inputs.std, "color_jitter": None, **augmentation}
+        self.transform = timm.data.create_transform(self.shape[1:], is_training=True, **changes)
         for step in self.transform.transforms:
             for op in getattr(step, "ops", []):
                 if op.aug_fn is posterize:  # asks for 0 bits at times, which Pillow 13 refuses
@@ -75,8 +109,11 @@ class TrainTransform:
         random.seed(seed)  # timm draws from all three
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)  # of the processor alone: torch.manual_seed is slow
-        transformed: Tensor = self.transform(to_pil(image, self.channels, self.background))
-        return transformed
+        if self.of_arrays:
+            changed: Tensor = self.erase(self.normalize(self.crop(image, generator=generator)[0]))
+        else:
+            changed = self.transform(self.read(image))
+        return changed
 
 
 def posterize_to_a_bit(image: Image.Image, bits: int, **options: Any) -> Image.Image:

@@ -10,7 +10,7 @@ from engine.distributed import in_bf16
 from engine.optim import OPTIMIZERS
 from engine.options import REQUIRED, RunConfig, option, redefine
 from engine.signals import Stop
-from mvmae.data import MAX_PIXELS
+from tasks.inputs import InputOptions
 from tasks.models import start_encoder
 
 HEAD = 32  # width of a head of a decoder whose size follows the encoder's
@@ -18,7 +18,7 @@ SHORT = 256  # tokens up to which two matrix products are faster than torch's fu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(InputOptions, RunConfig):
     """Options of the method and of its run, with the paper's values."""
 
     data: str = option(
@@ -36,19 +36,6 @@ class Config(RunConfig):
         lengths=(1, 2),
     )
     in_chans: int = option(3, "channels of the images; other than 3 need --mean and --std", at_least=1)
-    mean: tuple[float | str, ...] = option(
-        (), "mean of each channel, 0 to 1; auto: measured; the encoder's own if not given", at_least=0, at_most=1
-    )
-    std: tuple[float | str, ...] = option((), "standard deviation of each channel, likewise", above=0, at_most=1)
-    value_range: tuple[float, ...] = option(
-        (),
-        "pixel values of 16-bit images that map to black and white, such as 0 4095; the whole range if not given",
-        lengths=(2,),
-    )
-    background: str = option(
-        "", "colour behind transparent pixels, a name or #RRGGBB; the encoder's own if not given, else white"
-    )
-    max_pixels: int = option(MAX_PIXELS, "pixels above which an image counts as unreadable", at_least=1)
     max_bad: int = option(100, "different unreadable images to tolerate; one more stops the run", at_least=0, may_change=True)
     output_dir: str = redefine(RunConfig, "output_dir", "runs/pretrain")
     epochs: float = option(

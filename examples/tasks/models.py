@@ -23,29 +23,32 @@ import mvmae
 from engine.signals import Stop
 from mvmae import WeightsError, hub
 from mvmae.data import colour
+from mvmae.inputs import INPUTS, Inputs, inputs_of, set_inputs
 from mvmae.masked_vit import check_encoder
 from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
 
 Config = TypeVar("Config", bound=Any)
 
 
-def load_backbone(name: str, *, arch: str = "", image_size: int = 0, **options: Any) -> nn.Module:
+def load_backbone(name: str, *, arch: str = "", image_size: Sequence[int] = (), **options: Any) -> nn.Module:
     """Build any model of timm without a head, with its weights unless ``random:`` stands before its name.
 
-    ``image_size`` is the side in pixels, the model's own where it is 0. Of the options for timm, such as ``drop_path_rate``,
-    those that the model does not have are left out.
+    ``image_size`` is one side in pixels or (H, W), the model's own where empty. Of the options for timm, such as
+    ``drop_path_rate``, those that the model does not have are left out.
     """
     wanted = name.removeprefix("random:")
     architecture, file = find_weights(wanted, arch)
     with torch.device("meta"):
         known = inspect.signature(type(create_encoder(architecture)).__init__).parameters
-    options |= {"img_size": image_size} if image_size else {}
+    options |= {"img_size": (image_size[0], image_size[-1])} if image_size else {}
     options, pretrained = {key: value for key, value in options.items() if key in known}, wanted == name
     model = create_encoder(architecture, pretrained=pretrained and file is None, num_classes=0, **options)
     if getattr(getattr(model, "patch_embed", None), "num_patches", 1) == 0:
         raise Stop(f"images of {options.get('img_size')} pixels are smaller than a patch of {wanted}: use more")
     if pretrained and file is not None:
         load_file(model, file)
+    if INPUTS in (config := _config_beside(wanted, arch)):
+        set_inputs(model, Inputs.from_config(config))
     return model
 
 
@@ -150,14 +153,14 @@ def load_file(model: Any, file: Path) -> None:
         model.load_state_dict(weights, strict=False)
 
 
-def summary(model: Any, image_size: int = 0, name: str = "") -> str:
+def summary(model: Any, image_size: int | Sequence[int] = (), name: str = "") -> str:
     """Return a line about a model as it was built, or a part of one: architecture, parameters, size of images and patches.
 
     ``image_size`` is given where it takes other images than it was built for; ``name``, as the user typed it, begins the line.
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     patches: Any = getattr(model, "patch_embed", None)
-    size = image_size or getattr(patches, "img_size", None) or cfg["input_size"][1:]
+    size = image_size or inputs_of(model).size
     parts = [name or cfg.get("architecture") or type(model).__name__]
     parts.append(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
     if isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(model, "embed_dim"):
@@ -235,21 +238,17 @@ def add_head(model: Any, num_classes: int, *, std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
-def save_classifier(
-    model: Any, folder: Path, class_names: Sequence[str], start: Mapping[str, str], background: str = "white"
-) -> None:
+def save_classifier(model: Any, folder: Path, class_names: Sequence[str], start: Mapping[str, str]) -> None:
     """Write a model with its head and the names of its classes, for ``timm.create_model("local-dir:FOLDER")``.
 
-    ``start`` is what `starting_weights` returned; ``background`` the colour that transparent pixels were laid on.
+    ``start`` is what `starting_weights` returned.
     """
-    cfg, license = timm.data.resolve_model_data_config(model), start.get("license", "")
-    about: dict[str, Any] = {"label_names": list(class_names), "started_from": dict(start), "background": background}
-    about["training"] = classified(start)
+    license = start.get("license", "")
+    about: dict[str, Any] = {"label_names": list(class_names), "started_from": dict(start), "training": classified(start)}
     try:
-        read = {"interpolation": cfg["interpolation"], "crop_pct": cfg["crop_pct"]}  # images as they were evaluated
-        hub.export(model, folder, license=license, **about, **read)
+        hub.export(model, folder, license=license, **about)
     except TypeError:  # no plain ViT
-        about["pretrained_cfg"] = {"license": license}
+        about |= {"pretrained_cfg": {"license": license}, INPUTS: inputs_of(model).to_dict()}
         timm.models.save_for_hf(model, str(folder), model_config=about, safe_serialization=True)
 
 

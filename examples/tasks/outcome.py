@@ -16,13 +16,13 @@ from torch import Tensor
 
 import mvmae
 from engine.log import Log
+from mvmae.data import normalize
 from mvmae.hub import export
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
 from mvmae.weights import write_json, write_text
 from tasks.drawn_images import varied
 from tasks.evaluation import Evaluation, report
-from tasks.inputs import normalize
 from tasks.method import Config
 from tasks.models import summary
 from tasks.plots import draw_curves
@@ -126,8 +126,7 @@ def finish(
     ``after`` that of the model, which is exported as it is; ``lines`` are more of ``summary.md``, which are printed too.
     """
     folder = log.folder
-    options: dict[str, Any] = {"background": config.background, "started_from": start, "license": start.get("license", "")}
-    export(model, folder / "encoder", mean=pictures.mean, std=pictures.std, **options)
+    export(model, folder / "encoder", started_from=start, license=start.get("license", ""))
     records = [{k: v for k, v in record.items() if k != "loss_con" or v} for record in log.records()]  # 0: not computed
     draw_curves(folder / "curves.png", records, CURVES)
     pictures.reconstructions(model.eval()).save(folder / "reconstructions.png")

@@ -26,10 +26,12 @@ from mvmae.data import (
     is_stream,
     make_loader,
     open_stream,
+    pixel_options,
     sample_seed,
     stream_loader,
 )
-from tasks.inputs import augmented, channel_statistics, jittered
+from mvmae.inputs import inputs_of
+from tasks.inputs import augmented, jittered
 from tasks.method import Config
 from tasks.models import find_weights
 from tasks.splits import Joined, Part, Splits, draw, open_splits
@@ -145,26 +147,10 @@ def describe_schedule(schedule: Schedule, config: Config) -> str:
     return "; ".join(parts)
 
 
-def pixel_options(config: Config) -> dict[str, Any]:
-    """Return how images become pixels."""
-    options: dict[str, Any] = {"in_chans": config.in_chans, "max_pixels": config.max_pixels}
-    return options | {"value_range": config.value_range or None, "background": config.background}
-
-
 def random_views(config: Config, encoder: Any, num_views: int) -> mvmae.MultiViewTransform:
     """Return what takes random crops of an image."""
-    options = {"scale": config.crop_scale, "same_crop": config.same_crop, **pixel_options(config)}
+    options = {"scale": config.crop_scale, "same_crop": config.same_crop, **pixel_options(inputs_of(encoder))}
     return mvmae.MultiViewTransform(encoder.patch_embed.img_size, num_views=num_views, **options)
-
-
-def statistics(config: Config, encoder: Any, source: ImageSource) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel, and note them in the encoder's cfg, where evaluation reads them."""
-    centre = mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixel_options(config))
-    mean, std = channel_statistics({"mean": config.mean, "std": config.std}, encoder.pretrained_cfg, source, centre)
-    size = (config.in_chans, *encoder.patch_embed.img_size)
-    own = {"mean": mean, "std": std, "input_size": size, "crop_pct": 0.875, "interpolation": "bicubic"}  # as it is exported
-    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **own}
-    return mean, std
 
 
 def view_loader(

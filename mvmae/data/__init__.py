@@ -21,6 +21,8 @@ from .features import Rows as Rows
 from .features import embed as embed
 from .features import embed_rows as embed_rows
 from .features import measure_channels as measure_channels
+from .features import normalize as normalize
+from .features import pixel_options as pixel_options
 from .loader import Loader as Loader
 from .loader import explain_loader_error as explain_loader_error
 from .loader import make_loader as make_loader

@@ -194,11 +194,18 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
     return opened
 
 
-def to_pil(image: ImageLike, channels: int = 3, background: Colour = WHITE, value_range: Range | None = None) -> Image.Image:
-    """Decode an image upright, to a Pillow image for timm's and torchvision's transforms."""
-    opened = open_image(image)
-    pixels = opened.upright(opened.decode(channels=channels, background=background, value_range=value_range))
-    return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
+def to_pil(
+    image: ImageLike,
+    *,
+    in_chans: int = 3,
+    background: str = "white",
+    value_range: Range | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """Decode an image upright, to a Pillow image for timm's and torchvision's transforms; options of `MultiViewTransform`."""
+    opened = open_image(image, max_pixels=max_pixels)
+    pixels = opened.upright(opened.decode(channels=in_chans, background=colour(background), value_range=value_range))
+    return Image.fromarray(pixels if in_chans > 1 else pixels[..., 0])
 
 
 def colour(name: str) -> Colour:

@@ -6,6 +6,7 @@ Shapes: N images, B of a batch, D width of a feature, C channels, H W pixels.
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..encoders import create_model
-from .decode import ImageError, ImageLike, colour, to_pil
+from ..inputs import CFG, Inputs, inputs_of
+from .decode import MAX_PIXELS, ImageError, ImageLike, to_pil
 from .loader import make_loader
 from .open import open_images
-from .pixels import Range
 from .sampling import DataError, Key, generator, read
 from .sources import ImageSource
+from .views import CentreCropTransform
 
 _logger = logging.getLogger(__name__)
 
@@ -77,33 +79,52 @@ class Embedded(NamedTuple):
     bad: dict[int, str]
 
 
+def pixel_options(inputs: Inputs) -> dict[str, Any]:
+    """Return a record of inputs as options of `MultiViewTransform` and `CentreCropTransform`."""
+    options = {"in_chans": len(inputs.mean), "background": inputs.background, "value_range": inputs.value_range}
+    return options | {"max_pixels": inputs.max_pixels or MAX_PIXELS}
+
+
 class EvalTransform:
     """timm's transform for evaluation with a model, of an image of any kind: (C, H, W) float32, normalised.
 
+    Images of other channels than 1 and 3, which Pillow does not resize, are resized by `CentreCropTransform`.
+
     Args:
-        model: Of timm; its cfg holds mean, standard deviation, interpolation and the share of the image that is kept.
+        model: Of timm; `inputs_of` says how its images are read.
         image_size: Side in pixels, or (H, W); 0: the size that the model was built for.
-        background: Colour behind transparent pixels.
-        value_range: Values of images deeper than 8 bits that become 0 and 255.
+        **changes: Attributes of `Inputs` that replace the model's own, such as ``background``; None changes nothing.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        image_size: int | tuple[int, int] = 0,
-        background: str = "white",
-        value_range: Range | None = None,
-    ) -> None:
-        cfg = timm.data.resolve_model_data_config(model)
-        built = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        self.channels, self.background, self.value_range = int(cfg["input_size"][0]), colour(background), value_range
-        self.shape = (self.channels, *to_2tuple(image_size or built or cfg["input_size"][1:]))
-        self._transform = timm.data.create_transform(**{**cfg, "input_size": self.shape})
+    def __init__(self, model: nn.Module, image_size: int | tuple[int, int] = 0, **changes: Any) -> None:
+        inputs = self.inputs = inputs_of(model, **changes, size=to_2tuple(image_size) if image_size else None)
+        options, cfg = pixel_options(inputs), timm.data.resolve_model_data_config(model)
+        channels = options["in_chans"]
+        self._read: Callable[[ImageLike], Any]
+        self._transform: Callable[[Any], Tensor]
+        if channels in (1, 3):
+            self._read = partial(to_pil, **options)
+            read = {**cfg, **{name: getattr(inputs, name) for name in CFG}, "input_size": (channels, *inputs.size)}
+            self._transform = timm.data.create_transform(**read)
+        else:
+            self._read = CentreCropTransform(inputs.size, crop=inputs.crop_pct, **options)
+            self._transform = partial(normalize, mean=inputs.mean, std=inputs.std)
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Return the centre of an image; nothing is random."""
-        transformed: Tensor = self._transform(to_pil(image, self.channels, self.background, self.value_range))
-        return transformed
+        return self._transform(self._read(image))
+
+
+def normalize(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
+    """Normalise uint8 images (..., C, H, W) to float32 by mean and standard deviation in units of the whole range, 255."""
+    mean, std = (_per_channel(tuple(x), images.device) for x in (mean, std))
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copy values to the device, (C, 1, 1); once, because a copy waits until the device has finished its work."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def pooled_feature(model: Any, images: Tensor) -> Tensor:
@@ -130,11 +151,10 @@ def embed(
     *,
     split: str = "train",
     image_size: int | tuple[int, int] = 0,
-    background: str = "white",
-    value_range: Range | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     max_bad: int = 100,
+    **changes: Any,
 ) -> Embedded:
     """Compute the features of all images of a source, in its order, in memory; ``examples/embed.py`` writes them to a disk.
 
@@ -147,11 +167,10 @@ def embed(
         source: A folder, list, archive or data set, as `open_images` takes it.
         split: "train" or "val", where the source has splits.
         image_size: Side in pixels, or (H, W); 0: the size that the model was built for.
-        background: Colour behind transparent pixels.
-        value_range: Values of images deeper than 8 bits that become 0 and 255.
         batch_size: Images at a time.
         num_workers: Loading processes; 0 loads in this process.
         max_bad: Images that cannot be read, whose rows are NaN and which are logged, before an error.
+        **changes: Attributes of `mvmae.inputs.Inputs` that replace the model's own, such as ``background`` and ``value_range``.
 
     Raises:
         ValueError: No images, no such model, or sizes that do not fit.
@@ -165,7 +184,7 @@ def embed(
         built = create_model(name, pretrained=True, num_classes=0)
         model = built.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    transform = EvalTransform(model, image_size, background, value_range)
+    transform = EvalTransform(model, image_size, **changes)
     modes = {module: module.training for module in model.modules()}
     rows, parts, bad = list[int](), list[Tensor](), dict[int, str]()
     try:

@@ -19,7 +19,7 @@ from ..architecture import (
     pretraining_arguments,
     write_pretraining,
 )
-from ..inputs import INPUTS, Inputs
+from ..inputs import CFG, INPUTS, TAG, Inputs, inputs_of
 from ..masked_vit import PlainViT, check_encoder
 from ..model import MultiViewMAE
 from ..weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, hub_errors, write_json, write_weights
@@ -76,7 +76,7 @@ def export(
     Args:
         model: a `MultiViewMAE`, or a plain ViT of timm, fine-tuned or not; compiled or in a data-parallel wrapper, too.
         folder: where to write; files there are replaced, and an ``encoder.onnx``, of older weights, is removed.
-        inputs: how the images were read; where None, the encoder's cfg says it.
+        inputs: how the images were read; where None, what `inputs_of` says of the encoder.
         label_names: names of the classes, in the order of the head.
         license: licence of the weights, as the Hub spells it, such as ``apache-2.0``; where None, that of the weights that
             training started from, else that of the encoder's cfg.
@@ -102,11 +102,8 @@ def export(
     whole = model if isinstance(model, MultiViewMAE) else None
     vit = check_encoder(whole.encoder if whole else model)
     cfg = getattr(vit, "pretrained_cfg", None) or {}
-    known = {name: cfg.get(name, ()) for name in ("mean", "std")} if inputs is None else dataclasses.asdict(inputs)
-    known |= {name: value for name, value in changes.items() if value is not None}
-    record = Inputs(**{**known, "size": tuple(vit.patch_embed.img_size)})
-    if len(record.mean) != vit.in_chans:
-        raise ValueError(f"mean and std must have one number for each of the {vit.in_chans} channels, got {record.mean}")
+    own = dataclasses.asdict(inputs) if inputs else {}
+    record = inputs_of(vit, **{**own, **{k: v for k, v in changes.items() if v is not None}, "size": vit.patch_embed.img_size})
     if label_names is not None and len(label_names) != vit.num_classes:
         raise ValueError(
             f"label_names must have one name for each of the {vit.num_classes} classes of the head, got {len(label_names)}"
@@ -141,12 +138,12 @@ def _timm_config(vit: PlainViT, inputs: Inputs) -> dict[str, Any]:
         "num_features": vit.num_features,
         "global_pool": vit.global_pool,
         "pretrained_cfg": {
-            "tag": "mvmae",
+            "tag": TAG,
             "custom_load": False,
             "input_size": [len(inputs.mean), *inputs.size],
             "fixed_input_size": not vit.dynamic_img_size,
             "crop_mode": "center",
-            **{key: record[key] for key in ("mean", "std", "interpolation", "crop_pct")},
+            **{key: record[key] for key in CFG},
             "description": f"{blocks}, {parameters / 1e6:.1f} M parameters, for {images}",
             "num_classes": vit.num_classes,
             "pool_size": None,
