@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from engine.distributed import Ranks, autocast, start_ranks, to_device
 from engine.options import option, run
-from mvmae.dense import FCNHead, UPerHead, ViTPyramid
+from mvmae.dense import FCNHead, UPerHead, ViTPyramid, WindowedViT
 from mvmae.visualize import contact_sheet
 from mvmae.weights import write_json
 from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, find_classes, fitting_size, read_split, scores, split_folder
@@ -90,13 +90,14 @@ PRESETS: dict[str, dict[str, Any]] = {"beit": BEIT, "toy": BEIT | TOY}
 
 
 class UPerNet(nn.Module):
-    """A backbone, UPerNet's head on its maps, and an auxiliary head on the third."""
+    """UPerNet's head on the maps of a plain ViT, and an auxiliary head on the third."""
 
-    def __init__(self, backbone: ViTPyramid, num_classes: int, *, channels: int, aux_channels: int) -> None:
+    def __init__(self, trunk: WindowedViT, num_classes: int, config: Config) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = UPerHead([backbone.out_channels] * 4, num_classes, channels=channels)
-        self.auxiliary = FCNHead(backbone.out_channels, num_classes, channels=aux_channels)
+        self.backbone = ViTPyramid(trunk, "beit")
+        width = self.backbone.out_channels
+        self.head = UPerHead([width] * 4, num_classes, channels=config.channels)
+        self.auxiliary = FCNHead(width, num_classes, channels=config.aux_channels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values of all classes from both heads, (B, classes, H, W), at the size of the images."""
@@ -186,9 +187,7 @@ def main(config: Config) -> None:
     augment = Augment(config.image_size, ratio=config.ratio, fill=tuple(round(255 * value) for value in inputs.mean))
     data = LabelMaps(splits["train"], classes, augment=augment, seed=config.seed, inputs=inputs)
     val = LabelMaps(splits["val"], classes, inputs=inputs)
-    model: nn.Module = UPerNet(
-        ViTPyramid(trunk, "beit"), len(classes.names), channels=config.channels, aux_channels=config.aux_channels
-    )
+    model: nn.Module = UPerNet(trunk, len(data.names), config)
     if ranks.world_size > 1 and ranks.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # BEiT's; the CPU has none
     model.to(ranks.device)

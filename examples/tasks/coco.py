@@ -188,7 +188,7 @@ def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[P
     box, crowd = items.numbers("bbox", (4,)), items.numbers("iscrowd", default=0)
     outside = (box[:, 2:] < 0) | (box[:, :2] > extent) | (box[:, :2] + box[:, 2:] < 0)
     must = "must have left, top, width and height of a box in its picture as 'bbox'"
-    items.refuse(outside.any(axis=1).tolist(), must, items.column("bbox"))
+    items.refuse(map(any, outside.tolist()), must, items.column("bbox"))
     items.refuse(crowd * (crowd - 1) != 0, "must have 0 or 1 as 'iscrowd'", crowd)
     area, given = items.numbers("area", default=-1), items.column("segmentation", default=[])
     shapes = list(map(cleaned, given))
@@ -274,7 +274,7 @@ def as_numbers(values: Any, shape: tuple[int, ...]) -> NDArray[np.float64] | Non
 
 
 def cleaned(shape: Any) -> Any:
-    """Return an outline as a list of polygons, without those of two corners, which pycocotools takes for boxes; None if empty."""
+    """Return an outline as polygons, without those of two corners, which pycocotools takes for boxes; None if there are none."""
     if not isinstance(shape, list):
         return shape
     polygons = [shape] if shape and isinstance(shape[0], int | float) else shape
