@@ -42,7 +42,8 @@ from mvmae.dense import ViTPyramid, WindowedViT, group_norm
 from mvmae.inputs import Inputs
 from mvmae.visualize import contact_sheet, to_pillow
 from mvmae.weights import write_json, write_text
-from tasks.coco import CocoData, evaluate, split_folder, to_coco
+from tasks.annotations import split_folder
+from tasks.coco import CocoData, evaluate, to_coco
 from tasks.dense import DenseConfig, build_trunk, data_folder, data_record, fit
 
 COLOURS = ["red", "deepskyblue", "lime", "gold", "magenta", "orange", "cyan", "white"]

@@ -520,16 +520,6 @@ def test_the_recipe_of_vitdet_reaches_optimizer_schedule_and_model():
     assert (model.backbone.style, model.backbone.fpn) == ("vitdet", None)
 
 
-def test_an_encoder_is_taken_from_a_run_a_folder_or_a_file(tmp_path):
-    vit = timm.create_model("mvmae_vit_tiny_patch16", img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
-    export(vit, tmp_path / "run/encoder")
-    for model in ("run", "run/encoder", "run/encoder/model.safetensors"):
-        given = ("--model", tmp_path / model, "--model-args", "", "--image-size", 64)
-        _, trunk = build(config_of("toy", *given))
-        assert torch.equal(trunk.blocks[3].attn.qkv.weight, vit.blocks[3].attn.qkv.weight), model
-        assert trunk.grid_size == (8, 8)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [("depht=3", "has no depht"), ("img_size=56 patch_size=14 embed_dim=32 depth=4 num_heads=2", "16 or 32 pixels, got 14x14")],

@@ -87,10 +87,10 @@ MAPS |= {"opaque": Image.fromarray(LABELS).convert("LA"), "1 bit": Image.fromarr
 
 
 @pytest.mark.parametrize("kind", MAPS)
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF"])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIF"])
 def test_label_maps_of_any_mode_and_lossless_format_give_their_numbers(folder, kind, suffix):
     for path in (folder / "annotations").rglob("*.png"):
-        MAPS[kind].save(path.with_suffix(suffix), None if suffix.lower() != ".tiff" else "TIFF")
+        MAPS[kind].save(path.with_suffix(suffix), "PNG" if suffix == ".png" else "TIFF")
         path.unlink() if suffix != ".png" else None
     labels = open_maps(folder, left_out=[])[0, 0][1]
     np.testing.assert_array_equal(labels, LABELS > 0 if kind == "1 bit" else LABELS)

@@ -29,7 +29,7 @@ from tasks.dense import RGB, check_size, read_image
 IGNORE = 255
 """Class of a pixel that is left out of loss and evaluation."""
 NAMES = {"train": ("training", "train"), "val": ("validation", "val")}
-SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")  # of label maps: formats that change no pixel
+SUFFIXES = (".png", ".PNG", ".tif", ".TIF", ".tiff", ".bmp", ".gif")  # of label maps: formats that change no pixel
 
 
 class Split(NamedTuple):
@@ -70,12 +70,10 @@ def read_split(root: Path, split: str, max_pixels: int | None = None) -> Split:
     source = open_images(split_folder(root, split))
     images = list(map(source.name, range(len(source))))
     stems = [root / "annotations" / Path(path).relative_to(root / "images").with_suffix("") for path in images]
-    labels = [
-        next(filter(os.path.isfile, (f"{stem}{end}" for suffix in SUFFIXES for end in (suffix, suffix.upper()))), "")
-        for stem in stems
-    ]
-    if missing := [stem for stem, path in zip(stems, labels, strict=True) if not path]:
-        raise FileNotFoundError(f"{missing[0]}.png is missing, or no file ({' '.join(SUFFIXES)} are read)")
+    labels = [next(filter(os.path.isfile, (f"{stem}{suffix}" for suffix in SUFFIXES)), "") for stem in stems]
+    if "" in labels:
+        missing = stems[labels.index("")]
+        raise FileNotFoundError(f"{missing}.png is missing, or no file ({' '.join(SUFFIXES)} are read)")
 
     def count(image: str, path: str) -> NDArray[np.int64]:
         labels = read_labels(path, max_pixels)
@@ -105,23 +103,16 @@ def read_labels(path: str, max_pixels: int | None = None) -> NDArray[np.uint8]:
     return labels.astype(np.uint8)
 
 
-class Classes(NamedTuple):
-    """Names of the classes, from ``classes.txt``, else their labels; and the class of each label, (256,) uint8.
-
-    In the table `IGNORE` stands for a label that is left out.
-    """
-
-    names: list[str]
-    table: Tensor
-
-
-def find_classes(root: Path, splits: Mapping[str, Split], left_out: Mapping[int, str]) -> Classes:
-    """Return the classes: those that ``classes.txt`` names, else the labels that occur in training, in their order.
+def find_classes(root: Path, splits: Mapping[str, Split], left_out: Mapping[int, str]) -> tuple[list[str], Tensor]:
+    """Return the names of the classes, from ``classes.txt``, else the labels that occur in training, and the class of each.
 
     Args:
         root: the folder, perhaps with ``classes.txt``, whose lines name the labels from 0 on, or from 1 on where 0 is left out.
         splits: ``train`` and ``val``.
         left_out: labels that are neither learnt nor counted, each with the option that makes it a class.
+
+    Returns:
+        the names, and (256,) uint8, in which `IGNORE` stands for a label that is left out.
 
     Raises:
         ValueError: if a split has pixels of labels that are no class, or of fewer than two classes.
@@ -149,7 +140,7 @@ def find_classes(root: Path, splits: Mapping[str, Split], left_out: Mapping[int,
             raise ValueError(f"{folder} must hold pixels of 2 classes or more, {got}")
     table = torch.full((256,), IGNORE, dtype=torch.uint8)
     table[list(names)] = torch.arange(len(names), dtype=torch.uint8)
-    return Classes([*names.values()], table)
+    return [*names.values()], table
 
 
 class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
@@ -157,7 +148,7 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         split: the files.
-        classes: of their labels.
+        classes: of their labels, from `find_classes`.
         augment: (image, classes) -> (image, classes), for training, with numbers from torch's global generator.
         seed: seed of the augmentation, which depends on (seed, epoch, index) alone.
         inputs: how images are read.
@@ -171,13 +162,13 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self,
         split: Split,
-        classes: Classes,
+        classes: tuple[list[str], Tensor],
         *,
         augment: Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]] | None = None,
         seed: int = 0,
         inputs: Inputs = RGB,
     ) -> None:
-        self.split, self.names, self.table = split, *classes
+        self.split, (self.names, self.table) = split, classes
         self.augment, self.seed, self.inputs = augment, seed, inputs
         classed = self.table != IGNORE
         self.counts = torch.from_numpy(split.counts)[classed].tolist()

@@ -225,14 +225,15 @@ def fit(
 
 def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
-    if config.data != "toy":
-        if not Path(config.data).is_dir():
-            raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
-        return Path(config.data)
-    root = Path(config.output_dir) / "toy"
-    if ranks.rank == 0:
+    toy = config.data == "toy"
+    root = Path(config.output_dir, "toy") if toy else Path(config.data)
+    if ranks.rank == 0 and toy:
         write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
     ranks.any(False)  # the others wait for the drawings
+    if not root.is_dir():
+        raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
+    if ranks.rank == 0:
+        print(f"data: checking {root}", flush=True)  # takes a minute for 100 000 images
     return root
 
 
