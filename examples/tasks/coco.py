@@ -74,8 +74,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             names = [known[number]["name"] for number in sorted(known)]
         own = {category["name"]: number for number, category in self.truth.cats.items()}
         if unknown := own.keys() - set(names):
-            got = f"got {', '.join(sorted(unknown))} too"
-            raise ValueError(f"{self.file} must have classes of the training images alone, {', '.join(names)}, {got}")
+            raise ValueError(f"{self.file} must have classes of training images alone, got {', '.join(sorted(unknown))} too")
         self.names, free = list(names), itertools.count(1 + max(own.values(), default=0))
         self.category_ids = [own[name] if name in own else next(free) for name in names]
 
