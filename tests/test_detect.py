@@ -48,7 +48,7 @@ def config_of(preset, *arguments):
     return dataclasses.replace(config, fc_width=16, proposals=20) if preset == "toy" else config
 
 
-def build(config, classes=3, **options):
+def build(config, classes=2, **options):
     """The detector and its trunk."""
     trunk, inputs = build_trunk(config, Path(), positions=config.positions)
     return detect.build_model(config, trunk, inputs, classes, **options), trunk
