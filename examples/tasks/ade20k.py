@@ -33,19 +33,12 @@ SUFFIXES = (".png", ".PNG", ".tif", ".TIF", ".tiff", ".bmp", ".gif")  # of label
 
 
 class Split(NamedTuple):
-    """The files of a split, and how often each label is there.
-
-    Attributes:
-        images: paths.
-        labels: paths of their label maps.
-        counts: pixels of each label from 0 to 255.
-        problems: what of the folder is no image, as in `ImageSource`.
-    """
+    """The files of a split."""
 
     images: list[str]
-    labels: list[str]
-    counts: NDArray[np.int64]
-    problems: tuple[str, ...]
+    labels: list[str]  # their label maps
+    counts: NDArray[np.int64]  # pixels of each label from 0 to 255
+    problems: tuple[str, ...]  # what in the folder is no image, as in `ImageSource`
 
 
 def split_folder(root: Path, split: str) -> Path:
@@ -58,11 +51,6 @@ def split_folder(root: Path, split: str) -> Path:
 
 def read_split(root: Path, split: str, max_pixels: int | None = None) -> Split:
     """Find a split in ADE20K's layout, ``images/training/*`` and ``annotations/training/*.png``, and check all its label maps.
-
-    Args:
-        root: the folder; the splits are ``training`` (or ``train``) and ``validation`` (or ``val``).
-        split: ``train`` or ``val``.
-        max_pixels: most pixels of an image; None for the readers' own limit.
 
     Raises:
         ValueError: if an image has no label map, or one that cannot be read or is of another size.
@@ -133,9 +121,7 @@ def find_classes(root: Path, splits: Mapping[str, Split], left_out: Mapping[int,
             cure = f"--ignore-label {' '.join(map(str, unknown))} leaves their pixels out"
             raise ValueError(f"{folder} must hold labels {known} alone, got {', '.join(map(str, unknown))} too: {cure}")
         if len(learnt := [label for label in occurring if label in names]) < 2:  # what names all pixels alike would be perfect
-            left = [
-                f"{label} ({shares[label]:.1%} of the pixels; {left_out[label]})" for label in occurring if label in left_out
-            ]
+            left = [f"{n} ({shares[n]:.1%} of the pixels; {left_out[n]})" for n in occurring if n in left_out]
             got = f"got {len(learnt)}; left out are labels {', '.join(left) or 'none'}"
             raise ValueError(f"{folder} must hold pixels of 2 classes or more, {got}")
     table = torch.full((256,), IGNORE, dtype=torch.uint8)

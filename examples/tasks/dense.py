@@ -247,15 +247,11 @@ def read_image(path: str, inputs: Inputs, size: Sequence[float], source: str | P
 
 
 def check_size(path: str, stated: Sequence[float], *, source: str | Path, max_pixels: int | None) -> tuple[int, int]:
-    """Return height and width of an image as it is seen, from its header where that agrees with the size that is stated.
+    """Return height and width of an image as it is seen, which must be as ``source`` states them, 0 where it does not.
 
-    Args:
-        path: of the image.
-        stated: height and width, 0 where it is unknown.
-        source: what states it, for messages.
-        max_pixels: most pixels of an image; None for the readers' own limit.
+    Its header is enough where it agrees: whole, the images of COCO are 19 GB.
     """
-    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:  # many times faster than the whole file
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         size = (image.width, image.height) if turned else (image.height, image.width)
         if image.width * image.height <= (max_pixels or MAX_PIXELS) and (tuple(stated) == size or 0 in stated):
@@ -272,20 +268,14 @@ def require_size(path: str, size: Sequence[float], stated: Sequence[float], sour
 
 
 def data_record(root: Path, data: Any, val: Any, files: Iterable[str | Path], unit: str) -> dict[str, Any]:
-    """Return what a run decides about its data: ``images``, ``classes``, ``inputs``, and ``notes``, lines to print.
+    """Return what a run decides about its data: fingerprint of the ``images``, ``classes``, ``inputs``, ``notes`` to print.
 
-    Args:
-        root: folder of the data.
-        data: images to train on, with ``names`` of the classes, ``counts`` of each, a ``note`` and ``inputs``.
-        val: images to validate on, likewise.
-        files: all that training depends on; their hash is the same wherever ``root`` lies.
-        unit: what is counted.
+    ``data`` and ``val`` have ``names`` of classes, ``counts`` of each in a unit, and a ``note``; training depends on ``files``.
     """
     amounts = list(zip(data.names, data.counts, val.counts, strict=True))
     notes = [f"training: {data.note}", f"validation: {val.note}"]
-    notes += [
-        f"{len(amounts)} classes, {unit} in training and validation: " + ", ".join(f"{n} {a} and {b}" for n, a, b in amounts)
-    ]
+    listed = ", ".join(f"{name} {one} and {other}" for name, one, other in amounts)
+    notes += [f"{len(amounts)} classes, {unit} in training and validation: {listed}"]
     if missing := [name for name, _, count in amounts if not count]:
         notes += [f"not in validation: {', '.join(missing)}"]
     source = FileSource(root, [os.fsencode(os.path.relpath(file, root)) for file in files])
