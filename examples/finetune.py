@@ -28,7 +28,7 @@ from torch import nn
 from engine.checkpoint import Checkpoint
 from engine.distributed import autocast, parallel, start_ranks, to_device
 from engine.log import Log
-from engine.optim import cosine, set_learning_rate
+from engine.optim import cosine, describe_warmup, set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals, Stop
 from mvmae.data import EvalTransform, StepSampler, sample_seed
@@ -164,10 +164,8 @@ def main(config: Config) -> None:
     labels, centre = torch.as_tensor(data.train.labels), EvalTransform(model)
 
     log, signals, best = Log(folder, ranks, last, checkpoint.step, config.batch_size), Signals(), {"top1": -1.0}
-    about: dict[str, Any] = {
-        "inputs": inputs.to_dict(),
-        "label_names": list(data.class_names),
-    }  # for export.py, like the rest of it
+    # for export.py
+    about: dict[str, Any] = {"inputs": inputs.to_dict(), "label_names": list(data.class_names)}
     about |= {"start": source, "training": models.classified(source), "command": shlex.join(["python", *sys.argv])}
     with contextlib.suppress(TypeError):  # no plain ViT, which export.py could rebuild
         about["description"] = describe(model)
@@ -177,7 +175,8 @@ def main(config: Config) -> None:
     log.say(f"model  {models.summary(model, config.image_size, config.model)}")
     log.say(f"inputs  {describe_inputs(config, inputs)}")
     log.say(f"weights  {models.describe_start(about['start'])}\nimages  {data.note}")
-    log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}")
+    warmup = describe_warmup(round(config.warmup_epochs * per_epoch), steps)
+    log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}; {warmup}")
 
     def evaluate(step: int) -> dict[str, float]:
         """Measure, log, and export the model where it is the best or the last."""

@@ -5,21 +5,24 @@ package's pretraining model; each under any prefix that a framework put before t
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
-from .weights import WRAPPERS, WeightsError, check_sizes, check_weights, first_line, read_json
+from .weights import WeightsError, check_sizes, check_weights, first_line, plain_name, read_json
 
 _logger = logging.getLogger(__name__)
+PROJ = "patch_embed.proj.weight"
 
 
 LAYOUTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
@@ -76,7 +79,7 @@ def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         WeightsError: if there are several encoders, adapters that are not merged, or a query, key or value is missing.
     """
-    weights = {WRAPPERS.sub("", name): value for name, value in weights.items()}
+    weights = {plain_name(name): value for name, value in weights.items()}
     for known_by, patterns in LAYOUTS.values():
         if any(re.search(known_by, name) for name in weights):
             weights = _renamed(weights, patterns)
@@ -137,10 +140,19 @@ def _encoder_prefix(weights: Mapping[str, Any]) -> str:
 
 
 def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer | Eva") -> dict[str, Tensor]:
-    """Convert the weights of a checkpoint of any known layout to those of an encoder, for timm's loader.
+    """Convert the weights of a checkpoint for timm's loader: `encoder_weights`, of images of the size that timm's cfg says."""
+    height, width = model.pretrained_cfg["input_size"][1:]
+    return encoder_weights(state_dict, model, (height, width))
+
+
+def encoder_weights(
+    state_dict: Mapping[str, Any], model: "VisionTransformer | Eva", size: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """Convert the weights of a checkpoint of any known layout to those of an encoder.
 
     Takes the encoder out of a pretraining checkpoint, resizes positions and patch projection to the model as timm does, and
-    moves the final norm where the model has it.
+    moves the final norm where the model has it. Weights do not say whether their positions are of a square grid or of a
+    rectangle: where ``size``, the height and width of their images, does not either, they are taken for a square's.
 
     Raises:
         WeightsError: if weights of the encoder are missing, unexpected or of another shape, with their names: timm itself
@@ -151,10 +163,13 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer |
     named = pretraining_names(state_dict).items()
     own = {name.removeprefix("encoder."): value for name, value in named if name.startswith("encoder.")}
     own.pop("mask_token", None)  # of a MAE without its decoder; timm's filter would take the file for one of DINOv2
+    positions = own.pop("pos_embed", None)
     try:
         weights: dict[str, Tensor] = (eva_filter if isinstance(model, Eva) else vit_filter)(own, model)
     except (RuntimeError, ValueError) as error:
         raise WeightsError(f"the checkpoint's positions or patches cannot be resized ({first_line(error)})") from error
+    if positions is not None:
+        weights["pos_embed"] = positions if model.pos_embed is None else _resized(positions, own.get(PROJ), model, size)
     source, wanted = ("norm", "fc_norm") if isinstance(model.norm, nn.Identity) else ("fc_norm", "norm")
     for name in ("weight", "bias"):
         if f"{wanted}.{name}" not in weights and f"{source}.{name}" in weights:
@@ -169,11 +184,31 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer |
         for key in head:
             weights.pop(key, None)
             expected.pop(key, None)
-    proj = "patch_embed.proj.weight"
-    if proj in weights and weights[proj].shape[2:] == expected[proj].shape[2:]:
-        expected[proj] = expected[proj][:, :1].expand(-1, weights[proj].shape[1], -1, -1)
+    if PROJ in weights and weights[PROJ].shape[2:] == expected[PROJ].shape[2:]:
+        expected[PROJ] = expected[PROJ][:, :1].expand(-1, weights[PROJ].shape[1], -1, -1)
     check_weights(weights, expected, source="the checkpoint")
     return weights
+
+
+def _resized(positions: Tensor, proj: Tensor | None, model: Any, size: tuple[int, int] | None) -> Tensor:
+    """Resize positions (1, tokens, D) of images of ``size`` pixels to the grid of a model, as timm does."""
+    prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    count, grid = positions.shape[1] - prefix, None
+    if size and proj is not None and proj.ndim == 4:
+        rows, columns = (pixels // patch for pixels, patch in zip(size, proj.shape[2:], strict=True))
+        grid = (rows, columns) if rows * columns == count else None
+    wanted = model.patch_embed.grid_size
+    if grid is None and count == wanted[0] * wanted[1] and wanted[0] != wanted[1]:
+        raise WeightsError(
+            f"positions of {count} patches do not say whether they are of {wanted[0]} x {wanted[1]}: give the size of the "
+            "images, size=(H, W), or load from a folder with its config.json"
+        )
+    if grid is None and math.isqrt(max(count, 0)) ** 2 != count:
+        return positions  # of another shape than the model's
+    try:
+        return resample_abs_pos_embed(positions, wanted, grid, prefix)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise WeightsError(f"the checkpoint's positions cannot be resized ({first_line(error)})") from error
 
 
 def vitmae_arguments(config: Path) -> dict[str, Any] | None:

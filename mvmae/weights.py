@@ -28,6 +28,11 @@ WRAPPERS = re.compile(
 """What DistributedDataParallel, peft, torch.compile, FSDP and activation checkpointing put into the names of weights."""
 
 
+def plain_name(name: str) -> str:
+    """Return the name of a module or a weight without those of `WRAPPERS`."""
+    return WRAPPERS.sub("", f"{name}.")[:-1]
+
+
 class WeightsError(ValueError):
     """Weights cannot be found, read or used; the message is one line with the cause and the cure."""
 
@@ -210,7 +215,7 @@ def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:
             cause = "with NaN or infinity: the run has diverged, or the file is damaged"
         if cause:
             raise WeightsError(f"{source} holds {name} {cause}")
-    return {WRAPPERS.sub("", name): value for name, value in weights.items()}
+    return {plain_name(name): value for name, value in weights.items()}
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str | Path) -> None:

@@ -96,9 +96,10 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., lis
     results are pickled. The traceback of the process that failed first is raised here; after `timeout` seconds both end.
     """
 
+    from running import _context as context  # its processes start from a server that has imported torch
+
     def run(fn: Callable[..., Any], *args: Any, timeout: float = 900) -> list[Any]:
         folder = tmp_path_factory.mktemp("two_processes")
-        context = torch.multiprocessing.get_context("spawn")
         processes = [context.Process(target=_process, args=(rank, folder, fn, args), daemon=True) for rank in range(2)]
         for process in processes:
             process.start()

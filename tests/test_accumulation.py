@@ -59,15 +59,6 @@ def test_the_loss_weight_of_a_call_takes_the_place_of_the_models(parts):
             torch.testing.assert_close(gradients(found)[name], gradient, msg=name)
 
 
-def test_plain_accumulation_does_not():
-    """The reason for all this: four small batches have other negatives than one large one."""
-    views, mask = torch.randn(16, 2, 3, 16, 16, dtype=torch.float64), random_mask(32, 16, 0.75)
-    model = build()
-    whole = model(views, mask=mask).loss
-    small = [model(views[i : i + 4], mask=mask.select(slice(2 * i, 2 * i + 8))).loss for i in range(0, 16, 4)]
-    assert (whole - sum(small) / 4).abs() > 0.1
-
-
 def test_dropout_draws_the_same_numbers_in_both_passes():
     views, mask = torch.randn(8, 2, 3, 16, 16, dtype=torch.float64), random_mask(16, 16, 0.75)
     parts, plain = build(drop_path_rate=0.5), build(drop_path_rate=0.5)
@@ -150,48 +141,30 @@ def test_a_compiled_model_that_draws_random_numbers_is_refused_in_parts(in_place
 
 
 def half_in_parts(views, mask):
+    """Steps without and with the contrastive loss, whole and in parts, by each process on its half."""
     rank = dist.get_rank()
-    model = DistributedDataParallel(build(projector="batch norm"))
-    losses = backward_in_parts(model, views[rank * 8 : rank * 8 + 8], 4, mask=mask.select(slice(rank * 16, rank * 16 + 16)))
-    return losses.loss, {name.removeprefix("module."): gradient for name, gradient in gradients(model).items()}
-
-
-def test_two_processes_with_parts_equal_one_whole(two_processes):
-    views, mask = torch.randn(16, 2, 3, 16, 16, dtype=torch.float64), random_mask(32, 16, 0.75)
-    whole = build(projector="batch norm")
-    loss = whole(views, mask=mask).loss
-    loss.backward()
-    (loss0, grads0), (loss1, grads1) = two_processes(half_in_parts, views, mask)
-    torch.testing.assert_close((loss0 + loss1) / 2, loss.detach(), rtol=1e-10, atol=0)
-    for name, gradient in gradients(whole).items():
-        torch.testing.assert_close(grads0[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
-        assert torch.equal(grads0[name], grads1[name])
-
-
-def stage_without_contrast(views, mask):
-    """A step without and one with the contrastive loss, by each process on its half."""
-    own = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
-    model, found = DistributedDataParallel(build(projector=True), find_unused_parameters=True), []
+    own, rows = views[rank * 8 : rank * 8 + 8], mask.select(slice(rank * 16, rank * 16 + 16))
+    model, found = DistributedDataParallel(build(projector="batch norm"), find_unused_parameters=True), []
     for weight in (0.0, 0.0, None):
-        for parts in (1, 2):
+        for parts in (1, 4):
             model.zero_grad(set_to_none=True)
-            rows = mask.select(slice(2 * own.start, 2 * own.stop))
-            losses = backward_in_parts(model, views[own], parts, mask=rows, loss_weight=weight)
+            losses = backward_in_parts(model, own, parts, mask=rows, loss_weight=weight)
             found.append((losses.loss, {name.removeprefix("module."): g for name, g in gradients(model).items()}))
     return found
 
 
-def test_a_stage_without_contrast_leaves_the_projector_alone_in_two_processes(two_processes):
-    views, mask = torch.randn(8, 2, 3, 16, 16, dtype=torch.float64), random_mask(16, 16, 0.75)
-    first, second = two_processes(stage_without_contrast, views, mask)
-    for (loss0, grads0), (loss1, _), weight in zip(first, second, (0.0,) * 4 + (2.0,) * 2, strict=True):
-        whole = build(projector=True)
+def test_two_processes_with_parts_equal_one_whole_with_and_without_contrast(two_processes):
+    views, mask = torch.randn(16, 2, 3, 16, 16, dtype=torch.float64), random_mask(32, 16, 0.75)
+    first, second = two_processes(half_in_parts, views, mask)
+    for (loss0, grads0), (loss1, grads1), weight in zip(first, second, (0.0,) * 4 + (2.0,) * 2, strict=True):
+        whole = build(projector="batch norm")
         loss = whole(views, mask=mask, loss_weight=weight).loss
         loss.backward()
-        torch.testing.assert_close((loss0 + loss1) / 2, loss.detach())
+        torch.testing.assert_close((loss0 + loss1) / 2, loss.detach(), rtol=1e-10, atol=0)
         assert gradients(whole).keys() == grads0.keys() and any("projector" in name for name in grads0) == (weight > 0)
         for name, gradient in gradients(whole).items():
-            torch.testing.assert_close(grads0[name], gradient, msg=name)
+            torch.testing.assert_close(grads0[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+            assert torch.equal(grads0[name], grads1[name])
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():

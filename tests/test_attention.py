@@ -52,13 +52,6 @@ def test_rollout_equals_a_slow_product_of_matrices(tiny_vit):
     assert (found > 0).all()
 
 
-def test_identity_attention_is_uniform():
-    maps = [torch.eye(12).expand(2, 3, 12, 12) for _ in range(4)]
-    found = rollout(maps)
-    assert torch.equal(found, torch.eye(12).expand(2, 12, 12))
-    assert torch.equal(patch_heat(found, (3, 4)), torch.full((2, 3, 4), 1 / 12))
-
-
 def test_heat_is_of_the_class_token_or_of_the_mean_patch():
     weights = torch.rand(1, 7, 7).softmax(2)
     token = patch_heat(weights, (2, 3), query="token")

@@ -14,6 +14,7 @@ from PIL import Image
 from running import EXAMPLES, run_script
 
 from mvmae import MultiViewMAE, hub, projection_mlp
+from mvmae.inputs import inputs_of
 
 TINY = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -23,6 +24,8 @@ def leave(folder: Path, model: torch.nn.Module, **about: object) -> None:
     folder.mkdir()
     settings = {"lr": 0.1, "data": str(folder), "output_dir": str(folder)}
     state = {"model": model.state_dict(), "optimizer": {}, "settings": settings, "step": 9}
+    read = {name: about.pop(name, None) for name in ("mean", "std", "crop_pct")}
+    about["inputs"] = inputs_of(getattr(model, "encoder", model), **read).to_dict()
     about |= {"description": hub.describe(model), "command": f"python train.py --data {folder}/images"}
     torch.save({**state, "about": about}, folder / "checkpoint.pt")
     records = [{"step": 3, "knn": 11.0}, {"step": 9, "loss": 1.0}, {"step": 9, "knn": 44.0}]
@@ -74,7 +77,10 @@ def test_a_pretraining_run_goes_to_the_hub_in_one_commit(tmp_path: Path) -> None
     for name, data in files.items():  # what is uploaded is shown before
         assert name.startswith(".") or f"  {name}, {len(data)} bytes" in ended.stdout.partition("is uploaded")[0]
     assert str(tmp_path).encode() not in b"".join(files.values()) and b"train.py" in files["README.md"]
-    assert {"config.json", "model.safetensors", "pretraining/pretraining.safetensors", "README.md", "curves.png"} <= set(files)
+    expected = {"config.json", "model.safetensors", "README.md", "curves.png"}
+    expected |= {f"pretraining/pretraining.{ending}" for ending in ("json", "safetensors")}
+    assert set(files) - {".gitattributes"} == expected
+    assert all((tmp_path / "run/encoder" / name).read_bytes() == files[name] for name in expected)
     cfg = json.loads(files["config.json"])["pretrained_cfg"]
     assert (cfg["mean"], cfg["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert b"![Losses of the run](curves.png)" in files["README.md"]
@@ -95,22 +101,14 @@ def test_an_export_asks_the_hub_for_nothing_that_a_checkpoint_names(tmp_path: Pa
     assert done.code == 2 and "must say which model it holds" in done.err
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        None,
-        {"model": {}, "optimizer": {}, "step": 1, "settings": {}},
-        {"model": {}, "optimizer": {}, "step": 1, "settings": {}, "about": {"description": {"architecture": "x"}}},
-    ],
-)
-def test_a_folder_that_is_no_run_is_refused_in_one_line(state, tmp_path):
+@pytest.mark.parametrize("about", [None, {"description": {"architecture": "x"}}])
+def test_a_folder_that_is_no_run_is_refused_in_one_line(about, tmp_path):
     (tmp_path / "run").mkdir()
-    if state is not None:
+    if about is not None:
+        state = {"model": {}, "optimizer": {}, "step": 1, "settings": {}, "about": about}
         torch.save(state, tmp_path / "run" / "checkpoint.pt")
     done = run_script("export.py", "--run", "run", folder=tmp_path)
-    assert done.code == 2
-    assert done.err.startswith("error: ")
-    assert done.err.count("\n") == 1
+    assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("pretrained", "best"), [(True, 1.0), (False, 0.0)])

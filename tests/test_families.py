@@ -1,13 +1,17 @@
-"""Every family of public encoders: as timm builds it, with random weights and few blocks."""
+"""Visible patches through any plain ViT of timm: every public family, as timm builds it with few blocks, and odd options."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 
+import mvmae
 from mvmae import Mask, MultiViewMAE, encode_visible, hub, random_mask
 from mvmae.encoders import TIMM_NAMES
+from mvmae.weights import WeightsError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 0}
 FAMILIES = {
@@ -31,6 +35,19 @@ FAMILIES = {
     "RoPE, no class token": "vit_base_patch16_rope_reg1_gap_256.sbb_in1k",
     "Perception Encoder": "vit_pe_core_tiny_patch16_384.fb",
     "ours": "mvmae_vit_tiny_patch16.untrained",
+}
+OPTIONS = {
+    "class token of its own": {"no_embed_class": True, "reg_tokens": 2},
+    "QK norm": {"qk_norm": True},
+    "oblong patches": {"patch_size": (8, 4)},
+    "4 channels": {"in_chans": 4},
+    "96 x 160": {"img_size": (96, 160), "patch_size": 16},
+    "no positions": {"pos_embed": "none"},
+    "fc_norm": {"global_pool": "avg", "fc_norm": True},
+    "head": {"num_classes": 7},
+    "norm of patches": {"embed_norm_layer": partial(torch.nn.LayerNorm, eps=1e-6)},
+    "drop path": {"drop_path_rate": 0.5},
+    "gradient checkpointing": {},
 }
 ROTARY = ("DINOv3", "EVA-02", "RoPE, mixed, learned positions", "RoPE, no class token", "Perception Encoder")
 
@@ -62,6 +79,64 @@ def test_nothing_masked_equals_timm_and_masked_patches_do_not_leak(family):
     assert not torch.equal(encode_visible(vit, torch.where(hidden, images, images + 1), mask), before)
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_with_nothing_masked_every_option_equals_timm(tiny_vit, option):
+    vit = tiny_vit(**OPTIONS[option]).eval().double()
+    vit.set_grad_checkpointing(option == "gradient checkpointing")
+    images = torch.randn(2, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size, dtype=torch.float64)
+    encoded = encode_visible(vit, images, nothing_masked(images, vit.patch_embed.num_patches))
+    torch.testing.assert_close(encoded, vit.forward_features(images), rtol=1e-10, atol=1e-10)
+
+
+def test_visible_tokens_equal_timm_on_a_sequence_of_those_patches_alone(tiny_vit):
+    vit = tiny_vit(reg_tokens=2).eval().double()
+    images, mask = torch.randn(3, 3, 32, 32, dtype=torch.float64), random_mask(3, 16, 0.75)
+    tokens = vit.patch_embed(images) + vit.pos_embed[:, 3:]
+    prefix = torch.cat([vit.cls_token, vit.reg_token], dim=1) + vit.pos_embed[:, :3]
+    for b in range(3):
+        alone = torch.stack([tokens[b, i] for i in mask.visible[b]])
+        expected = vit.norm(vit.blocks(torch.cat([prefix[0], alone])[None]))[0]
+        torch.testing.assert_close(encode_visible(vit, images, mask)[b], expected)
+
+
+def pruned(vit):
+    torch.nn.utils.prune.random_unstructured(vit.patch_embed.proj, "weight", 0.5)
+
+
+def weight_normed(vit):
+    torch.nn.utils.parametrizations.weight_norm(vit.patch_embed.proj)
+    torch.nn.init.normal_(vit.patch_embed.proj.parametrizations.weight.original0)
+
+
+def with_lora(vit):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(vit, peft.LoraConfig(target_modules=["patch_embed.proj", "qkv"], init_lora_weights=False)).eval()
+
+
+def hooked(vit):
+    vit.patch_embed.proj.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+def replaced(vit):
+    vit.patch_embed.proj = torch.nn.Sequential(vit.patch_embed.proj, torch.nn.Conv2d(48, 48, 1))
+
+
+@pytest.mark.parametrize("change", [pruned, weight_normed, with_lora, hooked, replaced])
+def test_what_is_put_on_the_patch_projection_is_not_passed_by(change, tiny_vit):
+    vit = tiny_vit()
+    change(vit)
+    vit.double().eval()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(encode_visible(vit, images, nothing_masked(images, 16)), vit.forward_features(images))
+
+
+def test_hooks_of_the_patch_embedding_which_is_not_called_are_refused(tiny_vit):
+    vit, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    vit.patch_embed.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    with pytest.raises(TypeError, match="patch_embed has hooks"):
+        encode_visible(vit, images, nothing_masked(images, 16))
+
+
 @pytest.mark.parametrize("family", ROTARY)
 def test_a_visible_patch_keeps_its_rotary_position(family):
     vit = build(family).double()
@@ -76,7 +151,7 @@ def test_a_visible_patch_keeps_its_rotary_position(family):
         torch.testing.assert_close(encoded[b, prefix:], vit.norm(tokens)[0, prefix:][mask.visible[b]])
 
 
-@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("family", [*ROTARY, "MAE"])
 @pytest.mark.parametrize("size", [(24, 40), (32, 32)])
 def test_rectangles_dynamic_sizes_and_recomputed_blocks_equal_timm(family, size):
     vit = build(family, dynamic_img_size=True).double()
@@ -137,3 +212,39 @@ def test_what_is_not_supported_is_refused_by_name_with_the_reason(name, reason):
         MultiViewMAE(timm.create_model(name, device="meta"))
     with pytest.raises(TypeError, match="patch_drop_rate"):
         MultiViewMAE(build("DINOv3", patch_drop_rate=0.5))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 3, 40, 40), "encoder's 32x32, got 40x40: build the encoder with img_size"),
+        (torch.zeros(2, 3, 30, 32), "multiple of the patch size 8, got 30x32"),
+        (torch.zeros(2, 4, 32, 32), r"\(B, 3, H, W\) .*, got \(2, 4, 32, 32\)"),
+        (torch.zeros(3, 3, 32, 32), r"mask must be for \(3, 16\) .*, got \(2, 16\)"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "floating point, .*, got torch.uint8"),
+    ],
+)
+def test_images_and_masks_that_do_not_fit_are_refused(tiny_vit, images, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        encode_visible(tiny_vit(), images, random_mask(2, 16, 0.5))
+
+
+@pytest.mark.parametrize(("old", "new"), [((16, 64), (32, 32)), ((32, 64), (64, 32)), ((24, 40), (32, 32))])
+@pytest.mark.parametrize("family", ["supervised", "EVA, no rotary positions", "ours"])
+def test_positions_of_a_rectangle_are_resized_as_one_or_asked_about(family, old, new, tmp_path):
+    vit = build(family, img_size=old)
+    MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2).save_pretrained(tmp_path / "pretraining")
+    hub.export(vit, tmp_path / "export")
+    prefix, rows, columns = vit.num_prefix_tokens, *vit.patch_embed.grid_size
+    table = vit.pos_embed.detach()[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    table = torch.nn.functional.interpolate(table, [side // 8 for side in new], mode="bicubic", antialias=True)
+    wanted = table.flatten(2).mT
+    for source, size in ((tmp_path / "export", None), (tmp_path / "pretraining", None), (vit.state_dict(), old)):
+        loaded = build(family, img_size=new)
+        hub.load_encoder(loaded, source, size=size)
+        assert torch.allclose(loaded.pos_embed[:, prefix:], wanted, atol=1e-5)
+    created = mvmae.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True, img_size=new)
+    assert torch.allclose(created.pos_embed[:, prefix:], wanted, atol=1e-5)
+    if new[0] != new[1]:  # of as many patches, and another shape
+        with pytest.raises(WeightsError, match=r"give the size of the images"):
+            hub.load_encoder(build(family, img_size=new), vit.state_dict())

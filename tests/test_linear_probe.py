@@ -98,23 +98,18 @@ def test_heads_start_small_and_only_maes_normalise_over_the_batch():
         assert len(list(probe.parameters())) == 2
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"global_pool": "avg"}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}]
-)
-def test_features_are_those_of_timm(tiny_vit, options):
-    vit, images = tiny_vit(**options).eval(), torch.randn(2, 3, 32, 32)
-    for pool in ("avg", "token") if vit.cls_token is not None else ("avg",):
-        pooled = Pooled(vit, pool)
+@pytest.mark.parametrize("name", ["vit", "registers", "no class token", "convnext_atto", "mobilenetv3_small_050"])
+def test_features_are_those_of_timm(tiny_vit, name):
+    kinds = {"vit": {}, "registers": {"reg_tokens": 2}, "no class token": {"class_token": False, "global_pool": "avg"}}
+    model = tiny_vit(**kinds[name]) if name in kinds else timm.create_model(name, num_classes=0)
+    images = torch.randn(2, 3, 32, 32)
+    pools = ("avg", "token") if getattr(model.eval(), "cls_token", None) is not None else ("avg",)
+    for pool in pools:
+        pooled = Pooled(model, pool)
         features = pooled.forward_head(pooled.forward_features(images))
-        vit.reset_classifier(0, pool)
-        assert torch.allclose(features, vit(images), atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224"])
-def test_features_of_other_models_are_what_their_head_would_see(name):
-    model, images = timm.create_model(name, num_classes=0).eval(), torch.randn(1, 3, 224, 224)
-    pooled = Pooled(model)
-    assert torch.allclose(pooled.forward_head(pooled.forward_features(images)), model(images), atol=1e-6)
+        if name in kinds:
+            model.reset_classifier(0, pool)
+        assert torch.allclose(features, model(images), atol=1e-6)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -214,15 +209,6 @@ def test_a_run_killed_and_resumed_ends_bit_identical(place, cached):
     assert {**again[0], "seconds": 0} == {**numbers[0], "seconds": 0}
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(whole, folder, place):
-    saved = state(folder)
-    saved["model"]["heads.0.bias"] = torch.zeros(5)
-    (place / "run" / "encoder").mkdir(parents=True)
-    torch.save(saved, place / "run" / "encoder" / "checkpoint.pt")
-    done = run_script("linear_probe.py", *RUN, "encoder", "--image-size", 32, "--resume", folder=place)
-    assert done.code == 2 and "model.heads.0.bias is (5,)" in done.err and done.err.count("\n") == 1
-
-
 def test_two_processes_find_what_one_does(whole, folder, place):
     both = run_processes("linear_probe.py", *RUN, "encoder", "--image-size", 32, folder=place)
     assert [done.code for done in both] == [0, 0] and both[1].out == "", both
@@ -245,18 +231,6 @@ def test_a_cell_of_the_table_without_a_number_is_empty():
     lines = table([{"model": "a", "linear": 1.26}, {"model": "b", "shot1": 2.0, "shot1_std": 0.5}]).splitlines()
     assert lines[0] == "| model | k-NN | linear | best on val | 1 label per class | effective rank |"
     assert lines[2:] == ["| a |  | 1.3 |  |  |  |", "| b |  |  |  | 2.0 ± 0.5 |  |"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["convnxt_atto"], "did you mean convnext_atto"),
-    ],
-)
-def test_bad_input_ends_with_one_line_and_code_2(place, arguments, message):
-    done = run_script("linear_probe.py", *RUN, *arguments, folder=place)
-    assert (done.code, done.err.count("\n")) == (2, 1), done.err
-    assert done.err.startswith("error: ") and message in done.err
 
 
 @pytest.mark.posix

@@ -1,12 +1,10 @@
-import math
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvmae import MultiViewMAE, NTXentLoss, ReconstructionLoss, random_mask
-from mvmae.gradients import gather_latents, unit_length
+from mvmae.gradients import unit_length
 
 
 def slow_nt_xent(z, temperature):
@@ -56,8 +54,8 @@ def test_memory_is_linear_in_a_large_batch():
         NTXentLoss()(z).backward()
     assert largest.size <= 64 * 2**20
     with Largest() as largest:
-        NTXentLoss(chunk_size=8400)(z).backward()
-    assert largest.size > 256 * 2**20
+        NTXentLoss(chunk_size=2100)(z).backward()
+    assert largest.size > 64 * 2**20
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-9, 0.0])
@@ -73,24 +71,6 @@ def test_unit_length_equals_that_of_torch_with_all_its_gradients(scale):
         torch.testing.assert_close(ours, torchs, rtol=1e-10, atol=1e-12)
 
 
-def test_identical_latents_give_the_logarithm_of_the_number_of_the_others():
-    loss = NTXentLoss()(torch.ones(8, 2, 4, dtype=torch.float64))
-    assert loss.item() == pytest.approx(math.log(15))
-
-
-def test_every_anchor_has_exactly_one_positive():
-    """Pulling an anchor towards one other latent lowers its loss for its partner alone."""
-    apart = torch.eye(8, dtype=torch.float64).view(4, 2, 8)
-    for i in range(8):
-        lowered = []
-        for j in range(8):
-            moved = apart.flatten(0, 1).clone()
-            moved[i] += 0.1 * moved[j]
-            if j != i and NTXentLoss(gather=False)(moved.view(4, 2, 8)) < NTXentLoss(gather=False)(apart):
-                lowered.append(j)
-        assert lowered == [i ^ 1]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
 @pytest.mark.parametrize("norm", [1e-12, 1.0, 1e4])
@@ -102,19 +82,12 @@ def test_extreme_latents_give_finite_losses_and_gradients(dtype, temperature, no
     assert value.isfinite() and gradient.isfinite().all()
 
 
-def test_logits_stay_float32_under_autocast():
-    z = torch.randn(6, 2, 16)
-    expected = NTXentLoss(0.01)(z)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(NTXentLoss(0.01)(z), expected)
-
-
-@pytest.mark.parametrize("images", [64, 4112])  # all logits at once; in chunks
-def test_gradients_stay_float32_where_the_backward_pass_runs_under_autocast(images):
-    z = torch.randn(images, 2, 16)
+@pytest.mark.parametrize("chunk_size", [None, 48])
+def test_losses_and_gradients_stay_float32_where_the_backward_pass_runs_under_autocast(chunk_size):
+    z = torch.randn(64, 2, 16)
     expected = value_and_gradient(NTXentLoss(), z.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = value_and_gradient(NTXentLoss(), z)
+        found = value_and_gradient(NTXentLoss(chunk_size=chunk_size), z)
     largest = expected[1].abs().max()  # bfloat16 would be off by 0.3 %
     torch.testing.assert_close([x.double() for x in found], list(expected), rtol=1e-4, atol=1e-5 * largest)
 
@@ -131,19 +104,20 @@ def test_the_gradient_has_a_gradient_and_torch_func_takes_the_loss(chunk_size):
     torch.testing.assert_close(torch.func.grad(squared)(z.detach()), second)
 
 
-def test_bad_arguments_are_refused_with_the_cure():
-    with pytest.raises(ValueError, match=r"at least 2 images, got 1, .*no negatives: use a larger batch, or loss_weight=0"):
-        NTXentLoss()(torch.randn(1, 2, 4))
-    with pytest.raises(ValueError, match=r"must have the shape \(B, V, D\) with at least 2 views, got \(4, 1, 8\)"):
-        NTXentLoss()(torch.randn(4, 1, 8))
-    with pytest.raises(ValueError, match="temperature must be above 0 .*, got 0"):
-        NTXentLoss(0)
-    with pytest.raises(ValueError, match="chunk_size must be at least 1, or None, got 0"):
-        NTXentLoss(chunk_size=0)
-    with pytest.raises(ValueError, match="loss_on must be one of .*, got 'some'"):
-        ReconstructionLoss(loss_on="some")
-    with pytest.raises(ValueError, match=r"must have the shapes .*, got \(1, 4, 3\), \(1, 4, 2\) and \(1, 4\)"):
-        ReconstructionLoss()(torch.zeros(1, 4, 3), torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.bool))
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: NTXentLoss()(torch.randn(1, 2, 4)), "at least 2 images, got 1, .*: use a larger batch, or loss_weight=0"),
+        (lambda: NTXentLoss()(torch.randn(4, 1, 8)), r"at least 2 views, got \(4, 1, 8\)"),
+        (lambda: NTXentLoss(0), "temperature must be above 0 .*, got 0"),
+        (lambda: NTXentLoss(chunk_size=0), "chunk_size must be at least 1, or None, got 0"),
+        (lambda: ReconstructionLoss(loss_on="some"), "loss_on must be one of .*, got 'some'"),
+        (lambda: ReconstructionLoss()(torch.ones(1, 4, 3), torch.ones(1, 4, 2), torch.ones(1, 4)), r"got .*\(1, 4, 2\)"),
+    ],
+)
+def test_bad_arguments_are_refused_with_the_cure(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -164,46 +138,34 @@ def test_reconstruction_equals_slow_loops_of_eq_3(norm_pix, loss_on):
     assert loss.item() == pytest.approx(total / count, rel=1e-12)
 
 
-def whole_model(tmp_views, mask, rank_rows):
+def loss_and_gradients(views, mask):
+    """The loss and the gradients of one model on these images."""
     import timm
 
     torch.manual_seed(3)
-    vit = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=0
-    )
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+    vit = timm.create_model("vit_tiny_patch16_224", **sizes)
     model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2).double()
-    output = model(tmp_views[rank_rows], mask=mask.select(slice(rank_rows.start * 2, rank_rows.stop * 2)))
-    return model, output
+    loss = model(views, mask=mask).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def half_of_the_batch(views, mask):
+def half_of_the_batch(views, mask, z):
+    """The same of this process's half, and the loss of its latents without those of the other process."""
     rank = dist.get_rank()
-    model, output = whole_model(views, mask, slice(rank * 3, rank * 3 + 3))
-    output.loss.backward()
-    gathered, offset = gather_latents(output.z.detach())
-    assert offset == rank * 3 and torch.equal(gathered[offset : offset + 3], output.z)
-    return output.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    own = slice(rank * 3, rank * 3 + 3)
+    alone = NTXentLoss(gather=False)(z[own])
+    return *loss_and_gradients(views[own], mask.select(slice(2 * own.start, 2 * own.stop))), alone
 
 
-def test_two_processes_equal_one(two_processes):
+def test_two_processes_equal_one_unless_each_has_the_negatives_of_its_own_images_alone(two_processes):
     views, mask = torch.randn(6, 2, 3, 16, 16, dtype=torch.float64), random_mask(12, 16, 0.75)
-    model, output = whole_model(views, mask, slice(0, 6))
-    output.loss.backward()
-    (loss0, grads0), (loss1, grads1) = two_processes(half_of_the_batch, views, mask)
-    torch.testing.assert_close((loss0 + loss1) / 2, output.loss.detach(), rtol=1e-6, atol=0)
-    trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert trained.keys() == grads0.keys()
-    for name, gradient in trained.items():
-        torch.testing.assert_close((grads0[name] + grads1[name]) / 2, gradient, rtol=1e-6, atol=1e-12, msg=name)
-
-
-def loss_of_own_images(z):
-    rank = torch.distributed.get_rank()
-    return NTXentLoss(gather=False)(z[3 * rank : 3 * rank + 3])
-
-
-def test_without_gathering_each_process_has_the_negatives_of_its_own_images_alone(two_processes):
     z = torch.randn(6, 2, 8, dtype=torch.float64)
-    found = two_processes(loss_of_own_images, z)
-    torch.testing.assert_close(found, [NTXentLoss()(z[:3]), NTXentLoss()(z[3:])])
-    assert torch.stack(found).mean() < NTXentLoss()(z)  # 4 negatives instead of 10
+    (loss0, grads0, alone0), (loss1, grads1, alone1) = two_processes(half_of_the_batch, views, mask, z)
+    loss, gradients = loss_and_gradients(views, mask)
+    torch.testing.assert_close((loss0 + loss1) / 2, loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == grads0.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close((grads0[name] + grads1[name]) / 2, gradient, rtol=1e-6, atol=1e-12, msg=name)
+    torch.testing.assert_close([alone0, alone1], [NTXentLoss()(z[:3]), NTXentLoss()(z[3:])])

@@ -21,15 +21,18 @@ def test_patchify_equals_slow_loops_and_unpatchify_undoes_it(shape, patch_size):
     assert torch.equal(unpatchify(patches, patch_size, (rows, columns), shape[1]), images)
 
 
-def test_wrong_sizes_are_named_with_the_cure():
-    with pytest.raises(ValueError, match=r"image size must be a multiple of the patch size 8, got 30x32: the nearest is 32x32"):
-        patchify(torch.zeros(1, 3, 30, 32), 8)
-    with pytest.raises(ValueError, match=r"must have the shape \(B, C, H, W\), got \(3, 30, 32\)"):
-        patchify(torch.zeros(3, 30, 32), 8)
-    with pytest.raises(ValueError, match="width must be a multiple of 4 .*, got 18"):
-        sincos_table(18, (2, 2))
-    with pytest.raises(ValueError, match=r"must have the shape \(B, 16, 192\) for a grid of 4x4"):
-        unpatchify(torch.zeros(1, 15, 192), 8, (4, 4), 3)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: patchify(torch.zeros(1, 3, 30, 32), 8), "multiple of the patch size 8, got 30x32: the nearest is 32x32"),
+        (lambda: patchify(torch.zeros(3, 30, 32), 8), r"\(B, C, H, W\), got \(3, 30, 32\)"),
+        (lambda: sincos_table(18, (2, 2)), "multiple of 4 .*, got 18"),
+        (lambda: unpatchify(torch.zeros(1, 15, 192), 8, (4, 4), 3), r"\(B, 16, 192\) for a grid of 4x4"),
+    ],
+)
+def test_wrong_sizes_are_named_with_the_cure(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_normalisation_is_per_patch_and_has_an_inverse():
@@ -54,6 +57,6 @@ def test_positions_equal_a_slow_loop_with_the_column_first():
         for column in range(3):
             halves = []
             for place in (column, row):
-                angles = [place / 10000 ** (i / 4) for i in range(4)]
-                halves += [torch.tensor(angles, dtype=torch.float64).sin(), torch.tensor(angles, dtype=torch.float64).cos()]
+                angles = torch.tensor([place / 10000 ** (i / 4) for i in range(4)], dtype=torch.float64)
+                halves += [angles.sin(), angles.cos()]
             torch.testing.assert_close(table[row * 3 + column], torch.cat(halves))

@@ -1,17 +1,18 @@
 import json
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from running import EXAMPLES, run_script
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
-from tiny_run import SMALL
 
-from mvmae import MultiViewMAE
+from mvmae import MultiViewMAE, hub
+from mvmae.metrics import variance_explained
 from mvmae.visualize import (
     attention_maps,
     contact_sheet,
@@ -22,7 +23,6 @@ from mvmae.visualize import (
     pictures,
     reconstruction_picture,
     rollout,
-    sheet,
     to_unit_range,
 )
 
@@ -31,9 +31,6 @@ sys.path.insert(0, str(EXAMPLES))
 import visualize
 from mvmae.data import DatasetSource, EvalTransform
 from tasks import drawn_images, plots
-
-QUICK = ["--preset", "quick", "--encoder-args", SMALL, "--decoder-dim", 16, "--device", "cpu", "--eval-images", 0]
-QUICK += ["--batch-size", 8, "--workers", 0, "--warmup-epochs", 1]
 
 
 @pytest.mark.parametrize(("channels", "size"), [(3, (32, 32)), (3, (32, 48)), (4, (32, 32)), (1, (16, 32))])
@@ -55,6 +52,20 @@ def test_reconstructions_show_predictions_of_masked_patches_only(tiny_vit, monke
     patches = visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(original)
     assert torch.equal(rebuilt[patches], original[patches]) and torch.equal(seen[patches], original[patches])
     assert not torch.equal(rebuilt[~patches], original[~patches])
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_a_prediction_of_zero_is_the_mean_of_the_true_patch_where_each_is_normalised_else_the_mean_of_all(tiny_vit, norm_pix):
+    model = MultiViewMAE(tiny_vit(), decoder_dim=16, decoder_depth=1, decoder_heads=2, norm_pix=norm_pix)
+    for parameter in model.decoder.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    views = torch.randn(2, 1, 3, 32, 32)
+    rebuilt, _ = pictures.reconstruct(model, views)
+    for row in range(0, 32, 8):
+        for column in range(0, 32, 8):
+            patch = views[:, 0, :, row : row + 8, column : column + 8]
+            expected = patch.mean((1, 2, 3), keepdim=True).expand_as(patch) if norm_pix else torch.zeros_like(patch)
+            torch.testing.assert_close(rebuilt[:, :, row : row + 8, column : column + 8], expected)
 
 
 def test_normalisation_is_undone():
@@ -168,16 +179,6 @@ def test_a_legend_names_its_colours_in_as_many_lines_as_it_takes():
     assert all(colour in found for _, colour in names) and len(below) > 10 * 16
 
 
-def test_lines_break_between_words_and_behind_punctuation_before_letters():
-    class Font:
-        def getlength(self, text):
-            return len(text)
-
-    assert sheet._wrapped("random:quick", Font(), 10) == ["random:", "quick"]
-    assert sheet._wrapped("one two three\nfour", Font(), 7) == ["one two", "three", "four"]
-    assert sheet._wrapped("abcdefgh i", Font(), 5) == ["abcde", "fgh i"] and sheet._wrapped("ab", Font(), 0) == ["a", "b"]
-
-
 def test_neighbours_of_the_right_class_are_marked_and_counted():
     colours = torch.tensor([[200, 20, 20], [20, 200, 20], [190, 20, 20], [180, 20, 30], [20, 190, 20], [30, 180, 20]])
     bank, features = colours.byte()[:, :, None, None].expand(-1, -1, 8, 8), {"runs/mean": colours.float()}
@@ -213,34 +214,22 @@ def test_drawn_images_are_of_all_classes_in_turn_and_no_grey_texture_comes_first
 
 def drawn_axes(monkeypatch, tmp_path, records, names):
     """The axes of curves, by title."""
-    found = []
-
-    @contextmanager
-    def plot(*given, **settings):
-        with whole(*given, **settings) as (figure, axes):
-            found.extend(axes.flat)
-            yield figure, axes
-
-    whole = plots.plot
-    monkeypatch.setattr(plots, "plot", plot)
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *given, **more: (figures.append(figure), savefig(figure, *given, **more))
+    )
     plots.draw_curves(tmp_path / "curves.png", records, names)
-    return {axis.get_title(): axis for axis in found}
+    return {axis.get_title(): axis for figure in figures for axis in figure.axes}
 
 
 def test_curves_have_units_and_no_axis_is_zoomed_into_noise(monkeypatch, tmp_path):
-    records = [
-        {"step": i, "loss": 2 + 1e-6 * i, "knn": 99.0 + 0.1 * i, "top1": 2.0, "uniformity": -0.4 - 0.2 * i} for i in range(4)
-    ]
+    rising = {"loss": (2, 1e-6), "knn": (99, 0.1), "top1": (2, 0), "uniformity": (-0.4, -0.2)}
+    records = [{"step": i, **{name: start + i * slope for name, (start, slope) in rising.items()}} for i in range(4)]
     records += [{"step": 5, "odd": float("nan")}, {"step": 6, "lr": 0.0}]
     axes = drawn_axes(monkeypatch, tmp_path, records, ["loss", "knn", "top1", "uniformity", "odd", "lr", "absent"])
-    assert {name: axis.get_ylabel() for name, axis in axes.items() if name} == {
-        "loss": "loss",
-        "knn": "k-NN accuracy, %",
-        "top1": "top-1 accuracy, %",
-        "uniformity": "uniformity, nats",
-        "odd": "odd",
-        "lr": "learning rate",
-    }
+    units = {"loss": "loss", "knn": "k-NN accuracy, %", "top1": "top-1 accuracy, %", "uniformity": "uniformity, nats"}
+    units |= {"odd": "odd", "lr": "learning rate"}
+    assert {name: axis.get_ylabel() for name, axis in axes.items() if name} == units
     assert all(axis.get_xlabel() == "optimizer steps" for name, axis in axes.items() if name)
     ends = {name: axis.get_ylim() for name, axis in axes.items()}
     assert ends["loss"][1] - ends["loss"][0] >= 0.2 and ends["knn"][0] <= 90 and ends["knn"][1] == 100
@@ -250,18 +239,18 @@ def test_curves_have_units_and_no_axis_is_zoomed_into_noise(monkeypatch, tmp_pat
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Oblong photographs of four channels, and two runs on them whose decoders differ."""
+    """Oblong photographs of four channels, and two encoders of them as runs leave them, with other decoders."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     for i in range(12):
         coarse = rng.integers(0, 255, (4, 6, 4), dtype=np.uint8)
         np.save(folder / "images" / f"{i}.npy", coarse.repeat(12, 0).repeat(12, 1))
-    statistics = ["--in-chans", 4, "--mean", *[0.5] * 4, "--std", *[0.25] * 4, "--image-size", 32, 48]
+    sizes = {"img_size": (32, 48), "in_chans": 4, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     for depth in (1, 2):
-        more = ["--decoder-depth", depth, "--output-dir", f"depth{depth}", "--epochs", 2]
-        result = run_script("pretrain.py", "--data", "images", *QUICK, *statistics, *more, folder=folder)
-        assert result.code == 0, result.err
+        vit = timm.create_model("mvmae_vit_tiny_patch16", **sizes)
+        model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=depth, decoder_heads=2)
+        hub.export(model, folder / f"depth{depth}" / "encoder", mean=[0.5] * 4, std=[0.25] * 4)
     return folder
 
 
@@ -290,33 +279,22 @@ def test_any_model_of_timm_at_any_size(place, tmp_path):
     assert result.code == 0 and "no neighbours: all 6 images are drawn" in result.out, result.err
 
 
-def test_shares_of_the_variance_by_what_can_be_seen_and_by_class(tmp_path):
-    rng = np.random.default_rng(0)
-    for name, light in (("dark", 60), ("light", 200)):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(15):
-            pixels = rng.normal(light, 10, (32, 32, 3)).clip(0, 255)
-            pixels[: rng.integers(4, 28)] = 0  # the lit area has nothing to do with the class
-            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"images/{name}/{i}.png")
-    name = "random:vit_tiny_patch16_224"
-    given = ["--data", "images", "--models", name, "--image-size", 32, "--draw", "shares", "--device", "cpu"]
-    result = run_script("visualize.py", *given, "--output-dir", "out", folder=tmp_path)
-    assert result.code == 0, result.err
-    shares = json.loads((tmp_path / "out/shares.json").read_text())[name]
-    assert list(shares) == ["brightness", "contrast", "lit area", "class"]
-    assert 0.1 < shares["class"] < shares["brightness"] <= 1  # the tenths of brightness tell the classes apart
-    assert f"{shares['class']:.0%}" in result.out
-
-
-def test_images_are_grouped_by_brightness_contrast_and_lit_area():
+def test_shares_of_the_variance_are_of_brightness_contrast_lit_area_and_class(tmp_path, capsys):
     areas, lights = torch.randperm(20), torch.randperm(20)
     images = torch.zeros(20, 1, 20, 20)
     for image, area, light in zip(images, areas, lights, strict=True):
         image[0, : area + 1] = 60 + 5 * light
-    groups = drawn_images.properties(images.byte(), torch.full((20,), -1))
+    labels = torch.arange(20) % 3
+    groups = drawn_images.properties(images.byte(), labels)
     assert torch.equal(groups["lit area"], areas // 2) and torch.equal(groups["brightness"], lights // 2)
-    assert groups.keys() == {"brightness", "contrast", "lit area"}
+    assert list(groups) == ["brightness", "contrast", "lit area", "class"] and torch.equal(groups["class"], labels)
     assert groups["contrast"].bincount().tolist() == [2] * 10
+    assert "class" not in drawn_images.properties(images.byte(), labels - 1)  # where one image has none
+    features = torch.randn(20, 4) + lights[:, None] // 2
+    visualize.write_shares(tmp_path, {"runs/a": features}, groups)
+    shares = json.loads((tmp_path / "shares.json").read_text())["runs/a"]
+    assert shares == {name: pytest.approx(variance_explained(features, members)) for name, members in groups.items()}
+    assert f"{shares['class']:.0%}" in capsys.readouterr().out and shares["class"] < shares["brightness"]
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,6 @@ def jittered(transform: mvmae.MultiViewTransform, strength: Sequence[float], gra
     """
     if not any(strength) and not grayscale:
         return transform
-    if transform.in_chans != 3 and (any(strength[2:]) or grayscale):
-        raise Stop(
-            f"--jitter of saturation and hue, and --grayscale, must have --in-chans 3, got {transform.in_chans}: "
-            "give --jitter brightness and contrast alone, such as 0.4 0.4, and --grayscale 0"
-        )
     return AugmentedViews(transform, ColorJitter(*strength or (0, 0), grayscale=grayscale))
 
 

@@ -6,18 +6,36 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from ..architecture import PRETRAINING_FILE, in_export
-from ..checkpoints import checkpoint_filter, pretraining_names, vitmae_arguments
+from ..architecture import PRETRAINING_CONFIG, PRETRAINING_FILE, in_export
+from ..checkpoints import encoder_weights, pretraining_names, vitmae_arguments
+from ..inputs import INPUTS
 from ..masked_vit import check_encoder
 from ..model import MultiViewMAE
 from ..patches import sincos_table
-from ..weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, check_tensors, in_file, load_weights, locate, read_weights
+from ..weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    WeightsError,
+    check_tensors,
+    in_file,
+    load_weights,
+    locate,
+    read_json,
+    read_weights,
+)
 
 
-def load_encoder(encoder: nn.Module, source: str | Path | Mapping[str, Tensor], *, revision: str | None = None) -> None:
+def load_encoder(
+    encoder: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    size: tuple[int, int] | None = None,
+    revision: str | None = None,
+) -> None:
     """Load an encoder's weights, resized and adapted to it as timm does.
 
     The layer norms keep their epsilon, which no weights hold. timm's ViTs have 1e-6, as MAE's code; transformers' ViTMAE has
@@ -28,6 +46,8 @@ def load_encoder(encoder: nn.Module, source: str | Path | Mapping[str, Tensor], 
         source: a file (safetensors, or PyTorch's with nothing but weights), a folder that timm reads or transformers'
             ``save_pretrained`` wrote for a ViTMAE, a repository of the Hub that holds ``model.safetensors``, or a state dict;
             in one of the layouts of `mvmae.checkpoints`, with any prefix before the encoder's names.
+        size: height and width of the images that the weights are for; where None, what the config.json beside them says, else
+            those of a square, which weights alone do not tell from a rectangle.
         revision: branch, tag or commit of the repository.
 
     Raises:
@@ -35,7 +55,7 @@ def load_encoder(encoder: nn.Module, source: str | Path | Mapping[str, Tensor], 
         WeightsError: if the weights cannot be found or read, or do not fit, with the names that do not.
     """
     weights, place = _read(source, WEIGHTS_FILE, revision)
-    encoder.load_state_dict(_encoder_weights(weights, encoder, place))
+    encoder.load_state_dict(_encoder_weights(weights, encoder, place, size or _size_beside(place)))
 
 
 def load_pretraining(model: MultiViewMAE, source: str | Path | Mapping[str, Tensor], *, revision: str | None = None) -> None:
@@ -63,8 +83,8 @@ def load_pretraining(model: MultiViewMAE, source: str | Path | Mapping[str, Tens
             )
     of_encoder = {name: value for name, value in weights.items() if name.startswith("encoder.")}
     others = {name: value for name, value in weights.items() if name not in of_encoder}
-    adapted = {f"encoder.{name}": value for name, value in _encoder_weights(of_encoder, model.encoder, place).items()}
-    load_weights(model, {**adapted, **others}, source=place)
+    of_encoder = _encoder_weights(of_encoder, model.encoder, place, _size_beside(place))
+    load_weights(model, {**{f"encoder.{name}": value for name, value in of_encoder.items()}, **others}, source=place)
 
 
 def _read(source: str | Path | Mapping[str, Tensor], filename: str, revision: str | None) -> tuple[dict[str, Tensor], Path]:
@@ -80,10 +100,25 @@ def _read(source: str | Path | Mapping[str, Tensor], filename: str, revision: st
     return read_weights(path), path
 
 
-def _encoder_weights(weights: Mapping[str, Tensor], encoder: nn.Module, place: Path) -> dict[str, Tensor]:
+def _size_beside(place: Path) -> tuple[int, int] | None:
+    """Return height and width of the images that weights are for, as the JSON file beside them says; None where none does."""
+    pretraining = place.with_name(PRETRAINING_CONFIG)
+    if pretraining.is_file():
+        size = read_json(pretraining).get("encoder", {}).get("model_args", {}).get("img_size")
+    elif args := vitmae_arguments(place.with_name(CONFIG_FILE)):
+        size = args["img_size"]
+    else:
+        config = read_json(place.with_name(CONFIG_FILE)) if place.with_name(CONFIG_FILE).is_file() else {}
+        size = (config.get(INPUTS) or {}).get("size") or config.get("pretrained_cfg", config).get("input_size", [None])[1:]
+    return to_2tuple(size) if size else None
+
+
+def _encoder_weights(
+    weights: Mapping[str, Tensor], encoder: nn.Module, place: Path, size: tuple[int, int] | None
+) -> dict[str, Tensor]:
     vit, proj = check_encoder(encoder), "patch_embed.proj.weight"
     with in_file(place):
-        weights = checkpoint_filter(weights, vit)
+        weights = encoder_weights(weights, vit, size)
     given, wanted = weights[proj].shape[1], vit.in_chans
     if given not in (3, wanted):
         raise WeightsError(
