@@ -17,6 +17,7 @@ completes it. An image that cannot be read has a row of NaN and a line in bad_fi
 
 import dataclasses
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -88,7 +89,7 @@ def main(config: Config) -> None:
     encoder = Pooled(model, config.pool).eval().requires_grad_(False)
 
     settings = {**dataclasses.asdict(config), "images": source.fingerprint, "weights": fingerprint(model)}
-    settings["inputs"] = inputs.to_dict()
+    settings = json.loads(json.dumps({**settings, "inputs": inputs.to_dict()}))  # as a resumed run reads them
     file, described, held = folder / f"features.{config.format}", folder / "config.json", lock(folder)
     if file.exists() and not described.exists():
         raise Stop(f"{file} is of another program: choose another --output-dir")

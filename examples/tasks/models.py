@@ -7,12 +7,11 @@ leaves the weights out. What does not exist or cannot be built is a `Stop`, what
 
 import ast
 import copy
-import dataclasses
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
@@ -22,12 +21,9 @@ from torch import nn
 import mvmae
 from engine.signals import Stop
 from mvmae import WeightsError, hub
-from mvmae.data import colour
 from mvmae.inputs import INPUTS, Inputs, inputs_of, set_inputs
 from mvmae.masked_vit import check_encoder
 from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
-
-Config = TypeVar("Config", bound=Any)
 
 
 def load_backbone(name: str, *, arch: str = "", image_size: Sequence[int] = (), **options: Any) -> nn.Module:
@@ -212,14 +208,6 @@ def _config_beside(name: str, arch: str) -> dict[str, Any]:
 
 def _texts(content: Any) -> dict[str, str]:
     return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
-
-
-def with_background(config: Config, name: str, arch: str = "") -> Config:
-    """Return a script's options with the background that its user chose, else the model's own, else white."""
-    beside = _config_beside(name.removeprefix("random:"), arch)
-    chosen = config.background or (beside.get("inputs") or beside).get("background") or "white"
-    colour(chosen)  # refuses what is none
-    return dataclasses.replace(config, background=chosen)
 
 
 def add_head(model: Any, num_classes: int, *, std: float) -> None:
