@@ -80,7 +80,7 @@ def test_every_kind_of_colour_image_comes_out_near_the_original(kind, decoder):
 def test_every_kind_of_grey_image_comes_out_near_the_original_in_three_channels_and_in_one(kind):
     grey = np.asarray(photograph().convert("L")).astype(float)
     colour = open_image(GREY_MODES[kind]()).decode()
-    single = open_image(GREY_MODES[kind]()).decode(channels=1)
+    single = open_image(GREY_MODES[kind](), channels=1).decode()
     assert colour.shape == (64, 96, 3) and single.shape == (64, 96, 1)
     assert np.abs(colour.mean() - grey.mean()) < 2 and np.abs(single.mean() - grey.mean()) < 2
     if kind != "1-bit":
@@ -113,7 +113,7 @@ def test_f46_what_is_transparent_is_laid_on_the_background(kind, background):
     assert np.asarray(laid).tolist() != np.asarray(rgba.convert("RGB")).tolist()
     opened = open_image(TRANSPARENT[kind]())
     assert np.abs(opened.decode(background=background) - np.asarray(laid).astype(int)).max() <= 1
-    grey = open_image(TRANSPARENT[kind]()).decode(channels=1, background=background)
+    grey = open_image(TRANSPARENT[kind](), channels=1).decode(background=background)
     assert np.abs(grey[..., 0] - np.asarray(laid.convert("L")).astype(int)).max() <= 2
     if background == (255, 255, 255):
         np.testing.assert_array_equal(open_image(TRANSPARENT[kind]()).decode(), opened.decode(background=background))
@@ -127,7 +127,7 @@ def test_an_opaque_image_is_the_same_on_every_background_and_alpha_that_is_asked
         if not isinstance(encoded, np.ndarray):
             with Image.open(io.BytesIO(encoded)) as image:
                 np.testing.assert_array_equal(pictures[0], np.asarray(image.convert("RGB")))
-    np.testing.assert_array_equal(open_image(TRANSPARENT["rgba"]()).decode(channels=4), np.asarray(fading()))
+    np.testing.assert_array_equal(open_image(TRANSPARENT["rgba"](), channels=4).decode(), np.asarray(fading()))
 
 
 def test_arrays_and_tensors_with_alpha_are_laid_on_the_background_too_whose_colour_is_read_as_css_writes_it():
@@ -139,7 +139,7 @@ def test_arrays_and_tensors_with_alpha_are_laid_on_the_background_too_whose_colo
     for array in (rgba, torch.from_numpy(rgba.copy()).permute(2, 0, 1)):
         np.testing.assert_array_equal(open_image(array).decode(background=(9, 8, 7)), expected)
     grey = np.dstack([np.full((2, 2), 100, np.uint8), np.array([[0, 255], [128, 51]], np.uint8)])
-    assert open_image(grey).decode(channels=1, background=(50, 50, 50))[..., 0].tolist() == [[50, 100], [75, 60]]
+    assert open_image(grey, channels=1).decode(background=(50, 50, 50))[..., 0].tolist() == [[50, 100], [75, 60]]
 
 
 @pytest.mark.posix
@@ -309,7 +309,7 @@ def test_modes_of_eight_bits_are_converted_as_pillow_does(kind):
             if image.format in ("JPEG", "MPO") and channels == 1:
                 image.draft("L", image.size)  # the luma as it is stored, without a detour
             expected = np.asarray(image.convert(mode))
-        pixels = open_image(encoded).decode(channels=channels, decoder="pillow")
+        pixels = open_image(encoded, channels=channels).decode(decoder="pillow")
         np.testing.assert_array_equal(pixels.squeeze(), expected)
 
 
@@ -326,7 +326,7 @@ def test_paths_pillow_images_arrays_and_tensors_are_images_and_nothing_else(tmp_
     for source in (path, str(path), photograph(), *arrays):
         np.testing.assert_array_equal(open_image(source).decode(), rgb)
     np.testing.assert_array_equal(open_image(rgb[..., 0]).decode(), np.repeat(rgb[..., :1], 3, axis=2))
-    assert open_image(rgb).decode(channels=1).shape == (64, 96, 1)
+    assert open_image(rgb, channels=1).decode().shape == (64, 96, 1)
     for source in (None, 3, {}):
         with pytest.raises(ImageError, match="must be a path, bytes, Pillow image, tensor or array, got a"):
             open_image(source)
@@ -342,7 +342,7 @@ def test_images_with_other_channels_come_from_npy_and_tiff(channels, tmp_path):
     tifffile.imwrite(tmp_path / "bands.tif", array.transpose(2, 0, 1).copy(), planarconfig="separate", photometric=1)
     tifffile.imwrite(tmp_path / "packed.tif", array, photometric="minisblack", planarconfig="contig")
     for name in ("last.npy", "first.npy", "deep.npy", "bands.tif", "packed.tif"):
-        np.testing.assert_array_equal(open_image(tmp_path / name).decode(channels=channels), array, err_msg=name)
+        np.testing.assert_array_equal(open_image(tmp_path / name, channels=channels).decode(), array, err_msg=name)
 
 
 def test_wrong_channels_are_refused_with_both_numbers():
@@ -377,7 +377,7 @@ def test_the_range_is_never_guessed_from_one_image():
 def test_a_tiff_of_twelve_bits_has_the_range_that_its_tag_says():
     values = np.array([[0, 2048, 4095, 1000]] * 2)
     packed = b"".join(int(a << 12 | b).to_bytes(3, "big") for a, b in values.reshape(-1, 2).tolist())
-    np.testing.assert_array_equal(open_image(tiff(4, 2, 1, packed, bits=12)).decode(channels=1)[0, :, 0], [0, 128, 255, 62])
+    np.testing.assert_array_equal(open_image(tiff(4, 2, 1, packed, bits=12), channels=1).decode()[0, :, 0], [0, 128, 255, 62])
 
 
 def tiff(width: int, height: int, bands: int, data: bytes, *, bits: int = 8, compression: int = 1) -> bytes:
@@ -394,7 +394,7 @@ def test_files_and_bands_too_large_for_an_image_are_refused_from_their_headers(t
         file.write(b"\xff\xd8\xff")
         file.truncate(2**29)
     bands = zlib.compress(bytes(5 * 64 * 48))
-    assert open_image(tiff(64, 48, 5, bands, compression=8)).decode(channels=5).shape == (48, 64, 5)
+    assert open_image(tiff(64, 48, 5, bands, compression=8), channels=5).decode().shape == (48, 64, 5)
     tracemalloc.start()
     for source in (tmp_path / "sparse.jpg", tiff(30_000, 20_000, 5, bands, compression=8)):
         with pytest.raises(ImageError, match="for 100000000 pixels"):

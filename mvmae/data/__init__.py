@@ -24,8 +24,10 @@ from .features import measure_channels as measure_channels
 from .loader import Loader as Loader
 from .loader import explain_loader_error as explain_loader_error
 from .loader import make_loader as make_loader
+from .open import DATA_FORMATS as DATA_FORMATS
 from .open import is_stream as is_stream
 from .open import open_images as open_images
+from .ranges import decide_range as decide_range
 from .sampling import Batch as Batch
 from .sampling import DataError as DataError
 from .sampling import MultiViewDataset as MultiViewDataset

@@ -7,6 +7,7 @@ Whatever goes wrong in a library or the file system is raised as an `ImageError`
 import io
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,8 +27,11 @@ except ImportError:  # an optional decoder, faster than Pillow, from the `train`
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | torch.Tensor | NDArray[Any]"
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Formats that Pillow may find in a file, whatever its name; none (such as EPS) that another program draws."""
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "SGI", "DDS", "PSD", "QOI", "SUN"),
+    *("DIB", "TGA"),  # last, since they have no mark of their own
+)
+"""Formats of pictures that Pillow finds in a file, whatever its name, and decodes by itself; so not EPS."""
 MAX_PIXELS = 100_000_000
 
 
@@ -54,19 +58,15 @@ class OpenedImage:
         name: For messages.
         height, width: Pixels as stored.
         reducible: Whether `decode` can divide both sides by 2, 4 or 8 while it decodes (JPEG).
+        own_range: Values that are black and white by what the file says, if it says more than its type.
     """
 
-    def __init__(
-        self,
-        name: str,
-        image: "Image.Image | NDArray[Any]",
-        encoded: bytes = b"",
-        *,
-        max_pixels: int = MAX_PIXELS,
-        tag_range: Range | None = None,
-    ) -> None:
-        self.name, self._image, self._encoded = name, image, encoded
-        self._max_pixels, self._tag_range = max_pixels, tag_range
+    own_range: Range | None = None
+    _inverted = _associated = False  # 0 is white; colours are multiplied by alpha
+    _alpha = True  # of 2 or 4 channels the last is alpha
+
+    def __init__(self, name: str, image: "Image.Image | NDArray[Any]", channels: int, encoded: bytes = b"") -> None:
+        self.name, self._image, self._channels, self._encoded = name, image, channels, encoded
         self.height, self.width = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
         self.reducible = bool(encoded) and getattr(image, "format", None) in ("JPEG", "MPO")
 
@@ -103,22 +103,28 @@ class OpenedImage:
         pixels = pixels.transpose(1, 0, 2) if transpose else pixels
         return pixels[:: -1 if upend else 1, :: -1 if mirror else 1]
 
+    def values(self) -> "NDArray[Any] | None":
+        """Return the pixels as stored, (H, W, C), where they are deeper than 8 bits; else None.
+
+        Raises:
+            ImageError: The image is damaged.
+        """
+        image = self._image
+        with _errors_of(self.name):
+            if not isinstance(image, Image.Image):
+                return None if image.dtype == np.uint8 else image
+            if image.mode.startswith(("I", "F")):
+                return np.asarray(image)[..., None]
+            return _sixteen_bits(self._encoded) if self._encoded and _is_sixteen_bits(image) else None
+
     def decode(
-        self,
-        *,
-        channels: int = 3,
-        reduction: int = 1,
-        decoder: str = "fast",
-        value_range: Range | None = None,
-        background: Colour = WHITE,
+        self, *, reduction: int = 1, decoder: str = "fast", value_range: Range | None = None, background: Colour = WHITE
     ) -> Pixels:
         """Decode the first frame to 8 bits.
 
-        Deeper images are scaled to 8 bits (`to_uint8`). In grey or RGB the background shows through transparent pixels; the
-        last of an array's 2 or 4 channels is then alpha.
+        Deeper images are scaled to 8 bits (`to_uint8`). In grey or RGB the background shows through transparent pixels.
 
         Args:
-            channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image unchanged), or the number of an array's channels.
             reduction: 1, 2, 4 or 8; other than 1 only if `reducible`.
             decoder: "fast" uses simplejpeg for JPEG if it is installed, "pillow" never.
             value_range: Values of images deeper than 8 bits that become 0 and 255.
@@ -130,13 +136,15 @@ class OpenedImage:
         Raises:
             ImageError: The image is damaged or has other channels.
         """
-        image, shape = self._image, (-(-self.height // reduction), -(-self.width // reduction), channels)
+        image, channels = self._image, self._channels
+        shape = (-(-self.height // reduction), -(-self.width // reduction), channels)
         with _errors_of(self.name):
             if not isinstance(image, Image.Image):
-                return with_channels(to_uint8(image, value_range, self._tag_range), channels, background)
-            if image.format == "TIFF" and self._encoded and channels not in (1, 3, len(image.getbands())):
-                bands = _read_tiff(self._encoded, self.name, self._max_pixels)  # Pillow drops bands that it has no name for
-                return bands.decode(channels=channels, value_range=value_range, background=background)
+                return self._scale(image, value_range, background)
+            # Pillow's high bytes are enough of 16 bits a channel whose range is the whole one
+            ranged = value_range or self.own_range or image.mode.startswith(("I", "F"))
+            if ranged and (values := self.values()) is not None:
+                return self._scale(values, value_range, background)
             if self.reducible:
                 if self._encoded.endswith(bytes(64)) and not self._encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
                     raise ImageError(self.name, "cut: it ends in zeros, which libjpeg would silently decode to grey")
@@ -145,17 +153,29 @@ class OpenedImage:
                     if pixels is not None:
                         return pixels
                 image.draft("L" if channels == 1 else None, (self.width // reduction, self.height // reduction))
-            pixels = pillow_pixels(image, channels, value_range, self._tag_range, background)
+            pixels = pillow_pixels(image, channels, background)
             if pixels.shape != shape:
                 raise ImageError(self.name, f"decoded to {pixels.shape}, expected {shape}")
             return pixels
 
+    def _scale(self, values: "NDArray[Any]", value_range: Range | None, background: Colour) -> Pixels:
+        pixels = to_uint8(values, value_range, self.own_range)
+        if self._inverted:
+            pixels = 255 - pixels
+        if self._associated:
+            colours = np.rint(pixels[..., :-1] * (255 / np.maximum(pixels[..., -1:], 1))).clip(0, 255)
+            pixels = np.concatenate([colours.astype(np.uint8), pixels[..., -1:]], axis=-1)
+        return with_channels(pixels, self._channels, background, self._alpha)
 
-def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+
+def open_image(source: ImageLike, *, channels: int = 3, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
     """Read an image's header, and refuse an image that should not be decoded.
 
     Args:
-        source: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W), or an array (H, W), (H, W, C) or (C, H, W).
+        source: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W), or an array (H, W), (H, W, C), or (C, H, W)
+            where its first side is `channels` and its last is not. The last of an array's 2 or 4 channels is alpha where 1
+            or 3 are asked for.
+        channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image unchanged), or the number of a TIFF's or an array's channels.
         name: For messages; a path is its own name.
         max_pixels: Largest number of pixels of an image, at 4 bytes each; larger images and files are refused before they are
             read or decoded.
@@ -174,16 +194,16 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
             with open(source, "rb") as file:
                 source = file.read()
         if isinstance(source, (bytes, bytearray, memoryview)):
-            opened = _open_bytes(bytes(source), name, max_pixels)
+            opened = _open_bytes(bytes(source), name, channels, max_pixels)
         elif isinstance(source, Image.Image):
-            opened = OpenedImage(name, source)
+            opened = OpenedImage(name, source, channels)
         elif isinstance(source, torch.Tensor):
             if source.ndim not in (2, 3):
                 raise ValueError(f"a tensor must be (C, H, W), got the shape {tuple(source.shape)}")
             source = source.detach().cpu()
-            opened = OpenedImage(name, (source if source.ndim == 3 else source[None]).permute(1, 2, 0).numpy())
+            opened = OpenedImage(name, (source if source.ndim == 3 else source[None]).permute(1, 2, 0).numpy(), channels)
         elif isinstance(source, np.ndarray):
-            opened = OpenedImage(name, channels_last(source))
+            opened = OpenedImage(name, channels_last(source, channels), channels)
         else:
             raise TypeError(f"an image must be a path, bytes, Pillow image, tensor or array, got a {type(source).__name__}")
     size = f"{opened.width} x {opened.height} pixels"
@@ -194,10 +214,16 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
     return opened
 
 
-def to_pil(image: ImageLike, channels: int = 3, background: Colour = WHITE, value_range: Range | None = None) -> Image.Image:
+def to_pil(
+    image: ImageLike,
+    channels: int = 3,
+    background: Colour = WHITE,
+    value_range: Range | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
     """Decode an image upright, to a Pillow image for timm's and torchvision's transforms."""
-    opened = open_image(image)
-    pixels = opened.upright(opened.decode(channels=channels, background=background, value_range=value_range))
+    opened = open_image(image, channels=channels, max_pixels=max_pixels)
+    pixels = opened.upright(opened.decode(background=background, value_range=value_range))
     return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
 
 
@@ -230,20 +256,33 @@ def _check_size(size: int, max_pixels: int) -> None:
         raise ValueError(f"{size} bytes, more than the {most} for {max_pixels} pixels (max_pixels)")
 
 
-def _open_bytes(encoded: bytes, name: str, max_pixels: int) -> OpenedImage:
+def _open_bytes(encoded: bytes, name: str, channels: int, max_pixels: int) -> OpenedImage:
     _check_size(len(encoded), max_pixels)
     if not encoded:
         raise ImageError(name, "empty file")
     if encoded.startswith(b"\x93NUMPY"):
-        return OpenedImage(name, channels_last(np.load(io.BytesIO(encoded), allow_pickle=False)))
+        array = np.load(io.BytesIO(encoded), allow_pickle=False)
+        return OpenedImage(name, channels_last(array, channels), channels)
     try:
         image = _pillow_open(encoded)
     except UnidentifiedImageError:
         if encoded[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # Pillow reads only some kinds of TIFF
-            return _read_tiff(encoded, name, max_pixels)
+            return _read_tiff(encoded, name, channels, max_pixels)
         raise ImageError(name, f"not an image: begins with {encoded[:16]!r}") from None
-    bits = image.tag_v2.get(258) if image.format == "TIFF" else None  # type: ignore[attr-defined]
-    return OpenedImage(name, image, encoded, max_pixels=max_pixels, tag_range=_range_of(bits))
+    opened = OpenedImage(name, image, channels, encoded)
+    if image.format == "TIFF":
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        bits, planes = int(np.max(tags.get(258, 1))), tags.get(284, 1)
+        # bands that Pillow has no name for, which it drops, and 16 bits in layers or multiplied by alpha, which it gets wrong
+        if channels not in (1, 3, len(image.getbands())) or (
+            _is_sixteen_bits(image) and (planes == 2 or tags.get(338, (0,))[0] == 1)
+        ):
+            return _read_tiff(encoded, name, channels, max_pixels)
+        opened.own_range = (0, 32767) if image.mode == "I" and bits == 16 else _range_of(bits)
+        opened._inverted = tags.get(262) == 0 and image.mode.startswith(("I", "F"))
+    elif image.mode == "I":  # in which Pillow reads PNG and PGM of 16 bits
+        opened.own_range = (0, 65535)
+    return opened
 
 
 def _pillow_open(encoded: bytes) -> Image.Image:
@@ -257,8 +296,8 @@ def _pillow_open(encoded: bytes) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read_tiff(encoded: bytes, name: str, max_pixels: int) -> OpenedImage:
-    """Read all bands of a TIFF."""
+def _read_tiff(encoded: bytes, name: str, channels: int, max_pixels: int) -> OpenedImage:
+    """Read all bands of a TIFF, by what its tags say of them."""
     try:
         import tifffile
     except ImportError as error:
@@ -266,13 +305,49 @@ def _read_tiff(encoded: bytes, name: str, max_pixels: int) -> OpenedImage:
     with tifffile.TiffFile(io.BytesIO(encoded)) as file:
         page: Any = file.pages[0]
         _check_size(page.nbytes, max_pixels)
-        return OpenedImage(name, channels_last(page.asarray()), tag_range=_range_of(page.bitspersample))
+        photometric, extra = int(page.photometric), tuple(map(int, page.extrasamples or ()))
+        if photometric not in (0, 1, 2, 5):
+            raise ValueError(f"a TIFF of {page.dtype} must be grey, RGB, CMYK or bands, got {page.photometric!r}")
+        array = page.asarray()
+        if "S" in page.axes:  # samples, which lie in layers if the planar configuration is 2
+            array = np.moveaxis(array, page.axes.index("S"), -1)
+        array = array.reshape(*array.shape[:2], -1)
+        alpha, drawn = extra[:1] in ((1,), (2,)), array.shape[2] - len(extra)
+        if channels == 3 and photometric == 2:
+            array = array[..., : 4 if alpha else 3]
+        opened = OpenedImage(name, array, channels)
+        opened.own_range, opened._inverted = _range_of(page.bitspersample), photometric == 0
+        opened._alpha = alpha and array.shape[2] == drawn + 1
+        opened._associated = opened._alpha and extra[0] == 1 and channels in (1, 3)
+        orientation = int(page.tags.valueof(274, 1))
+        opened.orientation = orientation if orientation in range(1, 9) else 1
+        return opened
 
 
 def _range_of(bits: Any) -> Range | None:
     """Return the range of a TIFF's BitsPerSample, such as 0..4095 of 12 bits that are held in 16."""
-    most = int(np.max(8 if bits is None else bits))
+    most = int(np.max(bits))
     return (0, 2**most - 1) if 8 < most < 16 else None
+
+
+def _is_sixteen_bits(image: Image.Image) -> bool:
+    """Return whether a file has several channels of 16 bits, of which Pillow keeps the high byte."""
+    return len(image.getbands()) > 1 and any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+
+
+def _sixteen_bits(encoded: bytes) -> NDArray[np.uint16]:
+    """Decode several channels of 16 bits: Pillow's high bytes, and the low ones, which it takes for the high in other order."""
+    bytes_of = []
+    for swap in ({}, {";16L": ";16B", ";16B": ";16L", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}):
+        image: Any = _pillow_open(encoded)
+        tiles = []
+        for tile in image.tile:
+            mode, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+            mode = mode[:-4] + swap.get(mode[-4:], mode[-4:])
+            tiles.append(tile._replace(args=(mode, *rest) if isinstance(tile.args, tuple) else mode))
+        image.tile = tiles
+        bytes_of.append(np.asarray(image).astype(np.uint16))
+    return bytes_of[0] << 8 | bytes_of[1]
 
 
 def _simplejpeg(encoded: bytes, shape: tuple[int, int, int], reduction: int) -> Pixels | None:

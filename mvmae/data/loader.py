@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 class Loader:
     """A DataLoader that counts bad images, and whose errors are one line.
 
-    Made by `make_loader` and `stream_loader`. Iterating yields a `Batch` for each step, or the result of `collate`. Errors are
+    Made by `make_loader`. Iterating yields a `Batch` for each step, or the result of `collate`. Errors are
     raised while the run waits for a batch, never within a step: the state of training is then complete and can be saved.
 
     Attributes:
@@ -97,7 +97,7 @@ class Loader:
 
 def make_loader(
     dataset: Any,
-    sampler: Iterable[list[Any]],
+    sampler: Iterable[list[Any]] | int,
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
@@ -108,30 +108,27 @@ def make_loader(
 
     Args:
         dataset: The views (`MultiViewDataset`), or other samples by the sampler's keys, with `collate`.
-        sampler: The steps: it yields the keys of each batch.
+        sampler: The steps: it yields the keys of each batch; or the batch size, of samples that are only iterated over.
         num_workers: Loading processes; 0 loads in this process.
         pin_memory: Pin batches for a CUDA device.
         bad_file: File to which bad images are appended, one line "path<tab>reason" for each.
         collate: Samples -> batch; by default a `Batch` of the views.
     """
-    options = worker_options(num_workers, pin_memory, collate)
-    loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=sampler, **options)
-    return Loader(loader, max_bad=getattr(dataset, "max_bad", 0), bad_file=bad_file)
-
-
-def worker_options(num_workers: int, pin_memory: bool, collate: Callable[[list[Any]], Any] | None = None) -> dict[str, Any]:
-    """Return the options of torch's DataLoader that all loaders share."""
     if num_workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)  # after multiprocessing's own hook, so that it runs before it
-    return {
-        "num_workers": num_workers,
-        "pin_memory": pin_memory,
-        "collate_fn": partial(_collate, collate or stack),
-        "generator": torch.Generator(),  # else each pass draws from the global one
-        "timeout": TIMEOUT if num_workers else 0,  # a network file that hangs must not keep the run waiting for ever
-        "worker_init_fn": _start_worker,
-    }
+    options: dict[str, Any] = {"batch_size": sampler} if isinstance(sampler, int) else {"batch_sampler": sampler}
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        **options,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=partial(_collate, collate or stack),
+        generator=torch.Generator(),  # else each pass draws from the global one
+        timeout=TIMEOUT if num_workers else 0,  # a network file that hangs must not keep the run waiting for ever
+        worker_init_fn=_start_worker,
+    )
+    return Loader(loader, max_bad=getattr(dataset, "max_bad", 0), bad_file=bad_file)
 
 
 def explain_loader_error(error: BaseException) -> str | None:

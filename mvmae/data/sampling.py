@@ -6,6 +6,7 @@ depend on (seed, epoch, index) alone, and the images of a step on (seed, step) a
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -38,6 +39,15 @@ class Sample(NamedTuple):
     number: int
     name: str
     bad: list[Bad]
+
+
+class Candidate(NamedTuple):
+    """An image that may become a sample: its name and number, what returns it, and what its random numbers depend on."""
+
+    name: str
+    number: int
+    image: Callable[[], ImageLike]
+    seeds: tuple[int, ...]
 
 
 class Batch(NamedTuple):
@@ -84,22 +94,28 @@ class MultiViewDataset(Dataset[Sample]):
         Raises:
             DataError: Ten images in a row are bad.
         """
-        epoch, index = key
-        bad: list[Bad] = []
-        for attempt in range(MAX_TRIES):
+        return first_good(self._candidates(*key), self.transform)
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[Candidate]:
+        for attempt in count():
             chosen = index if attempt == 0 else sample_seed(self.seed, epoch, index, attempt) % len(self.source)
-            try:
-                views = self.transform(read(self.source, chosen), generator=generator(self.seed, epoch, chosen))
-                return Sample(views, chosen, self.source.name(chosen), bad)
-            except ImageError as error:
-                bad.append(Bad(self.source.name(chosen), error.reason))
-        raise all_bad(bad)
+            yield Candidate(self.source.name(chosen), chosen, partial(read, self.source, chosen), (self.seed, epoch, chosen))
 
 
-def all_bad(images: list[Bad]) -> DataError:
-    """Return the error that ends a run where so many images in a row are bad."""
-    last = images[-1]
-    return DataError(f"{len(images)} images in a row cannot be used; the last was {last.name!r}: {last.reason}")
+def first_good(candidates: Iterator[Candidate], transform: Callable[..., Tensor]) -> Sample:
+    """Return the views of the first candidate that can be used, with the bad images before it.
+
+    Raises:
+        DataError: Ten images in a row are bad.
+    """
+    bad: list[Bad] = []
+    while len(bad) < MAX_TRIES:
+        name, number, image, seeds = next(candidates)
+        try:
+            return Sample(transform(image(), generator=generator(*seeds)), number, name, bad)
+        except ImageError as error:
+            bad.append(Bad(name, error.reason))
+    raise DataError(f"{len(bad)} images in a row cannot be used; the last was {bad[-1].name!r}: {bad[-1].reason}")
 
 
 def read(source: ImageSource, index: int) -> ImageLike:
