@@ -115,7 +115,7 @@ def open_splits(data: str, option: str = "--data") -> Splits:
     try:
         val = named_images(data, "val", option)
         val, lacking = match_classes(train, val)
-        return Splits(train, val, "; ".join(filter(None, [val.splits or "the data's validation split", lacking])))
+        return Splits(train, val, "; ".join(filter(None, ["the data's validation split", val.splits, lacking])))
     except SplitError:
         labels = torch.empty(0) if train.labels is None else torch.as_tensor(train.labels)
     rest, held = (part.sort().values for part in hold_out(labels))
@@ -129,7 +129,8 @@ def match_classes(train: ImageSource, val: ImageSource) -> tuple[ImageSource, st
     """Return validation images whose classes have training's numbers, by their names, and a note on those that they lack."""
     if train.labels is None or val.labels is None:
         return val, ""
-    taught, tested = ([part.class_names[i] for i in np.unique(part.labels)] for part in (train, val))
+    taught = [train.class_names[i] for i in np.unique(train.labels)]
+    tested = [val.class_names[i] for i in np.unique(val.labels)]
     if unknown := [name for name in tested if name not in set(taught)]:
         raise Stop(f"validation must have classes of training, got {shown(unknown)} too: rename or remove what is wrong")
     lacking = [name for name in taught if name not in set(tested)]

@@ -6,6 +6,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,7 @@ class TarSource(ImageSource):
             if problem:
                 self.problems += (f"{path} is damaged ({problem}): its {len(found)} whole members are used, the rest is lost",)
             for member in found:
-                kind = kind_of(os.fsencode(member.name), lambda m=member: self._read(m.shard, m.start, min(m.size, 32)))
+                kind = kind_of(os.fsencode(member.name), partial(self._read, *member[:2], min(member.size, 32)))
                 if kind == "image":
                     images.append(member)
                 elif kind == ".cls":

@@ -69,6 +69,7 @@ class OpenedImage:
         self.name, self._image, self._channels, self._encoded = name, image, channels, encoded
         self.height, self.width = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
         self.reducible = bool(encoded) and getattr(image, "format", None) in ("JPEG", "MPO")
+        self._sixteen = bool(encoded) and _is_sixteen_bits(image)  # which loading makes Pillow forget
 
     @cached_property
     def orientation(self) -> int:
@@ -115,7 +116,7 @@ class OpenedImage:
                 return None if image.dtype == np.uint8 else image
             if image.mode.startswith(("I", "F")):
                 return np.asarray(image)[..., None]
-            return _sixteen_bits(self._encoded) if self._encoded and _is_sixteen_bits(image) else None
+            return _sixteen_bits(self._encoded) if self._sixteen else None
 
     def decode(
         self, *, reduction: int = 1, decoder: str = "fast", value_range: Range | None = None, background: Colour = WHITE
@@ -263,22 +264,24 @@ def _open_bytes(encoded: bytes, name: str, channels: int, max_pixels: int) -> Op
     if encoded.startswith(b"\x93NUMPY"):
         array = np.load(io.BytesIO(encoded), allow_pickle=False)
         return OpenedImage(name, channels_last(array, channels), channels)
+    tiff = encoded[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    if tiff and channels > 4:  # Pillow would write a line on each
+        return _read_tiff(encoded, name, channels, max_pixels)
     try:
         image = _pillow_open(encoded)
     except UnidentifiedImageError:
-        if encoded[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # Pillow reads only some kinds of TIFF
+        if tiff:  # Pillow reads only some kinds
             return _read_tiff(encoded, name, channels, max_pixels)
         raise ImageError(name, f"not an image: begins with {encoded[:16]!r}") from None
     opened = OpenedImage(name, image, channels, encoded)
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
-        bits, planes = int(np.max(tags.get(258, 1))), tags.get(284, 1)
-        # bands that Pillow has no name for, which it drops, and 16 bits in layers or multiplied by alpha, which it gets wrong
-        if channels not in (1, 3, len(image.getbands())) or (
-            _is_sixteen_bits(image) and (planes == 2 or tags.get(338, (0,))[0] == 1)
-        ):
+        dropped = tags.get(277, 1) == channels != len(image.getbands())  # bands that Pillow has no name for
+        # of 16 bits, layers and colours that are multiplied by alpha are decoded wrongly
+        if dropped or (opened._sixteen and (tags.get(284) == 2 or tags.get(338, (0,))[0] == 1)):
             return _read_tiff(encoded, name, channels, max_pixels)
-        opened.own_range = (0, 32767) if image.mode == "I" and bits == 16 else _range_of(bits)
+        bits = tags.get(258, 1)
+        opened.own_range = (0, 32767) if image.mode == "I" and np.max(bits) == 16 else _range_of(bits)
         opened._inverted = tags.get(262) == 0 and image.mode.startswith(("I", "F"))
     elif image.mode == "I":  # in which Pillow reads PNG and PGM of 16 bits
         opened.own_range = (0, 65535)
@@ -286,14 +289,11 @@ def _open_bytes(encoded: bytes, name: str, channels: int, max_pixels: int) -> Op
 
 
 def _pillow_open(encoded: bytes) -> Image.Image:
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit, in open_image, decides
     try:
         return Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit, in open_image, decides
-        try:
-            return Image.open(io.BytesIO(encoded), formats=FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _read_tiff(encoded: bytes, name: str, channels: int, max_pixels: int) -> OpenedImage:
@@ -312,13 +312,12 @@ def _read_tiff(encoded: bytes, name: str, channels: int, max_pixels: int) -> Ope
         if "S" in page.axes:  # samples, which lie in layers if the planar configuration is 2
             array = np.moveaxis(array, page.axes.index("S"), -1)
         array = array.reshape(*array.shape[:2], -1)
-        alpha, drawn = extra[:1] in ((1,), (2,)), array.shape[2] - len(extra)
-        if channels == 3 and photometric == 2:
-            array = array[..., : 4 if alpha else 3]
+        alpha = extra[:1] in ((1,), (2,))
+        if photometric == 2 and channels in (1, 3):
+            array = array[..., : 3 + alpha]
         opened = OpenedImage(name, array, channels)
         opened.own_range, opened._inverted = _range_of(page.bitspersample), photometric == 0
-        opened._alpha = alpha and array.shape[2] == drawn + 1
-        opened._associated = opened._alpha and extra[0] == 1 and channels in (1, 3)
+        opened._alpha, opened._associated = alpha, extra[:1] == (1,) and channels in (1, 3)
         orientation = int(page.tags.valueof(274, 1))
         opened.orientation = orientation if orientation in range(1, 9) else 1
         return opened
@@ -330,24 +329,24 @@ def _range_of(bits: Any) -> Range | None:
     return (0, 2**most - 1) if 8 < most < 16 else None
 
 
-def _is_sixteen_bits(image: Image.Image) -> bool:
-    """Return whether a file has several channels of 16 bits, of which Pillow keeps the high byte."""
-    return len(image.getbands()) > 1 and any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+def _is_sixteen_bits(image: Any) -> bool:
+    """Return whether a file has colours of 16 bits, of which Pillow keeps the high byte."""
+    if image.format == "TIFF":
+        return len(image.getbands()) > 2 and np.max(image.tag_v2.get(258, 1)) == 16
+    return image.format == "PNG" and len(image.getbands()) > 2 and ";16" in str(image.tile[0].args)
 
 
 def _sixteen_bits(encoded: bytes) -> NDArray[np.uint16]:
     """Decode several channels of 16 bits: Pillow's high bytes, and the low ones, which it takes for the high in other order."""
-    bytes_of = []
-    for swap in ({}, {";16L": ";16B", ";16B": ";16L", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}):
-        image: Any = _pillow_open(encoded)
-        tiles = []
-        for tile in image.tile:
-            mode, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
-            mode = mode[:-4] + swap.get(mode[-4:], mode[-4:])
-            tiles.append(tile._replace(args=(mode, *rest) if isinstance(tile.args, tuple) else mode))
-        image.tile = tiles
-        bytes_of.append(np.asarray(image).astype(np.uint16))
-    return bytes_of[0] << 8 | bytes_of[1]
+    other = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+    image: Any = _pillow_open(encoded)
+    swapped: Any = _pillow_open(encoded)
+    for number, tile in enumerate(swapped.tile):
+        mode, *rest = tile.args if isinstance(tile.args, tuple) else [tile.args]
+        mode = mode[:-1] + other[mode[-1]]
+        swapped.tile[number] = tile._replace(args=(mode, *rest) if rest else mode)
+    both: NDArray[np.uint16] = np.asarray(image).astype(np.uint16) * np.uint16(256) + np.asarray(swapped)
+    return both
 
 
 def _simplejpeg(encoded: bytes, shape: tuple[int, int, int], reduction: int) -> Pixels | None:

@@ -1,7 +1,6 @@
 """The loader of a run's batches: its processes, its bad images, and its errors in one line each."""
 
 import atexit
-import contextlib
 import logging
 import os
 import signal
@@ -34,13 +33,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Loader:
-    """A DataLoader that counts bad images, and whose errors are one line.
+    """A DataLoader that counts bad images in `bad` (name -> reason), and whose errors are one line. Made by `make_loader`.
 
-    Made by `make_loader`. Iterating yields a `Batch` for each step, or the result of `collate`. Errors are
-    raised while the run waits for a batch, never within a step: the state of training is then complete and can be saved.
-
-    Attributes:
-        bad: Name -> reason of the bad images found so far.
+    Iterating yields a `Batch` for each step, or the result of `collate`. Errors are raised while the run waits for a batch,
+    never within a step: the state of training is then complete and can be saved.
     """
 
     def __init__(self, loader: "DataLoader[Any]", *, max_bad: int, bad_file: str | os.PathLike[str] | None) -> None:
@@ -63,10 +59,9 @@ class Loader:
         try:
             batches = iter(self._loader)
             _workers.update(getattr(batches, "_workers", []))
-            if self._loader.num_workers and threading.current_thread() is threading.main_thread():
+            if self._loader.num_workers and threading.current_thread() is threading.main_thread() and os.name == "posix":
                 # torch's handler would raise the death of a worker wherever the main thread is, even within a step
-                with contextlib.suppress(AttributeError):  # not on Windows
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for batch in batches:
                 if isinstance(batch, Batch):
                     self._count(batch.bad)
@@ -181,8 +176,10 @@ def _share(batch: Any) -> None:
     """Move tensors to shared memory: where that is full, the worker's queue would lose the batch, and the run would wait."""
     if isinstance(batch, Tensor):
         batch.share_memory_()
-    elif isinstance(batch, Mapping | list | tuple):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
+    elif isinstance(batch, Mapping):
+        _share([*batch.values()])
+    elif isinstance(batch, list | tuple):
+        for part in batch:
             _share(part)
 
 

@@ -1,5 +1,6 @@
 """One `--data` string, or any torch data set -> an `ImageSource`; folders, lists of paths, and the sample stand here."""
 
+import contextlib
 import logging
 import os
 from collections import Counter, deque
@@ -75,9 +76,7 @@ def _open_path(data: str, split: str) -> ImageSource:
     path = Path(data)
     if not path.exists() and data.startswith(("torch/", "hfds/")):
         return _open_timm(data, split)
-    if archives := find_archives(path):
-        if path.is_dir() and _holds_images(path):
-            raise ValueError(f"{path} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
+    if archives := _archives_of(path):
         return open_archives(archives, split)
     if path.is_dir():
         return _open_folder(path, split)
@@ -105,7 +104,8 @@ def _open_folder(root: Path, split: str) -> ImageSource:
     with os.scandir(root) as entries:
         kinds = [_kind_of(entry) for entry in entries if entry.name not in splits.values()]
     passed = Counter(f"{kind} beside {folder.name}" for kind in kinds if kind in ("folder", "image"))
-    source = open_archives(archives, "train") if (archives := find_archives(folder)) else _open_images_below(folder, passed)
+    archives = _archives_of(folder)
+    source = open_archives(archives, "train") if archives else _open_images_below(folder, passed)
     source.splits = describe_splits(splits)
     return source
 
@@ -128,6 +128,13 @@ def _open_images_below(folder: Path, passed: "Counter[str]") -> FileSource:
         _logger.warning("%s: passed over %s", folder, line)
         source.problems = (f"passed over {line}, without a reader",)
     return source
+
+
+def _archives_of(path: Path) -> list[Path]:
+    archives = find_archives(path)
+    if archives and path.is_dir() and _holds_images(path):
+        raise ValueError(f"{path} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
+    return archives
 
 
 def _holds_images(folder: Path) -> bool:
@@ -182,25 +189,22 @@ def scan(root: Path, passed: "Counter[str]") -> Iterator[bytes]:
 
 def _kind_of(entry: "os.DirEntry[bytes] | os.DirEntry[str]") -> str:
     """Return `image`, `folder`, or what else an entry is."""
-    if not entry.is_dir() and not entry.is_file():
-        return "hidden" if entry.name[:1] in (".", b".") else "broken link" if entry.is_symlink() else "device"
-    path, kind = os.fsencode(entry.path), kind_of(os.fsencode(entry.name), lambda: _start_of(entry.path))
-    if entry.is_dir():
-        if kind == "hidden":
-            return kind
+    path = os.fsencode(entry.path)
+    kind = kind_of(os.fsencode(entry.name), lambda: _start_of(path))
+    if kind != "hidden" and entry.is_dir():
         return "folder of a run" if any(os.path.exists(os.path.join(path, file)) for file in _RUN) else "folder"
-    if kind == "image" and entry.stat().st_size < 1024 and _start_of(entry.path).startswith(_LFS):
+    if kind != "hidden" and not entry.is_file():
+        return "broken link" if entry.is_symlink() else "device"
+    if kind == "image" and entry.stat().st_size < 1024 and _start_of(path).startswith(_LFS):
         return "Git LFS pointer (git lfs pull fetches the image)"
     return kind
 
 
-def _start_of(path: Any) -> bytes:
+def _start_of(path: bytes) -> bytes:
     """Return the first bytes of a file; none if it cannot be read, as is told when it is read as an image."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(32)
-    except OSError:
-        return b""
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # of a FIFO, nothing
+        return file.read(32) or b""
+    return b""
 
 
 def _open_timm(data: str, split: str) -> DatasetSource:
@@ -214,7 +218,9 @@ def _open_timm(data: str, split: str) -> DatasetSource:
     for candidate in ["train"] if split == "train" else ["validation", "test", "val"]:
         try:
             dataset = create_dataset(name, root=root or None, split=candidate, input_img_mode=None)
-            return DatasetSource(getattr(getattr(dataset, "reader", None), "dataset", dataset))
+            source = DatasetSource(getattr(getattr(dataset, "reader", None), "dataset", dataset))
+            source.splits = "validation = test" if candidate == "test" else ""
+            return source
         except (ValueError, RuntimeError, OSError, AssertionError, ImportError) as caught:
             error = error or caught
     missing = split != "train" and "unknown split" in str(error).lower()  # as Hugging Face calls it

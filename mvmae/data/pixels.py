@@ -59,8 +59,8 @@ def type_range(dtype: "np.dtype[Any]") -> Range:
 
 def share_outside(values: "NDArray[Any]", value_range: Range) -> float:
     """Return the share of values outside a range among those that are not 0, as empty parts of pictures are."""
-    outside = np.count_nonzero((values < value_range[0]) | (values > value_range[1]))
-    return outside / max(np.count_nonzero(values), 1)
+    outside = (values < value_range[0]) | (values > value_range[1])
+    return int(outside.sum()) / max(int(np.count_nonzero(values)), 1)
 
 
 def channels_last(array: "NDArray[Any]", channels: int) -> "NDArray[Any]":

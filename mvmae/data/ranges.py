@@ -1,7 +1,6 @@
 """The one range of pixels of a whole set of images, where neither their type nor their tags tell it."""
 
 import logging
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,17 +13,6 @@ _SAMPLE = 100
 _logger = logging.getLogger(__name__)
 
 
-class _Seen(NamedTuple):
-    """An image of the sample: its name and type, its own range, and the values that it holds."""
-
-    name: str
-    dtype: str
-    range: Range
-    low: float
-    high: float
-    outside: float
-
-
 def decide_range(source: ImageSource, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Range | None:
     """Return the values that are black and white in all images of a set, by 100 of them, spread over it.
 
@@ -32,47 +20,40 @@ def decide_range(source: ImageSource, *, channels: int = 3, max_pixels: int = MA
     image of the sample lie within. A script calls this before its first step where the user gave no range, and passes the
     result as `value_range` to all that reads images, so that none is judged by itself.
 
-    Args:
-        source: The images; those that cannot be read do not count.
-        channels: As in `open_image`.
-        max_pixels: Likewise.
-
     Returns:
         The range, or None where each image tells it: 8 bits, unsigned integers of up to 16 bits, and what tags say.
 
     Raises:
         ValueError: An image does not fit the range, or the images have several: the user must say.
     """
-    sample = []
+    found: dict[tuple[str, Range], str] = {}  # type and range -> the first image of it
+    told, dark, count = True, True, 0
     for index in spread(len(source), _SAMPLE):
+        name = source.name(index)
         try:
             opened = open_image(read(source, index), channels=channels, max_pixels=max_pixels)
             values = opened.values()
         except ImageError:
             continue
-        if values is None or values.dtype.kind == "b" or not np.isfinite(values).any():
+        if values is None or values.dtype.kind == "b" or not len(finite := values[np.isfinite(values)]):
             continue
-        name, values = source.name(index), values[np.isfinite(values)]
+        held = f"{name} holds pixels of type {values.dtype} from {finite.min():g} to {finite.max():g}"
         try:
             own = opened.own_range or type_range(values.dtype)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error} (--value-range LOW HIGH)") from None
-        sample.append(_Seen(name, str(values.dtype), own, values.min(), values.max(), share_outside(values, own)))
-    if not sample:
-        return None
-    ranges = {seen.range: seen for seen in sample}
-    held = f"the {len(sample)} images of a sample that are deeper than 8 bits hold {min(seen.low for seen in sample):g}"
-    held += f" to {max(seen.high for seen in sample):g}"
-    (low, high), told = sample[0].range, all(seen.dtype.startswith("uint") for seen in sample)
+        except ValueError:
+            own = (0, -1)
+        if share_outside(finite, own) > MOST_OUTSIDE:
+            expected = f", not {own[0]:g} to {own[1]:g}" if own[0] < own[1] else ""
+            raise ValueError(f"{held}{expected}: say what is black and white in all images by --value-range LOW HIGH")
+        found.setdefault((str(values.dtype), own), name)
+        told, dark, count = told and values.dtype.kind == "u", dark and finite.max() < own[1] / 8, count + 1
+    if count and dark:
+        _logger.warning("%d deep images of a sample all look black: %s, for one; --value-range says what is white", count, held)
     if told:
-        if max(seen.high / seen.range[1] for seen in sample) < 1 / 8:
-            _logger.warning("%s of %g and look black: --value-range LOW HIGH gives another range", held, high)
         return None
-    if len(ranges) > 1:
-        kinds = ", ".join(f"{seen.dtype} of {seen.range[0]:g} to {seen.range[1]:g} ({seen.name})" for seen in ranges.values())
+    if len({own for _, own in found}) > 1:
+        kinds = ", ".join(f"{kind} of {low:g} to {high:g} ({name})" for (kind, (low, high)), name in found.items())
         raise ValueError(f"images of one set must have one range of pixels, got {kinds}: convert some, or give --value-range")
-    if wrong := [seen for seen in sample if seen.outside > MOST_OUTSIDE]:
-        about = f"{len(wrong)} of {len(sample)} images of a sample do not, {wrong[0].name} has {wrong[0].low:g} to {wrong[0].high:g}"
-        raise ValueError(f"pixels of type {wrong[0].dtype} must be {low:g} to {high:g}; {about}: give --value-range LOW HIGH")
-    _logger.warning("%s: %g becomes black and %g white (--value-range)", held, low, high)
+    (kind, (low, high)), _ = found.popitem()
+    _logger.warning("%s: %g is taken for black and %g for white in all images; --value-range says otherwise", kind, low, high)
     return low, high

@@ -18,6 +18,8 @@ from .decode import ImageError, ImageLike
 from .sources import ImageSource
 
 Key = tuple[int, int]
+Candidate = tuple[str, int, Callable[[], ImageLike], tuple[int, ...]]
+"""What may become a sample: an image's name and number, what returns it, and what its random numbers depend on."""
 MAX_TRIES = 10
 
 
@@ -39,15 +41,6 @@ class Sample(NamedTuple):
     number: int
     name: str
     bad: list[Bad]
-
-
-class Candidate(NamedTuple):
-    """An image that may become a sample: its name and number, what returns it, and what its random numbers depend on."""
-
-    name: str
-    number: int
-    image: Callable[[], ImageLike]
-    seeds: tuple[int, ...]
 
 
 class Batch(NamedTuple):
@@ -89,17 +82,13 @@ class MultiViewDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Return the views of one image, or of the one that replaces it.
-
-        Raises:
-            DataError: Ten images in a row are bad.
-        """
+        """Return the views of one image, or of the one that replaces it (`first_good`)."""
         return first_good(self._candidates(*key), self.transform)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[Candidate]:
         for attempt in count():
             chosen = index if attempt == 0 else sample_seed(self.seed, epoch, index, attempt) % len(self.source)
-            yield Candidate(self.source.name(chosen), chosen, partial(read, self.source, chosen), (self.seed, epoch, chosen))
+            yield self.source.name(chosen), chosen, partial(read, self.source, chosen), (self.seed, epoch, chosen)
 
 
 def first_good(candidates: Iterator[Candidate], transform: Callable[..., Tensor]) -> Sample:
@@ -172,9 +161,8 @@ class StepSampler(Sampler[list[Key]]):
         check_share(batch_size, rank, world_size)
         if length < batch_size:
             raise ValueError(f"batch size must be at most the {length} images, got {batch_size}: use a smaller batch")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.num_steps, self.start_step = num_steps, start_step
-        self.rank, self.world_size = rank, world_size
+        self.length, self.batch_size, self.seed, self.num_steps = length, batch_size, seed, num_steps
+        self.start_step, self.rank, self.world_size = start_step, rank, world_size
 
     @property
     def steps_per_epoch(self) -> int:

@@ -77,9 +77,10 @@ class ImageSource:
         if missing := np.count_nonzero(labels < 0):
             self.problems += (f"{missing} of {len(labels)} {what} are empty or negative: none is used",)
             return
-        if labels.max(initial=-1) >= len(names):
-            names, labels = np.unique(labels, return_inverse=True)
         self.labels, self.class_names = labels, tuple(map(str, names))
+        if labels.max(initial=-1) >= len(names):
+            values, self.labels = np.unique(labels, return_inverse=True)
+            self.class_names = tuple(map(str, values))
         if len(set(self.class_names)) < len(names):  # as the two cranes of ImageNet: a bird and a machine
             self.class_names = tuple(f"{name} ({number})" for number, name in enumerate(names))
 
@@ -152,12 +153,7 @@ def extensions() -> frozenset[str]:
 
 
 def kind_of(name: bytes, start: Callable[[], bytes]) -> str:
-    """Return `image`, `hidden`, or an extension that is none of an image.
-
-    Args:
-        name: Of the file.
-        start: Returns its first 32 bytes, which tell what a file without an extension is.
-    """
+    """Return `image`, `hidden`, or the extension of another file; without one, its first 32 bytes, `start()`, tell."""
     if any(part in _JUNK or (part.startswith(b".") and part not in (b".", b"..")) for part in name.split(b"/")):
         return "hidden"
     extension = os.path.splitext(os.fsdecode(name))[1].lower()
@@ -218,7 +214,9 @@ def find_splits(names: Iterable[str], place: Path) -> dict[str, str]:
 
 
 def describe_splits(splits: dict[str, str]) -> str:
-    """Return a line on what was taken for which split."""
+    """Return a line on what was taken for which split, unless it is what they are called here."""
+    if all(split == name for split, name in splits.items()):
+        return ""
     return ", ".join(f"{'validation' if split == 'val' else split} = {name}" for split, name in splits.items())
 
 

@@ -161,21 +161,9 @@ def stream_loader(
     """Load the batches of a run from a stream: pass after pass, each in another order of shards and images.
 
     Processes and workers share the shards; with fewer shards than processes, each takes every W-th image. A bad image is left
-    out, and the next one takes its place. The same number of processes and workers gives the same batches.
-
-    Args:
-        stream: The images.
-        transform: As in `MultiViewDataset`.
-        batch_size: Images per step over all processes.
-        seed: The run's seed.
-        num_steps: Steps of the whole run; None: without end.
-        start_step: First step, counted from 0: where it is not 0, a new pass begins, which a warning says.
-        rank: Number of this process.
-        world_size: Number of processes.
-        max_bad: Number of different bad images before an error.
-        num_workers: Loading processes, at most one for each shard; 0 loads in this process.
-        shuffle_buffer: Encoded images that each worker holds, and of which it draws the next one.
-        **loading: As in `make_loader`.
+    out, and the next one takes its place. The same number of processes and workers gives the same batches. Where `start_step`
+    is not 0, a new pass begins, which a warning says. Each worker draws the next image of `shuffle_buffer` encoded ones that
+    it holds; the other arguments are those of `MultiViewDataset`, `StepSampler` and `make_loader`.
 
     Raises:
         ValueError: Batch and processes do not fit.
@@ -218,7 +206,7 @@ class StreamedViews(IterableDataset[Sample]):
             self.own.set_epoch(epoch)
             seen = -1
             for seen, (name, image) in enumerate(self.stream.read(self.own)):
-                yield Candidate(name, seen, image, (*self.seeds, worker, epoch, seen))
+                yield name, seen, image, (*self.seeds, worker, epoch, seen)
             if seen < 0:
                 raise DataError(f"{self.stream.name} holds no images for process {self.seeds[-1]}, worker {worker}")
 

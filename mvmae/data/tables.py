@@ -39,9 +39,8 @@ class TableSource(ImageSource):
         self._image = table.column(0)
         super().__init__([f"{f.name}#{i}".encode() for f, t in zip(files, tables, strict=True) for i in range(t.num_rows)])
         for name in label:
-            self.set_labels(
-                table.column(name).fill_null(-1).to_numpy(), class_names(table.schema, name), f"labels in column {name!r}"
-            )
+            numbers = table.column(name).fill_null(-1).to_numpy()
+            self.set_labels(numbers, class_names(table.schema, name), f"labels in column {name!r}")
         for line in self.problems:
             _logger.warning("%s: %s", first_of(files), line)
 
@@ -77,7 +76,7 @@ class DatasetSource(ImageSource):
         if not len(dataset):  # type: ignore[arg-type]
             raise ValueError(f"{kind.__name__} holds no images")
         super().__init__()
-        self._dataset: Any = dataset
+        hub: Any = dataset
         self._columns, names = ["image", "img"], getattr(dataset, "classes", None)
         labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         features: Any = getattr(dataset, "features", None)
@@ -86,11 +85,12 @@ class DatasetSource(ImageSource):
             self._columns += images
             for name in images:  # encoded: one reader for all
                 if hasattr(features[name], "decode"):
-                    self._dataset = self._dataset.cast_column(name, type(features[name])(decode=False))
+                    hub = hub.cast_column(name, type(features[name])(decode=False))
             for name in label:
-                column = self._dataset.select_columns(name).with_format("arrow")[:].column(name)
+                column = hub.select_columns(name).with_format("arrow")[:].column(name)
                 labels, names = column.fill_null(-1).to_numpy(), class_names(features.arrow_schema, name)
-        if labels is not None and np.shape(labels) == (len(self),) and np.asarray(labels).dtype.kind in "iu":
+        self._dataset = hub
+        if labels is not None and np.shape(labels) == (len(hub),) and np.asarray(labels).dtype.kind in "iu":
             self.set_labels(labels, names or ())
 
     def __len__(self) -> int:

@@ -29,17 +29,10 @@ class Box(NamedTuple):
 
 
 def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random) -> Box:
-    """Draw a random resized crop: the distribution of torchvision's `RandomResizedCrop.get_params`.
+    """Draw a random resized crop of an image: the distribution of torchvision's `RandomResizedCrop.get_params`.
 
-    Args:
-        height: Of the image, in pixels.
-        width: Likewise.
-        scale: Range of the crop's share of the image's area.
-        ratio: Range of the crop's width / height, uniform in its logarithm.
-        rng: Source of the random numbers.
-
-    Returns:
-        The box; after ten draws that do not fit, the largest central one within `ratio`.
+    `scale` is the range of the crop's share of the area, and `ratio` that of width / height, uniform in its logarithm. After
+    ten draws that do not fit, the crop is the largest central one within `ratio`.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -107,8 +100,9 @@ class ViewTransform:
         stored = [_stored_box(box, image) for box in boxes]
         size = (self.image_size[1], self.image_size[0]) if transpose else self.image_size
         reduction = choose_reduction(stored, size, self.scaled_decode) if image.reducible else 1
-        as_bytes = {"value_range": self.value_range, "background": self.background}
-        pixels = image.decode(reduction=reduction, decoder=self.decoder, **as_bytes)
+        pixels = image.decode(
+            reduction=reduction, decoder=self.decoder, value_range=self.value_range, background=self.background
+        )
         views = torch.empty(len(boxes), self.in_chans, *self.image_size, dtype=torch.uint8)
         for view, box, flip in zip(views, stored, flips, strict=True):
             crop = _resize(pixels, snap_box(box, reduction, pixels.shape[0], pixels.shape[1]), size)
@@ -176,7 +170,7 @@ class CentreCropTransform(ViewTransform):
     """The view of which features are computed: shorter side to 256/224 of the size, centre crop; nothing random.
 
     Args:
-        image_size: Size of the view in pixels; H and W, or one number for both.
+        image_size: As in `ViewTransform`.
         crop: Share of the resized image that the crop keeps (224/256, as in MAE's and timm's evaluation).
         **options: As in `ViewTransform`; here a JPEG is decoded in full unless `scaled_decode` is given.
     """
