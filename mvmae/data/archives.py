@@ -22,18 +22,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Member(NamedTuple):
-    """A file in a shard: number of the shard, first byte, size, name."""
+    """A file in a shard: number of the shard, first byte, size, name, and WebDataset's key of its sample."""
 
     shard: int
     start: int
     size: int
     name: str
-
-    @property
-    def key(self) -> tuple[int, str]:
-        """WebDataset's key of a sample: its shard, and the name up to the first dot of its last part."""
-        folder, base = os.path.split(self.name)
-        return self.shard, f"{folder}/{base.split('.', 1)[0]}"
+    key: tuple[int, str]
 
 
 class TarSource(ImageSource):
@@ -77,11 +72,7 @@ class TarSource(ImageSource):
             _logger.warning(line)
 
     def image(self, index: int) -> ImageLike:
-        """Return the encoded file.
-
-        Raises:
-            ImageError: The shard is gone.
-        """
+        """Return the encoded file."""
         try:
             return self._read(*map(int, self._places[index]))
         except OSError as error:
@@ -103,7 +94,9 @@ def _index(shard: int, path: Path) -> tuple[list[Member], str]:
                 if member.offset_data + member.size > size:
                     raise EOFError("unexpected end of data")
                 if member.isreg() and not member.issparse():
-                    members.append(Member(shard, member.offset_data, member.size, member.name))
+                    folder, base = os.path.split(member.name)
+                    key = (shard, f"{folder}/{base.split('.', 1)[0]}")
+                    members.append(Member(shard, member.offset_data, member.size, member.name, key))
             file.seek(tar.offset)
             if file.read(512) != bytes(512):  # tarfile takes a damaged header for the end
                 raise EOFError("no end-of-archive mark")

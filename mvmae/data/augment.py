@@ -139,9 +139,8 @@ class AugmentedViews:
 
 
 def _is_generator(thing: Any) -> bool:
-    if isinstance(thing, (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)):
-        return True
-    return not isinstance(thing, type) and callable(getattr(thing, "set_random_seed", None))
+    kinds = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+    return isinstance(thing, kinds) or (not isinstance(thing, type) and hasattr(thing, "set_random_seed"))
 
 
 def _seed(generator: Any, seed: int) -> None:

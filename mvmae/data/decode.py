@@ -62,8 +62,8 @@ class OpenedImage:
     """
 
     own_range: Range | None = None
-    _inverted = _associated = False  # 0 is white; colours are multiplied by alpha
-    _alpha = True  # of 2 or 4 channels the last is alpha
+    _inverted = False  # 0 is white
+    _alpha, _associated = True, False  # the last of 2 or 4 channels is alpha; colours are multiplied by it
 
     def __init__(self, name: str, image: "Image.Image | NDArray[Any]", channels: int, encoded: bytes = b"") -> None:
         self.name, self._image, self._channels, self._encoded = name, image, channels, encoded
@@ -105,11 +105,7 @@ class OpenedImage:
         return pixels[:: -1 if upend else 1, :: -1 if mirror else 1]
 
     def values(self) -> "NDArray[Any] | None":
-        """Return the pixels as stored, (H, W, C), where they are deeper than 8 bits; else None.
-
-        Raises:
-            ImageError: The image is damaged.
-        """
+        """Return the pixels as stored, (H, W, C), where they are deeper than 8 bits; else None."""
         image = self._image
         with _errors_of(self.name):
             if not isinstance(image, Image.Image):
@@ -126,7 +122,7 @@ class OpenedImage:
         Deeper images are scaled to 8 bits (`to_uint8`). In grey or RGB the background shows through transparent pixels.
 
         Args:
-            reduction: 1, 2, 4 or 8; other than 1 only if `reducible`.
+            reduction: s: 1, 2, 4 or 8; other than 1 only if `reducible`.
             decoder: "fast" uses simplejpeg for JPEG if it is installed, "pillow" never.
             value_range: Values of images deeper than 8 bits that become 0 and 255.
             background: Red, green and blue behind transparent pixels.
@@ -216,14 +212,10 @@ def open_image(source: ImageLike, *, channels: int = 3, name: str | None = None,
 
 
 def to_pil(
-    image: ImageLike,
-    channels: int = 3,
-    background: Colour = WHITE,
-    value_range: Range | None = None,
-    max_pixels: int = MAX_PIXELS,
+    image: ImageLike, channels: int = 3, background: Colour = WHITE, value_range: Range | None = None, **opening: Any
 ) -> Image.Image:
-    """Decode an image upright, to a Pillow image for timm's and torchvision's transforms."""
-    opened = open_image(image, channels=channels, max_pixels=max_pixels)
+    """Decode an image upright, to a Pillow image for timm's and torchvision's transforms; `max_pixels` as in `open_image`."""
+    opened = open_image(image, channels=channels, **opening)
     pixels = opened.upright(opened.decode(background=background, value_range=value_range))
     return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
 

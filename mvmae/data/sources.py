@@ -75,7 +75,7 @@ class ImageSource:
         """
         labels = np.asarray(labels, dtype=np.int64)
         if missing := np.count_nonzero(labels < 0):
-            self.problems += (f"{missing} of {len(labels)} {what} are empty or negative: none is used",)
+            self.problems += (f"{missing} of {len(labels)} {what} are empty: none is used",)
             return
         self.labels, self.class_names = labels, tuple(map(str, names))
         if labels.max(initial=-1) >= len(names):

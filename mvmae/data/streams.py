@@ -30,13 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ImageStream:
-    """Images in shards, read in order. Made by `open_stream`.
-
-    Attributes:
-        dataset: The `datasets.IterableDataset`.
-        name: For messages; without what may be secret in a URL.
-        length: Number of images; None: not known.
-    """
+    """Images in shards, read in order, of a `datasets.IterableDataset`; `length` is None where it is not known."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.name, self._columns = name, list[str]()
@@ -50,11 +44,7 @@ class ImageStream:
         self.length: int | None = getattr(known, "num_examples", None) or None
 
     def read(self, dataset: Any) -> Iterator[tuple[str, Callable[[], ImageLike]]]:
-        """Yield the name of each row of `dataset`, this stream's or a part of it, and what returns its image.
-
-        Raises:
-            DataError: The stream cannot be read on.
-        """
+        """Yield the name of each row of `dataset`, this stream's or a part of it, and what returns its image."""
         try:
             for number, row in enumerate(dataset):
                 name = f"{self.name}#{number}"
@@ -66,7 +56,7 @@ class ImageStream:
             raise DataError(" ".join(reason.split())) from error
 
     def _image(self, name: str, row: Any) -> ImageLike:
-        import fsspec
+        import fsspec  # with datasets
 
         try:
             image = find_image(row, self._columns)

@@ -45,11 +45,7 @@ class TableSource(ImageSource):
             _logger.warning("%s: %s", first_of(files), line)
 
     def image(self, index: int) -> ImageLike:
-        """Return the encoded file.
-
-        Raises:
-            ImageError: The row holds none.
-        """
+        """Return the encoded file."""
         value = self._image[index].as_py()
         encoded: bytes | None = value.get("bytes") if isinstance(value, dict) else value
         if not encoded:

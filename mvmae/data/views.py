@@ -47,7 +47,7 @@ def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[f
 
 
 class ViewTransform:
-    """The options that both transforms have, and the views of an opened image by them.
+    """What both transforms have: their options, and the views of an opened image.
 
     Args:
         image_size: Size of a view in pixels; H and W, or one number for both.
