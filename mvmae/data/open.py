@@ -37,9 +37,11 @@ PHOTOGRAPHS = (
 _logger = logging.getLogger(__name__)
 
 
-DATA_FORMATS = """`sample`; a folder of images, flat or nested, with or without folders of splits, such as train and val, in it,
-and of classes in these; a text list of paths (.txt); a file, a folder or a brace pattern of tar, Parquet or Arrow files; or the
-name of a timm data set with its folder (torch/cifar10:FOLDER, hfds/NAME)"""
+DATA_FORMATS = (
+    "sample; a folder of images, flat or nested, with or without folders of splits (such as train and val) and of classes; "
+    "a text list of paths (.txt); a file, a folder or a brace pattern of tar, Parquet or Arrow files; or a data set by its "
+    "timm name and its folder (torch/cifar10:FOLDER, hfds/NAME)"
+)
 """What a `--data` string may name."""
 
 

@@ -73,7 +73,7 @@ class ImageSource:
 
         Negative numbers stand for no class, as in test splits of Hugging Face: then no label is used.
         """
-        labels = np.asarray(labels, dtype=np.int64)
+        labels = np.array(labels, dtype=np.int64)  # a copy: those of Arrow cannot be written to
         if missing := np.count_nonzero(labels < 0):
             self.problems += (f"{missing} of {len(labels)} {what} are empty: none is used",)
             return
