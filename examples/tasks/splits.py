@@ -172,7 +172,7 @@ def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> L
         for part, limit in ((train, train_images), (val, val_images))
     )
     note = f"trained on {len(first)} images, tested on {len(second)}, of {len(names)} classes ({note})"
-    return Labelled(first, second, names, "; ".join([note, *train.problems]))
+    return Labelled(first, second, names, "; ".join(dict.fromkeys([note, *train.problems, *val.problems])))
 
 
 def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ computes the features of all images of a source.
 
 from .augment import AugmentedViews as AugmentedViews
 from .augment import ColorJitter as ColorJitter
-from .decode import FORMATS as FORMATS
 from .decode import MAX_PIXELS as MAX_PIXELS
 from .decode import ImageError as ImageError
 from .decode import ImageLike as ImageLike
@@ -21,6 +20,7 @@ from .features import Rows as Rows
 from .features import embed as embed
 from .features import embed_rows as embed_rows
 from .features import measure_channels as measure_channels
+from .formats import FORMATS as FORMATS
 from .loader import Loader as Loader
 from .loader import explain_loader_error as explain_loader_error
 from .loader import make_loader as make_loader

@@ -7,10 +7,9 @@ Whatever goes wrong in a library or the file system is raised as an `ImageError`
 import io
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, UnidentifiedImageError
 
+from .formats import pillow_open, range_of, read_bands, sixteen_bits
 from .pixels import WHITE, Colour, Pixels, Range, channels_last, pillow_pixels, to_uint8, with_channels
 
 try:
@@ -27,11 +27,6 @@ except ImportError:  # an optional decoder, faster than Pillow, from the `train`
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | torch.Tensor | NDArray[Any]"
 
-FORMATS = (
-    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "SGI", "DDS", "PSD", "QOI", "SUN"),
-    *("DIB", "TGA"),  # last, since they have no mark of their own
-)
-"""Formats of pictures that Pillow finds in a file, whatever its name, and decodes by itself; so not EPS."""
 MAX_PIXELS = 100_000_000
 
 
@@ -69,7 +64,7 @@ class OpenedImage:
         self.name, self._image, self._channels, self._encoded = name, image, channels, encoded
         self.height, self.width = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
         self.reducible = bool(encoded) and getattr(image, "format", None) in ("JPEG", "MPO")
-        self._sixteen = bool(encoded) and _is_sixteen_bits(image)  # which loading makes Pillow forget
+        self._sixteen = bool(encoded) and is_sixteen_bits(image)  # which loading makes Pillow forget
 
     @cached_property
     def orientation(self) -> int:
@@ -112,7 +107,7 @@ class OpenedImage:
                 return None if image.dtype == np.uint8 else image
             if image.mode.startswith(("I", "F")):
                 return np.asarray(image)[..., None]
-            return _sixteen_bits(self._encoded) if self._sixteen else None
+            return sixteen_bits(self._encoded) if self._sixteen else None
 
     def decode(
         self, *, reduction: int = 1, decoder: str = "fast", value_range: Range | None = None, background: Colour = WHITE
@@ -258,12 +253,12 @@ def _open_bytes(encoded: bytes, name: str, channels: int, max_pixels: int) -> Op
         return OpenedImage(name, channels_last(array, channels), channels)
     tiff = encoded[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     if tiff and channels > 4:  # Pillow would write a line on each
-        return _read_tiff(encoded, name, channels, max_pixels)
+        return _open_bands(encoded, name, channels, max_pixels)
     try:
-        image = _pillow_open(encoded)
+        image = pillow_open(encoded)
     except UnidentifiedImageError:
         if tiff:  # Pillow reads only some kinds
-            return _read_tiff(encoded, name, channels, max_pixels)
+            return _open_bands(encoded, name, channels, max_pixels)
         raise ImageError(name, f"not an image: begins with {encoded[:16]!r}") from None
     opened = OpenedImage(name, image, channels, encoded)
     if image.format == "TIFF":
@@ -271,74 +266,22 @@ def _open_bytes(encoded: bytes, name: str, channels: int, max_pixels: int) -> Op
         dropped = tags.get(277, 1) == channels != len(image.getbands())  # bands that Pillow has no name for
         # of 16 bits, layers and colours that are multiplied by alpha are decoded wrongly
         if dropped or (opened._sixteen and (tags.get(284) == 2 or tags.get(338, (0,))[0] == 1)):
-            return _read_tiff(encoded, name, channels, max_pixels)
+            return _open_bands(encoded, name, channels, max_pixels)
         bits = tags.get(258, 1)
-        opened.own_range = (0, 32767) if image.mode == "I" and np.max(bits) == 16 else _range_of(bits)
+        opened.own_range = (0, 32767) if image.mode == "I" and np.max(bits) == 16 else range_of(bits)
         opened._inverted = tags.get(262) == 0 and image.mode.startswith(("I", "F"))
     elif image.mode == "I":  # in which Pillow reads PNG and PGM of 16 bits
         opened.own_range = (0, 65535)
     return opened
 
 
-def _pillow_open(encoded: bytes) -> Image.Image:
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit, in open_image, decides
-    try:
-        return Image.open(io.BytesIO(encoded), formats=FORMATS)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-def _read_tiff(encoded: bytes, name: str, channels: int, max_pixels: int) -> OpenedImage:
-    """Read all bands of a TIFF, by what its tags say of them."""
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ImportError('a multi-band TIFF needs tifffile: pip install "mvmae[train]"') from error
-    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-        page: Any = file.pages[0]
-        _check_size(page.nbytes, max_pixels)
-        photometric, extra = int(page.photometric), tuple(map(int, page.extrasamples or ()))
-        if photometric not in (0, 1, 2, 5):
-            raise ValueError(f"a TIFF of {page.dtype} must be grey, RGB, CMYK or bands, got {page.photometric!r}")
-        array = page.asarray()
-        if "S" in page.axes:  # samples, which lie in layers if the planar configuration is 2
-            array = np.moveaxis(array, page.axes.index("S"), -1)
-        array = array.reshape(*array.shape[:2], -1)
-        alpha = extra[:1] in ((1,), (2,))
-        if photometric == 2 and channels in (1, 3):
-            array = array[..., : 3 + alpha]
-        opened = OpenedImage(name, array, channels)
-        opened.own_range, opened._inverted = _range_of(page.bitspersample), photometric == 0
-        opened._alpha, opened._associated = alpha, extra[:1] == (1,) and channels in (1, 3)
-        orientation = int(page.tags.valueof(274, 1))
-        opened.orientation = orientation if orientation in range(1, 9) else 1
-        return opened
-
-
-def _range_of(bits: Any) -> Range | None:
-    """Return the range of a TIFF's BitsPerSample, such as 0..4095 of 12 bits that are held in 16."""
-    most = int(np.max(bits))
-    return (0, 2**most - 1) if 8 < most < 16 else None
-
-
-def _is_sixteen_bits(image: Any) -> bool:
-    """Return whether a file has colours of 16 bits, of which Pillow keeps the high byte."""
-    if image.format == "TIFF":
-        return len(image.getbands()) > 2 and np.max(image.tag_v2.get(258, 1)) == 16
-    return image.format == "PNG" and len(image.getbands()) > 2 and ";16" in str(image.tile[0].args)
-
-
-def _sixteen_bits(encoded: bytes) -> NDArray[np.uint16]:
-    """Decode several channels of 16 bits: Pillow's high bytes, and the low ones, which it takes for the high in other order."""
-    other = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
-    image: Any = _pillow_open(encoded)
-    swapped: Any = _pillow_open(encoded)
-    for number, tile in enumerate(swapped.tile):
-        mode, *rest = tile.args if isinstance(tile.args, tuple) else [tile.args]
-        mode = mode[:-1] + other[mode[-1]]
-        swapped.tile[number] = tile._replace(args=(mode, *rest) if rest else mode)
-    both: NDArray[np.uint16] = np.asarray(image).astype(np.uint16) * np.uint16(256) + np.asarray(swapped)
-    return both
+def _open_bands(encoded: bytes, name: str, channels: int, max_pixels: int) -> OpenedImage:
+    bands = read_bands(encoded, channels, partial(_check_size, max_pixels=max_pixels))
+    opened = OpenedImage(name, bands.pixels, channels)
+    opened.own_range, opened._inverted = bands.range, bands.inverted
+    opened._alpha, opened._associated = bands.alpha, bands.associated
+    opened.orientation = bands.orientation if bands.orientation in range(1, 9) else 1
+    return opened
 
 
 def _simplejpeg(encoded: bytes, shape: tuple[int, int, int], reduction: int) -> Pixels | None:

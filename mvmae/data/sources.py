@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .decode import FORMATS, ImageLike
+from .decode import ImageLike
+from .formats import FORMATS
 
 SPLITS = {
     "train": ("train", "training", "train_set", "trainset"),
@@ -73,7 +74,7 @@ class ImageSource:
 
         Negative numbers stand for no class, as in test splits of Hugging Face: then no label is used.
         """
-        labels = np.array(labels, dtype=np.int64)  # a copy: those of Arrow cannot be written to
+        labels = np.asarray(labels).astype(np.int64)  # a copy: those of Arrow cannot be written to
         if missing := np.count_nonzero(labels < 0):
             self.problems += (f"{missing} of {len(labels)} {what} are empty: none is used",)
             return
