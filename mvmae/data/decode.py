@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, UnidentifiedImageError
 
-from .formats import pillow_open, range_of, read_bands, sixteen_bits
+from .formats import is_sixteen_bits, pillow_open, range_of, read_bands, sixteen_bits
 from .pixels import WHITE, Colour, Pixels, Range, channels_last, pillow_pixels, to_uint8, with_channels
 
 try:
