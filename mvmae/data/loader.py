@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from .sampling import Bad, Batch, DataError, Sample
 
-TIMEOUT = 300
+TIMEOUT, TURN = 300, 5
 """Seconds to wait for a batch of a loading process before an error."""
 _SMALLER = "use fewer workers or a smaller batch"
 _CURES = {  # words of an error -> what it means and what to do
@@ -68,7 +68,7 @@ class Loader(DataLoader[Any]):
             pin_memory=pin_memory,
             collate_fn=partial(_collate, collate or stack),
             generator=torch.Generator(),  # else each pass draws from the global one
-            timeout=TIMEOUT if num_workers else 0,  # a network file that hangs must not keep the run waiting for ever
+            timeout=TURN if num_workers else 0,  # a network file that hangs must not keep the run waiting for ever
             worker_init_fn=_start_worker,
         )
         self._max_bad, self._bad_file = getattr(dataset, "max_bad", 0), Path(bad_file) if bad_file else None
@@ -89,7 +89,18 @@ class Loader(DataLoader[Any]):
             if self.num_workers and threading.current_thread() is threading.main_thread() and os.name == "posix":
                 # torch's handler would raise the death of a worker wherever the main thread is, even within a step
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for batch in batches:
+            waited = 0
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:  # torch sees that a worker is dead only at the end of its own timeout
+                    waited += TURN
+                    if "DataLoader timed out" in str(error) and waited < TIMEOUT:
+                        continue
+                    raise
+                waited = 0
                 if isinstance(batch, Batch):
                     self._count(batch.bad)
                 yield batch
