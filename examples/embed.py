@@ -38,7 +38,7 @@ from tasks.features import POOLS, Pooled
 from tasks.inputs import InputOptions, describe_inputs, read_inputs
 from tasks.labelled import LabelledConfig
 from tasks.models import load_backbone, summary
-from tasks.splits import named_images
+from tasks.splits import describe_source, named_images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def main(config: Config) -> None:
             print(f"warning: {error}: it is computed again", file=sys.stderr, flush=True)
             missing.append(rows)
     count = sum(map(len, missing))
-    print(f"{summary(model, name=config.model)}; {len(source)} images on {ranks.device}")
+    print(f"{summary(model, name=config.model)}; {describe_source(source)}; on {ranks.device}")
     print(f"inputs  {describe_inputs(config, inputs)}", flush=True)
     if count < len(source):
         print(f"resuming {folder}: {len(source) - count} of {len(source)} images are done", flush=True)

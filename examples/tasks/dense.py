@@ -239,9 +239,8 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
 
 def read_image(path: str, inputs: Inputs, size: Sequence[float], source: str | Path) -> Tensor:
     """Read an image upright by EXIF, as labelling tools show it: (C, H, W) uint8, of the size that ``source`` says."""
-    opened = open_image(path, max_pixels=inputs.max_pixels or MAX_PIXELS)
-    behind, channels = colour(inputs.background), len(inputs.mean)
-    pixels = opened.upright(opened.decode(channels=channels, value_range=inputs.value_range, background=behind))
+    opened = open_image(path, channels=len(inputs.mean), max_pixels=inputs.max_pixels or MAX_PIXELS)
+    pixels = opened.upright(opened.decode(value_range=inputs.value_range, background=colour(inputs.background)))
     require_size(path, pixels.shape[:2], size, source)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 import mvmae
 from engine.options import option
 from engine.signals import Stop
-from mvmae.data import MAX_PIXELS, AugmentedViews, ColorJitter, ImageSource, colour, measure_channels, pixel_options
+from mvmae.data import (
+    MAX_PIXELS,
+    AugmentedViews,
+    ColorJitter,
+    ImageSource,
+    colour,
+    decide_range,
+    measure_channels,
+    pixel_options,
+)
 from mvmae.inputs import Inputs, channels_of, inputs_of, set_inputs
 
 
@@ -39,12 +48,12 @@ TYPED = tuple(field.name for field in dataclasses.fields(InputOptions))
 
 
 def read_inputs(config: Any, model: nn.Module, source: ImageSource, size: Sequence[int] = ()) -> Inputs:
-    """Decide how a model's images are read, by `InputOptions` and the model's own record, and record it on the model.
+    """Decide how a model's images are read, by `InputOptions`, its own record and the images, and record it on the model.
 
     Args:
         config: with the fields of `InputOptions`.
         model: of timm.
-        source: images to measure, where mean or deviation is "auto".
+        source: images to measure, where mean or deviation is "auto", and of which the range of deep pixels is decided.
         size: side of an image in pixels, or (H, W), for models without a size of their own; empty: as the model was built.
     """
     typed: dict[str, Any] = {name: getattr(config, name) or None for name in TYPED}
@@ -59,6 +68,10 @@ def read_inputs(config: Any, model: nn.Module, source: ImageSource, size: Sequen
         if words := [word for word in typed[name] or () if isinstance(word, str)]:
             raise Stop(f"--{name} must be numbers, or auto alone, got {words[0]!r}")
     inputs = inputs_of(model, **typed)
+    if inputs.value_range is None:
+        options = pixel_options(inputs)
+        decided = decide_range(source, channels=options["in_chans"], max_pixels=options["max_pixels"])
+        inputs = dataclasses.replace(inputs, value_range=decided)
     set_inputs(model, inputs)
     return inputs
 
