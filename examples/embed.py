@@ -37,7 +37,7 @@ from tasks.feature_files import Features, Parts, fingerprint, write_array, write
 from tasks.features import POOLS, Pooled
 from tasks.inputs import InputOptions, describe_inputs, read_inputs
 from tasks.labelled import LabelledConfig
-from tasks.models import load_backbone, summary
+from tasks.models import SHIPPED, load_backbone, summary
 from tasks.splits import describe_source, named_images
 
 
@@ -50,7 +50,7 @@ class Config(InputOptions):
     image_size: tuple[int, ...] = redefine(LabelledConfig, "image_size", ())
     max_bad: int = redefine(LabelledConfig, "max_bad", 100, "number of unreadable images to tolerate; one more stops the run")
     model: str = option(
-        REQUIRED,
+        SHIPPED,
         "timm name, hf-hub:ID, folder of a run or an export, or file of weights; random:NAME is untrained",
         path=True,
         section="Model",

@@ -75,8 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "help": "for small sets of photographs, hours of two CPU cores: a small ViT at 64 pixels, contrast late and behind a "
         "projector, jitter, Muon",
         "output_dir": "runs/small",
-        "encoder": "mvmae_vit_tiny_patch16",
-        "encoder_args": "patch_size=8 embed_dim=192 depth=4 num_heads=3",
+        "encoder": "mvmae_vit_micro_patch8_64",
         "image_size": (64,),
         "jitter": (0.4, 0.4, 0.4, 0.1),
         "grayscale": 0.2,

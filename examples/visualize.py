@@ -45,7 +45,7 @@ from mvmae.weights import write_json
 from tasks.drawn_images import properties, spread, take
 from tasks.features import Pooled, extract
 from tasks.inputs import InputOptions, read_inputs
-from tasks.models import load_backbone
+from tasks.models import SHIPPED, load_backbone
 from tasks.splits import Part, named_images
 
 DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions")
@@ -65,7 +65,7 @@ class Config(InputOptions):
     output_dir: str = option("runs/pictures", "folder for the pictures", path=True, section="Run")
     seed: int = option(0, "seed of the choice of images, of untrained weights and of masks", at_least=0)
     models: tuple[str, ...] = option(
-        REQUIRED,
+        (SHIPPED,),
         "models to draw: timm names, hf-hub:ID, folders of runs or exports; random:NAME is untrained",
         path=True,
         section="Model",

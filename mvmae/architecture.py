@@ -59,7 +59,7 @@ def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
     """
     cfg = getattr(vit, "pretrained_cfg", None) or {}
     name = cfg.get("architecture") or DEFAULT_NAME
-    own = {theirs: ours for ours, theirs in TIMM_NAMES.items()} if isinstance(vit, SinCosVisionTransformer) else {}
+    own = {theirs: ours for ours, theirs in reversed(TIMM_NAMES.items())} if isinstance(vit, SinCosVisionTransformer) else {}
     name = TIMM_NAMES.get(name, name) if plain else own.get(name, name)
     if not timm.is_model(name):
         name = DEFAULT_NAME

@@ -25,6 +25,9 @@ from mvmae.inputs import INPUTS, Inputs, inputs_of, set_inputs
 from mvmae.masked_vit import check_encoder
 from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
 
+SHIPPED = "mvmae_vit_micro_patch8_64"
+"""The encoder whose weights come with the package."""
+
 
 def load_backbone(name: str, *, arch: str = "", image_size: Sequence[int] = (), **options: Any) -> nn.Module:
     """Build any model of timm without a head, with its weights unless ``random:`` stands before its name.
