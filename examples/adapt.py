@@ -2,15 +2,16 @@ r"""Continue training an existing encoder, on unlabelled images of your own: pre
 
   python examples/adapt.py --encoder vit_small_patch14_reg4_dinov2.lvd142m --image-size 224 \
     --data path/to/images --output-dir runs/adapted
-      downloads the weights; prints view retrieval before and after, or the k-NN accuracy if the images have labels
+      downloads the weights; prints before and after the k-NN accuracy if the images have labels, else view retrieval: how often
+      the nearest of all crops is another crop of the same image
   python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 \
     --decoder-dim 64 --decoder-depth 2 --decoder-heads 4 --workers 2
       takes minutes of one CPU core, from encoder and decoder of pretrain.py --preset quick
 
 The recipe is that of pretrain.py --preset small with contrast from the start, and gentler: the encoder is frozen while the new
 decoder learns to use it, and then its lower layers have smaller learning rates. From the folder of a run, decoder and projector
-go on too, where they fit. --rehearse DATA, images of the start's own kind, keeps what it knew. The run leaves the encoder that
-measured best, which can be the one that it started from.
+go on too, where they fit. --rehearse DATA, images like those that the encoder was trained on, keeps what it knew. The run
+leaves the encoder that measured best, which can be the one that it started from.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from tasks.splits import open_splits
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(shared.Config):
-    """All but the layer decay's source is ours, measured (RESULTS.md): nobody has published such a recipe."""
+    """The recipe is ours, but for the layer decay, and measured (RESULTS.md): nobody has published such a one."""
 
     encoder: str = redefine(
         shared.Config,
@@ -52,7 +53,8 @@ class Config(shared.Config):
     )
     rehearse: str = option(
         "",
-        "images like those the start was trained on, as for --data: as many of them are trained on too, and less is forgotten",
+        "images like those that --encoder was trained on, given as for --data: as many as there are of your own are trained on "
+        "too, so that less is forgotten",
         path=True,
         section="Data",
     )

@@ -1,7 +1,7 @@
 r"""Measure how fast images load and how fast the model trains, each against another way to do the same.
 
   python examples/benchmark.py
-      takes a few minutes on one CPU core; loading is 3.4 to 4 times as fast as the naive way at 500 x 375 pixels
+      takes a few minutes on one CPU core; loading is 3 to 4 times as fast as the naive way at 500 x 375 pixels
   python examples/benchmark.py --parts step mfu --precision bf16 --batch-sizes 64 128 256 \
     --encoders mvmae_vit_base_patch16 mvmae_vit_large_patch16
       on a CUDA device: which share of its speed a training step uses, by encoder and batch size

@@ -9,9 +9,10 @@ r"""Detect and segment objects: Mask R-CNN on COCO (Table 3 of the paper).
   python examples/detect.py --data path/to/coco --model runs/paper --output-dir runs/coco --evaluate
       measures the AP of the newest checkpoint without training
 
-The data lie in COCO's layout: annotations/instances_train2017.json, train2017/, and the same for val2017. If no object has a
-mask, Faster R-CNN is trained on the boxes alone. Add --resume to continue an interrupted run. The output folder then holds
-results.json (12 numbers for boxes, 12 for masks), detections.json and predictions.png.
+The data lie in COCO's layout: annotations/instances_train2017.json, train2017/, and the same for val2017; classes are those of
+the training split, and those of the other are matched by name. If no object has a mask, Faster R-CNN is trained on the boxes
+alone. Add --resume to continue an interrupted run. The output folder then holds results.json (12 numbers for boxes, 12 for
+masks), detections.json and predictions.png.
 """
 
 import dataclasses

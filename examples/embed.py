@@ -9,10 +9,11 @@ r"""Write the features of all images of a folder, list, archive or data set to o
   python examples/embed.py --data sample --model random:mvmae_vit_tiny_patch16 --image-size 48
       takes half a minute on two CPU cores; random weights
 
-A feature is what timm pools for a classifier, of the image as timm's own transform for evaluation prepares it: for the encoders
-of this package the mean patch token, which --pool avg takes of any transformer. In Python: mvmae.embed(model, source). Reading
-and decoding may take longer than the forward pass: use --workers. Features are saved in parts: however a run ended, --resume
-completes it. An image that cannot be read has a row of NaN and a line in bad_files.txt.
+A feature is what timm pools for a classifier: for the encoders of this package the mean patch token, which --pool avg takes of
+any transformer. Images are read as the model's config.json says, and prepared by timm's own transform for evaluation. In
+Python: mvmae.embed(model, source). Reading and decoding may take longer than the forward pass: use --workers. Features are
+saved in parts: however a run ended, --resume completes it. An image that cannot be read has a row of NaN and a line in
+bad_files.txt.
 """
 
 import dataclasses
@@ -65,7 +66,7 @@ class Config(InputOptions):
         section="Run",
     )
     resume: bool = redefine(RunConfig, "resume", False, "compute only the parts that the output folder lacks")
-    save_every: int = option(1024, "images of a part, which is saved as a whole", at_least=1)
+    save_every: int = option(1024, "images between two saves", at_least=1)
     seed: int = redefine(RunConfig, "seed", 0, "seed of untrained weights")
     device: str = redefine(RunConfig, "device", "auto")
     precision: str = redefine(RunConfig, "precision", "float32")

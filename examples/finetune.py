@@ -62,7 +62,7 @@ class Config(LabelledConfig):
     warmup_epochs: float = option(5, "epochs of linear warm-up of the learning rate (MAE)", at_least=0)
     batch_size: int = option(512, "number of images per step, over all processes (paper)", at_least=1, section="Optimizer")
     base_lr: float = option(
-        5e-4, "learning rate of AdamW for a batch of 256; it is scaled with the batch; at the end 1e-6 (MAE)", above=0
+        5e-4, "learning rate of AdamW for a batch of 256; it is scaled with the batch, and falls to 1e-6 (MAE)", above=0
     )
     layer_decay: float = option(
         0.65, "factor of the learning rate from each layer to the one below; 1: one rate for all (MAE)", above=0, at_most=1

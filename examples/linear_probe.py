@@ -72,7 +72,7 @@ class Config(LabelledConfig):
         above=0,
     )
     few_shot: tuple[int, ...] = option(
-        (1, 2, 5), "numbers of labels per class of classifiers on few labels; 0: none", at_least=0, section="Evaluation"
+        (1, 2, 5), "labels per class, of one more classifier for each number; 0: none", at_least=0, section="Evaluation"
     )
 
 

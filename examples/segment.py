@@ -6,13 +6,15 @@ r"""Semantic segmentation: UPerNet on ADE20K (Table 4 of the paper).
     --model runs/paper --output-dir runs/ade
       160 000 steps with BEiT's recipe: about a day on 8 GPUs (not measured); the paper reports 50.2 mIoU; mmsegmentation
       reaches 48.1 with MAE's weights
-  python examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper --output-dir runs/ade --evaluate
+  python examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper \
+    --output-dir runs/ade --evaluate
       measures the mIoU of the newest checkpoint without training
 
-Other data needs the folders images/{training,validation} and annotations/{training,validation} with 8-bit label maps; a file
-classes.txt, one name per line, names the labels. Pixels that are left out are neither learnt nor counted: of label 0 unless
---no-reduce-zero-label, of 255 unless --no-ignore-255, of each --ignore-label. Add --resume to continue an interrupted run. The
-output folder then holds results.json, with every class, and predictions.png.
+Other data needs the folders images/{training,validation} and annotations/{training,validation}, with maps of labels from 0 to
+255. The classes are those that classes.txt names, one a line, or else the labels that occur in training. Some pixels are
+neither learnt nor counted: those of label 0 unless --no-reduce-zero-label is given, of label 255 unless --no-ignore-255 is,
+and of each --ignore-label. Add --resume to continue an interrupted run. The output folder then holds results.json, with every
+class, and predictions.png.
 """
 
 import dataclasses

@@ -72,7 +72,7 @@ class Config(InputOptions):
     )
     draw: tuple[str, ...] = option(DRAWINGS, "kinds of pictures", DRAWINGS, section="Pictures")
     count: int = option(6, "images to draw", at_least=1)
-    bank: int = option(500, "most images for the neighbours and the shares of variance", at_least=2)
+    bank: int = option(500, "images that neighbours and shares of variance are found among, at most", at_least=2)
     device: str = redefine(RunConfig, "device", "auto")
 
 

@@ -98,7 +98,7 @@ class RunConfig:
     tracker: tuple[str, ...] = option((), "trackers that also get numbers, options and pictures", TRACKERS, may_change=True)
     max_steps: int = option(
         0,
-        "stop after this many steps of the schedule, for tests; 0: train to the end; for a shorter run use fewer epochs",
+        "stop after this many steps of the schedule, for tests; 0: train to the end; a shorter run has fewer epochs or steps",
         at_least=0,
         may_change=True,
     )

@@ -49,7 +49,7 @@ class Config(InputOptions, RunConfig):
     steps: int = option(0, "steps of the run, in place of --epochs; 0: by --epochs", at_least=0, may_change=True)
     warmup_epochs: float | None = option(
         None,
-        "epochs of linear warm-up; if not given 5 % of the run, with the paper's preset 2.5 % (40 of 1600), with quick 10 %",
+        "epochs of linear warm-up; if not given 5 % of the run, --preset paper 2.5 % (40 of 1600), --preset quick 10 %",
         at_least=0,
     )
     batch_size: int = option(
@@ -64,16 +64,17 @@ class Config(InputOptions, RunConfig):
     )
     jitter: tuple[float, ...] = option(
         (),
-        "colour jitter of a view: brightness, contrast, saturation, hue, such as 0.4 0.4 0.4 0.1, or the first two, which are "
-        "all that images of other than 3 channels have; 0 0: none",
+        "strength of random brightness, contrast, saturation and hue of a view, such as 0.4 0.4 0.4 0.1, or of the first two "
+        "alone, which is all that images of other than 3 channels get; 0 0: none",
         at_least=0,
         lengths=(2, 4),
     )
     grayscale: float = option(0.0, "probability that a view becomes grey", at_least=0, at_most=1)
     transform: str = option(
         "",
-        "function of yours, module:function, that changes each view, (C, H, W) uint8, after crop and flip; so that runs can be "
-        "repeated, it draws from the global generators of torch, NumPy and Python, or from its own, which it refers to by name",
+        "function or object of yours, module:name, that changes each view, (C, H, W) uint8, after crop and flip; a run can be "
+        "repeated if it draws from an argument generator (torch) or rng (NumPy), from the global generators of torch, NumPy "
+        "and Python, from generators that it names, or has set_random_seed; from others it draws the same in every process",
     )
     mask_ratio: float = option(0.8, "share of the patches that is masked (paper, Table 5)", at_least=0, below=1)
     loss_weight: float = option(2.0, "weight of the contrastive loss, lambda; 0: none (paper, Table 5)", at_least=0)
@@ -116,7 +117,7 @@ class Config(InputOptions, RunConfig):
         section="Evaluation",
     )
     eval_images: int = option(
-        5000, "images of an evaluation, with k-NN if they have labels; 0: no evaluation", at_least=0, may_change=True
+        5000, "images to evaluate on at most, by k-NN too if they have labels; 0: no evaluation", at_least=0, may_change=True
     )
     accumulate: int = option(
         1,

@@ -32,15 +32,17 @@ class InputOptions:
     mean: tuple[float | str, ...] = option(
         (), "mean of each channel, 0 to 1; auto: measured; the model's own if not given", at_least=0, at_most=1, section="Data"
     )
-    std: tuple[float | str, ...] = option((), "standard deviation of each channel, likewise", above=0, at_most=1)
+    std: tuple[float | str, ...] = option(
+        (), "standard deviation of each channel; auto: measured; the model's own if not given", above=0, at_most=1
+    )
     value_range: tuple[float, ...] = option(
         (),
-        "pixel values that map to black and white, such as 0 4095; if not given the model's own, else the whole range",
+        "pixel values that are black and white, such as 0 4095; if not given the model's own, else what the images tell",
         lengths=(2,),
     )
     background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; the model's own if not given")
     max_pixels: int = option(
-        0, f"pixels above which an image counts as unreadable; 0: the model's own, else {MAX_PIXELS}", at_least=0
+        0, f"pixels above which an image counts as unreadable; 0: the model's own limit, else {MAX_PIXELS}", at_least=0
     )
 
 
