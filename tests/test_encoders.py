@@ -89,7 +89,14 @@ def test_the_cfgs_claim_no_weights_and_say_how_to_load_ones_own():
         with pytest.raises(WeightsError) as error:
             timm.create_model(name, pretrained=True)
         assert "\n" not in str(error.value)
-        for part in (name.split(".")[0], "mvmae_vit_micro_patch8_64", "vit_base_patch16_224.mae", "dict(file=...)", "local-dir:", "hf-hub:"):
+        for part in (
+            name.split(".")[0],
+            "mvmae_vit_micro_patch8_64",
+            "vit_base_patch16_224.mae",
+            "dict(file=...)",
+            "local-dir:",
+            "hf-hub:",
+        ):
             assert part in str(error.value)
 
 

@@ -30,7 +30,19 @@ from mvmae.weights import first_line
 Config = TypeVar("Config")
 Presets = Mapping[str, Mapping[str, Any]]
 REQUIRED = dataclasses.MISSING
-SECTIONS = ("Data", "Run", "Length", "Method", "Model", "Optimizer", "Evaluation", "Pictures", "Card and upload", "Speed")
+SECTIONS = (
+    "Data",
+    "Inputs",
+    "Run",
+    "Length",
+    "Method",
+    "Model",
+    "Optimizer",
+    "Evaluation",
+    "Pictures",
+    "Card and upload",
+    "Speed",
+)
 BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
     "at_least": operator.ge,
     "above": operator.gt,
