@@ -357,9 +357,12 @@ def test_every_trained_parameter_is_in_one_group_and_has_a_gradient(name, blocks
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"] if group["encoder"]}
-    decayed = {id(parameter) for group in groups for parameter in group["params"] if group["weight_decay"]}
-    assert id(vit.pos_embed) not in decayed and id(vit.blocks[1].mlp.fc1.weight) in decayed
-    assert id(model.projector[0].weight) in decayed
+    for layer_decay, fixed in ((1.0, set()), (0.5, vit.no_weight_decay())):
+        parts = parameter_groups(model, 0.05, layer_decay)
+        decayed = {id(parameter) for group in parts for parameter in group["params"] if group["weight_decay"]}
+        for key, parameter in model.named_parameters():
+            wanted = parameter.requires_grad and parameter.ndim > 1 and key.removeprefix("encoder.") not in fixed
+            assert (id(parameter) in decayed) == wanted, key
     if blocks:
         assert {name for name in with_gradient if name.startswith("encoder.")} == {
             f"encoder.{name}" for name, _ in vit.named_parameters() if name.startswith(("blocks.1.", "norm.", "fc_norm."))

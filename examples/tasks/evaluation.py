@@ -12,9 +12,9 @@ from mvmae import MultiViewTransform
 from mvmae.data import EvalTransform, ImageSource, normalize
 from mvmae.metrics import effective_rank, knn_accuracy, uniformity, view_retrieval
 from tasks.features import OfViews, Pooled, extract
+from tasks.probe import NEIGHBOURS
 from tasks.splits import Part, Splits, draw
 
-NEIGHBOURS = 20
 VIEWS, CROPPED = 8, 512
 """Random views of an image of which view retrieval is computed, and the most images of which they are taken."""
 FEW = 50

@@ -8,7 +8,7 @@ import torch
 
 from mvmae.metrics import effective_rank, linear_cka, mean_cosine
 from tasks.best import Best
-from tasks.evaluation import NEIGHBOURS, Evaluation
+from tasks.evaluation import Evaluation
 from tasks.plots import limits, plot
 from tasks.probe import linear_accuracy, measure
 
@@ -42,7 +42,7 @@ def compare(best: Best, evaluations: Mapping[str, Evaluation]) -> list[dict[str,
                 bank, known = evaluation.bank((queries, labels))
                 row = {"set": name, "moment": moment, **evaluation.retrieval(), "rank": effective_rank(queries)}
             if evaluation.labelled:
-                row |= measure((bank, known), (queries, labels), neighbours=NEIGHBOURS, few_shot=(1, 5))
+                row |= measure((bank, known), (queries, labels), few_shot=(1, 5))
                 row["linear"] = linear_accuracy(bank, known, queries, labels)
             if before is not None:
                 row |= {"similarity": mean_cosine(before, queries), "cka": linear_cka(before, queries)}
