@@ -28,6 +28,7 @@ sys.path.append(str(EXAMPLES))
 import adapt as script
 import pretrain
 from engine.distributed import Ranks
+from engine.optim import set_learning_rate
 from engine.options import parse
 from engine.signals import Stop
 from tasks import gains
@@ -41,7 +42,6 @@ from tasks.pretraining import (
     load_run,
     open_data,
     parameter_groups,
-    set_learning_rates,
     train_last_blocks,
 )
 from tasks.probe import linear_accuracy
@@ -373,7 +373,7 @@ def test_every_trained_parameter_is_in_one_group_and_has_a_gradient(name, blocks
         assert scale[id(vit.patch_embed.proj.weight)] < first < last <= 1 and said == ""
     optimizer = torch.optim.SGD(groups, lr=1)
     for rates, expected in (({"lr": 0.1}, 0.1), ({"lr": 0.1, "lr_encoder": 0.05}, 0.05)):
-        set_learning_rates(optimizer, **rates)
+        set_learning_rate(optimizer, **rates)
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(group["lr_scale"] * (expected if group["encoder"] else 0.1))
     with pytest.raises(Stop, match="--train-blocks must be at most the encoder's 2 blocks, got 3"):
