@@ -101,8 +101,8 @@ def build_trunk(
 ) -> tuple[WindowedViT, Inputs]:
     """Return the encoder with attention in windows, and how its images are read: in an evaluation, as in training.
 
-    ``images`` is the folder of those to measure, where ``--mean`` or ``--std`` is auto; ``taps`` gives, for a number of blocks,
-    those whose output is used.
+    ``images`` is the folder of those that decide the range of pixels, and are measured where ``--mean`` or ``--std`` is auto;
+    ``taps`` gives, for a number of blocks, those whose output is used.
     """
     torch.manual_seed(config.seed)
     arguments = timm_arguments(config.model_args)
@@ -120,7 +120,7 @@ def build_trunk(
     saved = read_json(file) if config.evaluate and file.is_file() else {}
     if INPUTS in saved:
         set_inputs(vit, Inputs.from_config(saved))
-    source: Any = open_images(images) if "auto" in config.mean + config.std else None
+    source = open_images(images if images.is_dir() else images.parent)  # file_name of COCO may begin at the data's folder
     return trunk, read_inputs(config, vit, source, [config.image_size])
 
 
