@@ -97,9 +97,10 @@ def test_images_are_mixed_and_augmented_as_in_the_recipe(vit):
     assert plain(torch.ones(2, 1, 4, 4), torch.tensor([2, 0]))[1].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
     mean_and_std = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     vit.pretrained_cfg |= mean_and_std
-    for typed, policy in (((), "rand-m9-mstd0.5-inc1"), (("--augment", "none"), None)):
+    own = ("--augment", "none", "--crop-scale", 0.3, 0.6)
+    for typed, policy, scale in (((), "rand-m9-mstd0.5-inc1", (0.08, 1.0)), (own, None, (0.3, 0.6))):
         ours = finetune.build_transform(config("--image-size", 32, *typed), vit).transform
-        options = {"auto_augment": policy, "scale": (0.08, 1.0), "re_prob": 0.25, "re_mode": "pixel", "color_jitter": None}
+        options = {"auto_augment": policy, "scale": scale, "re_prob": 0.25, "re_mode": "pixel", "color_jitter": None}
         timms = timm.data.create_transform(32, is_training=True, interpolation="bicubic", **options, **mean_and_std)
         assert [without_address(step) for step in ours.transforms] == [without_address(step) for step in timms.transforms]
 

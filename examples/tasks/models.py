@@ -59,8 +59,8 @@ def start_encoder(
 ) -> Any:
     """Build the encoder that pretraining or adapting starts from, a plain ViT without a head.
 
-    Whether with its weights says ``pretrained``, not ``random:``; timm adapts them to ``in_chans`` channels. ``image_size`` is
-    that of `load_backbone`, ``arguments`` those of `create_encoder`.
+    ``pretrained``, not ``random:``, says whether it has its weights; timm adapts them to ``in_chans`` channels.
+    ``image_size`` is that of `load_backbone`, ``arguments`` are those of `create_encoder`.
     """
     if name.startswith("random:"):
         cure = "leave it out: pretrain.py starts from random weights, adapt.py with --no-pretrained"
