@@ -345,7 +345,7 @@ def test_a_prediction_has_the_size_of_the_image():
 
 
 def build(config, classes):
-    return segment.UPerNet(build_trunk(config, Path(), taps=segment.taps)[0], classes, config)
+    return segment.UPerNet(build_trunk(config, EXAMPLES / "results", taps=segment.taps)[0], classes, config)
 
 
 def test_the_recipe_of_beit_reaches_optimizer_schedule_and_model():
