@@ -4,7 +4,6 @@ import colorsys
 import json
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
