@@ -34,7 +34,7 @@ TIMM_NAMES = {
     "mvmae_vit_huge_patch14": "vit_huge_patch14_224",
     "mvmae_vit_micro_patch8_64": "vit_tiny_patch16_224",  # with other arguments
 }  # the same architectures under the names that timm has without this package
-SHIPPED = {"mvmae_vit_micro_patch8_64.cifar10": "6edd29dce73ed9552c20c8e30cf679b6865c517fb51c6444ca928bc3adb29a6b"}
+SHIPPED = {"mvmae_vit_micro_patch8_64.cifar10": "2a01c8e476cc13d88dec7988266d981ce7bff88354e51eb39cb21108e4b645ba"}
 """The weights in ``pretrained/``, in float16, with their checksums (SHA-256)."""
 PRETRAINED = Path(__file__).parent / "pretrained"
 
