@@ -9,7 +9,6 @@ import ast
 import copy
 import dataclasses
 import difflib
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +22,10 @@ import mvmae
 from engine.signals import Stop
 from mvmae import WeightsError, hub
 from mvmae.data import colour
+from mvmae.encoders import arguments_of, known_arguments
 from mvmae.inputs import INPUTS, Inputs, inputs_of, set_inputs
 from mvmae.masked_vit import check_encoder
-from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
+from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json, read_weights
 
 Config = TypeVar("Config", bound=Any)
 
@@ -39,14 +39,16 @@ def load_backbone(name: str, *, arch: str = "", image_size: Sequence[int] = (), 
     wanted = name.removeprefix("random:")
     architecture, file = find_weights(wanted, arch)
     with torch.device("meta"):
-        known = inspect.signature(type(create_encoder(architecture)).__init__).parameters
+        known = known_arguments(create_encoder(architecture))
     options |= {"img_size": (image_size[0], image_size[-1])} if image_size else {}
     options, pretrained = {key: value for key, value in options.items() if key in known}, wanted == name
+    if file is not None and architecture == arch:
+        options = arguments_of(arch, read_weights(file)) | options
     model = create_encoder(architecture, pretrained=pretrained and file is None, num_classes=0, **options)
     if getattr(getattr(model, "patch_embed", None), "num_patches", 1) == 0:
         raise Stop(f"images of {options.get('img_size')} pixels are smaller than a patch of {wanted}: use more")
     if pretrained and file is not None:
-        load_file(model, file)
+        hub.load_encoder(model, file)
     if INPUTS in (config := _config_beside(wanted, arch)):
         set_inputs(model, Inputs.from_config(config))
     return model
@@ -80,6 +82,9 @@ def start_encoder(
     architecture, file = find_weights(name, arch)
     with torch.device("meta"):
         check_encoder(create_encoder(architecture))  # before a download, and before arguments that only a plain ViT takes
+    if file is not None and architecture == arch:
+        said = arguments_of(arch, read_weights(file))
+        options |= {key: value for key, value in said.items() if key not in timm_arguments(arguments)}
     encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
     if pretrained and file is not None:
         hub.load_encoder(encoder, file)
@@ -121,6 +126,8 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
     path = Path(name.removeprefix("local-dir:"))
     if path.is_dir():
         folder = next((path / part for part in ("encoder", "best", "") if _is_export(path / part)), None)
+        if folder is not None and arch and "model_type" in read_json(folder / CONFIG_FILE):
+            return arch, locate(folder, WEIGHTS_FILE)  # a kind of transformers' models that needs a name of timm
         if folder is None:
             raise Stop(
                 f"{path} holds no model: give the folder of a finished run, or one with {CONFIG_FILE} and {WEIGHTS_FILE}"
@@ -138,19 +145,7 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
 
 def _is_export(folder: Path) -> bool:
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    return "architecture" in config or config.get("model_type") == "vit_mae"  # timm's, or transformers' ViTMAE
-
-
-def load_file(model: Any, file: Path) -> None:
-    """Load a file of weights into a model without a head: all of the model's weights, or none."""
-    try:
-        hub.load_encoder(model, file)
-    except TypeError:  # no plain ViT: the names must be its own
-        weights, head = read_weights(file), f"{model.pretrained_cfg.get('classifier') or 'head'}."
-        weights = {key: value for key, value in weights.items() if not key.startswith(head)}
-        own = {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
-        check_weights(weights, own, source=file)
-        model.load_state_dict(weights, strict=False)
+    return "architecture" in config or "model_type" in config  # timm's, or transformers'
 
 
 def summary(model: Any, image_size: int | Sequence[int] = (), name: str = "") -> str:
@@ -168,6 +163,7 @@ def summary(model: Any, image_size: int | Sequence[int] = (), name: str = "") ->
     parts.append("images of {}x{} pixels".format(*to_2tuple(size)))
     if hasattr(patches, "patch_size"):
         parts.append("patches of {}x{}".format(*to_2tuple(patches.patch_size)))
+    parts += [said] if (said := getattr(model, "weights_from", "")) else []
     return ", ".join(parts)
 
 
