@@ -55,9 +55,9 @@ TRANSFORMERS = (  # in memory, and in files of 4.x and 5.x
     (r"(^|\.)embeddings\.position_embeddings$", r"\1pos_embed"),
     (r"(^|\.)embeddings\.distillation_token$", r"\1dist_token"),
     (r"(^|\.)embeddings\.(?=(cls_token|mask_token|register_tokens)$)", r"\1"),
-    (r"(^|\.)layernorm\.", r"\1norm."),
     (r"(^|\.)pooler\.layernorm\.", r"\1fc_norm."),
-    (r"(^|\.)(?:encoder\.)?relative_position_bias\.(?=relative_position_bias_table$)", r"\1rel_pos_bias."),
+    (r"(^|\.)layernorm\.", r"\1norm."),
+    (r"(^|\.)(?:encoder\.)?(?:relative|shared)_position_bias\.(?=relative_position_bias_table$)", r"\1rel_pos_bias."),
     (r"(^|\.|decoder_)(?:encoder\.layer|layers)\.(?=\d)", r"\1blocks."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
@@ -313,6 +313,12 @@ def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, 
             f"{family}'s ViT of width {model.embed_dim} has {heads} heads, the model {model.blocks[0].attn.num_heads}: build "
             f"it with num_heads={heads}"
         )
+    stem, wanted = (len(weights.get("conv1.weight", ())) for weights in (own, expected))
+    if stem > wanted > 0:
+        raise WeightsError(
+            f"the checkpoint's ResNet has a stem of {stem} channels, as SimCLR's of width 2 and 4, the model of {wanted}: timm has "
+            "no wider one, take the file of width 1"
+        )
     own = _as_model_has_them(own, expected)
     of_vit = isinstance(model, VisionTransformer | Eva | Beit)
     positions = own.pop("pos_embed", None) if of_vit else None
@@ -393,7 +399,7 @@ def _as_model_has_them(own: dict[str, Tensor], expected: Mapping[str, Tensor]) -
             has_them = wanted.keys() <= expected.keys()
             if key.any() or not (has_them or not (query.any() or value.any())):
                 raise WeightsError(
-                    f"{name} is not zero, and the model has none: build one with it, such as timm's *_dinov3_qkvb"
+                    f"{name} is not zero, and the model has no place for it: build one with that bias, as timm's *_dinov3_qkvb"
                 )
             weights |= wanted if has_them else {}
             merged += [name]

@@ -5,6 +5,7 @@ else a timm model, whose weights are written under the project's names.
 """
 
 import argparse
+import dataclasses
 import re
 import sys
 import types
@@ -21,10 +22,12 @@ from test_hub import mae_positions
 from torch import Tensor, nn
 
 import mvmae
+from mvmae import hub
 from mvmae.inputs import inputs_of
+from mvmae.weights import WeightsError
 
 sys.path.append(str(EXAMPLES))
-from tasks.models import load_backbone, summary
+from tasks.models import load_backbone, start_encoder, summary, with_background
 
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -371,3 +374,149 @@ def test_a_peer_s_file_gives_its_own_tokens_mean_and_vector(name, tmp_path):
         assert difference(model, peer) < 2e-5
         assert inputs_of(model).mean == pytest.approx(peer.mean)
         assert peer.said in summary(model)
+
+
+HF = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+HF |= {"intermediate_size": 96, "layer_norm_eps": 1e-6}
+RELATIVE = {"use_relative_position_bias": True}
+OF_TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str]] = {  # class, its options, and timm's name for its bare file
+    "ViT": ("ViT", {}, VIT),
+    "DeiT": ("DeiT", {}, "deit_tiny_distilled_patch16_224"),
+    "I-JEPA": ("IJepa", {}, ""),
+    "DINOv2": ("Dinov2", {"mlp_ratio": 2}, "vit_small_patch14_dinov2"),
+    "DINOv2 with registers": ("Dinov2WithRegisters", {"mlp_ratio": 2}, "vit_small_patch14_reg4_dinov2"),
+    "DINOv3": ("DINOv3ViT", {"num_register_tokens": 4, "layer_norm_eps": 1e-5}, "vit_small_patch16_dinov3_qkvb"),
+    "BEiT": ("Beit", RELATIVE, "beit_base_patch16_224"),
+    "BEiT, shared": ("Beit", {"use_shared_relative_position_bias": True}, "beit_base_patch16_224"),
+    "BEiT, class token": ("Beit", {**RELATIVE, "use_mean_pooling": False}, ""),
+    "data2vec": ("Data2VecVision", {**RELATIVE, "use_absolute_position_embeddings": True}, ""),
+}
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+@torch.no_grad()
+def test_a_folder_and_a_file_of_transformers_give_its_tokens(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    kind, options, arch = OF_TRANSFORMERS[name]
+    of_kind = f"{kind}ForImageClassification" if kind == "Data2VecVision" else f"{kind}Model"  # whose encoder lacks the norm
+    model = filled(getattr(transformers, of_kind)(getattr(transformers, f"{kind}Config")(**{**HF, **options})))
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.4, 0.4, 0.4], "image_std": [0.2, 0.2, 0.2]}'
+    )
+    peer = Peer(None, lambda images: getattr(model, "data2vec_vision", model)(images).last_hidden_state)
+    images = torch.rand(2, 3, 32, 32)
+    loaded: Any = load_backbone(str(tmp_path / "saved"))
+    assert difference(loaded, peer, images) < 2e-5
+    assert inputs_of(loaded).mean == (0.4, 0.4, 0.4)
+    again: Any = load_backbone(f"random:{tmp_path / 'saved'}")
+    hub.load_encoder(again, model.state_dict())
+    assert difference(again, peer, images) < 2e-5
+    if arch:
+        size = {**SMALL, "mlp_ratio": 2, "img_size": 32}
+        alone: Any = load_backbone(str(tmp_path / "saved" / "model.safetensors"), arch=arch, **size)
+        assert difference(alone, peer, images) < 2e-5
+
+
+def test_a_folder_of_another_model_of_transformers_is_named(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=9
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"transformers' models .* are known, got 'bert': [^\n]*--arch[^\n]*$"):
+        load_backbone(str(tmp_path))
+    with pytest.raises(WeightsError, match="does not fit the model: .* missing"):
+        load_backbone(str(tmp_path), arch=VIT)
+
+
+def missing(weights: Weights) -> str:
+    name = next(name for name in weights if name.endswith("blocks.1.mlp.fc1.weight"))
+    del weights[name]
+    return r"1 missing \(blocks\.1\.mlp\.fc1\.weight\)"
+
+
+def transposed(weights: Weights) -> str:
+    name = next(name for name in weights if name.endswith("blocks.1.mlp.fc1.weight"))
+    weights[name] = weights[name].t().contiguous()
+    return r"blocks\.1\.mlp\.fc1\.weight is \(48, 192\) instead of \(192, 48\)"
+
+
+def one_more(weights: Weights) -> str:
+    first = next(name for name in weights if name.endswith("blocks.0.mlp.fc1.weight"))
+    weights[first.replace("fc1", "extra")] = torch.zeros(3)
+    return r"1 unexpected \(blocks\.0\.mlp\.extra\.weight\)"
+
+
+@pytest.mark.parametrize("damage", [one_more, missing, transposed])
+@pytest.mark.parametrize("name", ["MAE with its decoder", "BEiT", "CAE", "DINOv2 with registers", "DINOv3", "I-JEPA"])
+def test_a_file_with_one_tensor_wrong_is_refused_by_name(name, damage):
+    peer = PEERS[name]()
+    weights = dict(peer.content.get("model", peer.content.get("encoder", peer.content)))
+    weights = {key: value for key, value in weights.items() if not key.startswith("teacher.")}  # else that is taken
+    cause = damage(weights)
+    model = vit(peer.arch, **{**peer.size, **(SCALED if name == "CAE" else {})})
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=cause) as error:
+        hub.load_encoder(model, weights)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_weights_of_another_family_are_refused():
+    for name, arch in (
+        ("Swin", VIT),
+        ("MAE", "beit_base_patch16_224"),
+        ("BEiT", VIT),
+        ("SimCLR 1x", VIT),
+        ("DINO", "resnet18"),
+    ):
+        model = vit(arch) if "16" in arch else timm.create_model(arch)
+        with pytest.raises(WeightsError, match="(missing|unexpected|no place)"):
+            hub.load_encoder(model, PEERS[name]().content)
+
+
+def test_heads_biases_and_widths_that_a_model_has_no_place_for_are_refused():
+    peer = moco_small()
+    model: Any = timm.create_model(peer.arch, img_size=32, **peer.size)
+    with pytest.raises(WeightsError, match=r"MoCo v3's ViT of width 384 has 12 heads, the model 6: [^\n]*num_heads=12$"):
+        hub.load_encoder(model, peer.content)
+    with pytest.raises(WeightsError, match=r"blocks\.0\.attn\.qkv\.bias is not zero, and the model has no place [^\n]*qkvb$"):
+        hub.load_encoder(vit("vit_small_patch16_dinov3"), dinov3(True).content)
+    wide = {"conv1.weight": torch.zeros(128, 3, 7, 7), "bn1.weight": torch.zeros(128)}
+    with pytest.raises(WeightsError, match="stem of 128 channels"):
+        hub.load_encoder(timm.create_model("resnet50"), wide)
+
+
+def test_which_encoder_is_taken_and_that_nothing_says_the_mean_are_logged(tmp_path, caplog):
+    file = save(dino(), tmp_path / "dino.pth")
+    hub.load_encoder(vit(), file)
+    assert caplog.messages == [
+        "of the checkpoint's encoders teacher.backbone. is taken, student.module.backbone. left: to take another, save its "
+        "state dict"
+    ]
+    caplog.clear()
+    hub.load_encoder(vit(), save(PEERS["DINO's backbone"](), tmp_path / "file.pth"))
+    assert len(caplog.messages) == 1 and "--mean 0.485 0.456 0.406 --std 0.229" in caplog.messages[0]
+
+
+def test_a_pickle_of_another_class_is_still_refused(tmp_path):
+    peer = simmim()
+    module = peer.content[1]
+    module.CfgNode.__name__ = module.CfgNode.__qualname__ = "Other"
+    module.Other = module.CfgNode
+    with pytest.raises(WeightsError, match="could run code"):
+        hub.load_encoder(vit(), save(peer, tmp_path / "file.pth"))
+
+
+@dataclasses.dataclass
+class Options:
+    background: str = ""
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "beit_base_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_scripts_for_plain_vits_refuse_others_before_any_data_is_read(arch):
+    starts: list[Callable[[], Any]] = [lambda: start_encoder(arch), lambda: with_background(Options(), f"random:{arch}")]
+    for start in starts:  # of adapt.py; of detect.py and segment.py
+        with pytest.raises(TypeError, match=r"^the encoder must be a timm VisionTransformer or Eva, got [^\n]*$"):
+            start()

@@ -211,7 +211,12 @@ def _texts(content: Any) -> dict[str, str]:
 
 
 def with_background(config: Config, name: str, arch: str = "") -> Config:
-    """Return a script's options with the background that its user chose, else the model's own, else white."""
+    """Return a script's options with the background that its user chose, else the model's own, else white.
+
+    A model that is no plain ViT is refused by a TypeError, before any data is read.
+    """
+    with torch.device("meta"):
+        check_encoder(create_encoder(find_weights(name.removeprefix("random:"), arch)[0]))
     beside = _config_beside(name.removeprefix("random:"), arch)
     chosen = config.background or (beside.get("inputs") or beside).get("background") or "white"
     colour(chosen)  # refuses what is none

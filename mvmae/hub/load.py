@@ -77,16 +77,12 @@ def _record_inputs(encoder: nn.Module, weights: Mapping[str, Tensor], place: Pat
     content = read_json(beside) if beside.is_file() else {}
     mean_std = (content["image_mean"], content["image_std"]) if "image_mean" in content else family.mean_std
     recorded = isinstance(getattr(encoder, INPUTS, None), Inputs) or {"architecture", INPUTS} & described.keys()
+    cfg: Any = getattr(encoder, "pretrained_cfg", None) or {}
     parts = [f"weights of {name}"] if name else []
     if mean_std and channels_of(encoder) == len(mean_std[0]) and not recorded:
         set_inputs(encoder, inputs_of(encoder, mean=tuple(mean_std[0]), std=tuple(mean_std[1])))
         parts += [f"its mean {mean_std[0]} and deviation {mean_std[1]}"]
-    elif (
-        not recorded
-        and place.is_file()
-        and isinstance(encoder, VisionTransformer)
-        and set(encoder.pretrained_cfg["mean"]) == {0.5}
-    ):
+    elif not recorded and place.is_file() and isinstance(encoder, VisionTransformer) and set(cfg.get("mean", ())) == {0.5}:
         _logger.warning(
             "%s does not say how its images were normalised: mean and deviation are timm's for the architecture, 0.5; most "
             "encoders were trained with --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225",
