@@ -212,7 +212,7 @@ def family_of(weights: Mapping[str, Tensor]) -> tuple[str, Family]:
             table = sincos_table(positions.shape[2], (side, side))
             found = positions[0, positions.shape[1] - side**2 :].to(table)
             if torch.allclose(found, table, atol=1e-4):
-                return "MAE", FAMILIES["MAE"]
+                return "MAE or alike", FAMILIES["MAE"]
             if torch.allclose(found, table.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1), atol=1e-4):
                 return "MoCo v3", FAMILIES["MoCo v3"]  # whose positions have rows and columns swapped
     return "", Family(())
@@ -313,11 +313,11 @@ def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, 
             f"{family}'s ViT of width {model.embed_dim} has {heads} heads, the model {model.blocks[0].attn.num_heads}: build "
             f"it with num_heads={heads}"
         )
-    stem, wanted = (len(weights.get("conv1.weight", ())) for weights in (own, expected))
-    if stem > wanted > 0:
+    stem, narrow = (len(conv) if (conv := weights.get("conv1.weight")) is not None else 0 for weights in (own, expected))
+    if stem > narrow > 0:
         raise WeightsError(
-            f"the checkpoint's ResNet has a stem of {stem} channels, as SimCLR's of width 2 and 4, the model of {wanted}: timm has "
-            "no wider one, take the file of width 1"
+            f"the checkpoint's ResNet has a stem of {stem} channels, as SimCLR's of width 2 and 4, the model of {narrow}: timm "
+            "has no wider one, take the file of width 1"
         )
     own = _as_model_has_them(own, expected)
     of_vit = isinstance(model, VisionTransformer | Eva | Beit)

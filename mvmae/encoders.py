@@ -189,7 +189,7 @@ def arguments_of(model_name: str, weights: Mapping[str, Tensor]) -> dict[str, An
 
 def known_arguments(model: nn.Module) -> set[str]:
     """Return the names of the arguments with which a model of timm can be built."""
-    return {name for kind in type(model).__mro__ for name in inspect.signature(kind.__init__).parameters}
+    return {name for kind in type(model).__mro__ for name in inspect.signature(kind).parameters}
 
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -70,18 +70,22 @@ def load_encoder(
 
 
 def _record_inputs(encoder: nn.Module, weights: Mapping[str, Tensor], place: Path) -> None:
-    """Record mean and deviation of a family of checkpoints, unless there is a record on the encoder or beside the weights."""
-    name, family = family_of(weights)
+    """Record mean and deviation of a family of checkpoints, unless an export's config.json or the encoder has its own record."""
     described = read_json(place.with_name(CONFIG_FILE)) if place.with_name(CONFIG_FILE).is_file() else {}
+    if {"architecture", INPUTS} & described.keys():
+        return
+    name, family = family_of(weights)
     beside = place.with_name("preprocessor_config.json")  # of transformers
     content = read_json(beside) if beside.is_file() else {}
     mean_std = (content["image_mean"], content["image_std"]) if "image_mean" in content else family.mean_std
-    recorded = isinstance(getattr(encoder, INPUTS, None), Inputs) or {"architecture", INPUTS} & described.keys()
+    recorded = isinstance(getattr(encoder, INPUTS, None), Inputs)
     cfg: Any = getattr(encoder, "pretrained_cfg", None) or {}
     parts = [f"weights of {name}"] if name else []
+    if heads := family.heads.get(getattr(encoder, "embed_dim", 0)):
+        parts += [f"{heads} heads"]
     if mean_std and channels_of(encoder) == len(mean_std[0]) and not recorded:
         set_inputs(encoder, inputs_of(encoder, mean=tuple(mean_std[0]), std=tuple(mean_std[1])))
-        parts += [f"its mean {mean_std[0]} and deviation {mean_std[1]}"]
+        parts += ["normalised by mean {} and deviation {}".format(*(" ".join(map(str, values)) for values in mean_std))]
     elif not recorded and place.is_file() and isinstance(encoder, VisionTransformer) and set(cfg.get("mean", ())) == {0.5}:
         _logger.warning(
             "%s does not say how its images were normalised: mean and deviation are timm's for the architecture, 0.5; most "
