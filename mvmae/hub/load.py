@@ -70,7 +70,7 @@ def load_encoder(
 
 
 def _record_inputs(encoder: nn.Module, weights: Mapping[str, Tensor], place: Path) -> None:
-    """Record mean and deviation of a family of checkpoints, unless an export's config.json or the encoder has its own record."""
+    """Record mean and deviation of a family of checkpoints, unless an export or the encoder has a record of its own."""
     described = read_json(place.with_name(CONFIG_FILE)) if place.with_name(CONFIG_FILE).is_file() else {}
     if {"architecture", INPUTS} & described.keys():
         return
