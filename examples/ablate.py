@@ -36,8 +36,8 @@ from engine.options import REQUIRED, changeable, option, parse, run
 from engine.signals import SIGNALS, Stop
 from mvmae.weights import write_json, write_text
 from tasks.comparison import OURS, TABLES, Arm, compare, draw, markdown
+from tasks.config import build_model
 from tasks.flops import flops_per_image
-from tasks.method import build_model
 
 BEFORE = {number: signal.getsignal(number) for number in SIGNALS}
 SCRIPTS: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "probe": linear_probe}

@@ -1,25 +1,24 @@
-r"""Measure how fast images load and how fast the model trains, each against other ways to do the same.
+r"""Measure how fast images load and how fast the model trains, each against another way to do the same.
 
-  python examples/benchmark.py --parts loader workers step
-      takes a few minutes on one CPU core; loading is 3.4 to 4 times as fast as the naive way at 500 x 375 pixels
-  python examples/benchmark.py --parts step mfu contrast --precision bf16 --batch-sizes 64 128 256 \
+  python examples/benchmark.py
+      takes a few minutes on one CPU core; loading is 3 to 4 times as fast as the naive way at 500 x 375 pixels
+  python examples/benchmark.py --parts step mfu --precision bf16 --batch-sizes 64 128 256 \
     --encoders mvmae_vit_base_patch16 mvmae_vit_large_patch16
       on a CUDA device: which share of its speed a training step uses, by encoder and batch size
 
-Parts: loader (one process), workers (a DataLoader), step (a training step against the plain way to write it, and against
-transformers' ViTMAE of the same size), mfu (model FLOP utilisation: a step's operations a second as a share of those of a large
-matrix product on the same device), contrast (memory of NT-Xent on 65 536 latents; minutes on a CPU).
-
-What is compared is timed in turn, in one process: the speed of a machine drifts, ratios hold.
+Parts: loader (two views of an image, against two decodes of its file), step (a training step, against one of transformers'
+ViTMAE of the same size), mfu (model FLOP utilisation: a step's operations a second as a share of a large matrix product's
+on the same device). What is compared is timed in turn, in one process: the speed of a machine drifts, ratios hold.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,24 +26,20 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import mvmae
 from engine.distributed import DEVICES, autocast, start_ranks
 from engine.log import peak_memory
 from engine.options import option, run
-from mvmae.data import FORMATS, MultiViewDataset, StepSampler, make_loader, open_images
+from engine.signals import Stop
+from mvmae.data import FORMATS
 from mvmae.weights import write_json
 from tasks.flops import flops_per_image
 from tasks.models import create_encoder
 
 CPU = torch.device("cpu")
-IMAGES = 3000
-"""Of the part workers: so many that starting the processes does not count."""
-LATENTS = 65536
-"""Of the part contrast: two views of half as many images."""
-PARTS = ("loader", "workers", "step", "mfu", "contrast")
+PARTS = ("loader", "step", "mfu")
 SAMPLE = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
 """Photographs of scikit-image."""
 
@@ -56,37 +51,28 @@ class Config:
     encoders: tuple[str, ...] = option(
         ("mvmae_vit_base_patch16",), "timm names of the encoders; step takes the first", path=True, section="Model"
     )
-    parts: tuple[str, ...] = option(("loader", "workers", "step"), "measurements", PARTS, section="Evaluation")
+    parts: tuple[str, ...] = option(("loader", "step"), "measurements", PARTS, section="Evaluation")
     batch_sizes: tuple[int, ...] = option((8,), "images of a training step; step takes the first", at_least=2)
     rounds: int = option(5, "rounds in which everything is timed in turn; the median counts", at_least=1)
     device: str = option("auto", "device; auto: CUDA if there is one, else CPU", DEVICES, section="Speed")
     precision: str = option("float32", "precision of training; bf16: under autocast", ["float32", "bf16"])
     compile: bool = option(False, "compile the model with torch.compile")
-    workers: int = option(2, "processes of the part workers", at_least=0)
 
 
-class Naive(Dataset[Tensor]):
-    """Two decodes of every file, each through torchvision's transforms to a normalised float tensor."""
+def naive_loader(size: int) -> Callable[[Path], Tensor]:
+    """Return what loads two views of a file the usual way: two decodes, each through torchvision's transforms."""
+    crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
+    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
 
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
-        crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
-        normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        self.paths = paths
-        self.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.load(self.paths[index])
-
-    def load(self, path: Path) -> Tensor:
-        """Return two views of a file."""
+    def load(path: Path) -> Tensor:
         views: list[Tensor] = []
         for _ in range(2):
             with Image.open(path, formats=FORMATS) as image:
-                views.append(self.transform(image.convert("RGB")))
+                views.append(transform(image.convert("RGB")))
         return torch.stack(views)
+
+    return load
 
 
 def build_vitmae(encoder: Any) -> nn.Module:
@@ -106,23 +92,6 @@ def build_vitmae(encoder: Any) -> nn.Module:
     )
     model: nn.Module = ViTMAEForPreTraining(config)
     return model
-
-
-def plain_loss(model: mvmae.MultiViewMAE, views: Tensor, mask: mvmae.Mask) -> Tensor:
-    """Compute Eq. 7 the plain way: view after view, every patch embedded before the visible tokens are gathered."""
-    vit: Any = model.encoder
-    number, latents, loss_rec = views.shape[1], [], views.new_zeros(())
-    for v in range(number):
-        images, part = views[:, v], mask.select(slice(v, None, number))
-        tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]  # (B, L, D)
-        tokens = tokens.gather(1, part.visible[:, :, None].expand(-1, -1, tokens.shape[2]))  # (B, K, D)
-        prefix = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        tokens = vit.norm(vit.blocks(torch.cat([prefix, tokens], dim=1)))
-        target = mvmae.patchify(images, vit.patch_embed.patch_size)
-        loss_rec = loss_rec + model.reconstruction_loss(model.decoder(tokens, part), target, part.masked) / number
-        latents.append(model.pool_tokens(tokens))
-    loss: Tensor = loss_rec + model.loss_weight * model.contrastive_loss(torch.stack(latents, dim=1))
-    return loss
 
 
 def clock(
@@ -186,7 +155,7 @@ def measure_loader(config: Config, folder: Path) -> dict[str, Any]:
     results, threads, views = {}, torch.get_num_threads(), mvmae.MultiViewTransform
     torch.set_num_threads(1)  # as in each process of a DataLoader
     loads = {
-        "two decodes, torchvision": Naive([], config.image_size).load,
+        "two decodes, torchvision": naive_loader(config.image_size),
         "one decode, fast": views(config.image_size),
         "one decode, Pillow alone": views(config.image_size, decoder="pillow"),
     }
@@ -196,24 +165,6 @@ def measure_loader(config: Config, folder: Path) -> dict[str, Any]:
         results[f"{width}x{height}"] = clock(ways, config.rounds, CPU, count, time.process_time)
         show(f"loading {count} photographs of {width} x {height} in one process", results[f"{width}x{height}"])
     torch.set_num_threads(threads)
-    return results
-
-
-def measure_workers(config: Config, folder: Path) -> dict[str, Any]:
-    """Time loading processes, ours and the naive way's, through torch's DataLoader."""
-    paths = write_photographs(folder, 500, 375, 24) * (IMAGES // 24)
-    (folder / "list.txt").write_text("".join(f"{path.absolute()}\n" for path in paths))
-    dataset = MultiViewDataset(open_images(folder / "list.txt"), mvmae.MultiViewTransform(config.image_size))
-
-    def naive() -> None:
-        deque(DataLoader(Naive(paths, config.image_size), 32, num_workers=config.workers), 0)
-
-    def ours() -> None:
-        sampler = StepSampler(len(paths), 32, num_steps=len(paths) // 32)
-        deque(make_loader(dataset, sampler, num_workers=config.workers), 0)
-
-    results = clock({"two decodes, torchvision": naive, "ours": ours}, config.rounds, CPU, len(paths))
-    show(f"loading with {config.workers} workers", results)
     return results
 
 
@@ -242,28 +193,20 @@ class Bench:
 
         return train
 
-    def ours(self) -> Callable[[], None]:
-        """Return training steps of `MultiViewMAE`."""
+    def clock(self, **peers: nn.Module) -> dict[str, dict[str, float]]:
+        """Time our training steps in turn with those of other models, which take the views as images of their own."""
         model: Any = torch.compile(self.model) if self.config.compile else self.model
-        return self.steps(self.model, lambda: model(self.views, mask=self.mask).loss)
-
-    def clock(self, ways: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
-        """Time training steps in turn."""
+        images = self.views.flatten(0, 1)
+        ways = {name: self.steps(peer, partial(lambda peer: peer(images).loss, peer)) for name, peer in peers.items()}
+        ways["ours"] = self.steps(self.model, lambda: model(self.views, mask=self.mask).loss)
         return clock(ways, self.config.rounds, self.device, len(self.views) * self.repeats)
 
 
 def measure_step(config: Config, device: torch.device) -> dict[str, Any]:
-    """Time our training step against the plain way, and against ViTMAE where transformers is installed."""
+    """Time our training step against that of transformers' ViTMAE, which has no contrastive loss."""
     bench = Bench(config, config.encoders[0], config.batch_sizes[0], device)
-    model, views, mask = bench.model, bench.views, bench.mask
-    ways = {"the plain way": bench.steps(model, lambda: plain_loss(model, views, mask)), "ours": bench.ours()}
-    try:
-        peer = build_vitmae(model.encoder).to(device)  # takes the views as images of their own
-        ways["ViTMAE of transformers, no contrast"] = bench.steps(peer, lambda: peer(views.flatten(0, 1)).loss)
-    except ImportError:
-        print("\ntransformers is not installed: its ViTMAE is left out")
-    results = bench.clock(ways)
-    show(f"training steps of {config.encoders[0]}, {len(views)} images, {config.precision}", results)
+    results = bench.clock(ViTMAE=build_vitmae(bench.model.encoder).to(device))
+    show(f"training steps of {config.encoders[0]}, {len(bench.views)} images, {config.precision}", results)
     return results
 
 
@@ -286,7 +229,7 @@ def measure_mfu(config: Config, device: torch.device) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        speed = bench.clock({"ours": bench.ours()})["ours"]["per_second"]
+        speed = bench.clock()["ours"]["per_second"]
         return {"per_second": speed, "mfu": flops * speed / peak, "flops": flops, "memory_gb": peak_memory(device) / 1e9}
 
     print(f"\ntraining steps on {device} in {config.precision}; a large matrix product: {peak / 1e12:.3g} TFLOP/s")
@@ -301,27 +244,17 @@ def measure_mfu(config: Config, device: torch.device) -> dict[str, Any]:
     return {"product_flops_per_second": peak, "steps": results}
 
 
-def measure_contrast(device: torch.device) -> dict[str, float]:
-    """Measure the memory of NT-Xent beyond its 65 536 latents of width 768, forward and backward; all logits are 17 GB."""
-    z = torch.randn(LATENTS // 2, 2, 768, device=device, requires_grad=True)
-    before, start = peak_memory(device), time.perf_counter()
-    mvmae.NTXentLoss()(z).backward()
-    extra, seconds = (peak_memory(device) - before) / 1e9, time.perf_counter() - start
-    print(f"\nNT-Xent of {LATENTS} latents: {extra:.2f} GB beyond the latents, {seconds:.1f} s")
-    return {"extra_memory_gb": extra, "seconds": seconds}
-
-
 def main(config: Config) -> None:
     """Make the measurements."""
     device = start_ranks(config.device).device
+    if "step" in config.parts and importlib.util.find_spec("transformers") is None:
+        raise Stop("--parts step needs transformers, for its ViTMAE: pip install transformers, or --parts loader mfu")
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "torch": torch.__version__, "device": str(device)}
     path = Path(config.output_dir) / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         measures: dict[str, Callable[[], Any]] = {
-            "contrast": lambda: measure_contrast(device),  # first: the peak of a process never falls
             "loader": lambda: measure_loader(config, Path(name)),
-            "workers": lambda: measure_workers(config, Path(name)),
             "step": lambda: measure_step(config, device),
             "mfu": lambda: measure_mfu(config, device),
         }

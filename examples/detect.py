@@ -9,9 +9,10 @@ r"""Detect and segment objects: Mask R-CNN on COCO (Table 3 of the paper).
   python examples/detect.py --data path/to/coco --model runs/paper --output-dir runs/coco --evaluate
       measures the AP of the newest checkpoint without training
 
-The data lie in COCO's layout: annotations/instances_train2017.json, train2017/, and the same for val2017. If no object has a
-mask, Faster R-CNN is trained on the boxes alone. Add --resume to continue an interrupted run. The output folder then holds
-results.json (12 numbers for boxes, 12 for masks), detections.json and predictions.png.
+The data lie in COCO's layout: annotations/instances_train2017.json, train2017/, and the same for val2017; classes are those of
+the training split, and those of the other are matched by name. If no object has a mask, Faster R-CNN is trained on the boxes
+alone. Add --resume to continue an interrupted run. The output folder then holds results.json (12 numbers for boxes, 12 for
+masks), detections.json and predictions.png.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageColor, ImageDraw, ImageFont
+from PIL import ImageColor
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -33,16 +34,18 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from engine.distributed import Ranks, autocast, start_ranks, to_device
 from engine.options import REQUIRED, option, run
 from engine.signals import Stop
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
+from mvmae.inputs import Inputs
 from mvmae.visualize import contact_sheet, to_pillow
 from mvmae.weights import write_json, write_text
+from tasks.annotations import split_folder
 from tasks.coco import CocoData, evaluate, to_coco
-from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
-from tasks.models import with_background
+from tasks.dense import DenseConfig, build_trunk, data_folder, data_record, fit
 
 COLOURS = ["red", "deepskyblue", "lime", "gold", "magenta", "orange", "cyan", "white"]
 TILE = 256  # pixels that a picture is wide at least
@@ -120,8 +123,6 @@ TOY: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "li2021": LI2021,
-    "li2021-50": LI2021 | {"help": "the same for 50 epochs", "steps": 92_188, "warmup": 461 / 92_188},
-    "li2021-25": LI2021 | {"help": "the same for 25 epochs", "steps": 46_094, "warmup": 461 / 46_094},
     "vitdet": LI2021 | VITDET,
     "toy": LI2021 | TOY,
 }
@@ -155,7 +156,7 @@ class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
         return scores, deltas
 
 
-def build_model(config: Config, num_classes: int, *, with_masks: bool = True) -> tuple[FasterRCNN, WindowedViT]:
+def build_model(config: Config, trunk: WindowedViT, inputs: Inputs, num_classes: int, *, with_masks: bool = True) -> FasterRCNN:
     """Create torchvision's Mask R-CNN on a plain ViT, with the heads of Li et al. (2021); without masks, Faster R-CNN.
 
     Under autocast, trunk, pyramid and hidden layers compute in bf16, scores and boxes in float32 (as in detectron2).
@@ -163,7 +164,6 @@ def build_model(config: Config, num_classes: int, *, with_masks: bool = True) ->
     Raises:
         Stop: if the patch side is not a power of two: torchvision's pooling of regions needs such strides.
     """
-    trunk, vit = build_trunk(config, positions=config.positions)
     patch = trunk.patch_size[0]
     if trunk.patch_size != (patch, patch) or patch & (patch - 1) or patch < 4:
         raise Stop(f"patches must be squares of 4, 8, 16 or 32 pixels, got {patch}x{trunk.patch_size[1]}: change --model")
@@ -176,8 +176,8 @@ def build_model(config: Config, num_classes: int, *, with_masks: bool = True) ->
         "max_size": config.image_size,
         "size_divisible": config.image_size,
         "_skip_resize": True,
-        "image_mean": list(vit.pretrained_cfg["mean"]),
-        "image_std": list(vit.pretrained_cfg["std"]),
+        "image_mean": list(inputs.mean),
+        "image_std": list(inputs.std),
         "rpn_anchor_generator": AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
         "rpn_head": RegionHead(width, 3, conv_depth=2),
         "rpn_pre_nms_top_n_train": 2 * config.proposals,
@@ -189,9 +189,9 @@ def build_model(config: Config, num_classes: int, *, with_masks: bool = True) ->
         "box_predictor": BoxPredictor(config.fc_width, num_classes + 1),
     }
     if not with_masks:
-        return FasterRCNN(**options), trunk
+        return FasterRCNN(**options)
     head, predictor = MaskRCNNHeads(width, convs, 1, norm), MaskRCNNPredictor(width, width, num_classes + 1)
-    return MaskRCNN(**options, mask_head=head, mask_predictor=predictor), trunk
+    return MaskRCNN(**options, mask_head=head, mask_predictor=predictor)
 
 
 def losses(model: nn.Module, batch: Sequence[tuple[Tensor, dict[str, Tensor]]], *, device: torch.device) -> dict[str, Tensor]:
@@ -212,22 +212,17 @@ def detect(config: Config, model: FasterRCNN, data: CocoData, ranks: Ranks) -> I
 
 
 def draw(image: Tensor, objects: Mapping[str, Tensor]) -> Tensor:
-    """Enlarge an image in [0, 1] and draw objects' outlines, boxes and scores on it; inside, the image stays as it is."""
+    """Enlarge an image in [0, 1] and draw objects' masks, boxes and scores on it."""
     zoom = -(-TILE // image.shape[2])
-    pixels = F.interpolate(image[None], scale_factor=zoom)[0]
-    colours = [ImageColor.getrgb(COLOURS[label % len(COLOURS)]) for label in objects["labels"].tolist()]
-    for colour, mask in zip(colours, objects.get("masks", ()), strict="masks" in objects):
-        inside = F.interpolate((mask.view(1, 1, *image.shape[1:]) > 0.5).float(), scale_factor=zoom)
-        outline = (inside > 0) & (F.max_pool2d(1 - inside, 7, 1, 3) > 0)  # 3 pixels wide
-        pixels = torch.where(outline[0], torch.tensor(colour)[:, None, None] / 255, pixels)
-    picture = to_pillow(pixels)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=18)
-    scores = [f"{score:.2f}" for score in objects["scores"].tolist()] if "scores" in objects else [""] * len(colours)
-    for colour, box, score in zip(colours, (objects["boxes"] * zoom).tolist(), scores, strict=True):
-        pen.rectangle(box, outline=colour)
-        corner = (box[0] + 2, min(box[1] + 2, picture.height - 22))
-        pen.text(corner, score, colour, font, stroke_width=2, stroke_fill="black")
-    drawn: Tensor = pil_to_tensor(picture) / 255
+    pixels = pil_to_tensor(to_pillow(F.interpolate(image[None], scale_factor=zoom)[0]))
+    colours = [COLOURS[label % len(COLOURS)] for label in objects["labels"].tolist()]
+    for colour, mask in zip(colours, objects.get("masks", ()), strict="masks" in objects):  # together, overlaps would be black
+        inside = F.interpolate((mask.view(1, 1, *image.shape[1:]) > 0.5).float(), scale_factor=zoom)[0, 0] > 0
+        pixels = draw_segmentation_masks(pixels, inside, alpha=0.4, colors=colour)
+    if colours:
+        scores = [f"{score:.2f}" for score in objects["scores"].tolist()] if "scores" in objects else None
+        pixels = draw_bounding_boxes(pixels, objects["boxes"] * zoom, scores, colours)
+    drawn: Tensor = pixels / 255
     return drawn
 
 
@@ -249,19 +244,17 @@ def draw_predictions(path: Path, config: Config, model: FasterRCNN, data: CocoDa
 
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then detect, measure and draw."""
-    ranks, config = start_ranks(config.device), with_background(config, config.model, config.arch)
+    ranks = start_ranks(config.device)
     folder, root = Path(config.output_dir), data_folder(config, ranks)
+    trunk, inputs = build_trunk(config, split_folder(root, "train"), positions=config.positions)
 
-    data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, background=config.background)
-    val = CocoData(root, "val", background=config.background)
-    if alone := val.categories.items() ^ data.categories.items():
-        raise Stop(f"{root}: training and validation images must have the same categories, got {sorted(alone)} in one of them")
-    if val.truth.anns and val.with_masks != data.with_masks:
+    data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, inputs=inputs)
+    val = CocoData(root, "val", inputs=inputs, names=data.names)
+    if val.with_masks != data.with_masks:
         raise Stop(f"{root}: training and validation images must both have masks, or both boxes alone")
+    model = build_model(config, trunk, inputs, len(data.names), with_masks=data.with_masks).to(ranks.device)
 
-    model, trunk = build_model(config, len(data.names), with_masks=data.with_masks)
-    model.to(ranks.device)
-    record = {"images": fingerprint(root, [*map(data.name, range(len(data))), data.file]), "classes": data.names}
+    record = data_record(root, data, val, [*map(data.name, range(len(data))), data.file], "objects")
     fit(config, model, trunk, data, partial(losses, device=ranks.device), ranks, record=record, collate=list)
 
     detections = [found for share in ranks.gather(list(detect(config, model, val, ranks))) for found in share]

@@ -9,14 +9,16 @@ r"""Write the features of all images of a folder, list, archive or data set to o
   python examples/embed.py --data sample --model random:mvmae_vit_tiny_patch16 --image-size 48
       takes half a minute on two CPU cores; random weights
 
-A feature is what timm pools for a classifier, of the image as timm's own transform for evaluation prepares it: for the encoders
-of this package the mean patch token, which --pool avg takes of any transformer. In Python: mvmae.embed(model, source). Reading
-and decoding may take longer than the forward pass: use --workers. Features are saved in parts: however a run ended, --resume
-completes it. An image that cannot be read has a row of NaN and a line in bad_files.txt.
+A feature is what timm pools for a classifier: for the encoders of this package the mean patch token, which --pool avg takes of
+any transformer. Images are read as the model's config.json says, and prepared by timm's own transform for evaluation. In
+Python: mvmae.embed(model, source). Reading and decoding may take longer than the forward pass: use --workers. Features are
+saved in parts: however a run ended, --resume completes it. An image that cannot be read has a row of NaN and a line in
+bad_files.txt.
 """
 
 import dataclasses
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -36,8 +38,8 @@ from tasks.feature_files import Features, Parts, fingerprint, write_array, write
 from tasks.features import POOLS, Pooled
 from tasks.inputs import InputOptions, describe_inputs, read_inputs
 from tasks.labelled import LabelledConfig
-from tasks.models import load_backbone, summary
-from tasks.splits import named_images
+from tasks.models import SHIPPED, load_backbone, summary
+from tasks.splits import describe_source, named_images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Config(InputOptions):
     image_size: tuple[int, ...] = redefine(LabelledConfig, "image_size", ())
     max_bad: int = redefine(LabelledConfig, "max_bad", 100, "number of unreadable images to tolerate; one more stops the run")
     model: str = option(
-        REQUIRED,
+        SHIPPED,
         "timm name, hf-hub:ID, folder of a run or an export, or file of weights; random:NAME is untrained",
         path=True,
         section="Model",
@@ -64,7 +66,7 @@ class Config(InputOptions):
         section="Run",
     )
     resume: bool = redefine(RunConfig, "resume", False, "compute only the parts that the output folder lacks")
-    save_every: int = option(1024, "images of a part, which is saved as a whole", at_least=1)
+    save_every: int = option(1024, "images between two saves", at_least=1)
     seed: int = redefine(RunConfig, "seed", 0, "seed of untrained weights")
     device: str = redefine(RunConfig, "device", "auto")
     precision: str = redefine(RunConfig, "precision", "float32")
@@ -88,7 +90,7 @@ def main(config: Config) -> None:
     encoder = Pooled(model, config.pool).eval().requires_grad_(False)
 
     settings = {**dataclasses.asdict(config), "images": source.fingerprint, "weights": fingerprint(model)}
-    settings["inputs"] = inputs.to_dict()
+    settings = json.loads(json.dumps({**settings, "inputs": inputs.to_dict()}))  # as a resumed run reads them
     file, described, held = folder / f"features.{config.format}", folder / "config.json", lock(folder)
     if file.exists() and not described.exists():
         raise Stop(f"{file} is of another program: choose another --output-dir")
@@ -116,7 +118,7 @@ def main(config: Config) -> None:
             print(f"warning: {error}: it is computed again", file=sys.stderr, flush=True)
             missing.append(rows)
     count = sum(map(len, missing))
-    print(f"{summary(model, config.image_size, config.model)}; {len(source)} images on {ranks.device}")
+    print(f"{summary(model, name=config.model)}; {describe_source(source)}; on {ranks.device}")
     print(f"inputs  {describe_inputs(config, inputs)}", flush=True)
     if count < len(source):
         print(f"resuming {folder}: {len(source) - count} of {len(source)} images are done", flush=True)

@@ -7,8 +7,9 @@
   python examples/export.py --run runs/quick --onnx
       also writes runs/quick/encoder/encoder.onnx, which ONNX Runtime runs without PyTorch (install the extra onnx)
 
-The weights are those of the newest checkpoint, whether the run has ended or not. A fine-tuned model keeps its head and the
-names of its classes. The model card states what the run recorded and nothing else.
+The weights are those of the newest checkpoint, whether the run has ended or not; of adapt.py, those that measured best. A
+fine-tuned model keeps its head and the names of its classes. The export's config.json says how images are read, and the model
+card what the run recorded and nothing else.
 """
 
 import dataclasses

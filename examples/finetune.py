@@ -28,7 +28,7 @@ from torch import nn
 from engine.checkpoint import Checkpoint
 from engine.distributed import autocast, parallel, start_ranks, to_device
 from engine.log import Log
-from engine.optim import cosine, set_learning_rate
+from engine.optim import cosine, describe_warmup, set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals, Stop
 from mvmae.data import EvalTransform, StepSampler, sample_seed
@@ -62,7 +62,7 @@ class Config(LabelledConfig):
     warmup_epochs: float = option(5, "epochs of linear warm-up of the learning rate (MAE)", at_least=0)
     batch_size: int = option(512, "number of images per step, over all processes (paper)", at_least=1, section="Optimizer")
     base_lr: float = option(
-        5e-4, "learning rate of AdamW for a batch of 256; it is scaled with the batch; at the end 1e-6 (MAE)", above=0
+        5e-4, "learning rate of AdamW for a batch of 256; it is scaled with the batch, and falls to 1e-6 (MAE)", above=0
     )
     layer_decay: float = option(
         0.65, "factor of the learning rate from each layer to the one below; 1: one rate for all (MAE)", above=0, at_most=1
@@ -172,10 +172,11 @@ def main(config: Config) -> None:
     checkpoint.restore(log, signals, model=model, optimizer=optimizer, best=best, about=about)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
-    log.say(f"model  {models.summary(model, config.image_size, config.model)}")
+    log.say(f"model  {models.summary(model, name=config.model)}")
     log.say(f"inputs  {describe_inputs(config, inputs)}")
     log.say(f"weights  {models.describe_start(about['start'])}\nimages  {data.note}")
-    log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}")
+    warmup = describe_warmup(round(config.warmup_epochs * per_epoch), steps)
+    log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}; {warmup}")
 
     def evaluate(step: int) -> dict[str, float]:
         """Measure, log, and export the model where it is the best or the last."""

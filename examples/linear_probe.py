@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint
 from engine.distributed import Ranks, autocast, parallel, start_ranks, to_device
 from engine.log import Log
-from engine.optim import cosine, set_learning_rate
+from engine.optim import cosine, describe_warmup, set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals
 from mvmae.data import EvalTransform, StepSampler
@@ -72,7 +72,7 @@ class Config(LabelledConfig):
         above=0,
     )
     few_shot: tuple[int, ...] = option(
-        (1, 2, 5), "numbers of labels per class of classifiers on few labels; 0: none", at_least=0, section="Evaluation"
+        (1, 2, 5), "labels per class, of one more classifier for each number; 0: none", at_least=0, section="Evaluation"
     )
 
 
@@ -142,8 +142,8 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
     checkpoint.restore(log, signals, model=probe, optimizer=optimizer)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
-    log.say(f"model  {summary(model, config.image_size, name)}\ninputs  {describe_inputs(config, inputs)}\nimages  {data.note}")
-    log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}")
+    log.say(f"model  {summary(model, name=name)}\ninputs  {describe_inputs(config, inputs)}\nimages  {data.note}")
+    log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}; {describe_warmup(warmup, steps)}")
 
     @torch.no_grad()
     def evaluate() -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ the weights of an existing encoder, on images of your own, use adapt.py.
 import dataclasses
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +24,34 @@ import mvmae
 from engine.checkpoint import Checkpoint
 from engine.distributed import autocast, parallel, start_ranks, to_device
 from engine.log import Log
-from engine.optim import build_optimizer, cosine
+from engine.optim import build_optimizer
 from engine.options import changeable
 from engine.options import run as run_script
 from engine.signals import Signals
-from mvmae.data import normalize, pixel_options, sample_seed
+from mvmae.data import normalize, sample_seed
 from mvmae.hub import describe
 from tasks.best import Best
-from tasks.evaluation import VIEWS, Evaluation
-from tasks.gains import compare, draw, table
+from tasks.config import Config as Config
+from tasks.config import build_model
+from tasks.evaluation import Evaluation
 from tasks.inputs import describe_inputs, read_inputs
-from tasks.method import Config as Config
-from tasks.method import build_model
 from tasks.models import describe_start, starting_weights
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     DROPOUT,
+    build_evaluation,
     describe_schedule,
+    describe_views,
     fit_schedule,
     load_run,
     open_data,
     parameter_groups,
-    random_views,
-    set_rates,
-    settings_of,
+    set_learning_rates,
     step_mask,
     train_last_blocks,
     view_loader,
+    without_colour,
 )
-from tasks.splits import open_splits
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"help": "the paper's run, ViT-B/16 at 224 pixels, 1600 epochs", "warmup": 40 / 1600},
@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "encoder": "mvmae_vit_tiny_patch16",
         "encoder_args": "patch_size=8 embed_dim=128 depth=4 num_heads=4",
         "image_size": (48,),
-        "decoder_dim": 64,
+        "decoder_dim": 0,
         "decoder_depth": 2,
         "decoder_heads": 4,
         "epochs": 30,
@@ -75,8 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "help": "for small sets of photographs, hours of two CPU cores: a small ViT at 64 pixels, contrast late and behind a "
         "projector, jitter, Muon",
         "output_dir": "runs/small",
-        "encoder": "mvmae_vit_tiny_patch16",
-        "encoder_args": "patch_size=8 embed_dim=192 depth=4 num_heads=3",
+        "encoder": "mvmae_vit_micro_patch8_64",
         "image_size": (64,),
         "jitter": (0.4, 0.4, 0.4, 0.1),
         "grayscale": 0.2,
@@ -85,11 +84,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "contrast_from": 0.5,
         "temperature": 0.1,
         "projector": 128,
-        "decoder_dim": 96,
+        "decoder_dim": 0,
         "decoder_depth": 1,
-        "decoder_heads": 3,
+        "decoder_heads": 0,
         "epochs": 0,
         "batch_size": 0,
+        "lr_batch": 0,
         "optimizer": "muon",
         "base_lr": 4e-3,
         "workers": 2,
@@ -97,69 +97,72 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(config: Config) -> None:
-    """Train, from random weights or from those of an encoder, and leave the encoder and its pictures."""
+def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]] | None = None) -> None:
+    """Train, from random weights or from those of an encoder, and leave the encoder and its pictures.
+
+    ``compare`` returns lines of the summary on the encoder that training started from and the one that is exported.
+    """
     ranks = start_ranks(config.device)
     device = ranks.device
 
     # data and model
+    config = without_colour(config)
     images = open_data(config)
     model = build_model(config, device).train()
     encoder: Any = model.encoder
     loaded = load_run(model, config) if config.pretrained else ""  # decoder and projector of a run, where they fit
     trained_part = train_last_blocks(encoder, config.train_blocks)
     inputs = read_inputs(config, encoder, images.train)  # recorded on the encoder, and exported with it
-    mean, std = inputs.mean, inputs.std
     schedule = fit_schedule(config, images.length, ranks)
     last = min(schedule.steps, config.max_steps or schedule.steps)
-    pixels, crops = pixel_options(inputs), random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
-    options: dict[str, Any] = {"limit": config.eval_images, "ranks": ranks, "pool": config.pool}
-    options |= {"workers": config.workers, "max_bad": config.max_bad}
-    evaluation = Evaluation(encoder, images.splits, crops, **options)
-    centre = mvmae.CentreCropTransform(encoder.patch_embed.img_size, **pixels)
-    pictures = Pictures(evaluation, centre, mean, std, config.seed)
+    evaluation = build_evaluation(config, encoder, images.splits, ranks)
+    pictures = Pictures(evaluation, inputs, config.seed)
 
     # optimizer
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     optimizer = build_optimizer(groups, config.optimizer, lr=schedule.lr, precision=config.precision, device=device)
 
     # resume
-    settings = {**settings_of(config, images), "inputs": inputs.to_dict()}
+    settings = {**dataclasses.asdict(config), "images": images.fingerprint, "inputs": inputs.to_dict()}
     checkpoint = Checkpoint(Path(config.output_dir), settings, ranks, may_change=changeable(Config), resume=config.resume)
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     best, before = Best(encoder), dict[str, float]()
-    # for export.py
-    record: dict[str, Any] = {"description": describe(model), "inputs": inputs.to_dict()}
-    record |= {"start": start, "command": shlex.join(["python", *sys.argv])}
+    record: dict[str, Any] = {"description": describe(model), "inputs": inputs.to_dict(), "start": start}  # for export.py
+    record["command"] = shlex.join(["python", *sys.argv])
     log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, schedule.batch_size), Signals()
     more = {"best": best} if config.pretrained else {}
     checkpoint.restore(log, signals, model=model, optimizer=optimizer, before=before, about=record, **more)
     if ranks.rank == 0:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
     loader = view_loader(config, encoder, images, schedule, checkpoint.step, last, ranks)
-    training = f"{describe_schedule(schedule, config)}; {config.optimizer} on {device}"
-    weights = f"{describe_start(start)}{loaded}" if start else "random"
-    parts = {
-        "start": weights,
-        "trained": trained_part,
-        "images": images.listed,
-        "inputs": describe_inputs(config, inputs),
-        "split": images.splits.note,
-    }
-    summary = describe_run(log, config, model, settings, **parts, training=training, evaluation=evaluation.describe())
+    summary = describe_run(
+        log,
+        config,
+        model,
+        settings,
+        start=f"{describe_start(start)}{loaded}" if start else "random",
+        trained=trained_part,
+        images=images.listed,
+        split=images.splits.note,
+        inputs=describe_inputs(config, inputs),
+        views=describe_views(config),
+        training=f"{describe_schedule(schedule, config)}; {config.optimizer} on {device}",
+        evaluation=evaluation.describe(),
+    )
     if not checkpoint.step:
         before.update(evaluate(log, evaluation, model, pictures, 0))
         if config.pretrained:
             best.consider(0, before, evaluation.images)
 
     # wrapped once: a frozen encoder is a learning rate of 0, and a late contrastive loss a weight of 0
-    trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=schedule.alone > 0)  # type: ignore[arg-type]
+    late = schedule.contrast_after > 0
+    trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=late)  # type: ignore[arg-type]
     with checkpoint.saved_on_error():
         for step, batch in enumerate(log.timed(signals.batches(loader)), checkpoint.step + 1):
-            rate = schedule.lr * cosine(step, schedule.steps, schedule.warmup)
-            set_rates(optimizer, rate, schedule.encoder_rate(step))
-            weight = config.loss_weight if step > schedule.alone else 0.0  # lambda; contrast may begin late
-            views = normalize(to_device(batch.views, device), mean, std)  # (B, V, C, H, W)
+            rates = schedule.learning_rates(step)  # the encoder's own while it is frozen and warms up
+            set_learning_rates(optimizer, **rates)
+            weight = config.loss_weight if step > schedule.contrast_after else 0.0  # lambda
+            views = normalize(to_device(batch.views, device), inputs.mean, inputs.std)  # (B, V, C, H, W)
             mask = step_mask(config, encoder, schedule.batch_size, step, ranks)  # this rank's rows of the global mask
             torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
             with autocast(config.precision, device):
@@ -170,25 +173,23 @@ def main(config: Config) -> None:
             optimizer.zero_grad(set_to_none=True)
             log.add(losses._asdict())
             if step % config.log_every == 0 or step == last:
-                log.write_step(step, epoch=round(step / schedule.per_epoch, 3), lr=rate)
+                log.write_step(step, epoch=round(step / schedule.per_epoch, 3), **rates)
             if schedule.eval_every and step % schedule.eval_every == 0 and 2 * (last - step) >= schedule.eval_every:
                 metrics = evaluate(log, evaluation, model, pictures, step)
-                if config.pretrained and step > schedule.alone:  # view retrieval says nothing before the contrastive loss
+                if config.pretrained and step > schedule.contrast_after:  # view retrieval says nothing without contrast
                     best.consider(step, metrics, evaluation.images)
             checkpoint.advance(step, last, config.save_every)
+        after, lines = evaluate(log, evaluation, model, pictures, last), list[str]()
+        if config.pretrained:
+            best.consider(last, after, evaluation.images)
+            checkpoint.save(last)  # once more, with the best encoder, which export.py reads
 
     # export
-    after, lines = evaluate(log, evaluation, model, pictures, last), list[str]()
     if config.pretrained:
-        best.consider(last, after, evaluation.images)
-        sets = {"own": evaluation}
-        if config.rehearse:
-            sets["rehearsed"] = Evaluation(encoder, open_splits(config.rehearse, "--rehearse"), crops, **options)
-        rows = compare(best, sets) if config.eval_images else []
-        after, lines = best.metrics, [best.describe(last), *(["", *table(rows)] if rows else [])]
+        after, lines = best.metrics, [best.describe(last)]
+        if compare is not None and config.eval_images:
+            lines += compare(config, best, evaluation)
         encoder.load_state_dict(best.chosen())
-        if rows and ranks.rank == 0:
-            draw(checkpoint.folder / "gains.png", rows)
     if ranks.rank == 0:
         if last < schedule.steps:
             unfinished = f"stopped at step {last} of {schedule.steps}: the schedule was not finished"

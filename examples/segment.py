@@ -7,12 +7,14 @@ r"""Semantic segmentation: UPerNet on ADE20K (Table 4 of the paper).
       160 000 steps with BEiT's recipe: about a day on 8 GPUs (not measured); the paper reports 50.2 mIoU; mmsegmentation
       reaches 48.1 with MAE's weights
   python examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper \
-    --output-dir runs/ade --evaluate --ratios 0.5 0.75 1 1.25 1.5 1.75 --flip-test
-      measures the mIoU of the newest checkpoint without training, here averaged over image sizes and mirror images
+    --output-dir runs/ade --evaluate
+      measures the mIoU of the newest checkpoint without training
 
-Other data needs the folders images/{training,validation} and annotations/{training,validation} with 8-bit label maps; a file
-classes.txt, one name per line, names the labels. Pixels of --ignore-label are neither learnt nor counted. Add --resume to
-continue an interrupted run. The output folder then holds results.json, with every class, and predictions.png.
+Other data needs the folders images/{training,validation} and annotations/{training,validation}, with maps of labels from 0 to
+255. The classes are those that classes.txt names, one a line, or else the labels that occur in training. Some pixels are
+neither learnt nor counted: those of label 0 unless --no-reduce-zero-label is given, of label 255 unless --no-ignore-255 is,
+and of each --ignore-label. Add --resume to continue an interrupted run. The output folder then holds results.json, with every
+class, and predictions.png.
 """
 
 import dataclasses
@@ -28,12 +30,11 @@ from torchvision.transforms.v2.functional import normalize
 
 from engine.distributed import Ranks, autocast, start_ranks, to_device
 from engine.options import option, run
-from mvmae.dense import FCNHead, UPerHead, ViTPyramid
+from mvmae.dense import FCNHead, UPerHead, ViTPyramid, WindowedViT
 from mvmae.visualize import contact_sheet
 from mvmae.weights import write_json
-from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, fitting_size, scores
-from tasks.dense import DenseConfig, build_trunk, data_folder, fingerprint, fit
-from tasks.models import with_background
+from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, find_classes, fitting_size, read_split, scores, split_folder
+from tasks.dense import DenseConfig, build_trunk, data_folder, data_record, fit
 
 Prepare = Callable[[Tensor], Tensor]
 """Brings uint8 images to the device and normalises them."""
@@ -41,21 +42,12 @@ Prepare = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(DenseConfig):
-    num_classes: int = option(
-        0, "number of classes; 0: counted in classes.txt, or in the label maps", at_least=0, at_most=255, section="Data"
-    )
-    reduce_zero_label: bool = option(True, "ignore pixels of label 0 and number the other classes from 0 (ADE20K)")
-    ignore_label: tuple[int, ...] = option(
-        (),
-        "labels, as the label maps have them, whose pixels are neither learnt nor counted in the mIoU, as 255 never is",
-        at_least=0,
-        at_most=255,
-    )
+    reduce_zero_label: bool = option(True, "leave out pixels of label 0 (ADE20K)", section="Data")
+    ignore_255: bool = option(True, "leave out pixels of label 255")
+    ignore_label: tuple[int, ...] = option((), "other labels whose pixels are left out", at_least=0, at_most=255)
     ratio: tuple[float, float] = option((0.5, 2.0), "factor of the random resize before the crop (BEiT)", above=0, lengths=(2,))
     channels: int = option(768, "width of the UPerNet head (BEiT)", at_least=1, section="Model")
     stride: int = option(341, "step of the sliding test window in pixels (BEiT)", at_least=1, section="Evaluation")
-    ratios: tuple[float, ...] = option((1.0,), "factors of the image size in the test, whose predictions are averaged", above=0)
-    flip_test: bool = option(False, "average the predictions of each test image and its mirror image")
     aux_channels: int = 256  # width of the auxiliary head (BEiT)
     aux_weight: float = 0.4  # of its loss (BEiT)
 
@@ -100,13 +92,14 @@ PRESETS: dict[str, dict[str, Any]] = {"beit": BEIT, "toy": BEIT | TOY}
 
 
 class UPerNet(nn.Module):
-    """A backbone, UPerNet's head on its maps, and an auxiliary head on the third."""
+    """UPerNet's head on the maps of a plain ViT, and an auxiliary head on the third."""
 
-    def __init__(self, backbone: ViTPyramid, num_classes: int, *, channels: int, aux_channels: int) -> None:
+    def __init__(self, trunk: WindowedViT, num_classes: int, config: Config) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = UPerHead([backbone.out_channels] * 4, num_classes, channels=channels)
-        self.auxiliary = FCNHead(backbone.out_channels, num_classes, channels=aux_channels)
+        self.backbone = ViTPyramid(trunk, "beit")
+        width = self.backbone.out_channels
+        self.head = UPerHead([width] * 4, num_classes, channels=config.channels)
+        self.auxiliary = FCNHead(width, num_classes, channels=config.aux_channels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values of all classes from both heads, (B, classes, H, W), at the size of the images."""
@@ -116,14 +109,9 @@ class UPerNet(nn.Module):
         return main, auxiliary
 
 
-def build_model(config: Config, num_classes: int) -> tuple[UPerNet, Any]:
-    """Create UPerNet on a plain ViT, with taps after a third, half, two thirds and all of its blocks (BEiT: 3, 5, 7, 11)."""
-
-    def taps(depth: int) -> list[int]:
-        return [max(count, 1) - 1 for count in (depth // 3, depth // 2, depth * 2 // 3, depth)]
-
-    trunk, vit = build_trunk(config, taps=taps)
-    return UPerNet(ViTPyramid(trunk, "beit"), num_classes, channels=config.channels, aux_channels=config.aux_channels), vit
+def taps(depth: int) -> list[int]:
+    """Return the blocks whose output is used: the last of a third, half, two thirds and all of them (BEiT: 3, 5, 7, 11)."""
+    return [max(count, 1) - 1 for count in (depth // 3, depth // 2, depth * 2 // 3, depth)]
 
 
 def losses(model: nn.Module, batch: tuple[Tensor, Tensor], *, prepare: Prepare, aux_weight: float) -> dict[str, Tensor]:
@@ -152,17 +140,11 @@ def slide(model: nn.Module, image: Tensor, side: int, stride: int) -> Tensor:
 
 @torch.no_grad()
 def predict(config: Config, model: nn.Module, image: Tensor) -> Tensor:
-    """Name every pixel of a normalised image: (3, H, W) to (H, W), over all sizes and mirrored images of the test."""
-    height, width = image.shape[1:]
-    total = torch.zeros((), device=image.device)
-    for ratio in config.ratios:
-        size = fitting_size((height, width), config.image_size, ratio)
-        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        for flipped in (False, True)[: 1 + config.flip_test]:
-            values = slide(model, resized.flip(2) if flipped else resized, config.image_size, config.stride)
-            values = values.flip(2) if flipped else values
-            total = total + F.interpolate(values[None], (height, width), mode="bilinear")[0].softmax(0)
-    return total.argmax(0)
+    """Name every pixel of a normalised image, resized as the recipe says: (C, H, W) to (H, W)."""
+    size = fitting_size((image.shape[1], image.shape[2]), config.image_size)
+    resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    values = slide(model, resized, config.image_size, config.stride)
+    return F.interpolate(values[None], image.shape[1:], mode="bilinear")[0].argmax(0)
 
 
 def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Prepare, ranks: Ranks) -> Tensor:
@@ -195,27 +177,30 @@ def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMa
 
 def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then test, measure and draw."""
-    ranks, config = start_ranks(config.device), with_background(config, config.model, config.arch)
+    ranks = start_ranks(config.device)
     folder, root = Path(config.output_dir), data_folder(config, ranks)
+    trunk, inputs = build_trunk(config, split_folder(root, "train"), taps=taps)
 
-    layout = partial(LabelMaps, root, reduce_zero_label=config.reduce_zero_label, ignore=config.ignore_label)
-    val = layout("val", num_classes=config.num_classes, background=config.background)
-    config = dataclasses.replace(config, num_classes=len(val.names))
-    model, vit = build_model(config, len(val.names))
-    mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
-    augment = Augment(config.image_size, ratio=config.ratio, fill=tuple(round(255 * value) for value in mean))
-    data = layout("train", num_classes=len(val.names), background=config.background, augment=augment, seed=config.seed)
+    splits = {split: read_split(root, split, inputs.max_pixels) for split in ("train", "val")}
+    left_out = dict.fromkeys(config.ignore_label, "a shorter --ignore-label makes it a class")
+    left_out |= {255: "--no-ignore-255 makes it a class"} if config.ignore_255 else {}
+    left_out |= {0: "--no-reduce-zero-label makes it a class"} if config.reduce_zero_label else {}
+    classes = find_classes(root, splits, left_out)
+    augment = Augment(config.image_size, ratio=config.ratio, fill=tuple(round(255 * value) for value in inputs.mean))
+    data = LabelMaps(splits["train"], classes, augment=augment, seed=config.seed, inputs=inputs)
+    val = LabelMaps(splits["val"], classes, inputs=inputs)
+    model: nn.Module = UPerNet(trunk, len(data.names), config)
     if ranks.world_size > 1 and ranks.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # BEiT's; the CPU has none
     model.to(ranks.device)
 
     def prepare(images: Tensor) -> Tensor:
-        prepared: Tensor = normalize(to_device(images, ranks.device).float() / 255, mean, std)
+        prepared: Tensor = normalize(to_device(images, ranks.device).float() / 255, inputs.mean, inputs.std)
         return prepared
 
-    record = {"images": fingerprint(root, [*data.images, *data.labels]), "classes": data.names}
+    record = data_record(root, data, val, [*data.split.images, *data.split.labels], "pixels")
     compute = partial(losses, prepare=prepare, aux_weight=config.aux_weight)
-    fit(config, model, model.backbone.trunk, data, compute, ranks, record=record)
+    fit(config, model, trunk, data, compute, ranks, record=record)
 
     counts = evaluate(config, model, val, prepare, ranks)
     if ranks.rank == 0:

@@ -46,7 +46,7 @@ from tasks.drawn_images import properties, spread, take
 from tasks.features import Pooled, extract
 from tasks.inputs import InputOptions, read_inputs
 from tasks.labelled import LabelledConfig
-from tasks.models import load_backbone
+from tasks.models import SHIPPED, load_backbone
 from tasks.splits import Part, named_images
 
 DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions")
@@ -66,7 +66,7 @@ class Config(InputOptions):
     output_dir: str = option("runs/pictures", "folder for the pictures", path=True, section="Run")
     seed: int = option(0, "seed of the choice of images, of untrained weights and of masks", at_least=0)
     models: tuple[str, ...] = option(
-        REQUIRED,
+        (SHIPPED,),
         "models to draw: timm names, hf-hub:ID, folders of runs or exports, files of weights; random:NAME is untrained",
         path=True,
         section="Model",
@@ -74,7 +74,7 @@ class Config(InputOptions):
     arch: str = redefine(LabelledConfig, "arch", "")
     draw: tuple[str, ...] = option(DRAWINGS, "kinds of pictures", DRAWINGS, section="Pictures")
     count: int = option(6, "images to draw", at_least=1)
-    bank: int = option(500, "most images for the neighbours and the shares of variance", at_least=2)
+    bank: int = option(500, "images that neighbours and shares of variance are found among, at most", at_least=2)
     device: str = redefine(RunConfig, "device", "auto")
 
 

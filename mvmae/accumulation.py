@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +33,8 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
     repeated. The function may be called under autocast; the backward passes run outside it.
 
     Args:
-        model: a `MultiViewMAE`, or one in DistributedDataParallel; compiled or not. Running statistics that a projector keeps,
+        model: a `MultiViewMAE`, or one in DistributedDataParallel, or whose blocks and root are sharded by ``fully_shard``;
+            compiled or not. Running statistics that a projector keeps,
             such as those of torch's `BatchNorm1d`, are of parts too.
         views: (B, V, C, H, W), normalised; B images of this process.
         parts: number K of parts, a divisor of B.
@@ -53,6 +55,8 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
         return Losses(*(value.detach() for value in (output.loss, output.loss_rec, output.loss_con)))
     size = batch // parts
     pieces = [(views[i : i + size], mask.select(slice(i * num_views, (i + size) * num_views))) for i in range(0, batch, size)]
+    if dist.is_initialized():
+        _gather_in(core, "encode", "project")
     states, latents = [], []
     with torch.no_grad():
         for piece, piece_mask in pieces:
@@ -84,6 +88,15 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
 def _backward(loss: Tensor) -> None:
     with torch.autocast(loss.device.type, enabled=False):
         loss.backward()
+
+
+def _gather_in(model: nn.Module, *methods: str) -> None:
+    """Let FSDP gather a model's parameters in these methods too, which it does in ``forward`` alone."""
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    for name in methods:
+        if isinstance(model, FSDPModule) and not hasattr(getattr(model, name), "__wrapped__"):
+            register_fsdp_forward_method(model, name)
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from .weights import (
     check_sizes,
     first_line,
     locate,
+    plain_name,
     read_json,
     read_weights,
     sha256,
@@ -58,7 +59,7 @@ def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
     """
     cfg = getattr(vit, "pretrained_cfg", None) or {}
     name = cfg.get("architecture") or DEFAULT_NAME
-    own = {theirs: ours for ours, theirs in TIMM_NAMES.items()} if isinstance(vit, SinCosVisionTransformer) else {}
+    own = {theirs: ours for ours, theirs in reversed(TIMM_NAMES.items())} if isinstance(vit, SinCosVisionTransformer) else {}
     name = TIMM_NAMES.get(name, name) if plain else own.get(name, name)
     if not timm.is_model(name):
         name = DEFAULT_NAME
@@ -137,9 +138,10 @@ def _shown_arguments(vit: Any) -> dict[str, Any]:
 
 def _structure(vit: Any, *, drops: bool) -> dict[str, str]:
     """Return all that determines what a ViT computes, except weights and classifier head; with its dropout, if asked."""
-    modules = {name: repr(module) for name, module in vit.named_modules() if not list(module.children())}
-    shapes = {name: str(tuple(value.shape)) for name, value in vit.state_dict().items()}
-    heads = {f"{name}.num_heads": str(module.num_heads) for name, module in vit.named_modules() if hasattr(module, "num_heads")}
+    named = [(plain_name(name), module) for name, module in vit.named_modules()]
+    modules = {name: repr(module) for name, module in named if not list(module.children())}
+    shapes = {plain_name(name): str(tuple(value.shape)) for name, value in vit.state_dict().items()}
+    heads = {f"{name}.num_heads": str(module.num_heads) for name, module in named if hasattr(module, "num_heads")}
     return {
         name: value
         for name, value in {**modules, **shapes, **heads}.items()

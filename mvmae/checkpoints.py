@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .patches import sincos_table
-from .weights import WRAPPERS, WeightsError, check_sizes, check_weights, first_line, read_json
+from .weights import WeightsError, check_sizes, check_weights, first_line, plain_name, read_json
 
 _logger = logging.getLogger(__name__)
 PROJ = "patch_embed.proj.weight"
@@ -237,7 +237,7 @@ def checkpoint_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return all weights of a checkpoint under the names that timm's, or MAE's, code has for them, with their prefixes."""
-    weights = {WRAPPERS.sub("", name): value for name, value in weights.items()}
+    weights = {plain_name(name): value for name, value in weights.items()}
     if any(".lora_A." in name or ".base_layer." in name for name in weights):
         raise WeightsError("adapters of peft must be merged first: save the state dict of model.merge_and_unload()")
     for family in [family for family in FAMILIES.values() if _known(weights, family)]:

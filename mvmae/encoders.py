@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from .checkpoints import checkpoint_arguments, checkpoint_filter, timm_model
 from .patches import sincos_table
-from .weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, check_sizes, in_file, locate, read_json, read_weights
+from .weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    WeightsError,
+    building,
+    check_sizes,
+    in_file,
+    locate,
+    read_json,
+    read_weights,
+    sha256,
+)
 
 TIMM_NAMES = {
     "mvmae_vit_tiny_patch16": "vit_tiny_patch16_224",
@@ -23,7 +34,11 @@ TIMM_NAMES = {
     "mvmae_vit_base_patch16": "vit_base_patch16_224",
     "mvmae_vit_large_patch16": "vit_large_patch16_224",
     "mvmae_vit_huge_patch14": "vit_huge_patch14_224",
+    "mvmae_vit_micro_patch8_64": "vit_tiny_patch16_224",  # with other arguments
 }  # the same architectures under the names that timm has without this package
+SHIPPED = {"mvmae_vit_micro_patch8_64.cifar10": "6edd29dce73ed9552c20c8e30cf679b6865c517fb51c6444ca928bc3adb29a6b"}
+"""The weights in ``pretrained/``, in float16, with their checksums (SHA-256)."""
+PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 class SinCosVisionTransformer(VisionTransformer):  # type: ignore[misc]
@@ -66,7 +81,13 @@ CFG = {
     "paper_name": "Multi-View Masked Autoencoder for General Image Representation",
     "origin_url": "https://doi.org/10.3390/app132212413",
 }
-default_cfgs = generate_default_cfgs({f"{name}.untrained": CFG for name in TIMM_NAMES})
+CFGS: dict[str, dict[str, Any]] = {f"{name}.untrained": CFG for name in TIMM_NAMES}
+CFGS["mvmae_vit_micro_patch8_64.cifar10"] = CFG | {
+    "file": str(PRETRAINED / "mvmae_vit_micro_patch8_64.cifar10.safetensors"),
+    "input_size": (3, 64, 64),
+}
+del CFGS["mvmae_vit_micro_patch8_64.untrained"]
+default_cfgs = generate_default_cfgs(CFGS)
 
 
 def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> nn.Module:
@@ -99,8 +120,9 @@ def _find_weights(
         return "the checkpoint", overlay, None
     if not cfg.has_weights:
         raise WeightsError(
-            f"no weights are published for {name}: load your own by pretrained_cfg_overlay=dict(file=...), or an export by the "
-            "name local-dir:FOLDER or hf-hub:owner/name"
+            f"no weights of {name} exist: take {next(iter(SHIPPED))}, which comes with this package, timm's "
+            "vit_base_patch16_224.mae (not for commercial use), or your own: local-dir:RUN/encoder, hf-hub:owner/name, or "
+            "pretrained_cfg_overlay=dict(file=...)"
         )
     if cfg.source == "local-dir":
         path = locate(cfg.file, WEIGHTS_FILE)
@@ -109,6 +131,8 @@ def _find_weights(
     else:
         overlay["hf_hub_filename"] = cfg.hf_hub_filename or WEIGHTS_FILE
         path = locate(cfg.hf_hub_id, overlay["hf_hub_filename"], cache_dir=cache_dir)
+    if path.parent == PRETRAINED and sha256(path) != SHIPPED.get(path.stem):
+        raise WeightsError(f"{path} is not the file of this version (sha256 differs): install mvmae again")
     weights = read_weights(path)
     if cfg.file and not cfg.source and "head.weight" in weights:
         overlay.setdefault("num_classes", len(weights["head.weight"]))
@@ -178,6 +202,15 @@ def mvmae_vit_large_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Modul
 def mvmae_vit_huge_patch14(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT-Huge, patches of 14 pixels: 630.8 M parameters, 1280 features."""
     return _create_encoder("mvmae_vit_huge_patch14", pretrained, kwargs, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
+
+
+@register_model
+def mvmae_vit_micro_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-Micro, patches of 8 pixels, images of 64: 1.8 M parameters, 192 features. Its weights come with this package."""
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 3}
+    model: Any = _create_encoder("mvmae_vit_micro_patch8_64", pretrained, {**sizes, **kwargs})
+    model._model_args = {**sizes, **getattr(model, "_model_args", {})}  # which are not those of the name that it is exported by
+    return model  # type: ignore[no-any-return]
 
 
 def arguments_of(model_name: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import timm
 from timm.layers import to_2tuple
 from torch import nn
 
+from .masked_vit import unwrap
 from .weights import CONFIG_FILE, WeightsError, first_line, locate, read_json
 
 INPUTS = "inputs"
@@ -84,6 +85,7 @@ def inputs_of(model: nn.Module, **changes: Any) -> Inputs:
         ValueError: if mean and std are known for another number of channels.
         WeightsError: if the record beside the weights cannot be read.
     """
+    model = unwrap(model)
     record = getattr(model, INPUTS, None)
     if not isinstance(record, Inputs):
         cfg = timm.data.resolve_model_data_config(model)

@@ -50,6 +50,11 @@ def check_encoder(vit: nn.Module) -> PlainViT:
         raise TypeError(
             f"the encoder must not override forward_features, which is not called here, got {name}: use a plain ViT of timm"
         )
+    if vit.patch_embed._forward_hooks or vit.patch_embed._forward_pre_hooks:
+        raise TypeError(
+            "patch_embed has hooks, such as those of fully_shard, which are not run for visible patches alone: put them on "
+            "patch_embed.proj, or on the blocks and the root"
+        )
     if not isinstance(vit.patch_embed, PatchEmbed):
         raise TypeError(
             f"the patch embedding must see one patch alone, got {type(vit.patch_embed).__name__} in {name}: "
@@ -58,6 +63,18 @@ def check_encoder(vit: nn.Module) -> PlainViT:
     if not (vit.patch_drop is None or isinstance(vit.patch_drop, nn.Identity)):
         raise TypeError(f"patch_drop_rate must be 0, got {name} that drops patches: build it without, the mask takes its place")
     return vit
+
+
+def unwrap(model: Any) -> Any:
+    """Return the model inside what ``torch.compile``, data parallelism and trainers' frameworks put around it."""
+    while not isinstance(model, VisionTransformer | Eva):
+        inner = next(
+            (part for name in ("_orig_mod", "module") if isinstance(part := getattr(model, name, None), nn.Module)), None
+        )
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:

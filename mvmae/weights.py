@@ -29,6 +29,11 @@ WRAPPERS = re.compile(
 """What DistributedDataParallel, peft, torch.compile, FSDP and activation checkpointing put into the names of weights."""
 
 
+def plain_name(name: str) -> str:
+    """Return the name of a module or a weight without those of `WRAPPERS`."""
+    return WRAPPERS.sub("", f"{name}.")[:-1]
+
+
 class WeightsError(ValueError):
     """Weights cannot be found, read or used; the message is one line with the cause and the cure."""
 
@@ -111,6 +116,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with part.open("r+b") as file:  # Windows brings to the disk only what is open for writing
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a full disk, or a limit on the size of files
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -129,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds one object, or raise a `WeightsError`."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON ({first_line(error)}): get it again") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold one JSON object, got a {type(content).__name__}: get the file again")
@@ -222,7 +231,7 @@ def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:
             cause = "with NaN or infinity: the run has diverged, or the file is damaged"
         if cause:
             raise WeightsError(f"{source} holds {name} {cause}")
-    return {WRAPPERS.sub("", name): value for name, value in weights.items()}
+    return {plain_name(name): value for name, value in weights.items()}
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str | Path) -> None:

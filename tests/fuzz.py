@@ -49,6 +49,7 @@ def pictures():
     noise = rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)
     colour = Image.fromarray(noise).resize((64, 48))
     ways = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {}), ("WEBP", {}), ("TIFF", {}), ("BMP", {})]
+    ways += [(kind, {}) for kind in ("ICO", "TGA", "PCX", "SGI", "DDS", "JPEG2000", "AVIF", "QOI")]
     kinds = [(colour, *way) for way in ways]
     kinds += [(colour.convert("CMYK"), "JPEG", {}), (colour.convert("P"), "PNG", {}), (colour.convert("RGBA"), "PNG", {})]
     kinds += [(Image.fromarray(noise[..., 0].astype(np.uint16) * 200), "PNG", {}), (colour.convert("1"), "TIFF", {})]

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +12,14 @@ def encode(image: Image.Image, file_format: str = "JPEG", **options: object) -> 
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def write_bomb(path: Path, side: int = 60_000) -> Path:
+    """Write a PNG whose header says that it is huge."""
+    content = encode(Image.new("L", (1, 1)), "PNG")
+    header = content[12:16] + side.to_bytes(4, "big") * 2 + content[24:29]
+    path.write_bytes(content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:])
+    return path
 
 
 def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:

@@ -7,6 +7,7 @@ float32, 2 % of a loss and a cosine of 0.99 between gradients for bf16.
 import json
 import os
 import sys
+import types
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts: for deterministic algorithms
 
@@ -209,7 +210,9 @@ def test_processes_share_the_devices_where_there_are_more_of_them(monkeypatch, d
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "set_device", called.append)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(dist, "init_process_group", called.append)
+    store = types.SimpleNamespace(set_timeout=lambda _: None)
+    monkeypatch.setattr("engine.distributed.rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: called.append(backend))
     monkeypatch.setattr(dist, "new_group", lambda backend: backend)
     monkeypatch.setattr(dist, "barrier", called.append)
     assert start_ranks("auto") == Ranks(1, 2, torch.device("cuda", place), "gloo")
@@ -217,13 +220,12 @@ def test_processes_share_the_devices_where_there_are_more_of_them(monkeypatch, d
 
 
 @pytest.mark.cuda
-def test_the_benchmark_measures_speed_and_the_memory_of_the_contrast(tmp_path):
+def test_the_benchmark_measures_speed(tmp_path):
     typed = ["--encoders", "vit_tiny_patch16_224", "--batch-sizes", 64, "--rounds", 1, "--precision", "bf16"]
-    typed += ["--parts", "step", "mfu", "contrast", "--device", DEVICE]
+    typed += ["--parts", "step", "mfu", "--device", DEVICE]
     result = run_script("benchmark.py", *typed, folder=tmp_path)
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "runs" / "benchmark" / "benchmark.json").read_text())
     assert all(row["per_second"] > 0 for row in found["step"].values())
     (row,) = found["mfu"]["steps"].values()
     assert 0 < row["mfu"] < 1 and row["memory_gb"] > 0
-    assert found["contrast"]["extra_memory_gb"] < 2  # all logits at once are 17 GB

@@ -13,6 +13,7 @@ from tiny_run import assert_identical, assert_unfit_checkpoints_are_refused, end
 SMALL = ["--preset", "toy", "--model-args", "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2", "--image-size", 32]
 SMALL += ["--channels", 16, "--toy-images", 12, "--batch-size", 4, "--steps", 6, "--workers", 0, "--log-every", 1]
 SMALL += ["--device", "cpu", "--pictures", 2, "--output-dir", "run"]
+INPUTS = ["--mean", 0.4, 0.5, 0.3, "--std", 0.3, 0.2, 0.3, "--background", "red"]
 
 
 @pytest.fixture(scope="module", params=["detect.py", "segment.py"])
@@ -26,8 +27,9 @@ def script(request):
 def whole(script, tmp_path_factory):
     """Six steps in one go."""
     place = tmp_path_factory.mktemp("whole")
-    result = run_script(script, *SMALL, folder=place)
+    result = run_script(script, *SMALL, *INPUTS, folder=place)
     assert result.code == 0, result.err
+    assert "mean 0.4 0.5 0.3" in result.out and "--mean --std --background in place of the model's own" in result.out
     return place
 
 
@@ -36,6 +38,8 @@ def test_a_run_leaves_its_numbers_and_pictures(script, whole):
     assert {"config.json", "log.jsonl", "checkpoint.pt", "curves.png", "results.json", "predictions.png"} <= names
     config = json.loads((whole / "run/config.json").read_text())
     results = json.loads((whole / "run/results.json").read_text())
+    assert config["inputs"]["mean"] == [0.4, 0.5, 0.3] and config["inputs"]["background"] == "red"
+    assert config["notes"][0].startswith("training: ") and "images" in config["notes"][0]
     with Image.open(whole / "run/predictions.png") as picture:
         assert picture.width > 3 * 160 and picture.height > 160
     if script == "segment.py":
@@ -53,9 +57,9 @@ def test_a_run_leaves_its_numbers_and_pictures(script, whole):
 
 @pytest.mark.posix
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(script, whole, tmp_path):
-    killed = run_script(script, *SMALL, "--save-every", 2, folder=tmp_path, fault="kill@3")
+    killed = run_script(script, *SMALL, *INPUTS, "--save-every", 2, folder=tmp_path, fault="kill@3")
     assert killed.code == -9
-    again = run_script(script, *SMALL, "--save-every", 2, "--workers", 1, "--resume", folder=tmp_path)
+    again = run_script(script, *SMALL, *INPUTS, "--save-every", 2, "--workers", 1, "--resume", folder=tmp_path)
     assert again.code == 0, again.err
     assert "after step 2" in again.out
     assert_identical(end_of(tmp_path), end_of(whole))
@@ -63,17 +67,19 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_an_uninterrupted_one(script, 
 
 
 def test_f43_a_checkpoint_that_does_not_fit_is_refused_in_one_line(script, whole, tmp_path):
-    assert_unfit_checkpoints_are_refused(whole, tmp_path, script, *SMALL)
+    assert_unfit_checkpoints_are_refused(whole, tmp_path, script, *SMALL, *INPUTS)
 
 
 def test_evaluation_alone_gives_the_numbers_of_the_end_in_one_process_and_in_two(script, whole, tmp_path):
+    """It reads how the images were read in the run's config.json."""
     before = (whole / "run/results.json").read_text()
     (whole / "run/results.json").unlink()
     result = run_script(script, *SMALL, "--evaluate", folder=whole)
     assert result.code == 0, result.err
     assert (whole / "run/results.json").read_text() == before
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/checkpoint.pt").write_bytes((whole / "run/checkpoint.pt").read_bytes())
+    for name in ("checkpoint.pt", "config.json"):
+        (tmp_path / "run" / name).write_bytes((whole / "run" / name).read_bytes())
     results = run_processes(script, *SMALL, "--evaluate", folder=tmp_path)
     assert [result.code for result in results] == [0, 0], results
     assert json.loads((tmp_path / "run/results.json").read_text()) == json.loads(before)

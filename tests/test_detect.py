@@ -1,21 +1,28 @@
 """detect.py: COCO in its variants, average precision, the recipes, the heads; `test_dense_runs` has whole runs."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image, ImageColor
+from pictures import write_bomb
+from PIL import Image
 from running import EXAMPLES, run_script
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 sys.path.insert(0, str(EXAMPLES))
 
 from pycocotools import mask as run_lengths
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.ops import masks_to_boxes
 from torchvision.tv_tensors import BoundingBoxes
@@ -24,8 +31,9 @@ import detect
 from engine.options import parse
 from engine.signals import Stop
 from mvmae.hub import export
+from mvmae.inputs import Inputs
 from tasks.coco import CocoData, evaluate, jitter, to_coco
-from tasks.dense import lr_factor, param_groups
+from tasks.dense import RGB, build_trunk, lr_factor, param_groups
 from tasks.shapes import write_toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11
@@ -38,6 +46,12 @@ def config_of(preset, *arguments):
     given = ["--preset", preset, "--data", "x", "--model", "random:mvmae_vit_base_patch16", *map(str, arguments)]
     config = parse(detect.Config, detect.PRESETS, None, given)
     return dataclasses.replace(config, fc_width=16, proposals=20) if preset == "toy" else config
+
+
+def build(config, classes=2, **options):
+    """The detector and its trunk."""
+    trunk, inputs = build_trunk(config, Path(), positions=config.positions)
+    return detect.build_model(config, trunk, inputs, classes, **options), trunk
 
 
 @pytest.fixture(scope="module")
@@ -95,36 +109,35 @@ def test_the_truth_as_detections_has_an_average_precision_of_100_and_none_has_0(
     assert results["box"]["AP"] == results["mask"]["AP50"] == results["mask"]["AR100"] == 0.0
 
 
-def test_coco_is_read_in_all_its_variants(folder, tmp_path, monkeypatch):
+def test_coco_is_read_in_all_its_variants(folder):
     train, val = CocoData(folder, "train"), CocoData(folder, "val")
     assert (train.image_ids, val.image_ids) == ([7, 8, 9], [7, 8, 9, 30])
-    assert train.names == ["car", "cat"]
+    assert (train.names, train.counts) == (["car", "cat"], [2, 1])
+    assert "1 images without any, 1 objects without an outline, 1 crowd regions" in train.note
     targets = [train[0, index][1] for index in range(3)]
     assert [target["labels"].tolist() for target in targets] == [[2], [1], [1]]  # no crowd
     assert [target["boxes"].tolist() for target in targets] == [[[10, 5, 50, 30]], [[5, 10, 30, 50]], [[10, 5, 30, 25]]]
     empty = val[0, 3][1]
     assert empty["boxes"].shape == (0, 4)
     assert empty["masks"].shape == (0, 33, 47)
-    Image.new("RGB", (40, 60)).save(tmp_path / "7.png")
-    monkeypatch.setattr(val, "folder", tmp_path)
-    with pytest.raises(ValueError, match=r"7\.png must have 60x40 pixels, as .*instances_val2017\.json says, got 40x60"):
-        val[0, 0]
-    root = edited(folder, tmp_path / "lost", lambda content: content["images"][3].update(file_name="a\\b.png"))
-    with pytest.raises(FileNotFoundError, match=r"b\.png is missing, which .*instances_val2017\.json names"):
-        CocoData(root, "val")
     with pytest.raises(FileNotFoundError, match="as COCO's layout does"):
         CocoData(folder / "train2017", "train")
 
 
 def edited(folder, root, edit, splits=("train2017", "val2017")):
-    """A copy of a data set whose annotations a function changes."""
+    """A copy of a data set whose annotations a function changes, or replaces by what it returns."""
     shutil.copytree(folder, root)
     for split in splits:
         path = root / f"annotations/instances_{split}.json"
         content = json.loads(path.read_text())
         changed = edit(content)
-        path.write_text(json.dumps(changed if isinstance(changed, list) else content))
+        path.write_text(changed if isinstance(changed, str) else json.dumps(content))
     return root
+
+
+def every(table, change):
+    """An edit of all records of a table."""
+    return lambda content: [change(item) for item in content[table]] and None
 
 
 def drop_outlines(content):
@@ -133,6 +146,9 @@ def drop_outlines(content):
 
 
 def drop_all_that_has_a_default(content):
+    content.pop("info", None)
+    for item in content["images"]:
+        item.pop("width"), item.pop("height")
     for item in content["annotations"]:
         for name in ("id", "area", *([] if item.get("iscrowd") else ["iscrowd"])):
             item.pop(name, None)
@@ -142,47 +158,205 @@ def flatten_polygons(content):
     content["annotations"][0]["segmentation"] = content["annotations"][0]["segmentation"][0]
 
 
-def number_from_0(content):
+def mix_kinds_of_ids(content):
+    for item in content["images"]:
+        item["id"] = f"photo-{item['id']}"
     for item in content["annotations"]:
-        item["id"] -= 1
+        item.update(image_id=f"photo-{item['image_id']}", category_id=float(item["category_id"]), area=None)
 
 
-@pytest.mark.parametrize("edit", [drop_all_that_has_a_default, number_from_0, flatten_polygons])
+def write_paths_of_windows(content):
+    for item in content["images"]:
+        item["file_name"] = f"val2017\\{item['file_name']}"
+
+
+DEFAULTS = [drop_all_that_has_a_default, every("annotations", lambda item: item.update(id=item["id"] - 1)), flatten_polygons]
+DEFAULTS += [mix_kinds_of_ids, write_paths_of_windows]
+
+
+@pytest.mark.parametrize("edit", DEFAULTS)
 def test_what_converters_leave_out_or_number_otherwise_changes_nothing(folder, tmp_path, edit):
     """To pycocotools alone, missing keys are a KeyError after training, and a match with id 0 is none."""
-    data = CocoData(edited(folder, tmp_path / "data", edit), "val")
+    data, plain = CocoData(edited(folder, tmp_path / "data", edit, ["val2017"]), "val"), CocoData(folder, "val")
+    for index in range(4):
+        one, other = data[0, index], plain[0, index]
+        assert torch.equal(one[0], other[0])
+        assert all(torch.equal(one[1][name], other[1][name]) for name in ("labels", "boxes", "masks"))
     for numbers in evaluate(data.truth, truth_as_detections(data), data.image_ids).values():
         assert numbers["AP"] == numbers["AR100"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize(
-    ("edit", "words"),
-    [
-        (lambda content: [content], "TypeError"),
-        (lambda content: content.pop("images") and None, "KeyError 'images'"),
-        (lambda content: content["annotations"][1].pop("bbox") and None, "KeyError 'bbox' in annotation 2"),
-        (lambda content: content["annotations"][2].update(category_id=77), "KeyError 77 in annotation 3"),
-        (lambda content: content["annotations"][0].update(image_id="x"), "KeyError 'x' in annotation 1"),
-        (lambda content: content["images"][0].update(id="x"), "ValueError .*'x'"),
-        (lambda content: content["annotations"][1]["bbox"].pop(), "ValueError .* in annotation 2"),
-        (lambda content: content["annotations"][1]["bbox"].__setitem__(2, float("nan")), "ValueError .*nan.* in annotation 2"),
-    ],
-)
-def test_wrong_annotations_are_refused_by_file_and_number(folder, tmp_path, edit, words):
-    root = edited(folder, tmp_path / "data", edit)
-    with pytest.raises(ValueError, match=rf"instances_val2017\.json must be JSON in COCO's format, got {words}"):
-        CocoData(root, "val")
+def test_average_precision_is_that_of_pycocotools_with_ids_from_1_on(folder, tmp_path):
+    """Detections of several scores and places; one annotation of the file is numbered 0, one object has a box alone."""
+
+    def number_from_0(content):
+        for number, item in enumerate(content["annotations"]):
+            item["id"] = number
+        content["annotations"].append({"id": 9, "image_id": 30, "category_id": 17, "bbox": [3, 3, 20, 20]})
+
+    data = CocoData(edited(folder, tmp_path / "data", number_from_0), "val")
+    found = truth_as_detections(data)
+    for number, item in enumerate(list(found)):
+        left, top, width, height = item["bbox"]
+        found.append(item | {"bbox": [left + 3, top + 1, width, height - 2], "score": 0.9 - 0.2 * number})
+        found.append(item | {"bbox": [left + 9, top, width, height], "score": 1.5 - number})
+    content = json.loads((tmp_path / "data/annotations/instances_val2017.json").read_text())
+    for number, item in enumerate(content["annotations"], start=1):
+        item.update(id=number, iscrowd=item.get("iscrowd", 0), area=item["bbox"][2] * item["bbox"][3])
+    (tmp_path / "numbered.json").write_text(json.dumps(content))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(tmp_path / "numbered.json")
+        boxes = [{name: item[name] for name in ("image_id", "category_id", "bbox", "score")} for item in found]
+        theirs = COCOeval(truth, truth.loadRes(boxes), "bbox")
+        theirs.evaluate(), theirs.accumulate(), theirs.summarize()
+    ours = evaluate(data.truth, found, data.image_ids)
+    expected = [100 * value if value >= 0 else -1 for value in theirs.stats]
+    assert list(ours["box"].values()) == pytest.approx(expected) and 5 < ours["box"]["AP"] < 95
+    assert ours["mask"]["AP50"] > 5  # over objects with an outline
 
 
-def test_images_are_upright_as_their_annotations_are(folder, tmp_path):
+def renumbered(content):
+    """Other ids for the same names, one of which has two, and none for one class."""
+    content["categories"] = [{"id": 3, "name": "cat"}, {"id": 0, "name": "cat"}, {"id": "z", "name": "car"}]
+    for item in content["annotations"]:
+        item["category_id"] = 0 if item["category_id"] == 17 else "z"
+
+
+def test_classes_of_both_splits_are_matched_by_name(folder, tmp_path):
+    data = CocoData(edited(folder, tmp_path / "data", renumbered, ["val2017"]), "val")
+    train = CocoData(tmp_path / "data", "train")
+    assert data.names == train.names == ["car", "cat"]
+    assert [data[0, index][1]["labels"].tolist() for index in range(3)] == [[2], [1], [1]]
+    for names in (None, train.names):
+        val = CocoData(tmp_path / "data", "val", names=names)
+        assert evaluate(val.truth, truth_as_detections(val), val.image_ids)["box"]["AP"] == pytest.approx(100)
+
+    def lose_cats(content):
+        content["categories"], content["annotations"] = content["categories"][1:], content["annotations"][1:]
+
+    fewer = CocoData(edited(folder, tmp_path / "fewer", lose_cats, ["val2017"]), "val")
+    assert (fewer.names, fewer.counts) == (["car", "cat"], [2, 0]) and len({*fewer.category_ids}) == 2
+    edited(folder, tmp_path / "more", lambda content: content["categories"].append({"id": 5, "name": "dog"}), ["val2017"])
+    with pytest.raises(ValueError, match=r"instances_val2017\.json must have classes of training images alone, got dog too"):
+        CocoData(tmp_path / "more", "val")
+
+
+def put(table, number, **values):
+    return lambda content: content[table][number].update(values)
+
+
+def take(table, number, name):
+    return lambda content: content[table][number].pop(name) and None
+
+
+CUT = {"size": [60, 40], "counts": "n5Y1"}
+WRONG = {
+    "list": (lambda content: json.dumps([content]), "must be JSON in COCO's format"),
+    "number": (lambda content: "7", "must be JSON in COCO's format"),
+    "no JSON": (lambda content: "{", "must be JSON in COCO's format"),
+    "nested": (lambda content: "[" * 100_000, "must be JSON in COCO's format"),
+    "no images": (lambda content: content.pop("images") and None, "KeyError: 'images'"),
+    "no categories": (lambda content: content.pop("categories") and None, "KeyError: 'categories'"),
+    "text for a table": (lambda content: content.update(annotations="x"), "'x' as annotations"),
+    "text for an annotation": (lambda content: content["annotations"].insert(1, "x"), r"annotations\[1\] must be an object"),
+    "no box": (take("annotations", 1, "bbox"), r"annotations\[1\] must have 'bbox'"),
+    "no class": (take("annotations", 1, "category_id"), r"annotations\[1\] must have 'category_id'"),
+    "no name": (take("categories", 1, "name"), r"categories\[1\] must have 'name'"),
+    "no file": (take("images", 1, "file_name"), r"images\[1\] must have 'file_name'"),
+    "one id twice": (put("images", 2, id=7), r"images\[0\] must have an id of its own, got 7"),
+    "another class": (put("annotations", 2, category_id=77), r"annotations\[2\] must name one of the categories .* got 77"),
+    "a list for an id": (put("annotations", 0, image_id=[7]), r"annotations\[0\] must name one of the images .* got \[7\]"),
+    "3 numbers": (
+        put("annotations", 1, bbox=[1, 2, 3]),
+        r"annotations\[1\] must have 4 finite numbers as 'bbox', got \[1, 2, 3\]",
+    ),
+    "5 numbers": (every("annotations", lambda item: item["bbox"].append(1)), r"annotations\[0\] must have 4 finite numbers"),
+    "NaN": (put("annotations", 1, bbox=[1, 2, 3, float("nan")]), r"annotations\[1\] must have 4 finite numbers"),
+    "infinite": (put("annotations", 1, bbox=[1, 2, float("inf"), 3]), r"annotations\[1\] must have 4 finite numbers"),
+    "10^400": (put("annotations", 1, bbox=[1, 2, 10**400, 3]), r"annotations\[1\] must have 4 finite numbers"),
+    "words": (put("annotations", 1, bbox=["a", 2, 3, 4]), r"annotations\[1\] must have 4 finite numbers"),
+    "outside": (put("annotations", 1, bbox=[900, 900, 5, 5]), r"annotations\[1\] must have left, .* got \[900, 900, 5, 5\]"),
+    "negative": (put("annotations", 1, bbox=[9, 9, -5, 5]), r"annotations\[1\] must have left"),
+    "crowd": (put("annotations", 1, iscrowd="yes"), r"annotations\[1\] must have a finite number as 'iscrowd'"),
+    "odd polygon": (put("annotations", 0, segmentation=[[1, 1, 5, 5, 9, 1, 3]]), r"annotations\[0\] must have polygons"),
+    "polygon of words": (put("annotations", 0, segmentation=[["a"] * 6]), r"annotations\[0\] must have polygons"),
+    "polygon with NaN": (
+        put("annotations", 0, segmentation=[[1, 1, 5, float("nan"), 9, 1]]),
+        r"annotations\[0\] must have polygons",
+    ),
+    "far polygon": (put("annotations", 0, segmentation=[[1, 1, 5, 5, 1e9, 1]]), r"annotations\[0\] must have polygons"),
+    "run lengths": (
+        put("annotations", 2, segmentation={"size": [50, 50], "counts": [2499]}),
+        r"annotations\[2\] must have polygons",
+    ),
+    "negative run": (put("annotations", 2, segmentation={"size": [50, 50], "counts": [2600, -100]}), r"annotations\[2\] must"),
+    "cut code": (put("annotations", 1, segmentation=CUT), r"annotations\[1\] must have polygons"),
+    "size": (put("annotations", 1, segmentation={"size": [40, 60], "counts": [2400]}), r"annotations\[1\] must have polygons"),
+    "no counts": (put("annotations", 1, segmentation={"size": [40, 60]}), r"annotations\[1\] must have polygons"),
+    "parent": (put("images", 1, file_name="../../x.png"), r"images\[1\] must name a file below .* got '\.\./\.\./x\.png'"),
+    "parent on Windows": (put("images", 1, file_name="a\\..\\..\\x.png"), r"images\[1\] must name a file below"),
+    "absolute": (put("images", 1, file_name="/etc/passwd"), r"images\[1\] must name a file below .* got '/etc/passwd'"),
+    "drive": (put("images", 1, file_name="C:\\x.png"), r"images\[1\] must name a file below"),
+    "missing": (put("images", 3, file_name="a.png"), r"images\[3\] must name a file in .*, got 'a\.png'"),
+    "FIFO": (put("images", 3, file_name="fifo"), r"images\[3\] must name a file in .*, got 'fifo'"),
+    "other size": (put("images", 1, width=60_000, height=60_000), r"8\.png must have 60000x60000 pixels, as .*, got 40x60"),
+    "turned": (put("images", 0, width=40, height=60), r"7\.png must have 40x60 pixels, as .* says, got 60x40"),
+    "bomb": (put("images", 0, file_name="bomb.png"), r"bomb\.png.* more than the limit"),
+    "all crowd": (
+        every("annotations", lambda item: item.update(iscrowd=1)),
+        "must hold objects with .* got . annotations, . of them",
+    ),
+}
+
+
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_annotations_are_refused_by_file_and_number(folder, tmp_path, name, split):
+    edit, words = WRONG[name]
+    root = edited(folder, tmp_path / "data", edit, [split])
+    if name == "FIFO":
+        os.mkfifo(root / split / "fifo") if hasattr(os, "mkfifo") else pytest.skip("no FIFO here")
+    if name == "bomb":
+        write_bomb(root / split / "bomb.png")
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        CocoData(root, "train"), CocoData(root, "val")
+    assert "\n" not in str(error.value)
+    assert name == "bomb" or f"instances_{split}.json" in str(error.value)
+
+
+@pytest.mark.parametrize(("orientation", "back"), [(6, Image.Transpose.ROTATE_90), (3, Image.Transpose.ROTATE_180)])
+def test_images_are_upright_as_their_annotations_are(folder, tmp_path, orientation, back):
     """Labelling tools draw on the image as it is seen; orientation 6 is stored turned to the left."""
     root, pixels = tmp_path / "data", np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     shutil.copytree(folder, root)
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90).save(root / "val2017/7.png", exif=exif)
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).transpose(back).save(root / "val2017/7.png", exif=exif)
     seen, _ = CocoData(root, "val")[0, 0]
     np.testing.assert_array_equal((255 * seen).round().permute(1, 2, 0), pixels)
+
+
+def test_images_are_read_as_the_record_of_the_encoder_says(folder, tmp_path):
+    """12 bits in 16, transparency, one channel: against numpy."""
+    root, values = tmp_path / "data", np.random.default_rng(0).integers(0, 4096, (40, 60), dtype=np.uint16)
+    shutil.copytree(folder, root)
+    Image.fromarray(values).save(root / "val2017/7.png")
+    Image.new("RGBA", (40, 60), (0, 0, 0, 0)).save(root / "val2017/8.png")
+    inputs = dataclasses.replace(RGB, value_range=(0, 4095), background="#102030")
+    data = CocoData(root, "val", inputs=inputs)
+    np.testing.assert_allclose(data[0, 0][0][1] * 255, np.rint(values / 4095 * 255), atol=0.01)
+    assert (data[0, 1][0] * 255).round()[:, 5, 5].tolist() == [16, 32, 48]
+    grey = CocoData(root, "val", inputs=Inputs((32, 32), (0.5,), (0.5,)))
+    assert grey[0, 0][0].shape == (1, 40, 60)
+
+
+def test_boxes_that_reach_beyond_their_picture_end_at_its_border(folder, tmp_path):
+    root = edited(
+        folder,
+        tmp_path / "data",
+        lambda content: (drop_outlines(content), put("annotations", 0, bbox=[-9, 5, 900, 9])(content))[1],
+    )
+    assert CocoData(root, "train")[0, 0][1]["boxes"].tolist() == [[0, 5, 60, 14]]
 
 
 def boxes_in(image, *boxes):
@@ -245,9 +419,7 @@ def test_objects_may_be_boxes_alone(folder, tmp_path):
     assert data.image_ids == val.image_ids == [7, 8, 9, 30]  # of the line of two points there is a box
     targets = [data[0, index][1] for index in range(3)]
     assert [target["boxes"].tolist() for target in targets] == [[[10, 5, 50, 30]], [[5, 10, 30, 50]], [[10, 5, 30, 25]]]
-    assert [target["labels"].tolist() for target in targets] == [[2], [1], [1]]  # no crowd
     assert [set(target) for target in targets] == [{"boxes", "labels", "image_id"}] * 3
-    assert val[0, 3][1]["boxes"].shape == (0, 4)
     with_masks, alone = CocoData(folder, "train", **options), CocoData(root, "train", **options)
     for epoch, index in ((epoch, index) for epoch in range(40) for index in range(3)):
         (image, target), (same, boxed) = with_masks[epoch, index], alone[epoch, index]
@@ -272,28 +444,17 @@ def test_a_run_on_boxes_alone_leaves_the_numbers_of_boxes(tmp_path):
     assert (tmp_path / "run/predictions.png").exists() and "mask" not in result.out
 
 
-def swap_names(content):
-    content["categories"][0]["name"], content["categories"][1]["name"] = "cross", "circle"
-
-
-@pytest.mark.parametrize(
-    ("edit", "words"),
-    [
-        (drop_outlines, "must both have masks, or both boxes alone"),
-        (swap_names, "must have the same categories, got [(2, 'circle')"),
-    ],
-)
-def test_splits_that_differ_are_refused_in_one_line(tmp_path, edit, words):
-    edited(write_toy(tmp_path / "toy", side=32, train=6, val=4), tmp_path / "mixed", edit, ["val2017"])
+def test_splits_of_which_one_has_no_masks_are_refused_in_one_line(tmp_path):
+    edited(write_toy(tmp_path / "toy", side=32, train=6, val=4), tmp_path / "mixed", drop_outlines, ["val2017"])
     result = run_script("detect.py", "--preset", "toy", *SMALL, "--data", "mixed", "--output-dir", "run", folder=tmp_path)
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert words in result.err
+    assert "must both have masks, or both boxes alone" in result.err
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("li2021", 118.6), ("vitdet", 113.9)])
 def test_mask_r_cnn_on_vit_b_has_as_many_parameters_as_published(preset, millions):
     with torch.device("meta"):  # MIMDet's model, li2021 here, has 118.67 M
-        model, _ = detect.build_model(config_of(preset), 80)
+        model, _ = build(config_of(preset), 80)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.003)
 
 
@@ -312,7 +473,7 @@ def decay_of(model, trunk, config):
 
 def test_the_recipe_of_li2021_reaches_optimizer_schedule_and_model():
     config = config_of("li2021", "--model-args", "depth=4 embed_dim=48 num_heads=3")
-    model, trunk = detect.build_model(config, 80)
+    model, trunk = build(config, 80)
     lost = decay_of(model, trunk, config)
     full = pytest.approx(8e-5 * 0.1, rel=1e-2)
     for name in ("blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias", "patch_embed.proj.weight"):
@@ -337,7 +498,7 @@ def test_the_recipe_of_li2021_reaches_optimizer_schedule_and_model():
     seen, _ = model.transform([torch.zeros(3, 20, 40)])
     assert (seen.image_sizes, seen.tensors.shape) == ([(512, 1024)], (1, 3, 1024, 1024))
     assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (1000, 1000)
-    deep = detect.build_model(config_of("li2021", "--model-args", "depth=12 embed_dim=48 num_heads=3"), 2)[1]
+    deep = build(config_of("li2021", "--model-args", "depth=12 embed_dim=48 num_heads=3"))[1]
     assert deep.taps == (2, 5, 8, 11)
     assert [block.attn.window is None for block in deep.blocks] == [False, False, True] * 4
     assert deep.blocks[0].attn.window == (16, 16)
@@ -345,7 +506,7 @@ def test_the_recipe_of_li2021_reaches_optimizer_schedule_and_model():
 
 def test_the_recipe_of_vitdet_reaches_optimizer_schedule_and_model():
     config = config_of("vitdet", "--model-args", "depth=4 embed_dim=48 num_heads=3", "--image-size", 512)
-    model, trunk = detect.build_model(config, 80)
+    model, trunk = build(config, 80)
     lost = decay_of(model, trunk, config)
     for name, power in {"patch_embed.proj": 5, "blocks.0.mlp.fc1": 4, "blocks.3.mlp.fc1": 1}.items():
         assert lost[f"backbone.trunk.{name}.weight"] == pytest.approx(1e-5 * 0.7**power, rel=2e-2)
@@ -355,19 +516,6 @@ def test_the_recipe_of_vitdet_reaches_optimizer_schedule_and_model():
     assert trunk.pos_embed.shape == (1, 32 * 32, 48)
     assert isinstance(model.roi_heads.mask_head[0][1], torch.nn.LayerNorm)
     assert (model.backbone.style, model.backbone.fpn) == ("vitdet", None)
-    for preset, steps in (("li2021-25", 46_094), ("li2021-50", 92_188)):
-        shorter = config_of(preset)
-        assert shorter.steps == steps and lr_factor(230, shorter) == pytest.approx(0.5, abs=1e-2)  # a quarter of an epoch too
-
-
-def test_an_encoder_is_taken_from_a_run_a_folder_or_a_file(tmp_path):
-    vit = timm.create_model("mvmae_vit_tiny_patch16", img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
-    export(vit, tmp_path / "run/encoder")
-    for model in ("run", "run/encoder", "run/encoder/model.safetensors"):
-        given = ("--model", tmp_path / model, "--model-args", "", "--image-size", 64)
-        _, trunk = detect.build_model(config_of("toy", *given), 3)
-        assert torch.equal(trunk.blocks[3].attn.qkv.weight, vit.blocks[3].attn.qkv.weight), model
-        assert trunk.grid_size == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -376,14 +524,14 @@ def test_an_encoder_is_taken_from_a_run_a_folder_or_a_file(tmp_path):
 )
 def test_models_that_do_not_fit_are_refused(arguments, words):
     with pytest.raises(Stop, match=words):
-        detect.build_model(config_of("toy", "--model-args", arguments, "--image-size", 56), 3)
+        build(config_of("toy", "--model-args", arguments, "--image-size", 56))
 
 
 @torch.no_grad()
 def test_boxes_are_exact_under_autocast():
     """Above 512 pixels bf16 has a grid of 4: with the heads' outputs fixed, nothing of a box may depend on it."""
     size = ["--model-args", TINY.replace("patch_size=8", "patch_size=32"), "--image-size", 640]
-    model, _ = detect.build_model(dataclasses.replace(config_of("toy", *SMALL, *size), proposals=200), 2)
+    model, _ = build(dataclasses.replace(config_of("toy", *SMALL, *size), proposals=200))
     for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred, *model.roi_heads.box_predictor.children()):
         layer.weight.zero_()
     model.rpn.head.bbox_pred.bias.copy_(torch.tensor([0.1, -0.2, 0.3, -0.4] * 3))
@@ -407,7 +555,7 @@ def test_boxes_are_exact_under_autocast():
 @pytest.mark.parametrize("with_masks", [True, False])
 def test_detection_learns_one_batch_and_objects_may_be_absent(folder, tmp_path, with_masks):
     config = dataclasses.replace(config_of("toy", *SMALL), regions=16)
-    model, _ = detect.build_model(config, 2, with_masks=with_masks)
+    model, _ = build(config, 2, with_masks=with_masks)
     assert type(model).__name__ == ("MaskRCNN" if with_masks else "FasterRCNN")
     data, values = CocoData(folder if with_masks else edited(folder, tmp_path / "boxes", drop_outlines), "val"), []
     batch = [data[0, 0], data[0, 3]]  # one with an object, one without
@@ -427,21 +575,15 @@ def test_detection_learns_one_batch_and_objects_may_be_absent(folder, tmp_path, 
     assert all(torch.isfinite(value) for value in alone.values())
 
 
-def test_what_is_drawn_leaves_the_objects_as_they_are():
+def test_masks_boxes_and_scores_are_drawn_on_the_enlarged_image():
     image, mask = torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
     mask[:, 20:40, 10:50] = 1
     found = {"labels": torch.tensor([1]), "masks": mask, "boxes": torch.tensor([[10.0, 20.0, 50.0, 40.0]])}
     plain, truth = detect.draw(image, {name: x[:0] for name, x in found.items()}), detect.draw(image, found)
-    assert plain.shape == (3, 256, 256)
     torch.testing.assert_close(plain, image.repeat_interleave(4, 1).repeat_interleave(4, 2), atol=1 / 255, rtol=0)
     changed = (plain != truth).any(0)
-    assert not changed[84:156, 44:196].any() and not changed[:80].any()  # inside and outside
-    colour = torch.tensor(ImageColor.getrgb(detect.COLOURS[1])) / 255
-    assert (truth[:, 81, 60:190] == colour[:, None]).all() and (truth[:, 100:150, 41] == colour[:, None]).all()
-    scored = detect.draw(image, found | {"scores": torch.tensor([0.87])})
-    written = (scored != truth).any(0).nonzero()
-    assert len(written) > 50 and (written.amin(0) >= torch.tensor([80, 40])).all()  # in the box, and legible
-    assert 10 <= written[:, 0].max() - written[:, 0].min() <= 30
+    assert changed[80:160, 40:200].float().mean() > 0.9 and not changed[:79].any() and not changed[:, :39].any()
+    assert (detect.draw(image, found | {"scores": torch.tensor([0.87])}) != truth).any(0).sum() > 20
 
 
 def test_an_exported_encoder_can_be_evaluated_and_compared_with_a_random_one(tmp_path):
@@ -455,6 +597,6 @@ def test_an_exported_encoder_can_be_evaluated_and_compared_with_a_random_one(tmp
     assert result.code == 0, result.err
     assert (tmp_path / "run/results.json").read_bytes() == before
     names = (str(tmp_path / "encoder"), f"random:{tmp_path / 'encoder'}")
-    models = [detect.build_model(config_of("toy", *SMALL, "--model-args", "", "--model", name), 2)[1] for name in names]
+    models = [build(config_of("toy", *SMALL, "--model-args", "", "--model", name))[1] for name in names]
     assert torch.equal(models[0].pos_embed, models[1].pos_embed)
     assert not torch.equal(models[0].blocks[0].attn.qkv.weight, models[1].blocks[0].attn.qkv.weight)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 
 import mvmae
 from mvmae import Mask, MultiViewMAE, encode_visible, hub, random_mask
@@ -98,14 +99,42 @@ def test_visible_tokens_equal_timm_on_a_sequence_of_those_patches_alone(tiny_vit
         torch.testing.assert_close(encode_visible(vit, images, mask)[b], expected)
 
 
-def test_hooks_and_other_modules_of_the_patch_projection_are_not_passed_by(tiny_vit):
-    hooked, normed = tiny_vit().double(), tiny_vit().double()
-    hooked.patch_embed.proj.register_forward_hook(lambda module, given, result: 2 * result)
-    torch.nn.utils.parametrizations.weight_norm(normed.patch_embed.proj)
-    torch.nn.init.normal_(normed.patch_embed.proj.parametrizations.weight.original0)
+def pruned(vit):
+    torch.nn.utils.prune.random_unstructured(vit.patch_embed.proj, "weight", 0.5)
+
+
+def weight_normed(vit):
+    torch.nn.utils.parametrizations.weight_norm(vit.patch_embed.proj)
+    torch.nn.init.normal_(vit.patch_embed.proj.parametrizations.weight.original0)
+
+
+def with_lora(vit):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(vit, peft.LoraConfig(target_modules=["patch_embed.proj", "qkv"], init_lora_weights=False)).eval()
+
+
+def hooked(vit):
+    vit.patch_embed.proj.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+def replaced(vit):
+    vit.patch_embed.proj = torch.nn.Sequential(vit.patch_embed.proj, torch.nn.Conv2d(48, 48, 1))
+
+
+@pytest.mark.parametrize("change", [pruned, weight_normed, with_lora, hooked, replaced])
+def test_what_is_put_on_the_patch_projection_is_not_passed_by(change, tiny_vit):
+    vit = tiny_vit()
+    change(vit)
+    vit.double().eval()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    for vit in (hooked, normed):
-        torch.testing.assert_close(encode_visible(vit, images, nothing_masked(images, 16)), vit.forward_features(images))
+    torch.testing.assert_close(encode_visible(vit, images, nothing_masked(images, 16)), vit.forward_features(images))
+
+
+def test_hooks_of_the_patch_embedding_which_is_not_called_are_refused(tiny_vit):
+    vit, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    vit.patch_embed.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    with pytest.raises(TypeError, match="patch_embed has hooks"):
+        encode_visible(vit, images, nothing_masked(images, 16))
 
 
 @pytest.mark.parametrize("family", ROTARY)

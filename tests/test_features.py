@@ -52,7 +52,7 @@ def evaluate(folder, ranks=ALONE, workers=0, limit=50, max_bad=3):
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 0}
     vit = timm.create_model("vit_tiny_patch16_224", **sizes, drop_path_rate=0.5).train()
     vit.pretrained_cfg = {**vit.pretrained_cfg, "input_size": (3, 32, 32)}
-    options = {"limit": limit, "ranks": ranks, "pool": "avg", "workers": workers, "max_bad": max_bad}
+    options = {"limit": limit, "ranks": ranks, "workers": workers, "max_bad": max_bad}
     evaluation = Evaluation(vit, open_splits(str(folder)), MultiViewTransform(32, num_views=3), **options)
     before = torch.get_rng_state()
     found = [evaluation(), evaluation()]

@@ -8,7 +8,7 @@ import torch
 from running import EXAMPLES
 
 sys.path.append(str(EXAMPLES))
-from tasks.method import SHORT, fit_attention
+from tasks.config import SHORT, fit_attention
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])

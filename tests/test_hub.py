@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -25,6 +26,7 @@ import torch
 from hub_server import Hub, Repo
 from test_model import slow_positions
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mvmae
 from mvmae import hub
@@ -183,7 +185,7 @@ OLD_CLIENT = int(huggingface_hub.__version__.split(".")[0]) < 1
 FAILURES = [
     ("create('hf-hub:me/nothing')", ["me/nothing", "there is no", "hf auth login"]),
     ("load('me/nothing')", ["me/nothing", "there is no"]),
-    ("create('mvmae_vit_base_patch16')", ["no weights are published for mvmae_vit_base_patch16", "local-dir:", "hf-hub:"]),
+    ("create('mvmae_vit_base_patch16')", ["no weights of mvmae_vit_base_patch16 exist", "local-dir:", "hf-hub:"]),
     ("create('hf-hub:me/gated')", ["me/gated", "gated", "hf auth login"]),
     ("create('hf-hub:me/good@' + '0' * 40)", ["me/good", "no revision", "0" * 40]),
     ("load('me/good', revision='v9')", ["me/good", "no revision", "v9"]),
@@ -422,6 +424,38 @@ def test_a_model_with_losses_of_ones_own_is_saved_and_asks_for_them(tmp_path):
     assert outputs[0].loss == outputs[1].loss != outputs[2].loss
     with pytest.raises(TypeError, match="projector, a contrastive_loss or a reconstruction_loss, got .'loss'"):
         mvmae.MultiViewMAE.from_pretrained(tmp_path, loss=Alignment())
+
+
+class Trainers(torch.nn.Module):
+    """As trainers' frameworks wrap a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def with_wrapped_blocks(model):
+    encoder = getattr(model, "encoder", model)
+    for number, block in enumerate(encoder.blocks):
+        encoder.blocks[number] = checkpoint_wrapper(block)
+    return model
+
+
+WRAPPED = [lambda model: torch.compile(model, backend="eager"), torch.nn.DataParallel, Trainers, with_wrapped_blocks]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_wrapped_model_is_exported_and_embeds_as_it_would_alone(wrap, tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
+    images = [np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8) for i in range(3)]
+    expected = mvmae.embed(vit, images).features
+    model = mvmae.MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    hub.export(wrap(model), tmp_path)
+    assert mvmae.MultiViewMAE.from_pretrained(tmp_path).state_dict().keys() == {
+        name.replace("._checkpoint_wrapped_module", "") for name in model.state_dict()
+    }
+    for encoder in (vit if wrap is with_wrapped_blocks else wrap(vit), tmp_path):
+        assert torch.equal(mvmae.embed(encoder, images).features, expected)
 
 
 def test_a_changed_encoder_is_described_as_it_is(tmp_path):

@@ -16,7 +16,7 @@ from running import EXAMPLES, run_script
 
 sys.path.insert(0, str(EXAMPLES))
 
-from engine.options import SECTIONS, RunConfig, changeable, flag, option, parse, redefine, run
+from engine.options import MEMORY, SECTIONS, RunConfig, changeable, flag, option, parse, redefine, run
 from engine.signals import NOTHING_SAVED, Stop
 
 SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
@@ -91,7 +91,7 @@ def test_any_value_is_in_the_range_of_its_option_or_ends_in_one_line(name, field
                 assert value in field.metadata["choices"]
             elif not isinstance(value, str | bool):  # any text is one: what it names is for the script to find
                 assert math.isfinite(value) and value < 2**31
-                assert bounds.get("at least", -math.inf) <= value <= bounds.get("at most", math.inf)
+                assert bounds.get("at_least", -math.inf) <= value <= bounds.get("at_most", math.inf)
                 assert bounds.get("above", -math.inf) < value < bounds.get("below", math.inf)
 
     holds()
@@ -179,8 +179,9 @@ def test_a_preset_sets_defaults_what_is_typed_wins_and_its_arguments_are_for_its
         (
             torch.OutOfMemoryError("CUDA\nmore"),
             1,
-            "error: the memory is used up (OutOfMemoryError: CUDA): use a smaller --batch-size, or fewer --workers",
+            f"error: {MEMORY.format('OutOfMemoryError: CUDA')}",
         ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, None),
         (RuntimeError("DataLoader worker (pid 7) is killed"), 1, None),
     ],
     ids=lambda value: type(value).__name__,
@@ -211,14 +212,14 @@ def test_the_options_of_a_run_are_the_same_in_every_script_that_trains(name):
     assert changeable(RunConfig) < changeable(config)
 
 
-@pytest.mark.parametrize(("name", "field"), [(name, field) for name, field in OPTIONS if name in TRAINED])
-def test_torchrun_passes_an_option_on(name, field):
+def test_torchrun_passes_every_option_on():
     """Its parser takes the beginning of an option of its own for that option, after the script's name too."""
     from torch.distributed.run import get_args_parser  # not collected on Windows, whose signals it was not written for
 
-    for typed in ([flag(field.name), "1"], [flag(field.name).replace("--", "--no-")]):
-        line = get_args_parser().parse_args(["--nproc-per-node", "2", f"examples/{name}.py", *typed])
-        assert line.training_script_args == typed and line.nproc_per_node == "2"
+    for name, field in [(name, field) for name, field in OPTIONS if name in TRAINED]:
+        for typed in ([flag(field.name), "1"], [flag(field.name).replace("--", "--no-")]):
+            line = get_args_parser().parse_args(["--nproc-per-node", "2", f"examples/{name}.py", *typed])
+            assert line.training_script_args == typed and line.nproc_per_node == "2"
 
 
 @pytest.mark.parametrize(
@@ -227,9 +228,7 @@ def test_torchrun_passes_an_option_on(name, field):
         ("pretrain.py", ["--data", "x", "--log-every", 0], ["--log-every", "at least 1", "'0'"]),
         ("finetune.py", ["--data", "x", "--model", "x", "--workers", -1], ["--workers", "at least 0", "'-1'"]),
         ("segment.py", ["--data", "x", "--lr", "nan"], ["--lr", "finite", "'nan'"]),
-        ("pretrain.py", ["--data", "sample", "--encoder", "resnet50", "--preset", "quick"], ["ResNet", "plain ViT"]),
         ("pretrain.py", ["--data", "sample", "--preset", "quick", "--encoder-args", "patch_size=0"], ["patch_size=0"]),
-        ("pretrain.py", ["--data", "sample", "--preset", "quick", "--encoder-args", "depth=0"], ["depth"]),
         ("pretrain.py", ["--data", "sample", "--preset", "quick", "--transform", "nowhere:f"], ["--transform", "nowhere:f"]),
         ("finetune.py", ["--data", "sample", "--model", "rums/quick"], ["no file or folder rums/quick"]),
         ("visualize.py", ["--data", "sample", "--models", "random:mvmae_vit_tiny_patch16", "--image-size", 7], ["7", "patch"]),
@@ -248,7 +247,7 @@ WITH_DATA = [name for name in SCRIPTS if any(one == name and field.name == "data
 @pytest.mark.parametrize("name", [name for name in WITH_DATA if name != "ablate"])  # which names the data to the others
 def test_a_data_set_that_is_not_there_is_named_alone(name, tmp_path):
     given = {"data": "nowhere/x", "model": "random:vit_tiny_patch16_224", "models": "random:vit_tiny_patch16_224"}
-    given |= {"encoder": "vit_tiny_patch16_224", "pretrained": None, "workers": 10**6, "device": "cpu"}
+    given |= {"encoder": "vit_tiny_patch16_224", "pretrained": None, "workers": 1000, "device": "cpu"}
     fields = {field.name for one, field in OPTIONS if one == name}
     typed = [word for one, value in given.items() if one in fields and value for word in (flag(one), value)]
     done = run_script(f"{name}.py", *typed, *(["--no-pretrained"] if "pretrained" in fields else []), folder=tmp_path)
@@ -303,14 +302,8 @@ def test_help_lists_every_option_once_in_its_section_with_the_default_of_the_pre
             assert re.match(r"[A-Za-z]{2,}", words[one]) and about.split()[-1] in words[one], (one, words[one])
             shown = re.search(r"default: ([^;]*?)\]$", words[one])
             assert bool(shown) == (value not in ("", (), None, dataclasses.MISSING)), (one, words[one])
-            if shown and not isinstance(value, str):
-                given = value if isinstance(value, tuple) else (value,)
-                expected = (
-                    ["yes" if value else "no"]
-                    if isinstance(value, bool)
-                    else [f"{v:.12g}" if isinstance(v, float) else f"{v}" for v in given]
-                )
-                assert shown[1].split() == expected, (one, words[one])
+            if shown and isinstance(value, float | int) and not isinstance(value, bool):
+                assert float(shown[1]) == value, (one, words[one])
             elif value is dataclasses.MISSING:
                 assert f"{one} ..." in text.partition("\n\n")[0]
 
@@ -342,3 +335,8 @@ def test_an_option_stays_in_the_section_of_the_dataclass_that_declares_it_first(
     titles = options_in(help_of(Child, {}, "about", monkeypatch, capsys))[1]
     assert titles["Run"] == ["--log-every"] and titles["Optimizer"] == ["--rate", "--decay"]
     assert parse(Child, {}, None, ["--data", "x"]).log_every == 7
+
+
+def test_help_shows_how_many_values_an_option_takes(monkeypatch, capsys):
+    words = help_of(Config, {}, "about", monkeypatch, capsys)
+    assert "--crop-scale LOW HIGH " in words and "--image-size N [N] " in words and "--epochs X " in words

@@ -2,11 +2,14 @@
 
 import colorsys
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pictures import write_bomb
 from PIL import Image
 from running import EXAMPLES, run_script
 from torch import nn
@@ -17,14 +20,12 @@ sys.path.insert(0, str(EXAMPLES))
 
 import segment
 from engine.options import parse
-from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, distort, fitting_size, scores
-from tasks.dense import lr_factor, param_groups
-from tasks.shapes import write_toy
+from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, distort, find_classes, fitting_size, read_split, scores
+from tasks.dense import build_trunk, lr_factor, param_groups
 
 TINY = "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2"
 SMALL = ["--model-args", TINY, "--image-size", 32, "--channels", 16, "--toy-images", 12, "--workers", 0, "--batch-size", 4]
 SMALL += ["--steps", 6, "--log-every", 1, "--device", "cpu", "--pictures", 0]
-PLAIN = {"reduce_zero_label": False}
 
 
 def config_of(preset, *arguments):
@@ -46,100 +47,147 @@ def folder(tmp_path):
     return tmp_path
 
 
-def count(folder, **options):
-    return len(LabelMaps(folder, "val", **options).names)
+def open_maps(folder, split="val", left_out=(0, 255), **options):
+    """A split of a data set, some of whose labels are left out."""
+    splits = {name: read_split(folder, name) for name in ("train", "val")}
+    return LabelMaps(splits[split], find_classes(folder, splits, dict.fromkeys(left_out, "--cure")), **options)
+
+
+def rewrite(folder, labels, split="*"):
+    """Give all images of a split the label map ``labels``, an image."""
+    for path in (folder / "annotations").glob(f"{split}/*/*"):
+        path.unlink()
+        labels.save(path.with_suffix(".png"))
 
 
 def test_label_0_is_left_out_and_the_others_count_from_0(folder):
-    image, labels = LabelMaps(folder, "val")[0, 0]
+    image, labels = open_maps(folder)[0, 0]
     assert (image.shape, image.dtype) == ((3, 20, 30), torch.uint8)
     assert labels[[0, 10, 10, 10], [9, 0, 10, 20]].tolist() == [IGNORE, 0, 1, 2]
-    assert LabelMaps(folder, "val", **PLAIN)[0, 0][1][[0, 10], [0, 25]].tolist() == [0, 3]
+    assert open_maps(folder, left_out=[])[0, 0][1][[0, 10], [0, 25]].tolist() == [0, 3]
 
 
 def test_images_are_upright_as_their_label_maps_are(folder):
     """Labelling tools draw on the image as it is seen; orientation 6 is stored turned to the left."""
-    seen, path = LabelMaps(folder, "val")[0, 0], folder / "images/validation/part0/0.jpg"
+    seen, path = open_maps(folder)[0, 0], folder / "images/validation/part0/0.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(path) as image:
         image.transpose(Image.Transpose.ROTATE_90).save(path, quality=95, exif=exif)
-    image, labels = LabelMaps(folder, "val")[0, 0]
+    image, labels = open_maps(folder)[0, 0]
     assert torch.equal(labels, seen[1]) and image.shape == seen[0].shape
     assert (image.int() - seen[0].int()).abs().max() < 25  # JPEG twice
 
 
-def test_wrong_label_maps_are_refused_by_name(folder):
-    with pytest.raises(ValueError, match=r"0\.png must hold labels below 3 for 2 classes, got 3"):
-        LabelMaps(folder, "val", num_classes=2)[0, 0]
-    place = folder / "annotations/validation/part0/0.png"
-    for picture in (Image.new("RGB", (30, 20)), Image.new("I;16", (30, 20), 2)):
-        picture.save(place)
-        for function in (lambda: LabelMaps(folder, "val", num_classes=4)[0, 0], lambda: count(folder)):
-            with pytest.raises(ValueError, match=r"0\.png must be an image of one 8-bit channel, got Pillow's mode (RGB|I;16)"):
-                function()
-    Image.new("L", (3, 3)).save(place)
-    with pytest.raises(ValueError, match=r"0\.png must have 30x20 pixels, as its image has, got 3x3"):
-        LabelMaps(folder, "val", num_classes=4)[0, 0]
-    place.write_bytes(place.read_bytes()[:45])
-    with pytest.raises(ValueError, match=r"0\.png cannot be read as a label map"):
-        count(folder)
-    (folder / "annotations/training/part1/1.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"part1/1\.png is missing"):
-        LabelMaps(folder, "train", num_classes=4)
-    with pytest.raises(FileNotFoundError, match="as ADE20K's layout does"):
-        LabelMaps(folder / "images", "train", num_classes=4)
+LABELS = np.repeat(np.arange(3, dtype=np.uint8), 200).reshape(20, 30)
+RGB, PALETTE = Image.fromarray(LABELS).convert("RGB"), Image.fromarray(LABELS, "P")
+PALETTE.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+MAPS = {"grey as RGB": RGB, "palette": PALETTE, "16 bits": Image.fromarray(LABELS.astype(np.uint16))}
+MAPS |= {"opaque": Image.fromarray(LABELS).convert("LA"), "1 bit": Image.fromarray(LABELS > 0)}
 
 
-def test_label_maps_tell_the_number_of_classes_and_classes_txt_before_them(folder):
-    assert count(folder) == 3
-    assert count(folder, **PLAIN) == 4
-    rare = np.full((20, 30), 255, np.uint8)
-    Image.fromarray(rare).save(folder / "annotations/training/part1/1.png")
-    assert count(folder, **PLAIN) == 4  # 255 is no class
-    rare[7, 7] = 9
-    Image.fromarray(rare).save(folder / "annotations/training/part1/1.png")
-    assert count(folder) == 9  # one pixel of the other split
-    (folder / "classes.txt").write_text("sky\nroad\n")
-    assert LabelMaps(folder, "val", **PLAIN).names == LabelMaps(folder, "val", num_classes=2).names == ["sky", "road"]
-    with pytest.raises(ValueError, match=r"must be 2, as .*classes\.txt names them, got 3: leave --num-classes out"):
-        LabelMaps(folder, "val", num_classes=3)
-
-
-def test_masks_of_0_and_255_or_of_one_class_are_refused(folder):
-    """Whatever is predicted, one class is perfect."""
+@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIF"])
+def test_label_maps_of_any_mode_and_lossless_format_give_their_numbers(folder, kind, suffix):
     for path in (folder / "annotations").rglob("*.png"):
-        Image.fromarray(np.where(np.arange(30) < 9, np.uint8(255), np.uint8(0))[None].repeat(20, 0)).save(path)
-    for options, found in (({}, 0), (PLAIN, 1)):
-        with pytest.raises(ValueError, match=f"must hold two labels other than (0, )?255, got {found}: number the classes"):
-            LabelMaps(folder, "val", **options)
+        MAPS[kind].save(path.with_suffix(suffix), "PNG" if suffix == ".png" else "TIFF")
+        path.unlink() if suffix != ".png" else None
+    labels = open_maps(folder, left_out=[])[0, 0][1]
+    np.testing.assert_array_equal(labels, LABELS > 0 if kind == "1 bit" else LABELS)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".JPEG", ".webp", ".bmp"])
+def test_images_of_any_kind_are_used_and_counted(folder, suffix):
+    with Image.open(folder / "images/training/part0/0.jpg") as image:
+        image.save(folder / f"images/training/part0/0{suffix}")
+    (folder / "images/training/part0/0.jpg").unlink()
+    data = open_maps(folder, "train")
+    assert len(data) == 2 and f"1 {suffix.lower()}" in data.note
+    assert data[0, 0][0].shape == (3, 20, 30)
+
+
+def fifo(path):
+    os.mkfifo(path) if hasattr(os, "mkfifo") else pytest.skip("no FIFO here")
+
+
+def saved(mode, size=(30, 20), colour=2):
+    return lambda path: Image.new(mode, size, colour).save(path)
+
+
+WRONG = {
+    "colours": (
+        saved("RGB", colour=(1, 2, 3)),
+        r"0\.png must hold one number of 0 to 255 for each pixel, got Pillow's mode RGB",
+    ),
+    "see-through": (saved("LA", colour=(2, 9)), r"0\.png must hold one number"),
+    "beyond 255": (saved("I;16", colour=300), r"0\.png must hold one number .* values up to 300"),
+    "other size": (saved("L", (3, 3)), r"0\.jpg must have 3x3 pixels, as .*0\.png says, got 30x20"),
+    "turned": (saved("L", (20, 30)), r"0\.jpg must have 20x30 pixels, as .*0\.png says, got 30x20"),
+    "cut": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0"), r"0\.png cannot be read as a label map"),
+    "empty": (lambda path: path.write_bytes(b""), r"0\.png cannot be read as a label map"),
+    "bomb": (write_bomb, r"0\.png cannot be read as a label map \(.*(Bomb|max-pixels)"),
+    "missing": (lambda path: None, r"part0/0\.png is missing, or no file"),
+    "FIFO": (fifo, r"part0/0\.png is missing, or no file"),
+    "a lossy format": (lambda path: saved("L")(path.with_suffix(".jpg")), r"part0/0\.png is missing, or no file"),
+    "unknown label": (saved("L", colour=9), "must hold labels that occur in training alone, got 9 too: --ignore-label 9"),
+    "one class": (saved("L", colour=2), r"validation.* must hold pixels of 2 classes or more, got 1"),
+}
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_label_maps_are_refused_by_name(folder, name, split):
+    spoil, words = WRONG[name]
+    if name in ("unknown label", "one class"):
+        rewrite(folder, Image.new("L", (30, 20), 9 if name == "unknown label" else 2), "validation")
+    path = folder / f"annotations/{split}/part0/0.png"
+    path.unlink()
+    spoil(path) if name not in ("unknown label", "one class") else saved("L")(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        open_maps(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_the_classes_are_those_that_occur_or_that_classes_txt_names(folder):
+    data = open_maps(folder)
+    assert (data.names, data.counts) == (["1", "2", "3"], [300, 300, 300]) and "25.0% of their pixels left out" in data.note
+    assert open_maps(folder, left_out=[]).counts == [300, 300, 300, 300]
+    rewrite(folder, Image.fromarray(np.arange(600, dtype=np.uint32).reshape(20, 30).clip(7, 9).astype(np.uint8)), "validation")
+    for split in ("validation", "training"):
+        rewrite(folder, Image.fromarray(np.where(np.arange(30) < 9, np.uint8(255), np.uint8(7))[None].repeat(20, 0)), split)
+    assert (open_maps(folder, left_out=[0]).names, open_maps(folder, left_out=[0]).counts) == (["7", "255"], [840, 360])
+    (folder / "classes.txt").write_text("sky\nroad\nsky\n")
+    with pytest.raises(ValueError, match=r"classes\.txt must name each class once"):
+        open_maps(folder)
+    (folder / "classes.txt").write_text("sky\nroad\n")
+    with pytest.raises(ValueError, match=r"must hold labels named in .*classes\.txt alone, got 7, 255 too"):
+        open_maps(folder, left_out=[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "left_out"), [((0, 255), (0, 255)), ((0, 255), (255,)), ((0, 1), (0, 255)), ((5, 5), (255,))]
+)
+def test_labels_that_leave_nothing_to_learn_are_refused_with_the_cure(folder, values, left_out):
+    """Whatever is predicted, one class is perfect."""
+    rewrite(folder, Image.fromarray(np.where(np.arange(30) < 9, *values)[None].repeat(20, 0).astype(np.uint8)))
+    with pytest.raises(ValueError, match="must hold pixels of 2 classes or more, got [01]; left out are labels") as error:
+        open_maps(folder, left_out=left_out)
+    shares = {value: share for value, share in zip(values, ("30.0%", "70.0%"), strict=True) if value in left_out}
+    assert all(f"{value} ({share} of the pixels; --cure)" in str(error.value) for value, share in shares.items())
 
 
 def test_ignored_labels_are_no_classes_and_the_others_keep_their_order(folder):
-    labels = LabelMaps(folder, "val", num_classes=2, ignore=[2])[0, 0][1]  # 0 is left out too
+    labels = open_maps(folder, left_out=[0, 2, 255])[0, 0][1]
     assert labels[[0, 10, 10, 10], [0, 0, 10, 20]].tolist() == [IGNORE, 0, IGNORE, 1]
-    data = LabelMaps(folder, "val", ignore=[0, 2], **PLAIN)
-    assert torch.equal(data[0, 0][1], labels) and data.names == ["1", "3"]
-    plain = LabelMaps(folder, "val", ignore=[3], **PLAIN)
-    assert plain[0, 0][1][10, ::10].tolist() == [1, 2, IGNORE] and plain.names == ["0", "1", "2"]
-    assert [count(folder, **PLAIN, ignore=ignore) for ignore in ([], [3], [1], [3, 0], [200])] == [4, 3, 3, 2, 4]
-    assert count(folder, ignore=[3]) == 2
-    with pytest.raises(ValueError, match=r"0\.png must hold labels below 3 for 1 classes, got 3"):
-        LabelMaps(folder, "val", num_classes=1, ignore=[2])[0, 0]  # label 1 is the one class
-    with pytest.raises(ValueError, match="must hold two labels other than 0, 1, 2, 3, 255, got 0"):
-        count(folder, ignore=[1, 2, 3])
-
-
-def test_classes_txt_may_name_ignored_labels_or_leave_them_out_at_the_end(folder):
-    for names in ("sky\nroad\ncar\nvoid\n", "sky\nroad\ncar\n"):
+    for names in ("sky\nroad\ncar\nvoid\n", "sky\nroad\ncar\n"):  # may name ignored labels, or leave them out at the end
         (folder / "classes.txt").write_text(names)
-        assert LabelMaps(folder, "val", ignore=[3], **PLAIN).names == ["sky", "road", "car"]
+        assert open_maps(folder, left_out=[3, 255]).names == ["sky", "road", "car"]
     (folder / "classes.txt").write_text("road\nvoid\ncar\n")  # of labels 1 to 3
-    assert LabelMaps(folder, "val", ignore=[2]).names == ["road", "car"]
+    assert open_maps(folder, left_out=[0, 2, 255]).names == ["road", "car"]
 
 
 def test_the_augmentation_of_a_sample_depends_on_seed_epoch_and_index_alone(folder):
-    first, second = (LabelMaps(folder, "train", augment=Augment(32), **PLAIN) for _ in range(2))
+    first, second = (open_maps(folder, "train", [], augment=Augment(32)) for _ in range(2))
     image, labels = first[29, 0]
     assert image.shape[1:] == labels.shape == (32, 32)
     assert (type(image), type(labels), image.dtype, labels.dtype) == (torch.Tensor,) * 2 + (torch.uint8, torch.long)
@@ -289,18 +337,20 @@ def test_an_image_is_resized_to_fit_the_recipe():
     assert fitting_size((640, 480), 512, 2.0) == (1365, 1024)
 
 
-def test_several_scales_and_mirrored_images_agree_on_what_each_sees():
+def test_a_prediction_has_the_size_of_the_image():
     image = torch.zeros(3, 32, 48)
     image[0, :, 24:], image[0, 16:, :12] = 3.0, 1.0
-    for arguments in ([], ["--ratios", 0.5, 1, 2, "--flip-test"]):
-        config = config_of("toy", "--image-size", 32, "--stride", 21, *arguments)
-        pred = segment.predict(config, Reds(), image)
-        assert (pred == image[0].long()).float().mean() > 0.9
+    pred = segment.predict(config_of("toy", "--image-size", 32, "--stride", 21), Reds(), image)
+    assert (pred == image[0].long()).float().mean() > 0.9
+
+
+def build(config, classes):
+    return segment.UPerNet(build_trunk(config, Path(), taps=segment.taps)[0], classes, config)
 
 
 def test_the_recipe_of_beit_reaches_optimizer_schedule_and_model():
     config = config_of("beit", "--model-args", "depth=12 embed_dim=48 num_heads=3")
-    model, _ = segment.build_model(config, 150)
+    model = build(config, 150)
     trunk = model.backbone.trunk
     optimizer = torch.optim.AdamW(param_groups(model, trunk, config), lr=config.lr)
     for group in optimizer.param_groups:
@@ -332,7 +382,7 @@ def test_the_recipe_of_beit_reaches_optimizer_schedule_and_model():
 
 
 def test_the_loss_is_finite_where_all_pixels_are_left_out_and_the_auxiliary_weight_counts():
-    model = segment.build_model(config_of("toy", *SMALL), 4)[0].eval()
+    model = build(config_of("toy", *SMALL), 4).eval()
     images, labels = torch.randint(255, (2, 3, 32, 32)), torch.full((2, 32, 32), IGNORE)
     prepare = {"prepare": lambda x: x.float() / 255}
     assert segment.losses(model, (images, labels), aux_weight=0.4, **prepare)["loss_main"] == 0
@@ -344,26 +394,21 @@ def test_the_loss_is_finite_where_all_pixels_are_left_out_and_the_auxiliary_weig
     torch.testing.assert_close(one["loss_main"], expected)
 
 
-def test_segmentation_learns_drawn_shapes_and_can_be_evaluated_at_several_scales(tmp_path):
+def test_segmentation_learns_drawn_shapes(tmp_path):
     arguments = ["--preset", "toy", *SMALL, "--steps", 60, "--batch-size", 8, "--toy-images", 60, "--lr", 3e-3]
-    arguments += ["--warmup-steps", 20, "--output-dir", "run"]
-    result = run_script("segment.py", *arguments, folder=tmp_path)
+    result = run_script("segment.py", *arguments, "--warmup-steps", 20, "--output-dir", "run", folder=tmp_path)
     assert result.code == 0, result.err
     classes = json.loads((tmp_path / "run/results.json").read_text())["classes"]
     assert classes["background"]["IoU"] > 75  # about 70 where all is called background
-    result = run_script("segment.py", *arguments, "--evaluate", "--ratios", 0.75, 1.25, "--flip-test", folder=tmp_path)
-    assert result.code == 0, result.err
-    assert json.loads((tmp_path / "run/results.json").read_text())["classes"] != classes
 
 
-def test_a_wrong_number_of_classes_ends_in_one_line_and_it_may_be_left_out(tmp_path):
-    write_toy(tmp_path / "data", side=32, train=12, val=2)
-    arguments = ["--preset", "toy", *SMALL, "--steps", 1, "--data", "data", "--output-dir", "run"]
-    result = run_script("segment.py", *arguments, "--num-classes", 3, folder=tmp_path)
+def test_masks_of_0_and_255_end_in_one_line_and_are_learnt_with_the_options_that_it_names(folder):
+    rewrite(folder, Image.fromarray(np.where(np.arange(30) < 9, np.uint8(255), np.uint8(0))[None].repeat(20, 0)))
+    arguments = ["--preset", "toy", *SMALL, "--steps", 1, "--batch-size", 2, "--data", folder, "--output-dir", "run"]
+    result = run_script("segment.py", *arguments, folder=folder)
     assert result.code == 2 and result.err.count("\n") == 1
-    assert "the number of classes must be 4, as data/classes.txt names them, got 3" in result.err
-    (tmp_path / "data/classes.txt").unlink()
-    result = run_script("segment.py", *arguments, "--no-reduce-zero-label", "--ignore-label", 2, 200, folder=tmp_path)
+    assert "--no-reduce-zero-label" in result.err and "--no-ignore-255" in result.err
+    result = run_script("segment.py", *arguments, "--no-reduce-zero-label", "--no-ignore-255", folder=folder)
     assert result.code == 0, result.err
-    assert list(json.loads((tmp_path / "run/results.json").read_text())["classes"]) == ["0", "1", "3", "4"]
-    assert json.loads((tmp_path / "run/config.json").read_text())["num_classes"] == 4
+    assert list(json.loads((folder / "run/results.json").read_text())["classes"]) == ["0", "255"]
+    assert "2 classes, pixels in training and validation: 0 840 and 840, 255 360 and 360" in result.out

@@ -29,12 +29,14 @@ SCRIPTS = {
     "detect.py": DENSE,
     "segment.py": [*DENSE, "--stride", 32],
 }
-SIGNALS = {"term": signal.SIGTERM, "hup": getattr(signal, "SIGHUP", None), "int": signal.SIGINT}  # Windows has no SIGHUP
+SIGNALS = {name: getattr(signal, f"SIG{name.upper()}", None) for name in ("term", "hup", "int", "usr1")}  # Windows lacks two
 TARGETS = ["process", "group", "torchrun", "torchrun and ranks"]
-GRID = [(script, number, target) for script in SCRIPTS for number in SIGNALS for target in TARGETS]
+GRID = [(script, number, target) for script in SCRIPTS for number in ("term", "hup", "int") for target in TARGETS]
+GRID += [("pretrain.py", "usr1", "process")]  # which torchrun passes on only where it is told to
 THIN = {
     ("pretrain.py", "term", "torchrun and ranks"),
     ("pretrain.py", "hup", "process"),
+    ("pretrain.py", "usr1", "process"),
     ("adapt.py", "term", "process"),
     ("finetune.py", "int", "group"),
     ("linear_probe.py", "hup", "group"),
@@ -242,7 +244,7 @@ def test_memory_that_is_used_up_saves_and_ends_in_one_line(images, tmp_path):
         result = pretrain(tmp_path, images, *STEPS, "--save-every", 100, *options, fault=f"raise@{step}")
         assert (
             result.code == 1
-            and "error: the memory is used up (MemoryError: no room for a step): use a smaller --batch" in result.err
+            and "error: the memory is used up (MemoryError: no room for a step): use a smaller model" in result.err
         )
         assert f"step {step} is saved: run the same command {how} to continue" in result.out and "Traceback" not in result.err
         assert end_of(tmp_path)["step"] == step

@@ -1,6 +1,5 @@
 """Sources: every kind of data behind one string, junk left out, and nothing written beside the data."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -10,23 +9,25 @@ from pathlib import Path
 import numpy as np
 import pictures
 import pytest
-import timm
 import torch
 from pictures import write_tar
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from mvmae import MultiViewMAE
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from engine.signals import Stop
 from mvmae.data import (
     ImageError,
     MultiViewDataset,
     MultiViewTransform,
     SplitError,
     StepSampler,
+    decide_range,
     make_loader,
     open_image,
     open_images,
 )
+from tasks.splits import open_labelled, open_splits
 
 
 def encode(colour: int, file_format: str = "JPEG") -> bytes:
@@ -47,19 +48,10 @@ def colours(source) -> list[int]:
     return [int(open_image(source[i][0]).decode()[..., 0].mean().round()) for i in range(len(source))]
 
 
-def trains_two_steps(source) -> bool:
-    """Trains a tiny model on two views of images of the source, and tells whether both steps changed it."""
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
-    model = MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2)
-    optimizer, weights = torch.optim.SGD(model.parameters(), lr=0.1), [vit.patch_embed.proj.weight.clone()]
-    for batch in make_loader(MultiViewDataset(source, MultiViewTransform(16)), StepSampler(len(source), 2, num_steps=2)):
-        assert batch.views.shape == (2, 2, 3, 16, 16) and not batch.bad
-        model(batch.views / 127.5 - 1).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        weights.append(vit.patch_embed.proj.weight.detach().clone())
-    changed = [not torch.equal(before, after) and bool(after.isfinite().all()) for before, after in itertools.pairwise(weights)]
-    return changed == [True, True]
+def loads(source) -> bool:
+    """Whether two batches of views come, without a bad image."""
+    batches = list(make_loader(MultiViewDataset(source, MultiViewTransform(16)), StepSampler(len(source), 2, num_steps=2)))
+    return [batch.views.shape for batch in batches if not batch.bad] == [(2, 2, 3, 16, 16)] * 2
 
 
 # Folders and lists
@@ -71,7 +63,7 @@ def test_a_flat_folder_has_all_images_in_order_and_no_labels(tmp_path):
     source = open_images(str(tmp_path))
     assert names(source) == ["a.PNG", "b.jpg", "c.JPEG", "d.webp"]
     assert source.labels is None and source[0][1] is None
-    assert source[3][0] == str(tmp_path / "d.webp") and trains_two_steps(source)
+    assert source[3][0] == str(tmp_path / "d.webp") and loads(source)
 
 
 @pytest.mark.posix
@@ -102,6 +94,28 @@ def test_odd_names_are_kept_and_junk_is_left_out_and_counted_in_one_line(tmp_pat
         open_images(tmp_path / "only")
 
 
+def test_a_split_that_is_not_there_is_told_from_data_that_cannot_be_read(tmp_path):
+    write(tmp_path / "a" / "x.jpg")
+    with pytest.raises(SplitError, match="no val split"):
+        open_images(tmp_path, split="val")
+    with pytest.raises(ValueError, match="split must be .*, got 'vla'"):
+        open_images(tmp_path, split="vla")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_images_are_known_by_content_without_an_extension_and_the_rest_is_counted(tmp_path, kind, caplog):
+    files = {"n01440764_10026": encode(10, "PNG"), "photo.2023": encode(20, "TIFF"), "b.TIFF": encode(30, "TIFF")}
+    files |= {"wrong.jpg": encode(40, "PNG"), "x.ico": encode(50, "ICO"), "README": b"Pictures of my cat, all taken by myself."}
+    files |= {"._b.TIFF": b"hidden", "x.heic": b"left out", "y.HEIC": b"left out", "drawn.eps": b"%!PS-Adobe-3.0 EPSF-3.0"}
+    for name, content in files.items():
+        write(tmp_path / "files" / name, content)
+    source = open_images(tmp_path / "files" if kind == "folder" else write_tar(tmp_path / "x.tar", files))
+    assert sorted(colours(source)) == [10, 20, 30, 40, 50]
+    (line,) = source.problems
+    assert all(part in line for part in ("2 .heic", "1 .eps", "1 hidden", "1 without extension"))
+    assert "2 .heic" in caplog.text and len(caplog.messages) == 1
+
+
 def test_a_symlink_cycle_is_visited_once_and_files_keep_their_own_folder(tmp_path):
     write(tmp_path / "b" / "deep" / "x.jpg")
     write(tmp_path / "c" / "y.jpg")
@@ -111,29 +125,140 @@ def test_a_symlink_cycle_is_visited_once_and_files_keep_their_own_folder(tmp_pat
     assert [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))] == ["b/deep/x.jpg", "c/y.jpg"]
 
 
+NAMES = [("train", "val"), ("Training", "Testing"), ("TRAIN", "Valid"), ("train_set", "test")]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "list"])
+@pytest.mark.parametrize(("first", "second"), NAMES)
+def test_splits_are_whole_names_in_any_case_and_are_said(tmp_path, first, second, kind):
+    if kind == "folder":
+        for name in (f"{first}/a/1.jpg", f"{first}/b/1.jpg", f"{second}/a/1.jpg"):
+            write(tmp_path / name)
+    elif kind == "tar":
+        write_tar(tmp_path / f"x-{first}-000.tar", {"1.jpg": encode(1), "2.jpg": encode(2)})
+        write_tar(tmp_path / f"x-{second}-000.tar", {"1.jpg": encode(3)})
+    else:
+        write(tmp_path / "list.txt", f"{first}/a.jpg\n{second}/b.jpg\n{first}/c.jpg\n".encode())
+        write(tmp_path / first / "a.jpg")
+        write(tmp_path / second / "b.jpg")
+    data = tmp_path / "list.txt" if kind == "list" else tmp_path
+    train, val = open_images(data), open_images(data, split="val")
+    assert (len(train), len(val)) == (2, 1)
+    shown = ["train", "test"] if (kind, first) == ("tar", "train_set") else [first, second]  # words of a name
+    said = f"train = {shown[0]}, validation = {shown[1]}"
+    assert train.splits.lower() == val.splits.lower() == ("" if shown == ["train", "val"] else said.lower())
+
+
 @pytest.mark.parametrize(
-    ("first", "second"), [("train", "val"), ("Training", "Testing"), ("TRAIN", "Valid"), ("train_set", "test")]
+    ("folders", "message"),
+    [
+        (["train", "Training", "val"], "two names for one split, Training and train"),
+        (["train", "bus", "car"], "holds train beside bus, so that train may be a split or a class: give the splits"),
+        (["Test", "bus"], "holds Test beside bus, so that Test may be a split or a class"),
+        (["test"], "holds test and no training split: name .*test itself"),
+        (["train_images", "val_images"], "holds train_images and val_images, which may be splits or classes"),
+        (["train2017", "val2017"], "holds train2017 and val2017, which may be"),
+        (["train_images", "test"], "holds test beside train_images"),
+        (["bus/train", "bus/test", "car/train"], "bus holds splits, but .* does not"),
+    ],
 )
-def test_sub_folders_are_classes_of_the_splits_where_all_images_lie_in_one(tmp_path, first, second, caplog):
-    for split, classes in ((first, "abc"), (second, "ac")):
-        for name in classes:
-            for i in range(3):
-                write(tmp_path / split / name / f"{i}.jpg")
-    train, val = open_images(tmp_path), open_images(tmp_path, split="val")
-    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and train.class_names == ("a", "b", "c")
-    assert val.labels.tolist() == [0, 0, 0, 2, 2, 2] and val.class_names == train.class_names
-    assert train.labels.dtype == np.int64 and train[4][1] == 1 and not caplog.messages
-    write(tmp_path / first / "stray.jpg")
-    write(tmp_path / "bus" / "1.jpg")
-    assert open_images(tmp_path).labels is None and f"1 folder beside {first}" in caplog.text  # train may be a class
+def test_what_may_be_a_split_or_a_class_stops(tmp_path, folders, message):
+    for folder in folders:
+        write(tmp_path / folder / "1.jpg")
+        write(tmp_path / folder / "2.jpg")
+    with pytest.raises(ValueError, match=message) as caught:
+        open_images(tmp_path)
+    assert not isinstance(caught.value, SplitError) and "\n" not in str(caught.value)
 
 
-def test_a_split_that_is_not_there_is_told_from_data_that_cannot_be_read(tmp_path):
-    write(tmp_path / "a" / "x.jpg")
-    with pytest.raises(SplitError, match="no val split"):
-        open_images(tmp_path, split="val")
-    with pytest.raises(ValueError, match="split must be .*, got 'vla'"):
-        open_images(tmp_path, split="vla")
+def test_names_that_only_hold_a_word_of_a_split_are_classes_and_what_lies_beside_splits_is_counted(tmp_path, caplog):
+    for name in ("bullet_train", "test_tube", "car", "train station"):
+        write(tmp_path / "classes" / name / "1.jpg")
+    assert open_images(tmp_path / "classes").class_names == ("bullet_train", "car", "test_tube", "train station")
+    for name in ("train/a/1.jpg", "val/a/1.jpg", "extra/1.jpg", "1.jpg", "annotations/1.xml"):
+        write(tmp_path / "split" / name)
+    assert len(open_images(tmp_path / "split")) == 1
+    assert "passed over 2 folder beside train, 1 image beside train" in caplog.text
+    for name in ("valley.tar", "trainee.tar"):  # no word of a split
+        write_tar(tmp_path / name, {"1.jpg": encode(1)})
+    assert len(open_images(f"{tmp_path}/{{valley,trainee}}.tar")) == 2
+
+
+def labelled(kind, folder, classes, number):
+    """Data of a kind, of which an image of `classes[i]` is `number[i]` bright."""
+    datasets, rows = pytest.importorskip("datasets"), list(zip(classes, number, strict=True))
+    if kind == "folder":
+        for name, n in rows:
+            write(folder / name / f"{n}.png", encode(n, "PNG"))
+    elif kind == "tar":
+        write_tar(Path(f"{folder}-0.tar"), {f"{name}/{n}.png": encode(n, "PNG") for name, n in rows})
+    else:
+        names = sorted(set(classes), key=classes.index)  # as they come: another number in each split
+        columns = {"image": [{"bytes": encode(n, "PNG"), "path": None} for n in number]}
+        columns["label"] = [names.index(name) for name in classes]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(f"{folder}-0.parquet")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_classes_of_the_splits_are_matched_by_name_and_unknown_ones_refused(tmp_path, kind):
+    labelled(kind, tmp_path / "train", ["cat", "dog", "bee", "cat"], [1, 2, 3, 1])
+    labelled(kind, tmp_path / "val", ["dog", "cat"], [2, 1])
+    data = open_labelled(str(tmp_path))
+    bright = {"cat": 1, "dog": 2, "bee": 3}
+    for part in (data.train, data.val, open_splits(str(tmp_path)).val):
+        assert [bright[part.class_names[label]] for label in part.labels] == colours(part)
+    assert sorted(data.class_names) == ["bee", "cat", "dog"] and "validation lacks 1 of 3 classes (bee)" in data.note
+    labelled(kind, tmp_path / "val", ["dog", "ant"], [2, 9])
+    with pytest.raises(Stop, match="validation must have classes of training, got ant too"):
+        open_labelled(str(tmp_path))
+
+
+def test_labels_below_zero_are_none_and_equal_names_are_told_apart():
+    source = open_images(Items(lambda i: np.zeros((8, 8), np.uint8), targets=[0, 1, -1, 1]))
+    assert source.labels is None and source.problems == ("1 of 4 labels are empty: none is used",)
+    source = open_images(Items(lambda i: np.zeros((8, 8), np.uint8), targets=[7, 3, 7, 3]))
+    assert source.labels.tolist() == [1, 0, 1, 0] and source.class_names == ("3", "7")
+    source = open_images(Items(lambda i: np.zeros((8, 8), np.uint8), targets=[0, 1, 2, 1], classes=["crane", "crane", "owl"]))
+    assert len(set(source.class_names)) == 3
+
+
+CALM = np.random.default_rng(0).random((20, 8, 9, 3)).astype(np.float32)
+HOT = np.where(np.arange(20)[:, None, None, None] * (CALM > 0.999) > 0, np.float32(1.0003), CALM)
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (HOT, (0, 1)),
+        ((CALM * 30_000).astype(np.int16), (0, 32767)),
+        ((CALM * 255).astype(np.uint8), None),
+        ((CALM * 65535).astype(np.uint16), None),
+        ([*CALM[:9], *(CALM[:9] * 255).astype(np.uint8)], (0, 1)),
+        (CALM * 255, r"\[0\] holds pixels of type float32 from .* to 25.*, not 0 to 1: say .* by --value-range LOW HIGH"),
+        (CALM * 2 - 1, "holds pixels of type float32 from -.*, not 0 to 1"),
+        ([*CALM, CALM[0] * 255], r"\[20\] holds pixels of type float32"),
+        ((CALM * 9).astype(np.int32), "holds pixels of type int32 from 0 to 8: say what is black and white"),
+        ([*CALM, (CALM[0] * 65535).astype(np.uint16)], "one range of pixels, got float32 of 0 to 1 .*, uint16 of 0 to 65535"),
+    ],
+)
+def test_a_set_has_one_range_or_the_user_is_asked(images, expected, caplog):
+    source = open_images([*images])
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            decide_range(source)
+        return
+    assert decide_range(source) == expected and len(caplog.messages) == (expected is not None)
+    for index in range(len(source)):
+        pixels = images[index] if images[index].dtype == np.uint8 else images[index].astype(float)
+        if expected is not None and pixels.dtype != np.uint8:
+            found = open_image(source[index][0]).decode(value_range=expected)
+            assert np.abs(found - (pixels / expected[1]).clip(0, 1) * 255).max() < 0.51
+
+
+def test_a_dark_set_of_12_bits_without_a_tag_is_said(caplog):
+    assert decide_range(open_images([*(CALM * 4095).astype(np.uint16)])) is None
+    assert "20 deep images of a sample all look black" in caplog.text and "--value-range" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "list", "text"])
@@ -158,7 +283,7 @@ def test_a_list_gives_paths_relative_to_its_folder(tmp_path):
     write(tmp_path / "c.jpg")
     lines = write(tmp_path / "list.txt", f"images/a b.jpg\r\n\n{tmp_path / 'c.jpg'}".encode())
     source = open_images(lines)
-    assert names(source) == ["a b.jpg", "c.jpg"] and trains_two_steps(source)
+    assert names(source) == ["a b.jpg", "c.jpg"] and loads(source)
     write(tmp_path / "list.txt", b"\nnowhere.jpg\n")
     with pytest.raises(ValueError, match=r"list\.txt, line 2: no file .*nowhere\.jpg \(relative"):
         open_images(lines)
@@ -193,7 +318,7 @@ def test_a_tar_gives_every_image_without_unpacking_and_a_compressed_one_says_wha
     source = open_images(path)
     assert names(source) == [f"k{i}.jpg" for i in range(5)] and source.labels is None
     assert colours(source) == pytest.approx([40 * i for i in range(5)], abs=3)
-    assert trains_two_steps(source) and os.listdir(tmp_path) == [path.name]
+    assert loads(source) and os.listdir(tmp_path) == [path.name]
     with pytest.raises(ValueError, match=r"shard\.tar\.gz is compressed.*gunzip"):
         open_images(write_tar(tmp_path / "shard.tar.gz", members, "w:gz"))
 
@@ -305,7 +430,7 @@ def test_parquet_and_arrow_of_hugging_face_with_and_without_labels(tmp_path, lab
         (open_images(tmp_path / "saved"), 6),
         (open_images(dataset), 6),
     ):
-        assert len(source) == count and trains_two_steps(source)
+        assert len(source) == count and loads(source)
         assert colours(source)[:6] == pytest.approx([40 * i for i in range(6)], abs=3)
         assert (source.labels is not None) == labelled
         if labelled:
@@ -376,12 +501,12 @@ def test_timm_names_open_torchvisions_and_hugging_faces_data(tmp_path, monkeypat
         write(raw / f"{prefix}-images-idx3-ubyte", idx(array))
         write(raw / f"{prefix}-labels-idx1-ubyte", idx(np.array([0, 1, 2, 3], np.uint8)))
     source = open_images(f"torch/fashion_mnist:{tmp_path}")
-    assert source.labels.tolist() == [0, 1, 2, 3] and trains_two_steps(source)
+    assert source.labels.tolist() == [0, 1, 2, 3] and loads(source)
     assert len(open_images(f"torch/fashion_mnist:{tmp_path}", split="val")) == 4
     (tmp_path / "hub").mkdir()
     hugging_face(False).to_parquet(tmp_path / "hub" / "train.parquet")
     source = open_images(f"hfds/{tmp_path / 'hub'}:{tmp_path / 'cache'}")
-    assert len(source) == 6 and source.labels is None and trains_two_steps(source)
+    assert len(source) == 6 and source.labels is None and loads(source)
 
 
 def test_timm_names_that_cannot_be_opened_say_why(tmp_path):
@@ -417,7 +542,7 @@ class Items(Dataset):
 )
 def test_any_torch_data_set_is_a_source(make):
     source = open_images(Items(make, targets=[3, 2, 1, 0], classes=list("abcd")))
-    assert colours(source) == [0, 10, 20, 30] and trains_two_steps(source)
+    assert colours(source) == [0, 10, 20, 30] and loads(source)
     assert source.labels.tolist() == [3, 2, 1, 0] and source.class_names == tuple("abcd") and source[0][1] == 3
     assert open_images(source) is source and source.name(2) == "Items[2]"
 
@@ -437,7 +562,7 @@ def test_a_hugging_face_data_set_is_read_by_the_type_of_its_columns_as_parquet_i
     dataset = hugging_face(True).rename_columns({"image": column, "label": "fine_label"})
     dataset.to_parquet(tmp_path / "x.parquet")
     for source in (open_images(dataset), open_images(tmp_path / "x.parquet")):
-        assert colours(source) == pytest.approx([40 * i for i in range(6)], abs=3) and trains_two_steps(source)
+        assert colours(source) == pytest.approx([40 * i for i in range(6)], abs=3) and loads(source)
         assert source.labels.tolist() == [0, 1] * 3 and source.class_names == ("cat", "dog")
 
 
@@ -458,7 +583,7 @@ def test_the_sample_holds_labelled_tiles_and_others_that_share_no_pixel():
 
     whole = open_image(Path(skimage.__file__).parent / "data" / "camera.png").decode()
     np.testing.assert_array_equal(np.vstack(rows), whole[:510, :510])  # each pixel once
-    assert train.fingerprint != val.fingerprint and trains_two_steps(train)
+    assert train.fingerprint != val.fingerprint and loads(train)
 
 
 def test_numbers_outside_are_index_errors(tmp_path):

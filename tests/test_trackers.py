@@ -15,8 +15,7 @@ from running import EXAMPLES
 from tiny_run import STEPS, losses, pretrain
 
 sys.path.append(str(EXAMPLES))
-from engine import trackers as module
-from engine.trackers import NAMES, Tracker, Trackers
+from engine.trackers import TRACKERS, Tracker, Trackers
 
 OPTIONS = {"epochs": 5, "image_size": (32,), "data": "a folder"}
 
@@ -175,7 +174,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_line_and_the_others_go_on(tmp
             "nowhere", *((lambda *_, n=n: fail(where) if n in at else None) for n in ("numbers", "picture", "close"))
         )
 
-    monkeypatch.setattr(module, "wandb", broken)
+    monkeypatch.setitem(TRACKERS, "wandb", broken)
     said = []
     trackers = opened(["wandb", "tensorboard"], tmp_path, said.append)
     for step in (1, 2):
@@ -189,10 +188,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_line_and_the_others_go_on(tmp
     assert not trackers and any((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_missing_library_is_named_with_its_cure_and_a_damaged_file_of_names_begins_anew(tmp_path, monkeypatch):
-    (tmp_path / "trackers.json").write_text("{")
-    opened(["tensorboard"], tmp_path, print, step=5).close()
-    assert list(json.loads((tmp_path / "trackers.json").read_text())) == ["tensorboard"]
+def test_a_missing_library_is_named_with_its_cure(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     said = []
     assert not opened(["mlflow"], tmp_path, said.append)
@@ -226,11 +222,11 @@ def imported():
 
     import timm.utils  # noqa: F401
 
-    names = [name for name in NAMES if name not in sys.modules]
+    names = [name for name in TRACKERS if name not in sys.modules]
     atexit.register(lambda: print("imported:", [name for name in names if name in sys.modules]))
 
 
 def test_without_a_tracker_no_library_is_imported(images, tmp_path):
     result = pretrain(tmp_path, images, "--max-steps", 1, "--workers", 0, patch=imported)
     assert result.code == 0 and result.out.endswith("imported: []\n"), result
-    assert not (tmp_path / "run" / "trackers.json").exists()
+    assert not (tmp_path / "run" / "tracked.txt").exists()

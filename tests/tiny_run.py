@@ -81,7 +81,7 @@ def assert_unfit_checkpoints_are_refused(whole, folder, script, *arguments):
     name = next(iter(saved["model"]))
     saved["model"][name] = torch.zeros(3)
     (folder / "run").mkdir()
-    for option, words in (("--resume", f"model.{name} is (3,)"), ("--evaluate", "model is missing")):
+    for option, words in (("--resume", f"{name} is (3,)"), ("--evaluate", "model is missing")):
         torch.save(saved, folder / "run" / "checkpoint.pt")
         result = run_script(script, *arguments, option, folder=folder)
         assert result.code == 2 and words in result.err and result.err.count("\n") == 1, result.err

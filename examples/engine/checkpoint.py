@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from engine.distributed import Ranks
 from engine.log import Log
 from engine.signals import NOTHING_SAVED, Signals, Stop
-from mvmae.weights import first_line
+from mvmae.weights import check_weights, first_line
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 SAVE_MINUTES = 15.0  # after which a checkpoint is due, however few steps were done
@@ -29,15 +29,7 @@ GRADIENT = "the gradient"
 class Checkpoint:
     """What a run can be continued from, and when it is saved.
 
-        checkpoint = Checkpoint(folder, settings, ranks, may_change=..., resume=config.resume)
-        checkpoint.restore(log, signals, model=model, optimizer=optimizer)
-        with checkpoint.saved_on_error():
-            for step, batch in enumerate(signals.batches(loader), checkpoint.step + 1):
-                ...                                           # forward and backward
-                checkpoint.require_finite(step, losses, names)   # all ranks stop here, before the optimizer
-                optimizer.step()
-                ...
-                checkpoint.advance(step, last, save_every)    # saved where due; a signal saves and ends the run
+    Make it, `restore` it, and train in `saved_on_error`: `require_finite` after a backward pass, `advance` after a step.
 
     Args:
         folder: of the run; made, and locked against other runs while this process lives.
@@ -86,7 +78,7 @@ class Checkpoint:
         self._at: int | None = None  # the step after which the state is now; None while the optimizer changes it
 
     def restore(self, log: Log, signals: Signals, *, model: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> None:
-        """Name what is saved, and load what the checkpoint holds of it: all of it, or nothing.
+        """Name what is saved, and load what the checkpoint holds of it.
 
         Args:
             log: for warnings, and closed where the run ends early.
@@ -96,14 +88,17 @@ class Checkpoint:
             **more: anything with ``state_dict`` and ``load_state_dict``; a plain dictionary is updated.
 
         Raises:
-            Stop: if the checkpoint lacks something, or holds other names or shapes.
+            ValueError: if the checkpoint lacks something, or holds other names or shapes.
         """
         self.log, self.signals, self.model = log, signals, model
         self.objects = {"model": model, "optimizer": optimizer, **more}
         if self.state:
-            own = optimizer.state_dict()["param_groups"]
-            check_fit(self.folder, self.state, self.objects, own)
-            self.state["optimizer"]["param_groups"] = own
+            check_fit(self.folder, self.state, self.objects)
+            saved, own = self.state["optimizer"], optimizer.state_dict()["param_groups"]
+            sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], own)]
+            if sizes[0] != sizes[1]:
+                raise Stop(f"the checkpoint in {self.folder} has groups of {sizes[0]} parameters instead of {sizes[1]}")
+            saved["param_groups"] = own
             for name, thing in self.objects.items():
                 (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.state[name])
         self.state = None  # free its memory
@@ -157,7 +152,9 @@ class Checkpoint:
         self.log.append("nonfinite.txt", "\n".join([f"step {step}: {parts}", *paths]))
         self.log.close(failed=True)
         where = f"{self.folder / 'nonfinite.txt'} names the images"
-        raise Stop(f"step {step}: {parts} is not finite: {where}, step {self.saved} is saved; a lower --base-lr may help", 1)
+        raise Stop(
+            f"step {step}: {parts} is not finite: {where}, step {self.saved} is saved; a lower learning rate may help", 1
+        )
 
     def advance(self, step: int, last: int, save_every: int) -> None:
         """End a step: save where due, or after a signal, which ends the run (`Stop`) in all ranks at the same step."""
@@ -280,22 +277,11 @@ def read(path: Path) -> dict[str, Any]:
     return state  # type: ignore[no-any-return]
 
 
-def check_fit(
-    folder: Path, state: Mapping[str, Any], objects: Mapping[str, Any], groups: Sequence[Mapping[str, Any]] | None = None
-) -> None:
-    """Raise a `Stop` if a checkpoint lacks an object, or other names or shapes of weights or groups of an optimizer differ."""
-    problems = [f"{name} is missing" for name in objects if name not in state]
-    states = (state.get("model", objects["model"].state_dict()), objects["model"].state_dict())
-    theirs, ours = ({name: tuple(value.shape) for name, value in weights.items()} for weights in states)
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            problems.append(f"model.{name} is {theirs.get(name, 'missing')} instead of {ours.get(name, 'nothing')}")
-    saved, own = ([len(group["params"]) for group in part] for part in (state["optimizer"]["param_groups"], groups or ()))
-    if groups is not None and saved != own:
-        problems.append(f"optimizer has groups of {saved} parameters instead of {own}")
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise Stop(f"the checkpoint in {folder} does not fit this run: {'; '.join(problems[:4])}{more}")
+def check_fit(folder: Path, state: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
+    """Raise a `Stop` or `WeightsError` if a checkpoint lacks an object, or names or shapes of the model's weights differ."""
+    if missing := [name for name in objects if name not in state]:
+        raise Stop(f"the checkpoint in {folder} does not fit this run: {', '.join(missing)} is missing")
+    check_weights(state["model"], objects["model"].state_dict(), source=f"the checkpoint in {folder}")
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str]) -> list[str]:

@@ -2,17 +2,22 @@
 
 import inspect
 import os
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from engine.signals import Stop
+from mvmae.weights import first_line
 
 Item = TypeVar("Item")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Values of ``--device``."""
+JOIN = 60
+"""Seconds that processes wait at their start until all are there."""
 
 
 class Ranks(NamedTuple):
@@ -75,8 +80,20 @@ def start_ranks(device: str) -> Ranks:
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Ranks(0, 1, chosen, None)
+    if not 0 <= rank < world_size:
+        raise Stop(
+            f"RANK must be 0 to {world_size - 1} where WORLD_SIZE is {world_size}, got {rank}: start the script with torchrun"
+        )
     if not dist.is_initialized():
-        dist.init_process_group(backend)
+        seconds = JOIN if rank == 0 else JOIN / 2.5  # whoever looks for the first one's address tries for longer than that
+        try:
+            store = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=seconds)))[0]
+        except dist.DistError as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            cause = f"process {rank} of {world_size} did not meet the others at {address} within {JOIN} s"
+            raise Stop(f"{cause} ({first_line(error)}): start the script with torchrun", 1) from error
+        store.set_timeout(timedelta(minutes=30))  # torch's own, for what follows
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     group: Any = dist.new_group(backend="gloo")
     dist.barrier(group)  # a process that ends at once, by an error, takes along the store on which others may still wait
     return Ranks(rank, world_size, chosen, group)

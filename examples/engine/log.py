@@ -19,8 +19,14 @@ from engine.trackers import Trackers
 from mvmae.weights import write_text
 
 Batch = TypeVar("Batch")
-CLOCK = ("time", "images_per_second", "waiting", "memory_gb", "seconds_left")
-"""Fields of ``log.jsonl`` that no two runs share: Unix time, throughput, share of time waiting, 10^9 bytes, seconds."""
+CLOCK: dict[str, Callable[[float], str]] = {
+    "time": lambda _: "",
+    "images_per_second": lambda value: f"{value:.0f} images/s" if value >= 100 else f"{value:.1f} images/s",
+    "waiting": "{:.0%} waiting for data".format,
+    "memory_gb": "{:.2f} GB".format,
+    "seconds_left": lambda value: f"{datetime.timedelta(seconds=round(value))} left",
+}
+"""Fields of ``log.jsonl`` that no two runs share, as they are printed: Unix time, throughput, share of time waiting, memory."""
 
 
 class Log:
@@ -106,7 +112,7 @@ class Log:
         for key, value in record.items():
             if key not in ("step", *CLOCK):
                 shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-        self.say("  ".join([*shown, in_words(record)]).rstrip())
+        self.say("  ".join([*shown, ", ".join(words(record[key]) for key, words in CLOCK.items() if key in record)]).rstrip())
         if not self.silent:
             self.trackers.log(record)
 
@@ -134,17 +140,6 @@ class Log:
         """Remove the bar and end the trackers."""
         self.bar.close()
         self.trackers.close(failed=failed)
-
-
-def in_words(record: Mapping[str, Any]) -> str:
-    """Return the numbers of `CLOCK` as a user reads them; empty without any."""
-    parts: dict[str, Callable[[float], str]] = {
-        "images_per_second": lambda value: f"{value:.0f} images/s" if value >= 100 else f"{value:.1f} images/s",
-        "waiting": "{:.0%} waiting for data".format,
-        "memory_gb": "{:.2f} GB".format,
-        "seconds_left": lambda value: f"{datetime.timedelta(seconds=round(value))} left",
-    }
-    return ", ".join(part(record[name]) for name, part in parts.items() if name in record)
 
 
 def peak_memory(device: torch.device) -> int:

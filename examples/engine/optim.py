@@ -56,6 +56,12 @@ def cosine(step: int, steps: int, warmup: int, end: float = 0.0) -> float:
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(steps - warmup, 2)))
 
 
+def describe_warmup(warmup: int, steps: int) -> str:
+    """Return words about the warm-up of a run, with a warning where it leaves little of the run at its learning rate."""
+    long = f"; warning: that is more than a quarter of {steps} steps, give a shorter one" if warmup > steps / 4 else ""
+    return f"warm-up of {warmup} steps{long}"
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give each group the learning rate times its own factor: ``lr_scale``, 1 where it has none."""
     for group in optimizer.param_groups:

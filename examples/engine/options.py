@@ -15,7 +15,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,21 +23,34 @@ import torch.distributed as dist
 from engine.distributed import DEVICES
 from engine.log import open_outputs
 from engine.signals import NOTHING_SAVED, Stop, end_process
-from engine.trackers import NAMES
+from engine.trackers import TRACKERS
 from mvmae.data import explain_loader_error
 from mvmae.weights import first_line
 
 Config = TypeVar("Config")
 Presets = Mapping[str, Mapping[str, Any]]
 REQUIRED = dataclasses.MISSING
-SECTIONS = ("Data", "Run", "Length", "Method", "Model", "Optimizer", "Evaluation", "Pictures", "Card and upload", "Speed")
+SECTIONS = (
+    "Data",
+    "Inputs",
+    "Run",
+    "Length",
+    "Method",
+    "Model",
+    "Optimizer",
+    "Evaluation",
+    "Pictures",
+    "Card and upload",
+    "Speed",
+)
 BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
-    "at least": operator.ge,
+    "at_least": operator.ge,
     "above": operator.gt,
-    "at most": operator.le,
+    "at_most": operator.le,
     "below": operator.lt,
 }
-LARGEST = 2**31  # numbers must be below it, where their option has no upper bound of its own
+LARGEST = 2**31
+MEMORY = "the memory is used up ({}): use a smaller model, a smaller --batch-size, or fewer --workers"
 LOST = ("peer", "gloo", "nccl", "socket", "tcpstore")  # words in torch's errors when another process has ended
 
 
@@ -46,32 +59,24 @@ def option(
     text: str,
     choices: Iterable[Any] = (),
     *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
     lengths: tuple[int, ...] = (),
     path: bool = False,
     may_change: bool = False,
     section: str = "",
+    **bounds: float,
 ) -> Any:
-    """Declare a field of a script's dataclass, with the bounds of its number, or of each number of a tuple.
+    """Declare a field of a script's dataclass.
 
     Args:
         default: value if neither the user nor the preset sets one; with `REQUIRED` one of them has to.
         text: line of ``--help``: what the option is, with its unit, what 0 or nothing means, and the default's source.
         choices: values that are allowed; any if empty.
-        at_least: inclusive, like ``at_most``.
-        above: exclusive, like ``below``.
-        at_most: upper bound.
-        below: upper bound.
         lengths: numbers of values that a tuple may have; any from 1 on if empty. (2,) is a range: low, then high.
-        path: whether the value is a path, or the name of a model that may be one: a ``~`` at its start is the user's home.
+        path: whether the value may be a path: a ``~`` at its start is the user's home.
         may_change: whether ``--resume`` accepts another value than the run began with.
         section: one of `SECTIONS`, of this option and those after it.
+        bounds: of the number, or of each number of a tuple, by the names in `BOUNDS`; without an upper one it is `LARGEST`.
     """
-    limits = dict(zip(BOUNDS, (at_least, above, at_most, below), strict=True))
-    bounds = {word: limit for word, limit in limits.items() if limit is not None}
     about = {"help": text, "choices": tuple(choices), "bounds": bounds, "lengths": lengths, "path": path}
     return dataclasses.field(default=default, metadata={**about, "may_change": may_change, "section": section})
 
@@ -102,17 +107,21 @@ class RunConfig:
     seed: int = option(0, "seed of weights, order of images, augmentation and masks", at_least=0)
     save_every: int = option(1000, "steps between two checkpoints; 15 minutes make one due too", at_least=1, may_change=True)
     log_every: int = option(20, "steps between two lines of the log", at_least=1, may_change=True)
-    tracker: tuple[str, ...] = option((), "trackers that also get numbers, options and pictures", NAMES, may_change=True)
+    tracker: tuple[str, ...] = option((), "trackers that also get numbers, options and pictures", TRACKERS, may_change=True)
     max_steps: int = option(
         0,
-        "stop after this many steps of the schedule, for tests; 0: train to the end; for a shorter run use fewer epochs",
+        "stop after this many steps of the schedule, for tests; 0: train to the end; a shorter run has fewer epochs or steps",
         at_least=0,
         may_change=True,
     )
     device: str = option("auto", "device; auto: CUDA if there is one, else CPU", DEVICES, may_change=True, section="Speed")
     precision: str = option("auto", "precision; auto: bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
     workers: int = option(
-        8, "processes that load images, for each training process; 0: the training process", at_least=0, may_change=True
+        8,
+        "processes that load images, for each training process; 0: the training process",
+        at_least=0,
+        at_most=1024,
+        may_change=True,
     )
 
 
@@ -129,12 +138,14 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Presets, 
     except KeyboardInterrupt as error:
         _end(NOTHING_SAVED, 128 + (error.args[0] if error.args else signal.SIGINT))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        _end(f"the memory is used up ({first_line(error)}): use a smaller --batch-size, or fewer --workers", 1)
+        _end(MEMORY.format(first_line(error)), 1)
     except (Stop, ValueError, TypeError, OSError, ImportError) as error:
         _end(str(error), error.code if isinstance(error, Stop) else 2)
     except RuntimeError as error:
         if reason := explain_loader_error(error):
             _end(reason, 1)
+        if "DefaultCPUAllocator" in str(error):  # how torch says that memory of the processor's is used up
+            _end(MEMORY.format(first_line(error)), 1)
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             _end(f"--compile does not work here ({first_line(error)}): leave it out", 1)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not any(word in str(error).lower() for word in LOST):
@@ -170,8 +181,8 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
         kinds = "; ".join(f"{name}: {preset['help']}" for name, preset in presets.items())
         text = f"set of defaults, shown by --preset NAME --help; {kinds} [default: {next(iter(presets))}]"
         chooser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), metavar="NAME", help=text)
-    chosen = getattr(chooser.parse_known_args(arguments)[0], "preset", "")
-    preset = {name: value for name, value in presets.get(chosen, {}).items() if name != "help"}
+    preset = dict(presets.get(getattr(chooser.parse_known_args(arguments)[0], "preset", ""), {}))
+    preset.pop("help", None)
     defaults = {name: preset.get(name, field.default) for name, field in fields.items()}
     known, unknown = _parser(config, fields, defaults, chooser, about).parse_known_args(arguments)
     if unknown:
@@ -182,9 +193,8 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items() if name in fields}
     for name, value in typed.items():
         lengths = fields[name].metadata["lengths"]
-        if value == () or (lengths and len(value) not in lengths):
-            expected = " or ".join(map(str, lengths)) or "1 or more"
-            raise ValueError(f"{flag(name)} must be {expected} values, got {len(value)}")
+        if lengths and len(value) not in lengths:
+            raise ValueError(f"{flag(name)} must be {' or '.join(map(str, lengths))} values, got {len(value)}")
         if lengths == (2,) and value[0] > value[1]:
             raise ValueError(f"{flag(name)} must be two numbers, low and high, got {shown(value)}")
     for name in ("encoder", "model"):  # a preset's arguments are for its own model
@@ -210,13 +220,12 @@ def _parser(
     config: type[Any], fields: Mapping[str, Any], defaults: Mapping[str, Any], chooser: _Parser, about: str | None
 ) -> _Parser:
     """Build the parser of a script, with its options in sections."""
-    width = min(shutil.get_terminal_size().columns - 2, 120)
     needed = [f"{flag(name)} ..." for name, value in defaults.items() if value is REQUIRED]
     parser = _Parser(
         parents=[chooser],
         description=about,
         usage=" ".join(["%(prog)s", *needed, "[options]"]),
-        formatter_class=partial(_Formatter, width=width, max_help_position=28),
+        formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -233,9 +242,9 @@ def _parser(
 
 def _argument(field: "dataclasses.Field[Any]", hint: Any, default: Any) -> dict[str, Any]:
     """Return what argparse takes for a field."""
-    about, several, kinds = field.metadata, typing.get_origin(hint) is tuple, _kinds(hint)
+    about, several, types = field.metadata, typing.get_origin(hint) is tuple, _types(hint)
     notes = [f"any of {', '.join(about['choices'])}"] if about["choices"] and several else []
-    notes += [stated(about["bounds"])] if about["bounds"] not in ({}, {"at least": 0}) else []
+    notes += [stated(about["bounds"])] if about["bounds"] not in ({}, {"at_least": 0}) else []
     notes += [f"default: {shown(default)}"] if default not in ("", (), None, REQUIRED) else []
     text = sourced(about["help"], field.default, default) + (f" [{'; '.join(notes)}]" if notes else "")
     settings: dict[str, Any] = {"help": text.replace("%", "%%")} | ({"nargs": "+"} if several else {})
@@ -243,35 +252,40 @@ def _argument(field: "dataclasses.Field[Any]", hint: Any, default: Any) -> dict[
         return settings | {"action": argparse.BooleanOptionalAction}
     if about["choices"]:
         return settings | {"choices": about["choices"], "metavar": "NAME" if several else None}
-    if kinds & {int, float}:
-        read = partial(_number, kinds=kinds, bounds=about["bounds"])
-        return settings | {"type": read, "metavar": "N" if int in kinds else "X"}
-    return settings | {"type": os.path.expanduser if about["path"] else str, "metavar": field.name.rpartition("_")[2].upper()}
+    word, read = field.name.rpartition("_")[2].upper(), cast(Any, os.path.expanduser if about["path"] else str)
+    if types & {int, float}:
+        word, read = "N" if int in types else "X", partial(_number, types=types, bounds=about["bounds"])
+    if about["lengths"] == (2,):
+        word = "LOW HIGH"
+    elif about["lengths"]:  # N [N], X X [X X]
+        fewest, most = about["lengths"]
+        word = f"{' '.join([word] * fewest)} [{' '.join([word] * (most - fewest))}]"
+    return settings | {"type": read, "metavar": word}
 
 
-def _kinds(hint: Any) -> set[Any]:
+def _types(hint: Any) -> set[Any]:
     """Return the types in a hint: float and str of ``tuple[float | str, ...]``."""
-    return {hint}.union(*map(_kinds, typing.get_args(hint)))
+    return {hint}.union(*map(_types, typing.get_args(hint)))
 
 
-def _number(text: str, *, kinds: set[Any], bounds: Mapping[str, float]) -> float | str:
+def _number(text: str, *, types: set[Any], bounds: Mapping[str, float]) -> float | str:
     """Read a number and hold it against the range of its option."""
     try:
-        value: float = int(text) if int in kinds else float(text)
+        value: float = int(text) if int in types else float(text)
     except ValueError:
-        if str in kinds:
+        if str in types:
             return text
         value = math.nan
-    bounds = bounds if {"at most", "below"} & bounds.keys() else {**bounds, "below": LARGEST}
-    if abs(value) <= sys.float_info.max and all(BOUNDS[word](value, limit) for word, limit in bounds.items()):
+    bounds = bounds if {"at_most", "below"} & bounds.keys() else {**bounds, "below": LARGEST}
+    if abs(value) <= sys.float_info.max and all(BOUNDS[name](value, limit) for name, limit in bounds.items()):
         return value
-    expected = f"a {'whole' if int in kinds else 'finite'} number {stated(bounds)}"
+    expected = f"a {'whole' if int in types else 'finite'} number {stated(bounds)}"
     raise argparse.ArgumentTypeError(f"must be {expected}, got {text[:40]!r}")
 
 
 def stated(bounds: Mapping[str, float]) -> str:
     """Return the range of a number in words."""
-    return " and ".join(f"{word} {limit:.12g}" for word, limit in bounds.items())
+    return " and ".join(f"{name.replace('_', ' ')} {limit:.12g}" for name, limit in bounds.items())
 
 
 def shown(value: Any) -> str:
@@ -284,6 +298,13 @@ def shown(value: Any) -> str:
 
 class _Formatter(argparse.HelpFormatter):
     """Wraps text between words, and leaves indented lines, which are commands and what they print, as they are."""
+
+    def __init__(self, prog: str, **_: Any) -> None:
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns - 2, 120))
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        words = str(action.metavar)
+        return words if " " in words else super()._format_args(action, default_metavar)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

@@ -1,12 +1,11 @@
 """Trackers of a run's numbers, pictures and options: TensorBoard, Weights & Biases, MLflow, trackio.
 
 Each library is imported only when its tracker is asked for. None can end a run: one that fails is left out from then on, with
-one line. A resumed run continues the trackers' runs by their names in ``trackers.json``.
+one line. A resumed run continues the trackers' runs by their name, which ``tracked.txt`` holds.
 """
 
 import contextlib
 import io
-import json
 import os
 import sys
 import uuid
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mvmae.weights import first_line, write_text
-
-NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 class Tracker(NamedTuple):
@@ -71,28 +68,20 @@ def mlflow(folder: Path, name: str, config: Mapping[str, Any], step: int) -> Tra
     """Log to ``MLFLOW_TRACKING_URI``, or to ``mlruns/`` of the run's folder."""
     for variable, value in (("HTTP_REQUEST_TIMEOUT", "10"), ("HTTP_REQUEST_MAX_RETRIES", "1"), ("ALLOW_FILE_STORE", "true")):
         os.environ.setdefault(f"MLFLOW_{variable}", value)  # a dead server holds up no run
-    from mlflow import MlflowClient
+    import mlflow
 
     where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").absolute().as_uri()
-    client: Any = MlflowClient(tracking_uri=where)
-    project = os.environ.get("MLFLOW_EXPERIMENT_NAME", "mvmae")
-    known = client.get_experiment_by_name(project)
-    experiment = known.experiment_id if known else client.create_experiment(project)
-    mine = client.search_runs([experiment], f"tags.mvmae = '{name}'")
-    run = mine[0] if mine else client.create_run(experiment, run_name=folder.name, tags={"mvmae": name})
-    number = run.info.run_id
-    for key, value in () if mine else config.items():
-        client.log_param(number, key, str(value)[:500])
-
-    def numbers(step: int, values: dict[str, float]) -> None:
-        for key, value in values.items():
-            client.log_metric(number, key, value, step=step)
-
+    mlflow.set_tracking_uri(where)
+    project = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "mvmae")).experiment_id
+    mine: Any = mlflow.search_runs([project], f"tags.mvmae = '{name}'", output_format="list")
+    mlflow.start_run(mine[0].info.run_id if mine else None, run_name=folder.name, tags={"mvmae": name})
+    if not mine:
+        mlflow.log_params({key: str(value)[:500] for key, value in config.items()})
     return Tracker(
         where,
-        numbers,
-        lambda step, title, image: client.log_image(number, image, key=title, step=step),
-        lambda failed: client.set_terminated(number, "FAILED" if failed else "FINISHED"),
+        lambda step, values: mlflow.log_metrics(values, step),
+        lambda step, title, image: mlflow.log_image(image, key=title, step=step),
+        lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"),
     )
 
 
@@ -111,6 +100,14 @@ def trackio(folder: Path, name: str, config: Mapping[str, Any], step: int) -> Tr
     )
 
 
+TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
+    "tensorboard": tensorboard,
+    "wandb": wandb,
+    "mlflow": mlflow,
+    "trackio": trackio,
+}
+
+
 class Trackers:
     """The trackers of a run; none at first."""
 
@@ -125,18 +122,16 @@ class Trackers:
         self, names: Sequence[str], folder: Path, config: Mapping[str, Any], step: int, say: Callable[[str], None]
     ) -> None:
         """Begin the tracked runs; after a ``step`` above 0, continue those of the same folder. ``say`` prints a line."""
-        self.say, known, file = say, dict[str, str](), folder / "trackers.json"
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads(file.read_text()) if step else {}
+        if not names:
+            return
+        self.say, file, own = say, folder / "tracked.txt", f"mvmae-{uuid.uuid4().hex[:8]}"
+        with contextlib.suppress(OSError):
+            own = (step and file.read_text()) or own
+            write_text(file, own)
         for name in names:
-            own = known.setdefault(name, f"mvmae-{uuid.uuid4().hex[:8]}")
             with self._left_out(name):
-                begin = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow, "trackio": trackio}[name]
-                self.open[name] = begin(folder, own, config, step)
+                self.open[name] = TRACKERS[name](folder, own, config, step)
                 say(f"tracked by {name}: {self.open[name].where}")
-        if names:
-            with contextlib.suppress(OSError):
-                write_text(file, json.dumps(known))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Pass on the numbers of a line of the log."""

@@ -4,130 +4,183 @@ Shapes: H x W pixels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from mvmae.data import FORMATS, sample_seed
-from tasks.dense import read_image
+from mvmae.data import FORMATS, MAX_PIXELS, open_images, sample_seed
+from mvmae.inputs import Inputs
+from mvmae.weights import first_line
+from tasks.dense import RGB, check_size, read_image
 
 IGNORE = 255
-"""Label of a pixel that is left out of loss and evaluation."""
+"""Class of a pixel that is left out of loss and evaluation."""
 NAMES = {"train": ("training", "train"), "val": ("validation", "val")}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = (".png", ".PNG", ".tif", ".TIF", ".tiff", ".bmp", ".gif")  # of label maps: formats that change no pixel
+
+
+class Split(NamedTuple):
+    """The files of a split."""
+
+    images: list[str]
+    labels: list[str]  # their label maps
+    counts: NDArray[np.int64]  # pixels of each label from 0 to 255
+    problems: tuple[str, ...]  # what in the folder is no image, as in `ImageSource`
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split's images."""
+    for name in NAMES[split]:
+        if (root / "images" / name).is_dir():
+            return root / "images" / name
+    raise FileNotFoundError(f"--data: {root} must hold images/{NAMES[split][0]}, as ADE20K's layout does")
+
+
+def read_split(root: Path, split: str, max_pixels: int | None = None) -> Split:
+    """Find a split in ADE20K's layout, ``images/training/*`` and ``annotations/training/*.png``, and check all its label maps.
+
+    Raises:
+        ValueError: if an image has no label map, or one that cannot be read or is of another size.
+    """
+    source = open_images(split_folder(root, split))
+    images = list(map(source.name, range(len(source))))
+    stems = [root / "annotations" / Path(path).relative_to(root / "images").with_suffix("") for path in images]
+    labels = [next(filter(os.path.isfile, (f"{stem}{suffix}" for suffix in SUFFIXES)), "") for stem in stems]
+    if "" in labels:
+        missing = stems[labels.index("")]
+        raise FileNotFoundError(f"{missing}.png is missing, or no file ({' '.join(SUFFIXES)} are read)")
+
+    def count(image: str, path: str) -> NDArray[np.int64]:
+        labels = read_labels(path, max_pixels)
+        check_size(image, labels.shape, source=path, max_pixels=max_pixels)
+        return np.bincount(labels.reshape(-1), minlength=256)
+
+    with ThreadPoolExecutor() as pool:
+        return Split(images, labels, np.sum(list(pool.map(count, images, labels)), axis=0), source.problems)
+
+
+def read_labels(path: str, max_pixels: int | None = None) -> NDArray[np.uint8]:
+    """Read a label map, (H, W): of a palette the numbers and not the colours; channels that agree count as one."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            if file.width * file.height > (max_pixels or MAX_PIXELS):
+                raise ValueError(f"{file.width} x {file.height} pixels, more than --max-pixels")
+            mode, labels = file.mode, np.array(ImageOps.exif_transpose(file))
+    except Exception as error:  # Pillow raises anything on a damaged file
+        raise ValueError(f"{path} cannot be read as a label map ({first_line(error)})") from error
+    if mode.endswith("A") and labels[..., -1].min() == 255:
+        labels = labels[..., :-1]
+    if labels.ndim == 3 and (labels == labels[..., :1]).all():
+        labels = labels[..., 0]
+    if labels.ndim != 2 or labels.dtype.kind not in "bui" or labels.min() < 0 or labels.max() > 255:
+        got = f"Pillow's mode {mode} with values up to {labels.max()}"
+        raise ValueError(f"{path} must hold one number of 0 to 255 for each pixel, got {got}: save the labels so")
+    return labels.astype(np.uint8)
+
+
+def find_classes(root: Path, splits: Mapping[str, Split], left_out: Mapping[int, str]) -> tuple[list[str], Tensor]:
+    """Return the names of the classes, from ``classes.txt``, else the labels that occur in training, and the class of each.
+
+    Args:
+        root: the folder, perhaps with ``classes.txt``, whose lines name the labels from 0 on, or from 1 on where 0 is left out.
+        splits: ``train`` and ``val``.
+        left_out: labels that are neither learnt nor counted, each with the option that makes it a class.
+
+    Returns:
+        the names, and (256,) uint8, in which `IGNORE` stands for a label that is left out.
+
+    Raises:
+        ValueError: if a split has pixels of labels that are no class, or of fewer than two classes.
+    """
+    file = root / "classes.txt"
+    if file.is_file():
+        lines, known = file.read_text("utf-8-sig", "replace").strip().splitlines(), f"named in {file}"
+        names = {label: line for label, line in enumerate(lines, start=int(0 in left_out)) if label not in left_out}
+    else:
+        known = "that occur in training"
+        names = {int(label): str(label) for label in splits["train"].counts.nonzero()[0] if label not in left_out}
+    if len({*names.values()}) < len(names) or len(names) > IGNORE or max(names, default=0) > 255:
+        raise ValueError(f"{file} must name each class once, and at most {IGNORE} classes")
+    for split in splits.values():
+        folder, shares = os.path.commonpath(split.labels), split.counts / split.counts.sum()
+        occurring = split.counts.nonzero()[0].tolist()
+        if unknown := [label for label in occurring if label not in names and label not in left_out]:
+            cure = f"--ignore-label {' '.join(map(str, unknown))} leaves their pixels out"
+            raise ValueError(f"{folder} must hold labels {known} alone, got {', '.join(map(str, unknown))} too: {cure}")
+        if len(learnt := [label for label in occurring if label in names]) < 2:  # what names all pixels alike would be perfect
+            left = [f"{n} ({shares[n]:.1%} of the pixels; {left_out[n]})" for n in occurring if n in left_out]
+            got = f"got {len(learnt)}; left out are labels {', '.join(left) or 'none'}"
+            raise ValueError(f"{folder} must hold pixels of 2 classes or more, {got}")
+    table = torch.full((256,), IGNORE, dtype=torch.uint8)
+    table[list(names)] = torch.arange(len(names), dtype=torch.uint8)
+    return [*names.values()], table
 
 
 class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
-    """Images with a label for every pixel, in ADE20K's layout: ``images/training/*``, ``annotations/training/*.png``.
+    """Images with a class for every pixel.
 
     Args:
-        root: the folder; the splits are ``training`` (or ``train``) and ``validation`` (or ``val``).
-        split: ``train`` or ``val``.
-        num_classes: number of classes; 0: counted in ``classes.txt``, else in the label maps of both splits.
-        augment: (image, labels) -> (image, labels), for training, with numbers from torch's global generator.
-        reduce_zero_label: label 0 is left out, and the others count from 0 (ADE20K).
-        ignore: labels, as the label maps have them, that are left out too; the others count on without them.
+        split: the files.
+        classes: of their labels, from `find_classes`.
+        augment: (image, classes) -> (image, classes), for training, with numbers from torch's global generator.
         seed: seed of the augmentation, which depends on (seed, epoch, index) alone.
-        background: colour behind transparent pixels.
+        inputs: how images are read.
 
     Attributes:
-        classes: class of each label from 0 to 255, (256,) uint8; `IGNORE` where it is left out.
-        names: of the classes, from ``classes.txt``, else their labels.
+        names: of the classes.
+        counts: pixels of each class.
+        note: how many images there are, and what is left out.
     """
 
     def __init__(
         self,
-        root: Path,
-        split: str,
+        split: Split,
+        classes: tuple[list[str], Tensor],
         *,
-        num_classes: int = 0,
         augment: Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]] | None = None,
-        reduce_zero_label: bool = True,
-        ignore: Sequence[int] = (),
         seed: int = 0,
-        background: str = "white",
+        inputs: Inputs = RGB,
     ) -> None:
-        name = next((name for name in NAMES[split] if (root / "images" / name).is_dir()), None)
-        if name is None:
-            raise FileNotFoundError(f"--data: {root} must hold images/{NAMES[split][0]}, as ADE20K's layout does")
-        self.images = sorted(path for path in (root / "images" / name).rglob("*") if path.suffix.lower() in SUFFIXES)
-        self.labels = [root / "annotations" / path.relative_to(root / "images").with_suffix(".png") for path in self.images]
-        if not self.images:
-            raise FileNotFoundError(f"{root}/images/{name} must hold images ({' '.join(sorted(SUFFIXES))}), got none")
-        if missing := [path for path in self.labels if not path.exists()]:
-            raise FileNotFoundError(f"{missing[0]} is missing")
-        self.augment, self.seed, self.background = augment, seed, background
-
-        left_out = {IGNORE, *ignore} | ({0} if reduce_zero_label else set())
-        labels = [label for label in range(256) if label not in left_out]
-        self.classes = torch.full((256,), IGNORE, dtype=torch.uint8)
-        self.classes[labels] = torch.arange(len(labels), dtype=torch.uint8)
-        file = root / "classes.txt"  # its lines name the labels from 0 on, or from 1 on (ADE20K)
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self.names = [line for label, line in enumerate(lines, start=int(reduce_zero_label)) if label not in ignore]
-        if self.names and num_classes not in (0, len(self.names)):
-            cure = f"got {num_classes}: leave --num-classes out, or edit the file"
-            raise ValueError(f"the number of classes must be {len(self.names)}, as {file} names them, {cure}")
-        if not self.names and not num_classes:
-            with ThreadPoolExecutor() as pool:
-                maps = pool.map(lambda path: read_labels(path, self.classes), sorted((root / "annotations").rglob("*.png")))
-                num_classes = 1 + max(map(largest, maps))
-            if num_classes < 2:  # what names all pixels alike would be perfect
-                others = f"labels other than {', '.join(map(str, sorted(left_out)))}, got {num_classes}"
-                cure = "number the classes from 0 or 1 on; --no-reduce-zero-label learns label 0 too"
-                raise ValueError(f"{root}/annotations must hold two {others}: {cure}")
-        self.names = self.names or list(map(str, labels[:num_classes]))
+        self.split, (self.names, self.table) = split, classes
+        self.augment, self.seed, self.inputs = augment, seed, inputs
+        classed = self.table != IGNORE
+        self.counts = torch.from_numpy(split.counts)[classed].tolist()
+        share = 1 - sum(self.counts) / split.counts.sum()
+        kinds = Counter(os.path.splitext(path)[1].lower() for path in split.images)
+        files = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        self.note = "; ".join([f"{len(self)} images ({files}), {share:.1%} of their pixels left out", *split.problems])
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.split.images)
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
-        return str(self.images[index])
+        return self.split.images[index]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return an image (3, H, W) uint8 and its labels (H, W) long."""
+        """Return an image (C, H, W) uint8 and its classes (H, W) long."""
         epoch, index = key
-        pixels, file = read_image(self.images[index], self.background), self.labels[index]
-        labels = read_labels(file, self.classes)
-        if (highest := largest(labels)) >= len(self.names):
-            bound, label = (self.classes.tolist().index(number) for number in (len(self.names), highest))
-            raise ValueError(f"{file} must hold labels below {bound} for {len(self.names)} classes, got {label}")
-        if labels.shape != pixels.shape[1:]:
-            sizes = [f"{width}x{height}" for height, width in (pixels.shape[1:], labels.shape)]
-            raise ValueError(f"{file} must have {sizes[0]} pixels, as its image has, got {sizes[1]}")
+        file = self.split.labels[index]
+        labels = torch.from_numpy(self.table.numpy()[read_labels(file, self.inputs.max_pixels)])
+        pixels = read_image(self.name(index), self.inputs, labels.shape, file)
         if self.augment is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
                 pixels, labels = self.augment(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
         return pixels.as_subclass(Tensor), labels.as_subclass(Tensor).long()
-
-
-def read_labels(path: Path, classes: Tensor) -> Tensor:
-    """Load a label map as the classes of its pixels, (H, W) uint8; ``classes`` are those of `LabelMaps`."""
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            labels, mode = np.array(file), file.mode
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a label map: {error}") from error
-    if labels.dtype != np.uint8 or labels.ndim != 2:
-        raise ValueError(f"{path} must be an image of one 8-bit channel, got Pillow's mode {mode}: save the labels so")
-    return torch.from_numpy(classes.numpy()[labels])
-
-
-def largest(labels: Tensor) -> int:
-    """Return the largest class in a label map, or -1 if all pixels are left out."""
-    return int(labels.int().where(labels != IGNORE, -1).max())
 
 
 class Augment:
@@ -172,7 +225,7 @@ def fitting_size(size: tuple[int, int], side: int, ratio: float = 1.0) -> tuple[
 
 
 def distort(image: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of (3, H, W) uint8, each in one of two cases.
+    """Change brightness, contrast, saturation and hue of (C, H, W) uint8, each in one of two cases; colours of three channels.
 
     The photometric distortion of mmsegmentation. torchvision's `RandomPhotometricDistort` is another: it scales the brightness,
     mixes with grey for contrast and saturation, and swaps channels.
@@ -182,8 +235,9 @@ def distort(image: Tensor) -> Tensor:
     early, late = (contrast, 1.0) if torch.rand(()) < 0.5 else (1.0, contrast)
     pixels = ((image + shift).clamp(0, 255) * early).clamp(0, 255)
     least, most = pixels.aminmax(dim=0)
-    pixels = most - (most - pixels) * (most / (most - least).clamp(min=1e-3)).clamp(max=saturation)  # as far as colours go
-    pixels = F.adjust_hue(pixels / 255, hue) * 255
+    if len(image) == 3:
+        pixels = most - (most - pixels) * (most / (most - least).clamp(min=1e-3)).clamp(max=saturation)  # as far as colours go
+        pixels = F.adjust_hue(pixels / 255, hue) * 255
     changed: Tensor = (pixels * late).round().clamp(0, 255).to(torch.uint8)
     return changed
 

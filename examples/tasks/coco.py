@@ -5,8 +5,8 @@ Shapes: H x W pixels, N objects.
 
 import contextlib
 import io
-import json
-import math
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,23 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.ops import box_convert, clip_boxes_to_image, masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from mvmae.data import sample_seed
-from tasks.dense import read_image
+from mvmae.inputs import Inputs
+from tasks.annotations import coco_index, read_split
+from tasks.dense import RGB, read_image
 
-NAMES = {"train": ("train2017", "train"), "val": ("val2017", "val")}
 SIZES = ("_small", "_medium", "_large")
 METRICS = [f"AP{kind}" for kind in ("", "50", "75", *SIZES)] + [f"AR{kind}" for kind in ("1", "10", "100", *SIZES)]
 
 
 class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Images and objects in COCO's format: polygons or run lengths, any category ids, crowd regions, images without objects.
+    """Images and objects in COCO's format: polygons or run lengths, any ids, crowd regions, images without objects.
 
-    Where no object of the split has an outline, ``with_masks`` is false and the objects are boxes alone.
+    Classes are those of the training split, in the order of their ids; the other split's are matched to them by name. Where no
+    object of the split has an outline, ``with_masks`` is false and the objects are boxes alone.
 
     Args:
         root: folder with ``train2017``, ``val2017`` and ``annotations/instances_*.json``.
@@ -40,8 +42,18 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         side: side in pixels of the square into which training images are jittered; 0 leaves images whole.
         scale: range of the jitter.
         seed: seed of the jitter, which depends on (seed, epoch, index) alone.
-        background: colour behind transparent pixels.
+        inputs: how images are read.
+        names: of the classes; None: read from the training split.
 
+    Attributes:
+        truth: pycocotools' index of the annotations.
+        names: of the classes.
+        category_ids: of the classes in the file of this split.
+        counts: objects of each class.
+        note: how many images and objects there are, and what is left out.
+
+    Raises:
+        ValueError: if the annotations are wrong, with file and place, or there is no object.
     """
 
     def __init__(
@@ -52,55 +64,62 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         side: int = 0,
         scale: tuple[float, float] = (1, 1),
         seed: int = 0,
-        background: str = "white",
+        inputs: Inputs = RGB,
+        names: Sequence[str] | None = None,
     ) -> None:
-        name = next((name for name in NAMES[split] if (root / f"annotations/instances_{name}.json").exists()), None)
-        if name is None:
-            needed = f"annotations/instances_{NAMES[split][0]}.json"
-            raise FileNotFoundError(f"--data: {root} must hold {needed}, as COCO's layout does")
-        self.file, self.folder = root / f"annotations/instances_{name}.json", root / name
-        self.side, self.scale, self.seed, self.background = side, scale, seed, background
-        self.truth = read_coco(self.file)
-        self.categories = {number: self.truth.cats[number]["name"] for number in sorted(self.truth.cats)}
-        self.category_ids, self.names = list(self.categories), list(self.categories.values())
-        self.with_masks = any(map(outline, self.truth.anns.values()))
-        self.image_ids = [number for number in sorted(self.truth.imgs) if split != "train" or self._objects(number)]
-        if not self.image_ids:
-            raise ValueError(f"{self.file} must hold images with objects, got none")
-        if missing := next((path for path in map(self.name, range(len(self))) if not Path(path).exists()), ""):
-            raise FileNotFoundError(f"{missing} is missing, which {self.file} names")
+        self.side, self.scale, self.seed, self.inputs = side, scale, seed, inputs
+        self.file, self.truth = read_split(root, split, inputs.max_pixels)
+        if names is None:
+            known = (self.truth if split == "train" else read_split(root, "train", inputs.max_pixels)[1]).cats
+            names = [known[number]["name"] for number in sorted(known)]
+        own = {category["name"]: number for number, category in self.truth.cats.items()}
+        if unknown := own.keys() - set(names):
+            raise ValueError(f"{self.file} must have classes of training images alone, got {', '.join(sorted(unknown))} too")
+        self.names, free = list(names), itertools.count(1 + max(own.values(), default=0))
+        self.category_ids = [own[name] if name in own else next(free) for name in names]
+
+        objects = [item for item in self.truth.anns.values() if not item["iscrowd"]]
+        self.with_masks = any(item["segmentation"] for item in objects)
+        learnt = list(filter(self._is_learnt, objects))
+        counts = Counter(item["category_id"] for item in learnt)
+        self.counts = [counts[number] for number in self.category_ids]
+        having = {item["image_id"] for item in learnt}
+        self.image_ids = [number for number in sorted(self.truth.imgs) if split != "train" or number in having]
+        crowds, shape = len(self.truth.anns) - len(objects), "an outline" if self.with_masks else "a box with an area"
+        unseen = f"{len(objects) - len(learnt)} objects without {shape}, {crowds} crowd regions"
+        unused = len(self.truth.imgs) - len(self.image_ids)
+        self.note = f"{len(self)} images with {len(learnt)} objects; left out: {unused} images without any, {unseen}"
+        if not learnt:
+            got = f"{len(self.truth.anns)} annotations, {crowds} of them crowd regions (iscrowd 1; that of an object is 0)"
+            raise ValueError(f"{self.file} must hold objects with {shape}, got {got}")
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
-        return str(self.folder / self.truth.imgs[self.image_ids[index]]["file_name"])
+        return str(self.truth.imgs[self.image_ids[index]]["path"])
 
-    def _objects(self, number: int) -> list[dict[str, Any]]:
-        """Return the objects in an image that have an outline or, where none in the split has, a box with an area."""
-        items = [item for item in self.truth.imgToAnns[number] if not item["iscrowd"]]
-        if self.with_masks:
-            return [item | {"segmentation": outline(item)} for item in items if outline(item)]
-        return [item for item in items if min(item["bbox"][2:]) > 0]
+    def _is_learnt(self, item: Mapping[str, Any]) -> bool:
+        """Return whether an annotation is an object with an outline or, where none in the split has, a box with an area."""
+        return not item["iscrowd"] and bool(item["segmentation"] if self.with_masks else min(item["bbox"][2:]) > 0)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return an image (3, H, W) in [0, 1] and, for torchvision, what is known of its objects.
+        """Return an image (C, H, W) in [0, 1] and, for torchvision, what is known of its objects.
 
         These are ``boxes`` (N, 4), ``labels`` (N,) from 1, ``image_id``, and ``masks`` (N, H, W) unless there are boxes alone.
         """
         epoch, index = key
         number = self.image_ids[index]
-        pixels, objects, known = read_image(self.name(index), self.background), self._objects(number), self.truth.imgs[number]
-        size = (pixels.shape[1], pixels.shape[2])
-        if size != (known["height"], known["width"]):
-            needed = f"{known['width']}x{known['height']} pixels, as {self.file} says"
-            raise ValueError(f"{self.name(index)} must have {needed}, got {size[1]}x{size[0]}")
+        objects, known = list(filter(self._is_learnt, self.truth.imgToAnns[number])), self.truth.imgs[number]
+        size = (known["height"], known["width"])
+        pixels = read_image(self.name(index), self.inputs, size, self.file)
         masks = torch.zeros(len(objects) * self.with_masks, *size, dtype=torch.uint8)
         for mask, item in zip(masks, objects, strict=self.with_masks):
             mask.copy_(torch.from_numpy(self.truth.annToMask(item)))
         sides = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).view(-1, 4)
-        boxes: Tensor = BoundingBoxes(box_convert(sides, "xywh", "xyxy"), format="XYXY", canvas_size=size)
+        inside = clip_boxes_to_image(box_convert(sides, "xywh", "xyxy"), size)
+        boxes: Tensor = BoundingBoxes(inside, format="XYXY", canvas_size=size)
         if self.side:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
@@ -111,50 +130,6 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         if self.with_masks:  # boxes around what is seen; torchvision's include the last pixel, COCO's end behind it
             target |= {"masks": masks[seen], "boxes": masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])}
         return pixels.float() / 255, target
-
-
-def read_coco(path: Path) -> Any:
-    """Read annotations into pycocotools' index, with its defaults for what converters leave out."""
-    number = 0
-    try:
-        content = json.loads(path.read_bytes())
-        images = {int(image["id"]): (image["file_name"], image["width"], image["height"]) for image in content["images"]}
-        categories = {category["id"]: category["name"] for category in content["categories"]}
-        for number, item in enumerate(content["annotations"], start=1):
-            _ = images[item["image_id"]], categories[item["category_id"]]
-            item["id"] = number  # pycocotools takes a match with id 0 for none, and ids may repeat
-            item["iscrowd"] = item.get("iscrowd") or 0
-            left, top, width, height = item["bbox"]
-            if not math.isfinite(left + top + width + height):
-                raise ValueError(f"the box {item['bbox']}")
-            item["area"] = item.get("area", width * height)
-            if isinstance(shape := item.get("segmentation"), list) and shape and not isinstance(shape[0], list):
-                item["segmentation"] = [shape]  # one polygon
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        place = f" in annotation {number}" if number else ""
-        raise ValueError(f"{path} must be JSON in COCO's format, got {type(error).__name__} {error}{place}") from error
-    return coco_index(content)
-
-
-def coco_index(content: Mapping[str, Any]) -> Any:
-    """Return pycocotools' index of annotations, without its prints."""
-    try:
-        from pycocotools.coco import COCO
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('COCO needs pycocotools: pip install "mvmae[detection]"') from error
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = dict(content)
-        coco.createIndex()
-    return coco
-
-
-def outline(annotation: Mapping[str, Any]) -> Any:
-    """Return an object's outline for pycocotools: None for a crowd, and no polygons of fewer than three corners."""
-    shape = annotation.get("segmentation")
-    if annotation["iscrowd"] or not shape:
-        return None
-    return shape if isinstance(shape, dict) else [polygon for polygon in shape if len(polygon) >= 6] or None
 
 
 def jitter(image: Tensor, masks: Tensor, boxes: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,11 +180,13 @@ def evaluate(
     for name, kind, field in (("box", "bbox", "bbox"), ("mask", "segm", "segmentation"))[: 1 + with_masks]:
         fields = ("image_id", "category_id", "score", field)  # areas are of boxes or of masks, so the other has to go
         results = [{name: detection[name] for name in fields} for detection in detections]
+        known = [item for item in truth.dataset["annotations"] if item[field]]  # an object may have a box alone
         with contextlib.redirect_stdout(io.StringIO()):
+            true = coco_index(truth.dataset | {"annotations": known})
             detected = (
-                truth.loadRes(results) if results else coco_index(truth.dataset | {"annotations": []})
+                true.loadRes(results) if results else coco_index(truth.dataset | {"annotations": []})
             )  # loadRes([]) raises
-            evaluation = COCOeval(truth, detected, kind)
+            evaluation = COCOeval(true, detected, kind)
             evaluation.params.imgIds = list(image_ids)
             evaluation.evaluate()
             evaluation.accumulate()

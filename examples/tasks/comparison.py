@@ -39,9 +39,7 @@ TABLES: dict[str, list[Arm]] = {
     ],
     "choices": [
         OURS,
-        Arm("class token contrasted", "--pool token"),
         Arm("projector of 128", "--projector 128"),
-        Arm("all patches rebuilt", "--loss-on all"),
         Arm("pixels as they are", "--no-norm-pix"),
         Arm("temperature 0.2", "--temperature 0.2"),
         Arm("temperature 0.5", "--temperature 0.5"),

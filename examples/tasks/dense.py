@@ -1,5 +1,6 @@
 """What detect.py and segment.py share: options, the encoder, the training loop, images from the disk, toy data."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -9,12 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from engine.checkpoint import Checkpoint, check_fit, read_newest
 from engine.distributed import Ranks, autocast, parallel
@@ -22,28 +24,31 @@ from engine.log import CLOCK, Log
 from engine.optim import set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option
 from engine.signals import Signals, Stop
-from mvmae.data import FileSource, StepSampler, make_loader, sample_seed, to_pil
+from mvmae.data import FORMATS, MAX_PIXELS, FileSource, StepSampler, colour, make_loader, open_image, open_images, sample_seed
 from mvmae.dense import WindowedViT
+from mvmae.inputs import INPUTS, Inputs, set_inputs
 from mvmae.patches import sincos_table
-from mvmae.weights import write_json
+from mvmae.weights import read_json, write_json
+from tasks.inputs import InputOptions, describe_inputs, read_inputs
 from tasks.models import load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 
 DROPOUT = -2
 """Takes the place of an epoch in the seed of a step's random numbers: drop path, dropout, sampled regions."""
+RGB = Inputs(size=(0, 0), mean=(0.0,) * 3, std=(1.0,) * 3)
+"""Images of 8 bits and three channels, on white."""
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")  # parameters without weight decay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseConfig(RunConfig):
+class DenseConfig(InputOptions, RunConfig):
     """Options of both scripts. Fields without `option` are constants of a recipe: its preset sets them."""
 
     data: str = option(
         REQUIRED, "data set folder, or toy: shapes drawn into the output folder", path=True, may_change=True, section="Data"
     )
     image_size: int = option(REQUIRED, "side of a training image in pixels", at_least=1)
-    background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; default: the encoder's, else white")
     toy_images: int = option(600, "training images that --data toy draws; for validation it draws a sixth of them", at_least=1)
     steps: int = option(REQUIRED, "training steps", at_least=1, section="Length")
     warmup_steps: int = option(0, "steps of linear warm-up of the learning rate; 0: the preset's share of --steps", at_least=0)
@@ -94,11 +99,15 @@ def lr_factor(step: int, config: DenseConfig) -> float:
 
 
 def build_trunk(
-    config: DenseConfig, *, positions: Any = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
-) -> tuple[WindowedViT, Any]:
-    """Return the encoder with attention in windows, and the plain one, for its mean and standard deviation.
+    config: DenseConfig, images: Path, *, positions: Any = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
+) -> tuple[WindowedViT, Inputs]:
+    """Return the encoder with attention in windows, and how its images are read: in an evaluation, as in training.
 
-    ``taps`` gives, for a number of blocks, those whose output is used; ``positions`` is that of `WindowedViT`.
+    Args:
+        config: options.
+        images: folder of those to measure, where ``--mean`` or ``--std`` is auto.
+        positions: that of `WindowedViT`.
+        taps: gives, for a number of blocks, those whose output is used.
     """
     torch.manual_seed(config.seed)
     arguments = timm_arguments(config.model_args)
@@ -110,7 +119,14 @@ def build_trunk(
         with torch.no_grad():  # what timm drew at random is no table to build anew for another size
             vit.pos_embed[:, -vit.patch_embed.num_patches :] = sincos_table(vit.embed_dim, vit.patch_embed.grid_size)
     options: Any = {"window_size": config.window_size or None, "grad_checkpointing": config.grad_checkpointing}
-    return WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options), vit
+    trunk = WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options)
+
+    file = Path(config.output_dir) / "config.json"
+    saved = read_json(file) if config.evaluate and file.is_file() else {}
+    if INPUTS in saved:
+        set_inputs(vit, Inputs.from_config(saved))
+    source: Any = open_images(images) if "auto" in config.mean + config.std else None
+    return trunk, read_inputs(config, vit, source, [config.image_size])
 
 
 def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> list[dict[str, Any]]:
@@ -151,10 +167,12 @@ def fit(
         dataset: (epoch, index) -> sample.
         losses: (model, batch) -> named losses; their sum is minimised.
         ranks: this process and the others.
-        record: of the data: ``images``, its fingerprint, and the names of the ``classes``; saved in config.json.
+        record: of the data, from `data_record`; printed, and saved in config.json.
         collate: samples -> batch.
     """
     folder, last = Path(config.output_dir), min(config.steps, config.max_steps or config.steps)
+    if ranks.rank == 0:
+        print("\n".join([f"inputs: {describe_inputs(config, dataset.inputs)}", *record["notes"]]), flush=True)
     if config.evaluate:
         saved, _ = read_newest(folder)
         if saved is None:
@@ -174,7 +192,6 @@ def fit(
         write_json(folder / "config.json", settings)
         log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
     log.say(f"model: {summary(trunk, config.image_size, config.model)}")
-    log.say(f"data: {len(dataset)} images, {len(record['classes'])} classes: {', '.join(record['classes'])}")
     log.say(f"training: {config.steps} steps of {config.batch_size} images, on {ranks.device}")
     sampler.start_step = checkpoint.step
     loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=cuda, collate=collate)
@@ -208,23 +225,57 @@ def fit(
 
 def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
-    if config.data != "toy":
-        if not Path(config.data).is_dir():
-            raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
-        return Path(config.data)
-    root = Path(config.output_dir) / "toy"
-    if ranks.rank == 0:
+    toy = config.data == "toy"
+    root = Path(config.output_dir, "toy") if toy else Path(config.data)
+    if ranks.rank == 0 and toy:
         write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
     ranks.any(False)  # the others wait for the drawings
+    if not root.is_dir():
+        raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
+    if ranks.rank == 0:
+        print(f"data: checking {root}", flush=True)  # takes a minute for 100 000 images
     return root
 
 
-def read_image(path: str | Path, background: str) -> Tensor:
-    """Read an image upright by EXIF, as labelling tools show it, transparent pixels on a background: (3, H, W) uint8."""
-    pixels: Tensor = pil_to_tensor(to_pil(path, background=background))
-    return pixels
+def read_image(path: str, inputs: Inputs, size: Sequence[float], source: str | Path) -> Tensor:
+    """Read an image upright by EXIF, as labelling tools show it: (C, H, W) uint8, of the size that ``source`` says."""
+    opened = open_image(path, channels=len(inputs.mean), max_pixels=inputs.max_pixels or MAX_PIXELS)
+    pixels = opened.upright(opened.decode(value_range=inputs.value_range, background=colour(inputs.background)))
+    require_size(path, pixels.shape[:2], size, source)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def fingerprint(root: Path, files: Iterable[str | Path]) -> str:
-    """Return a hash of the data's files, the same wherever their folder lies."""
-    return FileSource(root, [os.fsencode(os.path.relpath(file, root)) for file in files]).fingerprint
+def check_size(path: str, stated: Sequence[float], *, source: str | Path, max_pixels: int | None) -> tuple[int, int]:
+    """Return height and width of an image as it is seen, which must be as ``source`` states them, 0 where it does not.
+
+    Its header is enough where it agrees: whole, the images of COCO are 19 GB.
+    """
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        size = (image.width, image.height) if turned else (image.height, image.width)
+        if image.width * image.height <= (max_pixels or MAX_PIXELS) and (tuple(stated) == size or 0 in stated):
+            return size
+    size = open_image(path, max_pixels=max_pixels or MAX_PIXELS).upright_size
+    require_size(path, size, stated if all(stated) else size, source)
+    return size
+
+
+def require_size(path: str, size: Sequence[float], stated: Sequence[float], source: str | Path) -> None:
+    """Refuse an image that is seen in another size, height and width, than ``source`` says."""
+    if tuple(size) != tuple(stated):
+        raise ValueError(f"{path} must have {stated[1]:g}x{stated[0]:g} pixels, as {source} says, got {size[1]}x{size[0]}")
+
+
+def data_record(root: Path, data: Any, val: Any, files: Iterable[str | Path], unit: str) -> dict[str, Any]:
+    """Return what a run decides about its data: fingerprint of the ``images``, ``classes``, ``inputs``, ``notes`` to print.
+
+    ``data`` and ``val`` have ``names`` of classes, ``counts`` of each in a unit, and a ``note``; training depends on ``files``.
+    """
+    amounts = list(zip(data.names, data.counts, val.counts, strict=True))
+    notes = [f"training: {data.note}", f"validation: {val.note}"]
+    listed = ", ".join(f"{name} {one} and {other}" for name, one, other in amounts)
+    notes += [f"{len(amounts)} classes, {unit} in training and validation: {listed}"]
+    if missing := [name for name, _, count in amounts if not count]:
+        notes += [f"not in validation: {', '.join(missing)}"]
+    source = FileSource(root, [os.fsencode(os.path.relpath(file, root)) for file in files])
+    return {"images": source.fingerprint, "classes": data.names, INPUTS: data.inputs.to_dict(), "notes": notes}

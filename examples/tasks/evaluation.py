@@ -30,7 +30,6 @@ class Evaluation:
         crops: random views, for view retrieval.
         limit: most images of each split; 0: nothing is measured.
         ranks: each of which computes its share.
-        pool: as in `Pooled`.
         workers: processes that load images.
         max_bad: unreadable images to tolerate.
     """
@@ -43,11 +42,10 @@ class Evaluation:
         *,
         limit: int,
         ranks: Ranks,
-        pool: str,
         workers: int,
         max_bad: int,
     ) -> None:
-        self.pooled, self.crops, self.limit, self.ranks = Pooled(encoder, pool), crops, limit, ranks
+        self.pooled, self.crops, self.limit, self.ranks = Pooled(encoder), crops, limit, ranks
         self.train, self.val, _ = splits
         self.transform = EvalTransform(encoder)
         self.extract = partial(extract, ranks=ranks, workers=workers, max_bad=max_bad)

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 import mvmae
 from engine.options import option
 from engine.signals import Stop
-from mvmae.data import MAX_PIXELS, AugmentedViews, ColorJitter, ImageSource, colour, measure_channels, pixel_options
+from mvmae.data import (
+    MAX_PIXELS,
+    AugmentedViews,
+    ColorJitter,
+    ImageSource,
+    colour,
+    decide_range,
+    measure_channels,
+    pixel_options,
+)
 from mvmae.inputs import Inputs, channels_of, inputs_of, set_inputs
 
 
@@ -21,17 +30,23 @@ class InputOptions:
     """Options on how images are read; what is not given is the model's own (`mvmae.inputs.Inputs`)."""
 
     mean: tuple[float | str, ...] = option(
-        (), "mean of each channel, 0 to 1; auto: measured; the model's own if not given", at_least=0, at_most=1, section="Data"
+        (),
+        "mean of each channel, 0 to 1; auto: measured; the model's own if not given",
+        at_least=0,
+        at_most=1,
+        section="Inputs",
     )
-    std: tuple[float | str, ...] = option((), "standard deviation of each channel, likewise", above=0, at_most=1)
+    std: tuple[float | str, ...] = option(
+        (), "standard deviation of each channel; auto: measured; the model's own if not given", above=0, at_most=1
+    )
     value_range: tuple[float, ...] = option(
         (),
-        "pixel values that map to black and white, such as 0 4095; if not given the model's own, else the whole range",
+        "pixel values that are black and white, such as 0 4095; if not given the model's own, else what the images tell",
         lengths=(2,),
     )
     background: str = option("", "colour behind transparent pixels, a name or #RRGGBB; the model's own if not given")
     max_pixels: int = option(
-        0, f"pixels above which an image counts as unreadable; 0: the model's own, else {MAX_PIXELS}", at_least=0
+        0, f"pixels above which an image counts as unreadable; 0: the model's own limit, else {MAX_PIXELS}", at_least=0
     )
 
 
@@ -39,12 +54,12 @@ TYPED = tuple(field.name for field in dataclasses.fields(InputOptions))
 
 
 def read_inputs(config: Any, model: nn.Module, source: ImageSource, size: Sequence[int] = ()) -> Inputs:
-    """Decide how a model's images are read, by `InputOptions` and the model's own record, and record it on the model.
+    """Decide how a model's images are read, by `InputOptions`, its own record and the images, and record it on the model.
 
     Args:
         config: with the fields of `InputOptions`.
         model: of timm.
-        source: images to measure, where mean or deviation is "auto".
+        source: images to measure, where mean or deviation is "auto", and of which the range of deep pixels is decided.
         size: side of an image in pixels, or (H, W), for models without a size of their own; empty: as the model was built.
     """
     typed: dict[str, Any] = {name: getattr(config, name) or None for name in TYPED}
@@ -59,6 +74,10 @@ def read_inputs(config: Any, model: nn.Module, source: ImageSource, size: Sequen
         if words := [word for word in typed[name] or () if isinstance(word, str)]:
             raise Stop(f"--{name} must be numbers, or auto alone, got {words[0]!r}")
     inputs = inputs_of(model, **typed)
+    if inputs.value_range is None:
+        options = pixel_options(inputs)
+        decided = decide_range(source, channels=options["in_chans"], max_pixels=options["max_pixels"])
+        inputs = dataclasses.replace(inputs, value_range=decided)
     set_inputs(model, inputs)
     return inputs
 
@@ -79,11 +98,6 @@ def jittered(transform: mvmae.MultiViewTransform, strength: Sequence[float], gra
     """
     if not any(strength) and not grayscale:
         return transform
-    if transform.in_chans != 3 and (any(strength[2:]) or grayscale):
-        raise Stop(
-            f"--jitter of saturation and hue, and --grayscale, must have --in-chans 3, got {transform.in_chans}: "
-            "give --jitter brightness and contrast alone, such as 0.4 0.4, and --grayscale 0"
-        )
     return AugmentedViews(transform, ColorJitter(*strength or (0, 0), grayscale=grayscale))
 
 

@@ -7,11 +7,10 @@ leaves the weights out. What does not exist or cannot be built is a `Stop`, what
 
 import ast
 import copy
-import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
@@ -21,13 +20,13 @@ from torch import nn
 import mvmae
 from engine.signals import Stop
 from mvmae import WeightsError, hub
-from mvmae.data import colour
 from mvmae.encoders import arguments_of, known_arguments
 from mvmae.inputs import INPUTS, Inputs, inputs_of, set_inputs
 from mvmae.masked_vit import check_encoder
 from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json, read_weights
 
-Config = TypeVar("Config", bound=Any)
+SHIPPED = "mvmae_vit_micro_patch8_64"
+"""The encoder whose weights come with the package."""
 
 
 def load_backbone(name: str, *, arch: str = "", image_size: Sequence[int] = (), **options: Any) -> nn.Module:
@@ -80,8 +79,7 @@ def start_encoder(
     if image_size:
         options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
     architecture, file = find_weights(name, arch)
-    with torch.device("meta"):
-        check_encoder(create_encoder(architecture))  # before a download, and before arguments that only a plain ViT takes
+    check_plain(name, arch)  # before a download, and before arguments that only a plain ViT takes
     if file is not None and architecture == arch:
         said = arguments_of(arch, read_weights(file))
         options |= {key: value for key, value in said.items() if key not in timm_arguments(arguments)}
@@ -89,6 +87,12 @@ def start_encoder(
     if pretrained and file is not None:
         hub.load_encoder(encoder, file)
     return encoder
+
+
+def check_plain(name: str, arch: str = "") -> None:
+    """Refuse a model that is no plain ViT, by the TypeError of `check_encoder`, before it is built and data is read."""
+    with torch.device("meta"):
+        check_encoder(create_encoder(find_weights(name.removeprefix("random:"), arch)[0]))
 
 
 def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
@@ -148,7 +152,7 @@ def _is_export(folder: Path) -> bool:
     return "architecture" in config or "model_type" in config  # timm's, or transformers'
 
 
-def summary(model: Any, image_size: int | Sequence[int] = (), name: str = "") -> str:
+def summary(model: Any, image_size: int = 0, name: str = "") -> str:
     """Return a line about a model as it was built, or a part of one: architecture, parameters, size of images and patches.
 
     ``image_size`` is given where it takes other images than it was built for; ``name``, as the user typed it, begins the line.
@@ -208,19 +212,6 @@ def _config_beside(name: str, arch: str) -> dict[str, Any]:
 
 def _texts(content: Any) -> dict[str, str]:
     return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
-
-
-def with_background(config: Config, name: str, arch: str = "") -> Config:
-    """Return a script's options with the background that its user chose, else the model's own, else white.
-
-    A model that is no plain ViT is refused by a TypeError, before any data is read.
-    """
-    with torch.device("meta"):
-        check_encoder(create_encoder(find_weights(name.removeprefix("random:"), arch)[0]))
-    beside = _config_beside(name.removeprefix("random:"), arch)
-    chosen = config.background or (beside.get("inputs") or beside).get("background") or "white"
-    colour(chosen)  # refuses what is none
-    return dataclasses.replace(config, background=chosen)
 
 
 def add_head(model: Any, num_classes: int, *, std: float) -> None:

@@ -16,14 +16,16 @@ from torch import Tensor
 
 import mvmae
 from engine.log import Log
-from mvmae.data import normalize
+from engine.signals import Stop
+from mvmae.data import normalize, pixel_options
 from mvmae.hub import export
+from mvmae.inputs import Inputs
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
 from mvmae.weights import write_json, write_text
+from tasks.config import Config
 from tasks.drawn_images import varied
 from tasks.evaluation import Evaluation, report
-from tasks.method import Config
 from tasks.models import summary
 from tasks.plots import draw_curves
 
@@ -66,36 +68,26 @@ def evaluate(log: Log, evaluation: Evaluation, model: mvmae.MultiViewMAE, pictur
 
 
 class Pictures:
-    """Pictures of the same images every time: held-out ones, or training images where none are held out.
+    """Pictures of the same images every time: held-out ones, or training images where none are held out or can be read."""
 
-    Args:
-        evaluation: whose images are drawn.
-        transform: from an image to the uint8 pixels of a view.
-        mean: of each channel, in [0, 1].
-        std: likewise.
-        seed: of the masks.
-    """
-
-    def __init__(
-        self,
-        evaluation: Evaluation,
-        transform: mvmae.CentreCropTransform,
-        mean: Sequence[float],
-        std: Sequence[float],
-        seed: int,
-    ) -> None:
-        self.evaluation, self.transform, self.mean, self.std, self.seed = evaluation, transform, mean, std, seed
+    def __init__(self, evaluation: Evaluation, inputs: Inputs, seed: int) -> None:
+        self.evaluation, self.inputs, self.seed = evaluation, inputs, seed
 
     @cached_property
     def images(self) -> Tensor:
         """The images that an eye can judge best, (B, C, H, W), normalised."""
-        images = varied(self.evaluation.source, self.transform)
-        return normalize(images.to(self.evaluation.ranks.device), self.mean, self.std)
+        centre = mvmae.CentreCropTransform(self.inputs.size, **pixel_options(self.inputs))
+        try:
+            images = varied(self.evaluation.source, centre)
+        except Stop:
+            images = varied(self.evaluation.train, centre)
+        return normalize(images.to(self.evaluation.ranks.device), self.inputs.mean, self.inputs.std)
 
     def reconstructions(self, model: mvmae.MultiViewMAE) -> Image.Image:
         """Draw the images, what the encoder sees of them, and what the decoder makes of it."""
         generator = torch.Generator().manual_seed(self.seed)
-        return reconstruction_picture(model, self.images[:, None], mean=self.mean, std=self.std, generator=generator)
+        mean, std = self.inputs.mean, self.inputs.std
+        return reconstruction_picture(model, self.images[:, None], mean=mean, std=std, generator=generator)
 
     @torch.no_grad()
     def features(self, model: mvmae.MultiViewMAE) -> Image.Image:
@@ -105,7 +97,7 @@ class Pictures:
         colours = pca_colours(tokens.float(), encoder.patch_embed.grid_size)
         enlarged = torch.nn.functional.interpolate(colours, images.shape[2:], mode="nearest")
         note = "Similar colours: similar features, among these images, at this step."
-        shown = to_unit_range(images, self.mean, self.std)
+        shown = to_unit_range(images, self.inputs.mean, self.inputs.std)
         return contact_sheet([shown, enlarged], ["image", "features, three main directions"], note, min_width=240)
 
 

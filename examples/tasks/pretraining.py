@@ -14,7 +14,7 @@ from torch import nn
 
 import mvmae
 from engine.distributed import Ranks
-from engine.optim import set_learning_rate
+from engine.optim import cosine, describe_warmup, set_learning_rate
 from engine.signals import Stop
 from mvmae.architecture import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
 from mvmae.data import (
@@ -31,8 +31,9 @@ from mvmae.data import (
     stream_loader,
 )
 from mvmae.inputs import inputs_of
+from tasks.config import Config
+from tasks.evaluation import VIEWS, Evaluation
 from tasks.inputs import augmented, jittered
-from tasks.method import Config
 from tasks.models import find_weights
 from tasks.splits import Joined, Part, Splits, draw, open_splits
 
@@ -66,23 +67,36 @@ class Images(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The length of a run and of its stages in steps, and the images of a step over all ranks."""
+    """The length of a run and of its stages, all in steps, and the images of a step over all ranks.
+
+    Attributes:
+        batch_size: images of a step.
+        lr: peak of the learning rate.
+        steps: of the whole run.
+        warmup: steps in which the learning rate rises.
+        frozen: steps in which the encoder stays as it is; its rate then rises for as long (LP-FT).
+        contrast_after: steps before the contrastive loss is added.
+        eval_every: steps between two evaluations; 0: only before and after.
+        per_epoch: steps of a pass over the images.
+    """
 
     batch_size: int
     lr: float
     steps: int
     warmup: int
     frozen: int
-    alone: int
+    contrast_after: int
     eval_every: int
     per_epoch: int
 
-    def encoder_rate(self, step: int) -> float:
-        """Return the encoder's share of the learning rate: 0 while it is frozen, then a warm-up as long as that.
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Return the rate ``lr`` of a step, and ``lr_encoder``, the encoder's, where the encoder is frozen at first.
 
         A random decoder's gradients would undo in a few steps what an encoder has learned (LP-FT; Kumar et al., 2022).
         """
-        return 1.0 if not self.frozen else min(max(step - self.frozen, 0) / (self.frozen + 1), 1.0)
+        lr = self.lr * cosine(step, self.steps, self.warmup)
+        share = min(max(step - self.frozen, 0) / (self.frozen + 1), 1.0)
+        return {"lr": lr, "lr_encoder": lr * share} if self.frozen else {"lr": lr}
 
 
 def open_data(config: Config) -> Images:
@@ -107,19 +121,19 @@ def open_data(config: Config) -> Images:
 def fit_schedule(config: Config, number: int, ranks: Ranks) -> Schedule:
     """Return the length of a run on ``number`` images, 0 where it is not known; what is not given is chosen from that number.
 
-    Batch: about a 16th of the images, a power of two from 16 to 256, at the learning rate of 256: a small set needs steps more
-    than negatives. Epochs: as the inverse square root of the number, so that a larger set is passed fewer times, though more
-    images are seen in all; twice as many with one view instead of two.
+    Batch: about a 16th of the images, a power of two from 16 to 256, of which ``lr_batch`` 0 says that --base-lr is for it: a
+    small set needs steps more than negatives. Epochs: as the inverse square root of the number, so that a larger set is passed
+    fewer times, though more images are seen in all; twice as many with one view instead of two.
     """
     if not number:
         if not config.steps:
             raise Stop(f"--data {config.data} has a length that is not known: add --steps N")
         number = config.steps * (config.batch_size or 256)  # one epoch
-    batch = config.batch_size or min(max(2 ** int(math.log2(max(number / 16, 1))), 16), 256)
-    multiple = ranks.world_size * config.accumulate
+    chosen = min(max(2 ** int(math.log2(max(number / 16, 1))), 16), 256)
+    batch, multiple = config.batch_size or chosen, ranks.world_size * config.accumulate
     if batch > number >= multiple:
         batch = number // multiple * multiple
-    lr = config.base_lr * (batch / 256 if config.batch_size else 1.0)
+    lr = config.base_lr * batch / (config.lr_batch or chosen)
     if config.loss_weight and batch < 2:
         raise Stop(f"--batch-size {batch} leaves the contrastive loss no negatives: use more, or --loss-weight 0")
     epochs = config.epochs or max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
@@ -127,8 +141,8 @@ def fit_schedule(config: Config, number: int, ranks: Ranks) -> Schedule:
     steps = config.steps or max(round(epochs * per_epoch), 1)
     warmup = round(config.warmup * steps if config.warmup_epochs is None else config.warmup_epochs * per_epoch)
     every = round(0.1 * steps if config.eval_every is None else config.eval_every * per_epoch)
-    frozen, alone = round(config.freeze * steps), round(config.contrast_from * steps) if config.loss_weight else 0
-    return Schedule(batch, lr, steps, warmup, frozen, alone, every, per_epoch)
+    frozen, late = round(config.freeze * steps), round(config.contrast_from * steps) if config.loss_weight else 0
+    return Schedule(batch, lr, steps, warmup, frozen, late, every, per_epoch)
 
 
 def describe_schedule(schedule: Schedule, config: Config) -> str:
@@ -137,20 +151,43 @@ def describe_schedule(schedule: Schedule, config: Config) -> str:
     parts = [
         f"{schedule.steps} steps of {schedule.batch_size} images ({epochs:g} epochs), peak learning rate {schedule.lr:.3g}"
     ]
-    parts += [f"warm-up of {schedule.warmup} steps"]
+    parts += [describe_warmup(schedule.warmup, schedule.steps)]
     parts += [f"encoder frozen for {schedule.frozen}"] if schedule.frozen else []
-    parts += [f"contrast from step {schedule.alone + 1}"] if schedule.alone else []
+    parts += [f"contrast from step {schedule.contrast_after + 1}"] if schedule.contrast_after else []
     if config.batch_size > schedule.batch_size:
         parts.append(f"batch and rate cut from --batch-size {config.batch_size}, which is more than there are images")
-    if schedule.warmup > schedule.steps / 4:
-        parts.append("warning: the warm-up is more than a quarter of the run")
     return "; ".join(parts)
+
+
+def without_colour(config: Config) -> Config:
+    """Return the options with jitter of brightness and contrast alone where images have other than 3 channels."""
+    return config if config.in_chans == 3 else dataclasses.replace(config, jitter=config.jitter[:2], grayscale=0.0)
 
 
 def random_views(config: Config, encoder: Any, num_views: int) -> mvmae.MultiViewTransform:
     """Return what takes random crops of an image."""
     options = {"scale": config.crop_scale, "same_crop": config.same_crop, **pixel_options(inputs_of(encoder))}
     return mvmae.MultiViewTransform(encoder.patch_embed.img_size, num_views=num_views, **options)
+
+
+def build_evaluation(config: Config, encoder: Any, splits: Splits, ranks: Ranks) -> Evaluation:
+    """Return what evaluates the encoder on the held-out images of ``splits``."""
+    crops = random_views(dataclasses.replace(config, same_crop=False), encoder, VIEWS)
+    options: dict[str, Any] = {"limit": config.eval_images, "workers": config.workers, "max_bad": config.max_bad}
+    return Evaluation(encoder, splits, crops, ranks=ranks, **options)
+
+
+def describe_views(config: Config) -> str:
+    """Return a line on the views of an image."""
+    low, high = config.crop_scale
+    parts = [f"{config.num_views}, {'the same crop' if config.same_crop else 'crops'} of {low:g} to {high:g} of the area"]
+    strengths = zip(("brightness", "contrast", "saturation", "hue"), config.jitter, strict=False)
+    jitter = [f"{name} {strength:g}" for name, strength in strengths if strength]
+    parts += [f"jitter of {', '.join(jitter)}"] if jitter else []
+    parts += [f"grey with probability {config.grayscale:g}"] if config.grayscale else []
+    parts += [f"no jitter of colour, which {config.in_chans} channels do not have"] if config.in_chans != 3 and jitter else []
+    parts += [f"then {config.transform}"] if config.transform else []
+    return "; ".join(parts)
 
 
 def view_loader(
@@ -210,17 +247,12 @@ def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay
     return [group for group in marked if group["params"]]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rate: float, encoder_rate: float) -> None:
-    """Set the learning rate of each group: the run's, times the group's own share, and the encoder's times its stage's."""
-    set_learning_rate(optimizer, rate)
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, lr_encoder: float | None = None) -> None:
+    """Set the learning rate of each group, times its layer's share: the run's, or where given the encoder's own."""
+    set_learning_rate(optimizer, lr)
     for group in optimizer.param_groups:
-        if group["encoder"]:
-            group["lr"] *= encoder_rate
-
-
-def settings_of(config: Config, images: Images) -> dict[str, Any]:
-    """Return what a run depends on: its options and the fingerprint of its images."""
-    return {**dataclasses.asdict(config), "images": images.fingerprint}
+        if group["encoder"] and lr_encoder is not None:
+            group["lr"] = lr_encoder * group["lr_scale"]
 
 
 def load_run(model: mvmae.MultiViewMAE, config: Config) -> str:

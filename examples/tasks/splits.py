@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,19 +21,19 @@ class Part(ImageSource):
     Args:
         source: the images.
         indices: which of them, in the order that they have here.
-        classes: labels to number from 0 on; the source's own labels stay where it is None.
-        names: of the classes; the source's own where empty.
+        numbers: new number of each of the source's classes; where None, classes and their names stay.
+        names: of the classes by their new numbers.
     """
 
     def __init__(
-        self, source: ImageSource, indices: Tensor, classes: Tensor | None = None, names: tuple[str, ...] = ()
+        self, source: ImageSource, indices: Tensor, numbers: Tensor | None = None, names: tuple[str, ...] = ()
     ) -> None:
-        super().__init__([])
-        self.source, self.indices, self.problems = source, indices, source.problems
-        self.class_names = names or source.class_names
+        super().__init__()
+        self.source, self.indices, self.problems, self.splits = source, indices, source.problems, source.splits
+        self.class_names = source.class_names if numbers is None else names
         if source.labels is not None:
             labels = torch.as_tensor(source.labels)[indices]
-            self.labels = (labels if classes is None else torch.searchsorted(classes, labels)).numpy()
+            self.labels = (labels if numbers is None else numbers[labels]).numpy()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -53,7 +54,7 @@ class Joined(ImageSource):
     """The images of several sources, one source after the other, without labels."""
 
     def __init__(self, sources: Sequence[ImageSource]) -> None:
-        super().__init__([])
+        super().__init__()
         self.sources = sources
         self.ends = list(accumulate(map(len, sources)))
         self.problems = tuple(problem for source in sources for problem in source.problems)
@@ -105,14 +106,21 @@ def named_images(data: str, split: str = "train", option: str = "--data") -> Ima
         raise ValueError(f"{option}: {error}") from error
 
 
+def describe_source(source: ImageSource) -> str:
+    """Return a line on the images of a source: their number, the names of the splits, what is left out."""
+    return "; ".join(filter(None, [f"{len(source)} images", source.splits, *source.problems]))
+
+
 def open_splits(data: str, option: str = "--data") -> Splits:
-    """Open images to train on, and those held out: the validation split of the data.
+    """Open images to train on, and those held out: the validation split of the data, with the same numbers of classes.
 
     Where it has none, one image of ten of each class is held out, the same ones in all scripts; nothing without labels.
     """
     train = named_images(data, option=option)
     try:
-        return Splits(train, named_images(data, "val", option), "the data's validation split")
+        val = named_images(data, "val", option)
+        val, lacking = match_classes(train, val)
+        return Splits(train, val, "; ".join(filter(None, ["the data's validation split", val.splits, lacking])))
     except SplitError:
         labels = torch.empty(0) if train.labels is None else torch.as_tensor(train.labels)
     rest, held = (part.sort().values for part in hold_out(labels))
@@ -120,6 +128,28 @@ def open_splits(data: str, option: str = "--data") -> Splits:
         return Splits(train, None, "no validation split and no classes: no image is held out")
     note = "no validation split: one image of ten of each class is held out, the same in all scripts"
     return Splits(Part(train, rest), Part(train, held), note)
+
+
+def match_classes(train: ImageSource, val: ImageSource) -> tuple[ImageSource, str]:
+    """Return validation images whose classes have training's numbers, by their names, and a note on those that they lack."""
+    if train.labels is None or val.labels is None:
+        return val, ""
+    taught = [train.class_names[i] for i in np.unique(train.labels)]
+    tested = [val.class_names[i] for i in np.unique(val.labels)]
+    if unknown := [name for name in tested if name not in set(taught)]:
+        raise Stop(f"validation must have classes of training, got {shown(unknown)} too: rename or remove what is wrong")
+    lacking = [name for name in taught if name not in set(tested)]
+    note = f"validation lacks {len(lacking)} of {len(taught)} classes ({shown(lacking)})" if lacking else ""
+    if val.class_names == train.class_names:
+        return val, note
+    number = {name: i for i, name in enumerate(train.class_names)}
+    numbers = torch.tensor([number.get(name, -1) for name in val.class_names])
+    return Part(val, torch.arange(len(val)), numbers, train.class_names), note
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> Labelled:
@@ -137,17 +167,17 @@ def open_labelled(data: str, *, train_images: int = 0, val_images: int = 0) -> L
         raise Stop(f"{data} must have two or more classes and images of each, got a single one: add some")
     if val.labels is None:
         raise Stop(f"the validation split of {data} must have labels, got none: use a folder for each class")
-    classes = torch.cat([torch.as_tensor(part.labels) for part in (train, val)]).unique()
+    classes = torch.as_tensor(train.labels).unique()  # a class may have a name and no image
     if len(classes) < 2:
         raise Stop(f"{data} must have two or more classes, got one: add images of another")
-    known = train.class_names
-    names = tuple(known[i] if len(known) > int(classes[-1]) else str(i) for i in classes.tolist())
+    names = tuple(train.class_names[i] for i in classes.tolist())
+    numbers = torch.full((len(train.class_names),), -1).index_copy(0, classes, torch.arange(len(classes)))
     first, second = (
-        Part(part, draw(len(part), limit).sort().values, classes, names)
+        Part(part, draw(len(part), limit).sort().values, numbers, names)
         for part, limit in ((train, train_images), (val, val_images))
     )
     note = f"trained on {len(first)} images, tested on {len(second)}, of {len(names)} classes ({note})"
-    return Labelled(first, second, names, "; ".join([note, *train.problems]))
+    return Labelled(first, second, names, "; ".join(dict.fromkeys([note, *train.problems, *val.problems])))
 
 
 def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:

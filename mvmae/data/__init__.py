@@ -8,7 +8,6 @@ computes the features of all images of a source.
 
 from .augment import AugmentedViews as AugmentedViews
 from .augment import ColorJitter as ColorJitter
-from .decode import FORMATS as FORMATS
 from .decode import MAX_PIXELS as MAX_PIXELS
 from .decode import ImageError as ImageError
 from .decode import ImageLike as ImageLike
@@ -23,11 +22,14 @@ from .features import embed_rows as embed_rows
 from .features import measure_channels as measure_channels
 from .features import normalize as normalize
 from .features import pixel_options as pixel_options
+from .formats import FORMATS as FORMATS
 from .loader import Loader as Loader
 from .loader import explain_loader_error as explain_loader_error
 from .loader import make_loader as make_loader
+from .open import DATA_FORMATS as DATA_FORMATS
 from .open import is_stream as is_stream
 from .open import open_images as open_images
+from .ranges import decide_range as decide_range
 from .sampling import Batch as Batch
 from .sampling import DataError as DataError
 from .sampling import MultiViewDataset as MultiViewDataset

@@ -3,10 +3,10 @@
 Shapes: V views, C channels, H W pixels.
 """
 
+import inspect
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,9 +84,10 @@ def colour_matrix(saturation: float, turn: float) -> Tensor:
 class AugmentedViews:
     """Views of an image, each changed by a function such as `ColorJitter`, a transform of torchvision or the user's own.
 
-    What the function draws from the global generators of torch, NumPy and Python depends on the sample alone, as the crops
-    do; their state is restored. A generator that the function made for itself repeats its numbers in every worker: draw from
-    the global ones.
+    What the function draws depends on the sample alone, as the crops do, if it draws from an argument `generator` (of torch)
+    or `rng` (of NumPy), from the global generators of torch, NumPy and Python, whose state is restored, or from generators
+    that it refers to by name or holds as attributes: of torch, NumPy and Python, and objects with `set_random_seed`, such as
+    albumentations'. A generator hidden deeper cannot be seeded: it draws the same numbers in every worker.
 
     Args:
         transform: (image, generator=) -> (V, C, H, W) uint8, such as `MultiViewTransform`.
@@ -96,19 +97,40 @@ class AugmentedViews:
         TypeError: The function cannot be called, or, on call, returns something else.
     """
 
-    def __init__(self, transform: Callable[..., Tensor], augment: Callable[[Tensor], Any]) -> None:
+    def __init__(self, transform: Callable[..., Tensor], augment: Callable[..., Any]) -> None:
         if not callable(augment):
             raise TypeError(f"augment must be a function from (C, H, W) uint8 to the same, got a {type(augment).__name__}")
         self.transform, self.augment = transform, augment
+        function: Any = augment if inspect.isroutine(augment) else type(augment).__call__
+        try:
+            self._arguments = {"generator", "rng"} & inspect.signature(augment).parameters.keys()
+            named = inspect.getclosurevars(inspect.unwrap(getattr(function, "__func__", function)))
+            held = [*named.globals.values(), *named.nonlocals.values()]
+        except (TypeError, ValueError):  # written in C
+            self._arguments, held = set(), []
+        owner = getattr(augment, "__self__", augment)
+        self._generators = [thing for thing in (owner, *getattr(owner, "__dict__", {}).values(), *held) if _is_generator(thing)]
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Take the views of one image, and change each: (V, C, H, W) uint8."""
         views = self.transform(image, generator=generator)
         seed = int(torch.randint(2**62, (), generator=generator))
-        if type(self.augment) is ColorJitter:  # takes a generator, which costs far less than keeping the state of three
+        if type(self.augment) is ColorJitter:  # all views at once, without the global generators
             return self.augment(views, generator=torch.Generator().manual_seed(seed))
-        with _seeded(seed):
-            changed = [self.augment(view) for view in views]
+        own = {"generator": torch.Generator().manual_seed(seed), "rng": np.random.default_rng(seed)}
+        given = {name: own[name] for name in self._arguments}
+        python, numpy = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # of the processor alone: torch.manual_seed takes five times as long
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            for own_generator in self._generators:
+                _seed(own_generator, seed)
+            try:
+                changed = [self.augment(view, **given) for view in views]
+            finally:
+                random.setstate(python)
+                np.random.set_state(numpy)
         for view in changed:
             if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.shape != views.shape[1:]:
                 what = f"{view.dtype} {tuple(view.shape)}" if isinstance(view, Tensor) else type(view).__name__
@@ -116,16 +138,17 @@ class AugmentedViews:
         return torch.stack(changed)
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the three global generators, and restore their state afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # of the processor alone: torch.manual_seed takes five times as long
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+def _is_generator(thing: Any) -> bool:
+    kinds = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+    return isinstance(thing, kinds) or (not isinstance(thing, type) and hasattr(thing, "set_random_seed"))
+
+
+def _seed(generator: Any, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    elif isinstance(generator, (random.Random, np.random.RandomState)):
+        generator.seed(seed % 2**32)
+    else:
+        generator.set_random_seed(seed % 2**32)

@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, UnidentifiedImageError
 
+from .formats import is_sixteen_bits, pillow_open, range_of, read_bands, sixteen_bits
 from .pixels import WHITE, Colour, Pixels, Range, channels_last, pillow_pixels, to_uint8, with_channels
 
 try:
@@ -26,8 +27,6 @@ except ImportError:  # an optional decoder, faster than Pillow, from the `train`
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | torch.Tensor | NDArray[Any]"
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Formats that Pillow may find in a file, whatever its name; none (such as EPS) that another program draws."""
 MAX_PIXELS = 100_000_000
 
 
@@ -54,21 +53,18 @@ class OpenedImage:
         name: For messages.
         height, width: Pixels as stored.
         reducible: Whether `decode` can divide both sides by 2, 4 or 8 while it decodes (JPEG).
+        own_range: Values that are black and white by what the file says, if it says more than its type.
     """
 
-    def __init__(
-        self,
-        name: str,
-        image: "Image.Image | NDArray[Any]",
-        encoded: bytes = b"",
-        *,
-        max_pixels: int = MAX_PIXELS,
-        tag_range: Range | None = None,
-    ) -> None:
-        self.name, self._image, self._encoded = name, image, encoded
-        self._max_pixels, self._tag_range = max_pixels, tag_range
+    own_range: Range | None = None
+    _inverted = False  # 0 is white
+    _alpha, _associated = True, False  # the last of 2 or 4 channels is alpha; colours are multiplied by it
+
+    def __init__(self, name: str, image: "Image.Image | NDArray[Any]", channels: int, encoded: bytes = b"") -> None:
+        self.name, self._image, self._channels, self._encoded = name, image, channels, encoded
         self.height, self.width = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
         self.reducible = bool(encoded) and getattr(image, "format", None) in ("JPEG", "MPO")
+        self._sixteen = bool(encoded) and is_sixteen_bits(image)  # which loading makes Pillow forget
 
     @cached_property
     def orientation(self) -> int:
@@ -103,23 +99,25 @@ class OpenedImage:
         pixels = pixels.transpose(1, 0, 2) if transpose else pixels
         return pixels[:: -1 if upend else 1, :: -1 if mirror else 1]
 
+    def values(self) -> "NDArray[Any] | None":
+        """Return the pixels as stored, (H, W, C), where they are deeper than 8 bits; else None."""
+        image = self._image
+        with _errors_of(self.name):
+            if not isinstance(image, Image.Image):
+                return None if image.dtype == np.uint8 else image
+            if image.mode.startswith(("I", "F")):
+                return np.asarray(image)[..., None]
+            return sixteen_bits(self._encoded) if self._sixteen else None
+
     def decode(
-        self,
-        *,
-        channels: int = 3,
-        reduction: int = 1,
-        decoder: str = "fast",
-        value_range: Range | None = None,
-        background: Colour = WHITE,
+        self, *, reduction: int = 1, decoder: str = "fast", value_range: Range | None = None, background: Colour = WHITE
     ) -> Pixels:
         """Decode the first frame to 8 bits.
 
-        Deeper images are scaled to 8 bits (`to_uint8`). In grey or RGB the background shows through transparent pixels; the
-        last of an array's 2 or 4 channels is then alpha.
+        Deeper images are scaled to 8 bits (`to_uint8`). In grey or RGB the background shows through transparent pixels.
 
         Args:
-            channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image unchanged), or the number of an array's channels.
-            reduction: 1, 2, 4 or 8; other than 1 only if `reducible`.
+            reduction: s: 1, 2, 4 or 8; other than 1 only if `reducible`.
             decoder: "fast" uses simplejpeg for JPEG if it is installed, "pillow" never.
             value_range: Values of images deeper than 8 bits that become 0 and 255.
             background: Red, green and blue behind transparent pixels.
@@ -130,13 +128,15 @@ class OpenedImage:
         Raises:
             ImageError: The image is damaged or has other channels.
         """
-        image, shape = self._image, (-(-self.height // reduction), -(-self.width // reduction), channels)
+        image, channels = self._image, self._channels
+        shape = (-(-self.height // reduction), -(-self.width // reduction), channels)
         with _errors_of(self.name):
             if not isinstance(image, Image.Image):
-                return with_channels(to_uint8(image, value_range, self._tag_range), channels, background)
-            if image.format == "TIFF" and self._encoded and channels not in (1, 3, len(image.getbands())):
-                bands = _read_tiff(self._encoded, self.name, self._max_pixels)  # Pillow drops bands that it has no name for
-                return bands.decode(channels=channels, value_range=value_range, background=background)
+                return self._scale(image, value_range, background)
+            # Pillow's high bytes are enough of 16 bits a channel whose range is the whole one
+            ranged = value_range or self.own_range or image.mode.startswith(("I", "F"))
+            if ranged and (values := self.values()) is not None:
+                return self._scale(values, value_range, background)
             if self.reducible:
                 if self._encoded.endswith(bytes(64)) and not self._encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
                     raise ImageError(self.name, "cut: it ends in zeros, which libjpeg would silently decode to grey")
@@ -145,17 +145,29 @@ class OpenedImage:
                     if pixels is not None:
                         return pixels
                 image.draft("L" if channels == 1 else None, (self.width // reduction, self.height // reduction))
-            pixels = pillow_pixels(image, channels, value_range, self._tag_range, background)
+            pixels = pillow_pixels(image, channels, background)
             if pixels.shape != shape:
                 raise ImageError(self.name, f"decoded to {pixels.shape}, expected {shape}")
             return pixels
 
+    def _scale(self, values: "NDArray[Any]", value_range: Range | None, background: Colour) -> Pixels:
+        pixels = to_uint8(values, value_range, self.own_range)
+        if self._inverted:
+            pixels = 255 - pixels
+        if self._associated:
+            colours = np.rint(pixels[..., :-1] * (255 / np.maximum(pixels[..., -1:], 1))).clip(0, 255)
+            pixels = np.concatenate([colours.astype(np.uint8), pixels[..., -1:]], axis=-1)
+        return with_channels(pixels, self._channels, background, self._alpha)
 
-def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+
+def open_image(source: ImageLike, *, channels: int = 3, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
     """Read an image's header, and refuse an image that should not be decoded.
 
     Args:
-        source: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W), or an array (H, W), (H, W, C) or (C, H, W).
+        source: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W), or an array (H, W), (H, W, C), or (C, H, W)
+            where its first side is `channels` and its last is not. The last of an array's 2 or 4 channels is alpha where 1
+            or 3 are asked for.
+        channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image unchanged), or the number of a TIFF's or an array's channels.
         name: For messages; a path is its own name.
         max_pixels: Largest number of pixels of an image, at 4 bytes each; larger images and files are refused before they are
             read or decoded.
@@ -174,16 +186,16 @@ def open_image(source: ImageLike, *, name: str | None = None, max_pixels: int = 
             with open(source, "rb") as file:
                 source = file.read()
         if isinstance(source, (bytes, bytearray, memoryview)):
-            opened = _open_bytes(bytes(source), name, max_pixels)
+            opened = _open_bytes(bytes(source), name, channels, max_pixels)
         elif isinstance(source, Image.Image):
-            opened = OpenedImage(name, source)
+            opened = OpenedImage(name, source, channels)
         elif isinstance(source, torch.Tensor):
             if source.ndim not in (2, 3):
                 raise ValueError(f"a tensor must be (C, H, W), got the shape {tuple(source.shape)}")
             source = source.detach().cpu()
-            opened = OpenedImage(name, (source if source.ndim == 3 else source[None]).permute(1, 2, 0).numpy())
+            opened = OpenedImage(name, (source if source.ndim == 3 else source[None]).permute(1, 2, 0).numpy(), channels)
         elif isinstance(source, np.ndarray):
-            opened = OpenedImage(name, channels_last(source))
+            opened = OpenedImage(name, channels_last(source, channels), channels)
         else:
             raise TypeError(f"an image must be a path, bytes, Pillow image, tensor or array, got a {type(source).__name__}")
     size = f"{opened.width} x {opened.height} pixels"
@@ -203,8 +215,8 @@ def to_pil(
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Decode an image upright, to a Pillow image for timm's and torchvision's transforms; options of `MultiViewTransform`."""
-    opened = open_image(image, max_pixels=max_pixels)
-    pixels = opened.upright(opened.decode(channels=in_chans, background=colour(background), value_range=value_range))
+    opened = open_image(image, channels=in_chans, max_pixels=max_pixels)
+    pixels = opened.upright(opened.decode(background=colour(background), value_range=value_range))
     return Image.fromarray(pixels if in_chans > 1 else pixels[..., 0])
 
 
@@ -237,49 +249,44 @@ def _check_size(size: int, max_pixels: int) -> None:
         raise ValueError(f"{size} bytes, more than the {most} for {max_pixels} pixels (max_pixels)")
 
 
-def _open_bytes(encoded: bytes, name: str, max_pixels: int) -> OpenedImage:
+def _open_bytes(encoded: bytes, name: str, channels: int, max_pixels: int) -> OpenedImage:
     _check_size(len(encoded), max_pixels)
     if not encoded:
         raise ImageError(name, "empty file")
     if encoded.startswith(b"\x93NUMPY"):
-        return OpenedImage(name, channels_last(np.load(io.BytesIO(encoded), allow_pickle=False)))
+        array = np.load(io.BytesIO(encoded), allow_pickle=False)
+        return OpenedImage(name, channels_last(array, channels), channels)
+    tiff = encoded[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    if tiff and channels > 4:  # Pillow would write a line on each
+        return _open_bands(encoded, name, channels, max_pixels)
     try:
-        image = _pillow_open(encoded)
+        image = pillow_open(encoded)
     except UnidentifiedImageError:
-        if encoded[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # Pillow reads only some kinds of TIFF
-            return _read_tiff(encoded, name, max_pixels)
+        if tiff:  # Pillow reads only some kinds
+            return _open_bands(encoded, name, channels, max_pixels)
         raise ImageError(name, f"not an image: begins with {encoded[:16]!r}") from None
-    bits = image.tag_v2.get(258) if image.format == "TIFF" else None  # type: ignore[attr-defined]
-    return OpenedImage(name, image, encoded, max_pixels=max_pixels, tag_range=_range_of(bits))
+    opened = OpenedImage(name, image, channels, encoded)
+    if image.format == "TIFF":
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        dropped = tags.get(277, 1) == channels != len(image.getbands())  # bands that Pillow has no name for
+        # of 16 bits, layers and colours that are multiplied by alpha are decoded wrongly
+        if dropped or (opened._sixteen and (tags.get(284) == 2 or tags.get(338, (0,))[0] == 1)):
+            return _open_bands(encoded, name, channels, max_pixels)
+        bits = tags.get(258, 1)
+        opened.own_range = (0, 32767) if image.mode == "I" and np.max(bits) == 16 else range_of(bits)
+        opened._inverted = tags.get(262) == 0 and image.mode.startswith(("I", "F"))
+    elif image.mode == "I":  # in which Pillow reads PNG and PGM of 16 bits
+        opened.own_range = (0, 65535)
+    return opened
 
 
-def _pillow_open(encoded: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit, in open_image, decides
-        try:
-            return Image.open(io.BytesIO(encoded), formats=FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-def _read_tiff(encoded: bytes, name: str, max_pixels: int) -> OpenedImage:
-    """Read all bands of a TIFF."""
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ImportError('a multi-band TIFF needs tifffile: pip install "mvmae[train]"') from error
-    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-        page: Any = file.pages[0]
-        _check_size(page.nbytes, max_pixels)
-        return OpenedImage(name, channels_last(page.asarray()), tag_range=_range_of(page.bitspersample))
-
-
-def _range_of(bits: Any) -> Range | None:
-    """Return the range of a TIFF's BitsPerSample, such as 0..4095 of 12 bits that are held in 16."""
-    most = int(np.max(8 if bits is None else bits))
-    return (0, 2**most - 1) if 8 < most < 16 else None
+def _open_bands(encoded: bytes, name: str, channels: int, max_pixels: int) -> OpenedImage:
+    bands = read_bands(encoded, channels, partial(_check_size, max_pixels=max_pixels))
+    opened = OpenedImage(name, bands.pixels, channels)
+    opened.own_range, opened._inverted = bands.range, bands.inverted
+    opened._alpha, opened._associated = bands.alpha, bands.associated
+    opened.orientation = bands.orientation if bands.orientation in range(1, 9) else 1
+    return opened
 
 
 def _simplejpeg(encoded: bytes, shape: tuple[int, int, int], reduction: int) -> Pixels | None:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ..encoders import create_model
 from ..inputs import CFG, Inputs, inputs_of
+from ..masked_vit import unwrap
 from .decode import MAX_PIXELS, ImageError, ImageLike, to_pil
 from .loader import make_loader
 from .open import open_images
@@ -179,16 +180,18 @@ def embed(
     images = open_images(source, split=split)
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
-    if not isinstance(model, nn.Module):
+    if isinstance(model, nn.Module):
+        encoder: nn.Module = unwrap(model)
+    else:
         name = f"local-dir:{os.fspath(model)}" if Path(model).is_dir() else os.fspath(model)
-        built = create_model(name, pretrained=True, num_classes=0)
-        model = built.to("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = create_model(name, pretrained=True, num_classes=0)
+        encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    transform = EvalTransform(model, image_size, **changes)
-    modes = {module: module.training for module in model.modules()}
+    transform = EvalTransform(encoder, image_size, **changes)
+    modes = {module: module.training for module in encoder.modules()}
     rows, parts, bad = list[int](), list[Tensor](), dict[int, str]()
     try:
-        for part in embed_rows(model.eval(), images, batches, transform, num_workers=num_workers):
+        for part in embed_rows(encoder.eval(), images, batches, transform, num_workers=num_workers):
             rows, bad = rows + part.rows, bad | part.bad
             parts.append(part.features)
             for row, reason in part.bad.items():

@@ -1,7 +1,6 @@
 """The loader of a run's batches: its processes, its bad images, and its errors in one line each."""
 
 import atexit
-import contextlib
 import logging
 import os
 import signal
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from .sampling import Bad, Batch, DataError, Sample
 
-TIMEOUT = 300
+TIMEOUT, TURN = 300, 5
 """Seconds to wait for a batch of a loading process before an error."""
 _SMALLER = "use fewer workers or a smaller batch"
 _CURES = {  # words of an error -> what it means and what to do
@@ -33,41 +32,75 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 _logger = logging.getLogger(__name__)
 
 
-class Loader:
-    """A DataLoader that counts bad images, and whose errors are one line.
+class Loader(DataLoader[Any]):
+    """The batches of a run: a DataLoader that counts bad images in `bad` (name -> reason), and whose errors are one line.
 
-    Made by `make_loader` and `stream_loader`. Iterating yields a `Batch` for each step, or the result of `collate`. Errors are
-    raised while the run waits for a batch, never within a step: the state of training is then complete and can be saved.
+    Iterating yields a `Batch` for each step, or the result of `collate`. Errors are raised while the run waits for a batch,
+    never within a step: the state of training is then complete and can be saved.
 
-    Attributes:
-        bad: Name -> reason of the bad images found so far.
+    Args:
+        dataset: The views (`MultiViewDataset`), or other samples by the sampler's keys, with `collate`.
+        sampler: The steps: it yields the keys of each batch; or the batch size, of samples that are only iterated over.
+        num_workers: Loading processes; 0 loads in this process.
+        pin_memory: Pin batches for a CUDA device.
+        bad_file: File to which bad images are appended, one line "path<tab>reason" for each.
+        collate: Samples -> batch; by default a `Batch` of the views.
     """
 
-    def __init__(self, loader: "DataLoader[Any]", *, max_bad: int, bad_file: str | os.PathLike[str] | None) -> None:
-        self._loader, self._max_bad = loader, max_bad
-        self._bad_file = Path(bad_file) if bad_file else None
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: Iterable[list[Any]] | int,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        bad_file: str | os.PathLike[str] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        if num_workers:
+            atexit.unregister(_kill_workers)
+            atexit.register(_kill_workers)  # after multiprocessing's own hook, so that it runs before it
+        steps: dict[str, Any] = {"batch_size": sampler} if isinstance(sampler, int) else {"batch_sampler": sampler}
+        super().__init__(
+            dataset,
+            **steps,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=partial(_collate, collate or stack),
+            generator=torch.Generator(),  # else each pass draws from the global one
+            timeout=TURN if num_workers else 0,  # a network file that hangs must not keep the run waiting for ever
+            worker_init_fn=_start_worker,
+        )
+        self._max_bad, self._bad_file = getattr(dataset, "max_bad", 0), Path(bad_file) if bad_file else None
         self.bad: dict[str, str] = {}
         if self._bad_file is not None and self._bad_file.exists():  # found by an earlier part of the run
             lines = self._bad_file.read_text(encoding="ascii", errors="replace").splitlines()
             self.bad = {unescape(name): unescape(reason) for name, _, reason in (line.partition("\t") for line in lines)}
 
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches.
 
         Raises:
             DataError: Too many bad images, a worker died, memory is full, or a sample cannot be loaded.
         """
         try:
-            batches = iter(self._loader)
+            batches = super().__iter__()
             _workers.update(getattr(batches, "_workers", []))
-            if self._loader.num_workers and threading.current_thread() is threading.main_thread():
+            if self.num_workers and threading.current_thread() is threading.main_thread() and os.name == "posix":
                 # torch's handler would raise the death of a worker wherever the main thread is, even within a step
-                with contextlib.suppress(AttributeError):  # not on Windows
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for batch in batches:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            waited = 0
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:  # torch sees that a worker is dead only at the end of its own timeout
+                    waited += TURN
+                    if "DataLoader timed out" in str(error) and waited < TIMEOUT:
+                        continue
+                    raise
+                waited = 0
                 if isinstance(batch, Batch):
                     self._count(batch.bad)
                 yield batch
@@ -95,43 +128,8 @@ class Loader:
             raise DataError(f"{len(self.bad)} bad images, more than the {self._max_bad} allowed{where}. Last: {shown}")
 
 
-def make_loader(
-    dataset: Any,
-    sampler: Iterable[list[Any]],
-    *,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    bad_file: str | os.PathLike[str] | None = None,
-    collate: Callable[[list[Any]], Any] | None = None,
-) -> Loader:
-    """Load a run's batches.
-
-    Args:
-        dataset: The views (`MultiViewDataset`), or other samples by the sampler's keys, with `collate`.
-        sampler: The steps: it yields the keys of each batch.
-        num_workers: Loading processes; 0 loads in this process.
-        pin_memory: Pin batches for a CUDA device.
-        bad_file: File to which bad images are appended, one line "path<tab>reason" for each.
-        collate: Samples -> batch; by default a `Batch` of the views.
-    """
-    options = worker_options(num_workers, pin_memory, collate)
-    loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=sampler, **options)
-    return Loader(loader, max_bad=getattr(dataset, "max_bad", 0), bad_file=bad_file)
-
-
-def worker_options(num_workers: int, pin_memory: bool, collate: Callable[[list[Any]], Any] | None = None) -> dict[str, Any]:
-    """Return the options of torch's DataLoader that all loaders share."""
-    if num_workers:
-        atexit.unregister(_kill_workers)
-        atexit.register(_kill_workers)  # after multiprocessing's own hook, so that it runs before it
-    return {
-        "num_workers": num_workers,
-        "pin_memory": pin_memory,
-        "collate_fn": partial(_collate, collate or stack),
-        "generator": torch.Generator(),  # else each pass draws from the global one
-        "timeout": TIMEOUT if num_workers else 0,  # a network file that hangs must not keep the run waiting for ever
-        "worker_init_fn": _start_worker,
-    }
+make_loader = Loader
+"""`Loader`, by the name that scripts call."""
 
 
 def explain_loader_error(error: BaseException) -> str | None:
@@ -184,8 +182,10 @@ def _share(batch: Any) -> None:
     """Move tensors to shared memory: where that is full, the worker's queue would lose the batch, and the run would wait."""
     if isinstance(batch, Tensor):
         batch.share_memory_()
-    elif isinstance(batch, Mapping | list | tuple):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
+    elif isinstance(batch, Mapping):
+        _share([*batch.values()])
+    elif isinstance(batch, list | tuple):
+        for part in batch:
             _share(part)
 
 

@@ -1,22 +1,33 @@
 """One `--data` string, or any torch data set -> an `ImageSource`; folders, lists of paths, and the sample stand here."""
 
+import contextlib
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from .archives import find_archives, open_archives
 from .decode import ImageLike, open_image
-from .sources import EXTENSIONS, SPLITS, FileSource, ImageSource, KeptImages, SplitError
+from .sources import (
+    FileSource,
+    ImageSource,
+    KeptImages,
+    SplitError,
+    describe,
+    describe_splits,
+    extensions,
+    find_splits,
+    kind_of,
+    split_of,
+    split_words,
+)
 from .tables import DatasetSource
 
-_JUNK = (b"__MACOSX", b"lost+found", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information")  # of systems, never data
 _RUN = (b"log.jsonl", b"checkpoint.pt")  # what the folder of a training run holds, beside pictures that are no data
 _LFS = b"version https://git-lfs"
 PHOTOGRAPHS = (
@@ -26,21 +37,27 @@ PHOTOGRAPHS = (
 _logger = logging.getLogger(__name__)
 
 
+DATA_FORMATS = (
+    "sample; a folder of images, flat or nested, with or without folders of splits (such as train and val) and of classes; "
+    "a text list of paths (.txt); a file, a folder or a brace pattern of tar, Parquet or Arrow files; or a data set by its "
+    "timm name and its folder (torch/cifar10:FOLDER, hfds/NAME)"
+)
+"""What a `--data` string may name."""
+
+
 def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, split: str = "train") -> ImageSource:
     """Open a source of images.
 
     Args:
-        data: `sample`; a folder of images, flat or nested, with or without `train` and `val` in it; a text list of
-            paths (.txt); a file, a folder or a brace pattern of tar, Parquet or Arrow files; a timm data set name
-            with its folder (`torch/cifar10:FOLDER`, `hfds/NAME`); or a torch data set.
+        data: One of `DATA_FORMATS`, or a torch data set.
         split: "train" or "val".
 
     Raises:
-        ValueError: Nothing there, or no images.
+        ValueError: Nothing there, no images, or what may be splits or classes.
         SplitError: The data has no such split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be train or val, got {split!r}")
     if isinstance(data, (str, os.PathLike)):
         return _open_path(os.fspath(data), split)
     if split != "train":
@@ -61,79 +78,84 @@ def _open_path(data: str, split: str) -> ImageSource:
     path = Path(data)
     if not path.exists() and data.startswith(("torch/", "hfds/")):
         return _open_timm(data, split)
-    archives = find_archives(path)
-    if path.is_dir():
-        folders = {} if archives else split_folders(path)
-        folder = path if archives else folders.get(split)
-        if folder is None:
-            raise SplitError(f"{path} has no {split} split: make folders train and val in it")
-        if folder != path:
-            archives, split = find_archives(folder), "train"
-        if not archives:
-            return open_folder(path, folder, folders.values())
-        if next(scan(folder, Counter()), None):
-            raise ValueError(f"{folder} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
-    if archives:
+    if archives := _archives_of(path):
         return open_archives(archives, split)
+    if path.is_dir():
+        return _open_folder(path, split)
     if not path.exists():
         raise ValueError(f"no such folder, file or data set: {data} (the current folder is {Path.cwd()})")
     if path.name.endswith((".tar.gz", ".tgz")):
         raise ValueError(f"{path} is compressed, and images cannot be read from their place in it: gunzip it to a .tar file")
     if path.suffix != ".txt":
         raise ValueError(f"{path} is no folder, list of paths (.txt) or archive of images")
-    if split != "train":
-        raise SplitError(f"{path} is one list without splits")
-    return open_list(path)
+    return _open_list(path, split)
 
 
-def split_folders(root: Path) -> dict[str, Path]:
-    """Return the folders of the splits: of `train` alone, which is root, where no folder is called `train` or alike."""
+def _open_folder(root: Path, split: str) -> ImageSource:
+    """Open all images below a folder, or in the folder of a split in it; sub-folders are classes if every image lies in one."""
     with os.scandir(root) as entries:
-        folders = {entry.name.lower(): root / entry.name for entry in entries if entry.is_dir()}
-    found = {split: [folders[name] for name in names if name in folders] for split, names in SPLITS.items()}
-    return {split: places[0] for split, places in found.items() if places} if found["train"] else {"train": root}
-
-
-def open_folder(root: Path, folder: Path, splits: Iterable[Path]) -> FileSource:
-    """Open all images below a folder; sub-folders are classes if every image lies in one.
-
-    What is not read is counted by kind, in one warning.
-
-    Args:
-        root: The folder that the user named.
-        folder: The folder of the split in it, or root itself.
-        splits: The folders of all splits.
-
-    Raises:
-        ValueError: No image there.
-    """
-    passed: Counter[str] = Counter()
-    names = sorted(scan(folder, passed))
-    classes = {os.fsdecode(name.split(b"/", 1)[0]) for name in names if b"/" in name}
-    if folder != root:
-        for place in splits:  # both splits number the classes alike, also where one has no image of a class
-            classes |= {entry.name for entry in os.scandir(place) if _kind_of(entry) == "folder"}
-        known = {name for names in SPLITS.values() for name in names}
-        others = [entry for entry in os.scandir(root) if _kind_of(entry) == "folder" and entry.name.lower() not in known]
-        passed += Counter({f"folder beside {folder.name}": len(others)})  # classes, of which one is called train
-    passed_over = ", ".join(f"{count} {kind}" for kind, count in passed.most_common())
-    if not names:
-        looked = f"looked for archives and {' '.join(sorted(EXTENSIONS))}"
-        raise ValueError(f"no images in {folder}: found {passed_over or 'nothing'}; {looked}")
-    source = FileSource(folder, names, sorted(classes) if len(classes) > 1 and all(b"/" in name for name in names) else None)
-    if passed_over:
-        _logger.warning("%s: passed over %s", folder, passed_over)
-        source.problems = (f"passed over {passed_over}, without a reader",)
+        folders = [entry.name for entry in entries if entry.is_dir() and _kind_of(entry) == "folder"]
+    splits = {}
+    if any(map(split_words, folders)):
+        splits = find_splits([name for name in folders if split_of(name) or _holds_images(root / name)], root)
+    if split != "train" and split not in splits:
+        raise SplitError(f"{root} has no {split} split: make folders train and val in it")
+    if not splits:
+        return _open_images_below(root, Counter())
+    folder = root / splits[split]
+    with os.scandir(root) as entries:
+        kinds = [_kind_of(entry) for entry in entries if entry.name not in splits.values()]
+    passed = Counter(f"{kind} beside {folder.name}" for kind in kinds if kind in ("folder", "image"))
+    archives = _archives_of(folder)
+    source = open_archives(archives, "train") if archives else _open_images_below(folder, passed)
+    source.splits = describe_splits(splits)
     return source
 
 
-def open_list(path: Path) -> FileSource:
+def _open_images_below(folder: Path, passed: "Counter[str]") -> FileSource:
+    names = sorted(scan(folder, passed))
+    line = describe(passed)
+    if not names:
+        looked = f"looked for archives and {' '.join(sorted(extensions()))}"
+        raise ValueError(f"no images in {folder}: found {line or 'nothing'}; {looked}")
+    source = FileSource(folder, names)
+    inner: dict[bytes, set[str]] = {}
+    for top, part in {tuple(name.split(b"/", 2)[:2]) for name in names if name.count(b"/") > 1}:
+        inner.setdefault(top, set()).add(split_of(os.fsdecode(part)))
+    for top, found in inner.items():
+        if "train" in found and len(found - {"", "train"}):
+            raise ValueError(f"{folder / os.fsdecode(top)} holds splits, but {folder} does not: name that, or put them on top")
+    source.set_labels_by_folder(names)
+    if line:
+        _logger.warning("%s: passed over %s", folder, line)
+        source.problems = (f"passed over {line}, without a reader",)
+    return source
+
+
+def _archives_of(path: Path) -> list[Path]:
+    archives = find_archives(path)
+    if archives and path.is_dir() and _holds_images(path):
+        raise ValueError(f"{path} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
+    return archives
+
+
+def _holds_images(folder: Path) -> bool:
+    return next(scan(folder, Counter()), None) is not None
+
+
+def _open_list(path: Path, split: str) -> FileSource:
     """Open a text file with one path a line, relative to the list's own folder; empty lines do not count."""
     lines = path.read_bytes().split(b"\n")
     names = [line.rstrip(b"\r") for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{path} must name images, one path a line, relative to {path.parent}, got none")
-    source = FileSource(path.parent, names)
+    tops = [os.fsdecode(name.split(b"/", 1)[0]) if b"/" in name else "" for name in names]
+    found = set(map(split_of, tops))
+    splits = find_splits(filter(split_of, tops), path) if "train" in found and len(found - {"", "train"}) else {}
+    if split != "train" and not splits:
+        raise SplitError(f"{path} is one list without splits: no paths begin with train/ and val/")
+    source = FileSource(path.parent, [name for name, top in zip(names, tops, strict=True) if top == splits.get(split, top)])
+    source.splits = describe_splits(splits)
     if not os.path.exists(source.name(0)):
         number = next(number for number, line in enumerate(lines, 1) if line.strip())
         cure = "relative paths start at the folder of the list"
@@ -169,25 +191,22 @@ def scan(root: Path, passed: "Counter[str]") -> Iterator[bytes]:
 
 def _kind_of(entry: "os.DirEntry[bytes] | os.DirEntry[str]") -> str:
     """Return `image`, `folder`, or what else an entry is."""
-    name = os.fsencode(entry.name)
-    if name.startswith(b".") or name in _JUNK:
-        return "hidden"
-    if entry.is_dir():
-        path = os.fsencode(entry.path)
+    path = os.fsencode(entry.path)
+    kind = kind_of(os.fsencode(entry.name), lambda: _start_of(path))
+    if kind != "hidden" and entry.is_dir():
         return "folder of a run" if any(os.path.exists(os.path.join(path, file)) for file in _RUN) else "folder"
-    if not entry.is_file():
+    if kind != "hidden" and not entry.is_file():
         return "broken link" if entry.is_symlink() else "device"
-    extension = os.path.splitext(os.fsdecode(name))[1].lower()
-    if extension not in EXTENSIONS:
-        return extension or "without extension"
-    if entry.stat().st_size < 1024:
-        try:
-            with open(entry.path, "rb") as file:
-                if file.read(len(_LFS)) == _LFS:
-                    return "Git LFS pointer (git lfs pull fetches the image)"
-        except OSError:
-            pass  # a bad image, which is named when it is read
-    return "image"
+    if kind == "image" and entry.stat().st_size < 1024 and _start_of(path).startswith(_LFS):
+        return "Git LFS pointer (git lfs pull fetches the image)"
+    return kind
+
+
+def _start_of(path: bytes) -> bytes:
+    """Return the first bytes of a file; none if it cannot be read, as is told when it is read as an image."""
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # of a FIFO, nothing
+        return file.read(32) or b""
+    return b""
 
 
 def _open_timm(data: str, split: str) -> DatasetSource:
@@ -201,7 +220,9 @@ def _open_timm(data: str, split: str) -> DatasetSource:
     for candidate in ["train"] if split == "train" else ["validation", "test", "val"]:
         try:
             dataset = create_dataset(name, root=root or None, split=candidate, input_img_mode=None)
-            return DatasetSource(getattr(getattr(dataset, "reader", None), "dataset", dataset))
+            source = DatasetSource(getattr(getattr(dataset, "reader", None), "dataset", dataset))
+            source.splits = "validation = test" if candidate == "test" else ""
+            return source
         except (ValueError, RuntimeError, OSError, AssertionError, ImportError) as caught:
             error = error or caught
     missing = split != "train" and "unknown split" in str(error).lower()  # as Hugging Face calls it
@@ -233,5 +254,5 @@ def _open_sample(split: str) -> KeptImages:
                 names.append(f"{photograph}#{tile}")
                 labels.append(label)
     source = KeptImages(tiles, names)
-    source.labels, source.class_names = np.array(labels, dtype=np.int64), tuple(Path(name).stem for name in PHOTOGRAPHS)
+    source.set_labels(labels, [Path(name).stem for name in PHOTOGRAPHS])
     return source

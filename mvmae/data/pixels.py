@@ -11,39 +11,32 @@ Colour: TypeAlias = tuple[int, int, int]
 Range: TypeAlias = tuple[float, float]
 WHITE: Colour = (255, 255, 255)
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+MOST_OUTSIDE = 0.05
+"""Share of values outside the range from which on the range is another: overshoots of resampling and glints are fewer."""
 LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in brightness (ITU-R BT.601), as in Pillow and torchvision."""
 
 
 def to_uint8(array: "NDArray[Any]", value_range: Range | None = None, own_range: Range | None = None) -> Pixels:
-    """Scale pixels of any type to 8 bits: low to 0, high to 255, values outside clipped, NaN as low.
+    """Scale pixels of any type to 8 bits: low to 0, high to 255, values outside clipped, NaN as low; 8 bits stay as they are.
 
     The range is never guessed from an image's values, so that equal values are equal in all images.
 
     Args:
         array: Pixels.
         value_range: (low, high), from the user.
-        own_range: (low, high) that the format tells; else the type's: 0 to 1 for floats, 0 to the largest value for integers
-            of 8 and 16 bits.
+        own_range: (low, high) that the file tells; else the type's (`type_range`).
 
     Raises:
-        ValueError: Without `value_range`: integers of more bits, or more than 1 % of the values outside the image's own range,
-            such as floats of 0 to 255 or normalised pixels.
+        ValueError: Without `value_range`: pixels without a range, or most of which lie outside (`share_outside`).
     """
-    if value_range is None and array.dtype == np.uint8:
+    if array.dtype == np.uint8:
         return np.asarray(array, dtype=np.uint8)
-    kind = array.dtype.kind
-    if value_range is None and own_range is None:
-        if kind in "iu" and array.dtype.itemsize > 2:
-            raise ValueError(f"pixels of type {array.dtype} have no range of their own: give value_range, or convert to uint8")
-        own_range = (0, np.iinfo(array.dtype).max) if kind in "iu" else (0, 1)
-    low, high = value_range or own_range or (0, 1)
+    low, high = value_range or own_range or type_range(array.dtype)
     values = np.nan_to_num(array.astype(np.float32), copy=False, nan=low, posinf=high, neginf=low)
-    if value_range is None and kind != "b":
-        outside = np.mean((values < low) | (values > high))
-        if outside > 0.01:
-            found = f"{outside:.0%} lie outside, in {values.min():g} to {values.max():g}"
-            raise ValueError(f"pixels of type {array.dtype} must be {low:g} to {high:g}, {found}: give value_range")
+    if value_range is None and (outside := share_outside(values, (low, high))) > MOST_OUTSIDE:
+        found = f"{outside:.0%} lie outside, in {values.min():g} to {values.max():g}"
+        raise ValueError(f"pixels of type {array.dtype} must be {low:g} to {high:g}, {found}: give value_range")
     np.clip(values, low, high, out=values)
     values -= np.float32(low)  # in place, since images can be large
     values *= np.float32(255 / (high - low))
@@ -51,40 +44,66 @@ def to_uint8(array: "NDArray[Any]", value_range: Range | None = None, own_range:
     return scaled
 
 
-def channels_last(array: "NDArray[Any]") -> "NDArray[Any]":
-    """Convert (H, W), (H, W, C) or (C, H, W) to (H, W, C); C is the shorter of the first and the last side."""
+def type_range(dtype: "np.dtype[Any]") -> Range:
+    """Return the range of a type: 0 to 1 for floats and truth values, 0 to the largest value for integers of up to 16 bits.
+
+    Raises:
+        ValueError: Integers of more bits, which no picture fills.
+    """
+    if dtype.kind not in "iu":
+        return 0, 1
+    if dtype.itemsize > 2:
+        raise ValueError(f"pixels of type {dtype} have no range of their own: give value_range, or convert to uint8")
+    return 0, int(np.iinfo(dtype).max)
+
+
+def share_outside(values: "NDArray[Any]", value_range: Range) -> float:
+    """Return the share of values outside a range among those that are not 0, as empty parts of pictures are."""
+    outside = (values < value_range[0]) | (values > value_range[1])
+    return int(outside.sum()) / max(int(np.count_nonzero(values)), 1)
+
+
+def channels_last(array: "NDArray[Any]", channels: int) -> "NDArray[Any]":
+    """Convert (H, W), (H, W, C), or (C, H, W) to (H, W, C), where the side that is C fits the channels asked for.
+
+    Raises:
+        ValueError: Another shape or type, or both sides are `channels`.
+    """
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
         raise ValueError(
             f"an array must be (H, W), (H, W, C) or (C, H, W) numbers, got the shape {array.shape} and the type {array.dtype}"
         )
     if array.ndim == 2:
         return array[..., None]
-    return array.transpose(1, 2, 0) if array.shape[0] < array.shape[2] else array
+    first, last = (2 * (side == channels) + _converts(side, channels) for side in (array.shape[0], array.shape[2]))
+    if first == last == 2:
+        raise ValueError(f"the channels may stand first or last in the shape {array.shape}: give a tensor, (C, H, W)")
+    return array.transpose(1, 2, 0) if first > last else array
 
 
-def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE) -> Pixels:
+def _converts(held: int, channels: int) -> bool:
+    return held != channels and (held == 1 or (held, channels) in ((2, 1), (2, 3), (3, 1), (4, 1), (4, 3)))
+
+
+def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE, alpha: bool = True) -> Pixels:
     """Convert to a number of channels: repeat grey, blend alpha with a background, colour to grey; else they must agree."""
     held = pixels.shape[2]
     if held == channels:
         return pixels
-    if held in (2, 4) and channels in (1, 3):
+    if held in (2, 4) and channels in (1, 3) and alpha:
         return with_channels(_blend(pixels, background), channels)
     if held == 1:
         return np.repeat(pixels, channels, axis=2)
     if held == 3 and channels == 1:
         grey: Pixels = np.rint(pixels @ np.array(LUMA, dtype=np.float32)).astype(np.uint8)[..., None]
         return grey
-    raise ValueError(f"the array must have {channels} channels (in_chans), got {held}")
+    raise ValueError(f"the image must have {channels} channels (in_chans), got {held}")
 
 
-def pillow_pixels(
-    image: Image.Image, channels: int, value_range: Range | None, own_range: Range | None, background: Colour
-) -> Pixels:
-    """Convert a Pillow image to a number of channels (4: RGBA, or CMYK unchanged)."""
-    if image.mode.startswith(("I", "F")):  # more than 8 bits: `convert` would clip them to white
-        if image.mode == "I":
-            own_range = (0, 65535)  # in which Pillow reads and writes PNG and PGM of 16 bits
-        return with_channels(to_uint8(np.asarray(image)[..., None], value_range, own_range), channels)
+def pillow_pixels(image: Image.Image, channels: int, background: Colour) -> Pixels:
+    """Convert a Pillow image of 8 bits to a number of channels (4: RGBA, or CMYK unchanged)."""
+    if image.mode == "La":  # multiplied by alpha
+        image = image.convert("LA")
     if channels in (1, 3) and image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA"))
         if rgba[..., 3].min() < 255:

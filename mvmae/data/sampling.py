@@ -6,6 +6,7 @@ depend on (seed, epoch, index) alone, and the images of a step on (seed, step) a
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from .decode import ImageError, ImageLike
 from .sources import ImageSource
 
 Key = tuple[int, int]
+Candidate = tuple[str, int, Callable[[], ImageLike], tuple[int, ...]]
+"""What may become a sample: an image's name and number, what returns it, and what its random numbers depend on."""
 MAX_TRIES = 10
 
 
@@ -79,27 +82,29 @@ class MultiViewDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Return the views of one image, or of the one that replaces it.
+        """Return the views of one image, or of the one that replaces it (`first_good`)."""
+        return first_good(self._candidates(*key), self.transform)
 
-        Raises:
-            DataError: Ten images in a row are bad.
-        """
-        epoch, index = key
-        bad: list[Bad] = []
-        for attempt in range(MAX_TRIES):
+    def _candidates(self, epoch: int, index: int) -> Iterator[Candidate]:
+        for attempt in count():
             chosen = index if attempt == 0 else sample_seed(self.seed, epoch, index, attempt) % len(self.source)
-            try:
-                views = self.transform(read(self.source, chosen), generator=generator(self.seed, epoch, chosen))
-                return Sample(views, chosen, self.source.name(chosen), bad)
-            except ImageError as error:
-                bad.append(Bad(self.source.name(chosen), error.reason))
-        raise all_bad(bad)
+            yield self.source.name(chosen), chosen, partial(read, self.source, chosen), (self.seed, epoch, chosen)
 
 
-def all_bad(images: list[Bad]) -> DataError:
-    """Return the error that ends a run where so many images in a row are bad."""
-    last = images[-1]
-    return DataError(f"{len(images)} images in a row cannot be used; the last was {last.name!r}: {last.reason}")
+def first_good(candidates: Iterator[Candidate], transform: Callable[..., Tensor]) -> Sample:
+    """Return the views of the first candidate that can be used, with the bad images before it.
+
+    Raises:
+        DataError: Ten images in a row are bad.
+    """
+    bad: list[Bad] = []
+    while len(bad) < MAX_TRIES:
+        name, number, image, seeds = next(candidates)
+        try:
+            return Sample(transform(image(), generator=generator(*seeds)), number, name, bad)
+        except ImageError as error:
+            bad.append(Bad(name, error.reason))
+    raise DataError(f"{len(bad)} images in a row cannot be used; the last was {bad[-1].name!r}: {bad[-1].reason}")
 
 
 def read(source: ImageSource, index: int) -> ImageLike:
@@ -156,9 +161,8 @@ class StepSampler(Sampler[list[Key]]):
         check_share(batch_size, rank, world_size)
         if length < batch_size:
             raise ValueError(f"batch size must be at most the {length} images, got {batch_size}: use a smaller batch")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.num_steps, self.start_step = num_steps, start_step
-        self.rank, self.world_size = rank, world_size
+        self.length, self.batch_size, self.seed, self.num_steps = length, batch_size, seed, num_steps
+        self.start_step, self.rank, self.world_size = start_step, rank, world_size
 
     @property
     def steps_per_epoch(self) -> int:

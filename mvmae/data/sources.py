@@ -2,24 +2,27 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from functools import cached_property
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from .decode import ImageLike
+from .formats import FORMATS
 
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
-    | {".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".npy"}
-)
 SPLITS = {
     "train": ("train", "training", "train_set", "trainset"),
-    "val": ("val", "valid", "validation", "eval", "dev", "test", "testing", "test_set", "testset"),
+    "val": ("val", "valid", "validation", "eval", "dev"),
+    "test": ("test", "testing", "test_set", "testset"),
 }
-"""Names of folders, and beginnings of names of archives, in upper or lower case."""
+"""Names of splits, in upper or lower case: of folders, of the first folder in a list, and words in the names of archives."""
+_JUNK = (b"__MACOSX", b"lost+found", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information")  # of systems, never data
 _COMPARED, _START = 100, 2**16  # images whose content tells one source from another, and bytes of each
 
 
@@ -30,17 +33,23 @@ class SplitError(ValueError):
 class ImageSource:
     """Images by number: `source[i]` is (what `open_image` takes, label or None).
 
+    A new source gives its names to `__init__`, or has a `__len__` and a `name` of its own; `image(i)` returns image i, the
+    same every time, in any process, and raises an `ImageError` if it cannot be read; labels go to `set_labels`; and what is
+    left out is said in `problems`.
+
     Attributes:
-        labels: (N,) int64, or None where images have no labels.
-        class_names: Names of the labels, where there are any.
+        labels: (N,) int64, or None where images have no labels; `class_names[labels[i]]` is the class of image i.
+        class_names: Names of the classes, each once.
+        splits: Which names of the data were taken for its splits, if any.
         problems: What of the data is not used, such as a cut archive, one line each.
     """
 
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] = ()
+    splits: str = ""
     problems: tuple[str, ...] = ()
 
-    def __init__(self, names: Sequence[bytes]) -> None:
+    def __init__(self, names: Sequence[bytes] = ()) -> None:
         # one array: of a million Python strings, every worker would copy each page whose references it counts
         self._names = np.array(names, dtype=bytes)
 
@@ -60,6 +69,29 @@ class ImageSource:
         """Return the image's name, for messages."""
         return os.fsdecode(bytes(self._names[index]))
 
+    def set_labels(self, labels: Any, names: Sequence[Any] = (), what: str = "labels") -> None:
+        """Set `labels` and `class_names` from numbers of classes, and the names that they count; without names, from numbers.
+
+        Negative numbers stand for no class, as in test splits of Hugging Face: then no label is used.
+        """
+        labels = np.asarray(labels).astype(np.int64)  # a copy: those of Arrow cannot be written to
+        if missing := np.count_nonzero(labels < 0):
+            self.problems += (f"{missing} of {len(labels)} {what} are empty: none is used",)
+            return
+        self.labels, self.class_names = labels, tuple(map(str, names))
+        if labels.max(initial=-1) >= len(names):
+            values, self.labels = np.unique(labels, return_inverse=True)
+            self.class_names = tuple(map(str, values))
+        if len(set(self.class_names)) < len(names):  # as the two cranes of ImageNet: a bird and a machine
+            self.class_names = tuple(f"{name} ({number})" for number, name in enumerate(names))
+
+    def set_labels_by_folder(self, names: Sequence[bytes]) -> None:
+        """Take the first folder of each image's name for its class, if there are two or more and every image lies in one."""
+        parts = [name.partition(b"/") for name in names]
+        folders, numbers = np.unique(np.array([folder for folder, _, _ in parts], dtype=bytes), return_inverse=True)
+        if len(folders) > 1 and all(rest for _, _, rest in parts):
+            self.set_labels(numbers, [os.fsdecode(bytes(folder)) for folder in folders])
+
     @cached_property
     def fingerprint(self) -> str:
         """Count, and a hash of names and labels, and of sizes and first 64 KB of 100 images, spread evenly.
@@ -70,20 +102,17 @@ class ImageSource:
         digest.update(self._names.tobytes())
         if self.labels is not None:
             digest.update(self.labels.tobytes())
-        compared = min(len(self), _COMPARED)
-        for number in range(compared):
-            digest.update(_start_of(self, number * len(self) // compared))
+        for number in spread(len(self), _COMPARED):
+            digest.update(_start_of(self, number))
         return f"{len(self)}-{digest.hexdigest()}"
 
 
 class FileSource(ImageSource):
     """Files below a folder, by names relative to it."""
 
-    def __init__(self, root: Path, names: Sequence[bytes], classes: Sequence[str] | None = None) -> None:
+    def __init__(self, root: Path, names: Sequence[bytes]) -> None:
         super().__init__(names)
         self.root = root
-        if classes is not None:
-            self.labels, self.class_names = label_by_folder(names, classes)
 
     def image(self, index: int) -> ImageLike:
         """Return the file's path."""
@@ -106,15 +135,90 @@ class KeptImages(ImageSource):
         return self._images[index]
 
 
+def spread(length: int, count: int) -> list[int]:
+    """Return at most `count` numbers below `length`, spread evenly."""
+    count = min(length, count)
+    return [number * length // count for number in range(count)]
+
+
 def first_of(paths: Sequence[Path]) -> str:
     """Return the first of several files, and how many more there are, for messages."""
     return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
-def label_by_folder(names: Sequence[bytes], classes: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Return labels by the first folder of each name, and the names of the classes."""
-    number = {os.fsencode(name): i for i, name in enumerate(classes)}
-    return np.array([number[name.split(b"/", 1)[0]] for name in names], dtype=np.int64), tuple(classes)
+@cache
+def extensions() -> frozenset[str]:
+    """Return the extensions of files that are read: those of Pillow's `FORMATS`, and of NumPy."""
+    known = Image.registered_extensions().items()
+    return frozenset({extension for extension, kind in known if kind in (*FORMATS, "MPO")} | {".npy"})
+
+
+def kind_of(name: bytes, start: Callable[[], bytes]) -> str:
+    """Return `image`, `hidden`, or the extension of another file; without one, its first 32 bytes, `start()`, tell."""
+    if any(part in _JUNK or (part.startswith(b".") and part not in (b".", b"..")) for part in name.split(b"/")):
+        return "hidden"
+    extension = os.path.splitext(os.fsdecode(name))[1].lower()
+    if extension in extensions():
+        return "image"
+    if extension and not extension[1:].isdigit():
+        return extension
+    content = start()
+    known = [Image.OPEN[kind][1] for kind in FORMATS] if len(content) == 32 else []
+    return "image" if any(accept and accept(content) is True for accept in known) else "without extension"
+
+
+def describe(passed: Counter[str]) -> str:
+    """Return a line on what was passed over, by kind."""
+    return ", ".join(f"{count} {kind}" for kind, count in passed.most_common())
+
+
+def split_of(name: str) -> str:
+    """Return the split, of `SPLITS`, that a whole name stands for; empty if none."""
+    return next((split for split, names in SPLITS.items() if name.lower() in names), "")
+
+
+def split_words(name: str) -> list[str]:
+    """Return the words of a name, in lower case, that stand for splits."""
+    return [word for word in re.findall("[a-z]+", name.lower()) if split_of(word)]
+
+
+def find_splits(names: Iterable[str], place: Path) -> dict[str, str]:
+    """Return which of the names stand for `train` and `val`; empty if there are no splits.
+
+    Without a validation split, the test split validates.
+
+    Raises:
+        ValueError: Two names for one split, or what may be a split or something else.
+    """
+    names = sorted(set(names))
+    found = {split: [name for name in names if split_of(name) == split] for split in SPLITS}
+    others = [name for name in names if not split_of(name)]
+    if twice := next((same for same in found.values() if len(same) > 1), []):
+        raise ValueError(f"{place} has two names for one split, {' and '.join(twice)}: rename or move one of them")
+    train, val = found["train"], found["val"] or found["test"]
+    if train and val:
+        return {"train": train[0], "val": val[0]}
+    cure = "give the splits the names train and val, or name the one that is meant"
+    if (train or val) and others:
+        known = (train + val)[0]
+        raise ValueError(f"{place} holds {known} beside {others[0]}, so that {known} may be a split or a class: {cure}")
+    if val:
+        raise ValueError(f"{place} holds {val[0]} and no training split: name {place / val[0]} itself, or {cure}")
+    kinds: dict[str, dict[str, str]] = {}  # what stays of a name without the split's -> split -> name
+    for name in others:
+        for word in split_words(name):
+            kinds.setdefault(name.lower().replace(word, "", 1), {})[split_of(word)] = name
+    for pair in kinds.values():
+        if "train" in pair and len(pair) > 1:
+            raise ValueError(f"{place} holds {' and '.join(pair.values())}, which may be splits or classes: {cure}")
+    return {"train": train[0]} if train else {}
+
+
+def describe_splits(splits: dict[str, str]) -> str:
+    """Return a line on what was taken for which split, unless it is what they are called here."""
+    if all(split == name for split, name in splits.items()):
+        return ""
+    return ", ".join(f"{'validation' if split == 'val' else split} = {name}" for split, name in splits.items())
 
 
 def _start_of(source: ImageSource, index: int) -> bytes:

@@ -8,18 +8,19 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from .archives import expand_braces
 from .decode import ImageError, ImageLike
-from .loader import Loader, worker_options
-from .sampling import MAX_TRIES, Bad, DataError, Sample, all_bad, check_share, generator, sample_seed
+from .loader import Loader, make_loader
+from .sampling import Candidate, DataError, Sample, check_share, first_good, sample_seed
 from .sources import KeptImages
 from .tables import find_columns, find_image
 
@@ -29,13 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ImageStream:
-    """Images in shards, read in order. Made by `open_stream`.
-
-    Attributes:
-        dataset: The `datasets.IterableDataset`.
-        name: For messages; without what may be secret in a URL.
-        length: Number of images; None: not known.
-    """
+    """Images in shards, read in order, of a `datasets.IterableDataset`; `length` is None where it is not known."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.name, self._columns = name, list[str]()
@@ -48,30 +43,29 @@ class ImageStream:
         known = (dataset.info.splits or {}).get(str(dataset.split))
         self.length: int | None = getattr(known, "num_examples", None) or None
 
-    def read(self, dataset: Any) -> Iterator[tuple[str, "ImageLike | ImageError"]]:
-        """Yield name and image, or what is wrong with it, of the rows of `dataset`: this stream's, or a part of it.
-
-        Raises:
-            DataError: The stream cannot be read on.
-        """
-        import fsspec
-
+    def read(self, dataset: Any) -> Iterator[tuple[str, Callable[[], ImageLike]]]:
+        """Yield the name of each row of `dataset`, this stream's or a part of it, and what returns its image."""
         try:
             for number, row in enumerate(dataset):
                 name = f"{self.name}#{number}"
                 if "__key__" in row:  # of a tar
                     name = f"{PurePosixPath(_shown(row['__url__'])).name}/{row['__key__']}"
-                try:
-                    image = find_image(row, self._columns)
-                    if isinstance(image, str) and "://" in image:  # as in a folder on the Hub
-                        with fsspec.open(image, "rb") as file:
-                            image = file.read()
-                    yield name, image
-                except (ValueError, TypeError, KeyError) as error:  # a row without an image
-                    yield name, ImageError(name, str(error))
+                yield name, partial(self._image, name, row)
         except Exception as error:  # `datasets` has tried again by itself
             reason = _shown(f"{self.name} cannot be read on: {type(error).__name__}: {error}")
             raise DataError(" ".join(reason.split())) from error
+
+    def _image(self, name: str, row: Any) -> ImageLike:
+        import fsspec  # with datasets
+
+        try:
+            image = find_image(row, self._columns)
+            if isinstance(image, str) and "://" in image:  # as in a folder on the Hub
+                with fsspec.open(image, "rb") as file:
+                    image = file.read()
+            return image
+        except (ValueError, TypeError, KeyError, OSError) as error:  # a row without an image
+            raise ImageError(name, str(error)) from error
 
     def first(self, count: int) -> KeptImages:
         """Read the first images into memory: those of at most `count` rows.
@@ -80,11 +74,16 @@ class ImageStream:
             DataError: The stream cannot be read.
             ValueError: It holds none.
         """
-        rows = list(itertools.islice(self.read(self.dataset), count))
-        images = [(name, image) for name, image in rows if not isinstance(image, ImageError)]
+        images, names, problem = list[ImageLike](), list[str](), ""
+        for name, image in itertools.islice(self.read(self.dataset), count):
+            try:
+                images.append(image())
+                names.append(name)
+            except ImageError as error:
+                problem = problem or f": {error}"
         if not images:
-            raise ValueError(f"no image at the beginning of {self.name}{f': {rows[0][1]!s}' if rows else ''}")
-        return KeptImages([image for _, image in images], [name for name, _ in images])
+            raise ValueError(f"no image at the beginning of {self.name}{problem}")
+        return KeptImages(images, names)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,30 +144,16 @@ def stream_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-    pin_memory: bool = False,
     max_bad: int = 100,
-    bad_file: Any = None,
     shuffle_buffer: int = 2000,
+    **loading: Any,
 ) -> Loader:
     """Load the batches of a run from a stream: pass after pass, each in another order of shards and images.
 
     Processes and workers share the shards; with fewer shards than processes, each takes every W-th image. A bad image is left
-    out, and the next one takes its place. The same number of processes and workers gives the same batches.
-
-    Args:
-        stream: The images.
-        transform: (image, generator=) -> (V, C, H, W) uint8, such as `MultiViewTransform`.
-        batch_size: Images per step over all processes.
-        seed: The run's seed.
-        num_steps: Steps of the whole run; None: without end.
-        start_step: First step, counted from 0: where it is not 0, a new pass begins, which a warning says.
-        rank: Number of this process.
-        world_size: Number of processes.
-        num_workers: Loading processes, at most one for each shard; 0 loads in this process.
-        pin_memory: As in `make_loader`.
-        max_bad: Number of different bad images before an error.
-        bad_file: As in `make_loader`.
-        shuffle_buffer: Encoded images that each worker holds, and of which it draws the next one.
+    out, and the next one takes its place. The same number of processes and workers gives the same batches. Where `start_step`
+    is not 0, a new pass begins, which a warning says. Each worker draws the next image of `shuffle_buffer` encoded ones that
+    it holds; the other arguments are those of `MultiViewDataset`, `StepSampler` and `make_loader`.
 
     Raises:
         ValueError: Batch and processes do not fit.
@@ -177,56 +162,43 @@ def stream_loader(
 
     check_share(batch_size, rank, world_size)
     if start_step and rank == 0:
-        told = "%s: step %d begins a new pass in another order; what the interrupted pass had not reached comes with it"
-        _logger.warning(told, stream.name, start_step + 1)
+        line = "%s: step %d begins a new pass in another order; what the interrupted pass had not reached comes with it"
+        _logger.warning(line, stream.name, start_step + 1)
     order = sample_seed(seed, start_step) % 2**32  # the same in all processes, which split what it leads to
     own = split_dataset_by_node(stream.dataset.shuffle(order, buffer_size=shuffle_buffer), rank, world_size)
     share, steps = batch_size // world_size, None if num_steps is None else max(num_steps - start_step, 0)
-    views = StreamedViews(stream, own, transform, (seed, start_step, rank), share, steps)
-    options = worker_options(min(num_workers, own.num_shards), pin_memory)
-    return Loader(DataLoader(views, batch_size=share, **options), max_bad=max_bad, bad_file=bad_file)
+    views = StreamedViews(stream, own, transform, (seed, start_step, rank), share, steps, max_bad)
+    return make_loader(views, share, num_workers=min(num_workers, own.num_shards), **loading)
 
 
+@dataclass
 class StreamedViews(IterableDataset[Sample]):
     """The views of a process's part of a stream, pass after pass; each worker yields the samples of its own batches."""
 
-    def __init__(
-        self,
-        stream: ImageStream,
-        own: Any,
-        transform: Callable[..., Tensor],
-        place: tuple[int, ...],
-        batch_size: int,
-        steps: int | None,
-    ) -> None:
-        self._stream, self._own, self._transform, self._place = stream, own, transform, place
-        self._batch_size, self._steps = batch_size, steps
+    stream: ImageStream
+    own: Any
+    transform: Callable[..., Tensor]
+    seeds: tuple[int, ...]
+    batch_size: int
+    steps: int | None
+    max_bad: int
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        share = None if self._steps is None else len(range(number, self._steps, workers)) * self._batch_size
-        yield from itertools.islice(self._samples(number), share)
+        share = None if self.steps is None else len(range(number, self.steps, workers)) * self.batch_size
+        candidates = self._candidates(number)
+        for _ in itertools.count() if share is None else range(share):
+            yield first_good(candidates, self.transform)
 
-    def _samples(self, worker: int) -> Iterator[Sample]:
-        bad: list[Bad] = []
+    def _candidates(self, worker: int) -> Iterator[Candidate]:
         for epoch in itertools.count():
-            self._own.set_epoch(epoch)
+            self.own.set_epoch(epoch)
             seen = -1
-            for seen, (name, image) in enumerate(self._stream.read(self._own)):
-                try:
-                    if isinstance(image, ImageError):
-                        raise image
-                    views = self._transform(image, generator=generator(*self._place, worker, epoch, seen))
-                except ImageError as error:
-                    bad.append(Bad(name, error.reason))
-                    if len(bad) == MAX_TRIES:
-                        raise all_bad(bad) from error
-                    continue
-                yield Sample(views, seen, name, bad)
-                bad = []
+            for seen, (name, image) in enumerate(self.stream.read(self.own)):
+                yield name, seen, image, (*self.seeds, worker, epoch, seen)
             if seen < 0:
-                raise DataError(f"{self._stream.name} holds no images for process {self._place[-1]}, worker {worker}")
+                raise DataError(f"{self.stream.name} holds no images for process {self.seeds[-1]}, worker {worker}")
 
 
 def _shown(text: str) -> str:

@@ -22,8 +22,6 @@ _logger = logging.getLogger(__name__)
 class TableSource(ImageSource):
     """Images in tables: Parquet, held in memory, or Arrow files of `save_to_disk`, mapped from disk.
 
-    Labels of which some are empty are not used.
-
     Raises:
         ValueError: A file cannot be read, or has no column of images or no rows.
     """
@@ -40,20 +38,14 @@ class TableSource(ImageSource):
         self._column, *label = table.column_names
         self._image = table.column(0)
         super().__init__([f"{f.name}#{i}".encode() for f, t in zip(files, tables, strict=True) for i in range(t.num_rows)])
-        if label and (missing := table.column(label[0]).null_count):
-            where = f"{first_of(files)}: {missing} of {len(self)} labels"
-            self.problems = (f"{where} in column {label[0]!r} are empty: none is used",)
-            _logger.warning(self.problems[0])
-        elif label:
-            self.labels = table.column(label[0]).to_numpy().astype(np.int64)
-            self.class_names = class_names(table.schema, label[0]) or tuple(map(str, np.unique(self.labels)))
+        for name in label:
+            numbers = table.column(name).fill_null(-1).to_numpy()
+            self.set_labels(numbers, class_names(table.schema, name), f"labels in column {name!r}")
+        for line in self.problems:
+            _logger.warning("%s: %s", first_of(files), line)
 
     def image(self, index: int) -> ImageLike:
-        """Return the encoded file.
-
-        Raises:
-            ImageError: The row holds none.
-        """
+        """Return the encoded file."""
         value = self._image[index].as_py()
         encoded: bytes | None = value.get("bytes") if isinstance(value, dict) else value
         if not encoded:
@@ -79,9 +71,9 @@ class DatasetSource(ImageSource):
             raise TypeError(f"the data set must have a length and an index, got {kind.__name__}: {cure}")
         if not len(dataset):  # type: ignore[arg-type]
             raise ValueError(f"{kind.__name__} holds no images")
-        super().__init__([])
+        super().__init__()
         hub: Any = dataset
-        self._columns, named = ["image", "img"], getattr(dataset, "classes", None)
+        self._columns, names = ["image", "img"], getattr(dataset, "classes", None)
         labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         features: Any = getattr(dataset, "features", None)
         if hasattr(features, "arrow_schema"):  # of Hugging Face
@@ -91,11 +83,11 @@ class DatasetSource(ImageSource):
                 if hasattr(features[name], "decode"):
                     hub = hub.cast_column(name, type(features[name])(decode=False))
             for name in label:
-                labels, named = hub.with_format("numpy")[name][:], class_names(features.arrow_schema, name)
+                column = hub.select_columns(name).with_format("arrow")[:].column(name)
+                labels, names = column.fill_null(-1).to_numpy(), class_names(features.arrow_schema, name)
         self._dataset = hub
-        if labels is not None and np.shape(labels) == (len(self),) and np.asarray(labels).dtype.kind in "iu":
-            self.labels = np.asarray(labels, dtype=np.int64)
-            self.class_names = tuple(map(str, named or np.unique(self.labels)))
+        if labels is not None and np.shape(labels) == (len(hub),) and np.asarray(labels).dtype.kind in "iu":
+            self.set_labels(labels, names or ())
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -114,16 +106,15 @@ def find_columns(schema: Any) -> tuple[list[str], list[str]]:
 
     Images are the first structures with `bytes`, or bytes; labels are integers called `label`, `labels` or `fine_label`.
     """
-    import pyarrow as pa
+    import pyarrow.types as of
 
     def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+        inner = [kind.field(i).name for i in range(kind.num_fields)] if of.is_struct(kind) else []
+        return "bytes" in inner or of.is_binary(kind) or of.is_large_binary(kind)
 
     images = [field.name for field in schema if holds_bytes(field.type)]
-    labels = [n for n in ("label", "labels", "fine_label") if n in schema.names]
-    return images[:1], [n for n in labels if pa.types.is_integer(schema.field(n).type)][:1]
+    labels = [n for n in ("label", "labels", "fine_label") if n in schema.names and of.is_integer(schema.field(n).type)]
+    return images[:1], labels[:1]
 
 
 def find_image(item: Any, columns: Sequence[str]) -> ImageLike:

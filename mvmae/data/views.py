@@ -7,7 +7,7 @@ after its EXIF orientation. Nothing is normalised here: views are uint8, mean an
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +29,10 @@ class Box(NamedTuple):
 
 
 def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random) -> Box:
-    """Draw a random resized crop: the distribution of torchvision's `RandomResizedCrop.get_params`.
+    """Draw a random resized crop of an image: the distribution of torchvision's `RandomResizedCrop.get_params`.
 
-    Args:
-        height: Of the image, in pixels.
-        width: Likewise.
-        scale: Range of the crop's share of the image's area.
-        ratio: Range of the crop's width / height, uniform in its logarithm.
-        rng: Source of the random numbers.
-
-    Returns:
-        The box; after ten draws that do not fit, the largest central one within `ratio`.
+    `scale` is the range of the crop's share of the area, and `ratio` that of width / height, uniform in its logarithm. After
+    ten draws that do not fit, the crop is the largest central one within `ratio`.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -53,18 +46,35 @@ def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[f
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-class _BoxTransform:
-    """The options that both transforms have, and the views of an opened image by them."""
+class ViewTransform:
+    """What both transforms have: their options, and the views of an opened image.
+
+    Args:
+        image_size: Size of a view in pixels; H and W, or one number for both.
+        in_chans: C: 1 (grey), 3 (RGB), 4 (RGBA or CMYK as stored), any number for TIFF and arrays.
+        scaled_decode: k: a JPEG is decoded at 1/2, 1/4 or 1/8 while every crop keeps k times its view's pixels a side;
+            None or 0 decodes in full.
+        decoder: "fast" (simplejpeg where installed), or "pillow" (Pillow only).
+        max_pixels: Larger images are refused before they are decoded.
+        value_range: Values that become 0 and 255 in images deeper than 8 bits, such as (0, 4095); 16-bit colour other than
+            PNG and TIFF comes from Pillow with 8 bits.
+        background: Colour behind transparent pixels in grey or RGB views, in CSS notation.
+
+    Raises:
+        ValueError: An argument out of its range.
+        ImageError: On call: an image that cannot be used.
+    """
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        in_chans: int,
-        scaled_decode: float | None,
-        decoder: str,
-        max_pixels: int,
-        value_range: Range | None,
-        background: str,
+        image_size: int | Sequence[int] = 224,
+        *,
+        in_chans: int = 3,
+        scaled_decode: float | None = 1.5,
+        decoder: str = "fast",
+        max_pixels: int = MAX_PIXELS,
+        value_range: Range | None = None,
+        background: str = "white",
     ) -> None:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(size) != 2 or min(size) < 1:
@@ -81,6 +91,9 @@ class _BoxTransform:
         self.in_chans, self.scaled_decode, self.decoder = in_chans, scaled_decode or None, decoder
         self.max_pixels, self.value_range, self.background = max_pixels, value_range, colour(background)
 
+    def _open(self, image: ImageLike) -> OpenedImage:
+        return open_image(image, channels=self.in_chans, max_pixels=self.max_pixels)
+
     def _take(self, image: OpenedImage, boxes: Sequence[Box], flips: Sequence[bool]) -> Tensor:
         """Decode once and resize the crops, bicubic with antialiasing: (V, C, H, W) uint8."""
         transpose, mirror, upend = image.turn
@@ -88,11 +101,7 @@ class _BoxTransform:
         size = (self.image_size[1], self.image_size[0]) if transpose else self.image_size
         reduction = choose_reduction(stored, size, self.scaled_decode) if image.reducible else 1
         pixels = image.decode(
-            channels=self.in_chans,
-            reduction=reduction,
-            decoder=self.decoder,
-            value_range=self.value_range,
-            background=self.background,
+            reduction=reduction, decoder=self.decoder, value_range=self.value_range, background=self.background
         )
         views = torch.empty(len(boxes), self.in_chans, *self.image_size, dtype=torch.uint8)
         for view, box, flip in zip(views, stored, flips, strict=True):
@@ -103,7 +112,7 @@ class _BoxTransform:
         return views
 
 
-class MultiViewTransform(_BoxTransform):
+class MultiViewTransform(ViewTransform):
     """V random resized crops of an image, each flipped by chance, from one decode (Section 3.1.1; crops as in MAE).
 
     Called with an image and a `torch.Generator`, it returns (V, C, H, W) uint8 that depend on these two alone. Without a
@@ -116,17 +125,7 @@ class MultiViewTransform(_BoxTransform):
         ratio: Range of a crop's width / height.
         flip: Probability of a left-right flip.
         same_crop: Every view is the same crop: Table 6's "w/o two different target views".
-        in_chans: C: 1 (grey), 3 (RGB), 4 (RGBA or CMYK as stored), any number for arrays.
-        scaled_decode: k: a JPEG is decoded at 1/2, 1/4 or 1/8 while every crop keeps k times its view's pixels a side;
-            None or 0 decodes in full.
-        decoder: "fast" (simplejpeg where installed), or "pillow" (Pillow only).
-        max_pixels: Larger images are refused before they are decoded.
-        value_range: Values that become 0 and 255 in images and arrays deeper than 8 bits, such as (0, 4095).
-        background: Colour behind transparent pixels in grey or RGB views, in CSS notation.
-
-    Raises:
-        ValueError: An argument out of its range.
-        ImageError: On call: an image that cannot be used.
+        **options: in_chans, scaled_decode, decoder, max_pixels, value_range, background, as in `ViewTransform`.
     """
 
     def __init__(
@@ -138,27 +137,22 @@ class MultiViewTransform(_BoxTransform):
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
         same_crop: bool = False,
-        in_chans: int = 3,
-        scaled_decode: float | None = 1.5,
-        decoder: str = "fast",
-        max_pixels: int = MAX_PIXELS,
-        value_range: Range | None = None,
-        background: str = "white",
+        **options: Any,
     ) -> None:
-        if num_views < 1 or in_chans < 1:
-            raise ValueError(f"num_views and in_chans must be at least 1, got {num_views} and {in_chans}")
+        super().__init__(image_size, **options)
+        if num_views < 1:
+            raise ValueError(f"num_views must be at least 1, got {num_views}")
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale must be (low, high) with 0 < low <= high <= 1, got {tuple(scale)}")
         if not 0 < ratio[0] <= ratio[1]:
             raise ValueError(f"ratio must be (low, high) with 0 < low <= high, got {tuple(ratio)}")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability between 0 and 1, got {flip}")
-        super().__init__(image_size, in_chans, scaled_decode, decoder, max_pixels, value_range, background)
         self.num_views, self.scale, self.ratio, self.flip, self.same_crop = num_views, scale, ratio, flip, same_crop
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Take the views of one image: (V, C, H, W) uint8; the generator is the sample's own."""
-        opened = open_image(image, max_pixels=self.max_pixels)
+        opened = self._open(image)
         return self._take(opened, *self.draw(*opened.upright_size, generator=generator))
 
     def draw(self, height: int, width: int, *, generator: torch.Generator | None = None) -> tuple[list[Box], list[bool]]:
@@ -172,35 +166,24 @@ class MultiViewTransform(_BoxTransform):
         return boxes * repeats, flips * repeats
 
 
-class CentreCropTransform(_BoxTransform):
+class CentreCropTransform(ViewTransform):
     """The view of which features are computed: shorter side to 256/224 of the size, centre crop; nothing random.
 
     Args:
-        image_size: Size of the view in pixels; H and W, or one number for both.
+        image_size: As in `ViewTransform`.
         crop: Share of the resized image that the crop keeps (224/256, as in MAE's and timm's evaluation).
-        in_chans, scaled_decode, decoder, max_pixels, value_range, background: As in `MultiViewTransform`.
+        **options: As in `ViewTransform`; here a JPEG is decoded in full unless `scaled_decode` is given.
     """
 
-    def __init__(
-        self,
-        image_size: int | Sequence[int] = 224,
-        *,
-        crop: float = 224 / 256,
-        in_chans: int = 3,
-        scaled_decode: float | None = None,
-        decoder: str = "fast",
-        max_pixels: int = MAX_PIXELS,
-        value_range: Range | None = None,
-        background: str = "white",
-    ) -> None:
+    def __init__(self, image_size: int | Sequence[int] = 224, *, crop: float = 224 / 256, **options: Any) -> None:
+        super().__init__(image_size, **{"scaled_decode": None, **options})
         if not 0 < crop <= 1:
             raise ValueError(f"crop must be a share above 0 and at most 1, got {crop}")
-        super().__init__(image_size, in_chans, scaled_decode, decoder, max_pixels, value_range, background)
         self.crop = crop
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
         """Take the view of one image, (C, H, W) uint8; `generator` is not used."""
-        opened = open_image(image, max_pixels=self.max_pixels)
+        opened = self._open(image)
         height, width = opened.upright_size
         side = min(height / self.image_size[0], width / self.image_size[1]) * self.crop  # source pixels a view's pixel
         h, w = (max(1, round(side * size)) for size in self.image_size)

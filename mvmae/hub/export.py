@@ -20,7 +20,7 @@ from ..architecture import (
     write_pretraining,
 )
 from ..inputs import CFG, INPUTS, TAG, Inputs, inputs_of
-from ..masked_vit import PlainViT, check_encoder
+from ..masked_vit import PlainViT, check_encoder, unwrap
 from ..model import MultiViewMAE
 from ..weights import CONFIG_FILE, WEIGHTS_FILE, WeightsError, building, hub_errors, write_json, write_weights
 from .card import CARD_FILE, license_warning, without_folders
@@ -34,7 +34,7 @@ PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, *PRETRAINING, *ONNX_FILES, CARD_FILE, "c
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return what rebuilds a `MultiViewMAE` or a ViT of timm, in types that JSON can hold, or raise a `WeightsError`."""
-    model = _unwrap(model)
+    model = unwrap(model)
     whole = isinstance(model, MultiViewMAE)
     return describe_pretraining(model) if whole else describe_encoder(check_encoder(model), plain=False)
 
@@ -48,13 +48,6 @@ def build(description: Mapping[str, Any], **modules: nn.Module | None) -> nn.Mod
     with building("this description"):
         whole = "encoder" in description
         return MultiViewMAE(**pretraining_arguments(description, **modules)) if whole else build_encoder(description)
-
-
-def _unwrap(model: Any) -> Any:
-    """Return the model inside what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put around it."""
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
 
 
 def export(
@@ -98,7 +91,7 @@ def export(
     started = {key: without_folders(value) for key, value in (started_from or {}).items()}
     if warning := license_warning(started):
         _logger.warning("%s", warning)
-    model, folder = _unwrap(model), Path(folder)
+    model, folder = unwrap(model), Path(folder)
     whole = model if isinstance(model, MultiViewMAE) else None
     vit = check_encoder(whole.encoder if whole else model)
     cfg = getattr(vit, "pretrained_cfg", None) or {}

@@ -1,4 +1,4 @@
-"""What pretrain.py and adapt.py train: the options of the method and of its run, and the model that they describe."""
+"""The options of pretrain.py and adapt.py, and the model that they describe."""
 
 import dataclasses
 
@@ -33,9 +33,10 @@ class Config(InputOptions, RunConfig):
         (),
         "side of a view in pixels, or height and width; the encoder's own if not given (paper: 224)",
         at_least=1,
+        at_most=2**14,
         lengths=(1, 2),
     )
-    in_chans: int = option(3, "channels of the images; other than 3 need --mean and --std", at_least=1)
+    in_chans: int = option(3, "channels of the images; other than 1 and 3 need --mean and --std", at_least=1, at_most=4096)
     max_bad: int = option(100, "different unreadable images to tolerate; one more stops the run", at_least=0, may_change=True)
     output_dir: str = redefine(RunConfig, "output_dir", "runs/pretrain")
     epochs: float = option(
@@ -48,26 +49,32 @@ class Config(InputOptions, RunConfig):
     steps: int = option(0, "steps of the run, in place of --epochs; 0: by --epochs", at_least=0, may_change=True)
     warmup_epochs: float | None = option(
         None,
-        "epochs of linear warm-up; if not given 5 % of the run, with the paper's preset 2.5 % (40 of 1600), with quick 10 %",
+        "epochs of linear warm-up; if not given 5 % of the run, --preset paper 2.5 % (40 of 1600), --preset quick 10 %",
         at_least=0,
     )
     batch_size: int = option(
         256, "images per step, over all processes; 0: chosen from their number, and printed (paper)", at_least=0
     )
-    num_views: int = option(2, "views of each image; 1 with --loss-weight 0 is MAE (paper)", at_least=1, section="Method")
+    num_views: int = option(
+        2, "views of each image; 1 with --loss-weight 0 is MAE (paper)", at_least=1, at_most=64, section="Method"
+    )
     same_crop: bool = option(False, 'the same crop in every view: "without two different targets" in Table 6 of the paper')
     crop_scale: tuple[float, float] = option(
         (0.2, 1.0), "share of the image's area that a crop covers (MAE)", above=0, at_most=1, lengths=(2,)
     )
     jitter: tuple[float, ...] = option(
         (),
-        "colour jitter of a view: brightness, contrast, saturation, hue, such as 0.4 0.4 0.4 0.1, or the first two; 0 0: none",
+        "strength of random brightness, contrast, saturation and hue of a view, such as 0.4 0.4 0.4 0.1, or of the first two "
+        "alone, which is all that images of other than 3 channels get; 0 0: none",
         at_least=0,
         lengths=(2, 4),
     )
     grayscale: float = option(0.0, "probability that a view becomes grey", at_least=0, at_most=1)
     transform: str = option(
-        "", "function of yours, module:function, that changes each view, (C, H, W) uint8, after crop and flip"
+        "",
+        "function or object of yours, module:name, that changes each view, (C, H, W) uint8, after crop and flip; a run can be "
+        "repeated if it draws from an argument generator (torch) or rng (NumPy), from the global generators of torch, NumPy "
+        "and Python, from generators that it names, or has set_random_seed; from others it draws the same in every process",
     )
     mask_ratio: float = option(0.8, "share of the patches that is masked (paper, Table 5)", at_least=0, below=1)
     loss_weight: float = option(2.0, "weight of the contrastive loss, lambda; 0: none (paper, Table 5)", at_least=0)
@@ -75,14 +82,13 @@ class Config(InputOptions, RunConfig):
     contrast_from: float = option(
         0.0, "share of the run before the contrastive loss is added (paper: 0; MAE-CT)", at_least=0, below=1
     )
-    pool: str = option("avg", "vector that is contrasted; avg: mean patch token, token: class token", ["avg", "token"])
     projector: int = option(
         0,
         "output width of a 3-layer MLP before the contrastive loss, with hidden layers four times as wide; 0: none (paper)",
         at_least=0,
+        at_most=2**13,
     )
     norm_pix: bool = option(True, "reconstruct patches normalised by their own mean and deviation (MAE)")
-    loss_on: str = option("masked", "patches that the reconstruction loss covers (MAE)", ["masked", "all"])
     encoder: str = option(
         "mvmae_vit_base_patch16",
         "encoder, a plain ViT: timm name, hf-hub:ID, folder of a run or export, or file of weights (paper)",
@@ -90,13 +96,18 @@ class Config(InputOptions, RunConfig):
         section="Model",
     )
     encoder_args: str = option("", "arguments for timm, such as 'patch_size=8 embed_dim=128 depth=4'")
-    decoder_dim: int = option(512, "width of the decoder; 0: half the encoder's (MAE)", at_least=0)
-    decoder_depth: int = option(4, "blocks of the decoder (paper, Table 5)", at_least=1)
+    decoder_dim: int = option(512, "width of the decoder; 0: half the encoder's (MAE)", at_least=0, at_most=2**13)
+    decoder_depth: int = option(4, "blocks of the decoder (paper, Table 5)", at_least=1, at_most=100)
     decoder_heads: int = option(16, "attention heads of the decoder; 0: one for 32 of its width (MAE)", at_least=0)
     optimizer: str = option(
         "adamw", "adamw, or muon: Muon for matrices, AdamW for the rest (paper: adamw)", OPTIMIZERS, section="Optimizer"
     )
-    base_lr: float = option(1.5e-4, "learning rate for a batch of 256; it is scaled with the batch (paper and MAE)", at_least=0)
+    base_lr: float = option(
+        1.5e-4,
+        "learning rate for a batch of 256, or, with preset small and in adapt.py, for the batch that --batch-size 0 chooses; "
+        "it is scaled with the batch (paper and MAE)",
+        at_least=0,
+    )
     weight_decay: float = option(0.05, "weight decay; 1-D parameters have none (MAE)", at_least=0)
     eval_every: float | None = option(
         None,
@@ -106,7 +117,7 @@ class Config(InputOptions, RunConfig):
         section="Evaluation",
     )
     eval_images: int = option(
-        5000, "images of an evaluation, with k-NN if they have labels; 0: no evaluation", at_least=0, may_change=True
+        5000, "images to evaluate on at most, by k-NN too if they have labels; 0: no evaluation", at_least=0, may_change=True
     )
     accumulate: int = option(
         1,
@@ -116,8 +127,8 @@ class Config(InputOptions, RunConfig):
         section="Speed",
     )
     compile: bool = option(False, "compile the model with torch.compile", may_change=True)
-    grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory", may_change=True)
     warmup: float = 0.05  # share of the run, where --warmup-epochs is not given
+    lr_batch: int = 256  # that --base-lr is for; 0: the batch that is chosen from the number of images
     # pretrain.main reads these too; adapt.py declares them again as options
     arch: str = ""
     pretrained: bool = False
@@ -139,8 +150,7 @@ def build_model(config: Config, device: torch.device) -> mvmae.MultiViewMAE:
         in_chans=config.in_chans,
     )
     if not len(encoder.blocks):
-        raise Stop("--encoder-args: depth must be at least 1, got 0")
-    encoder.set_grad_checkpointing(config.grad_checkpointing)
+        raise Stop(f"--encoder-args: depth must be at least 1, got {config.encoder_args!r}")
     projector = None
     if config.projector:
         projector = mvmae.projection_mlp(encoder.embed_dim, 4 * config.projector, config.projector, depth=3, batch_norm=True)
@@ -153,10 +163,8 @@ def build_model(config: Config, device: torch.device) -> mvmae.MultiViewMAE:
         mask_ratio=config.mask_ratio,
         loss_weight=config.loss_weight,
         temperature=config.temperature,
-        pool=config.pool,  # type: ignore[arg-type]
         projector=projector,
         norm_pix=config.norm_pix,
-        loss_on=config.loss_on,  # type: ignore[arg-type]
     )
     prefix, length = encoder.num_prefix_tokens, encoder.patch_embed.num_patches
     for part, tokens in ((model.encoder, mvmae.num_visible(length, config.mask_ratio)), (model.decoder, length)):
