@@ -78,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     "MoCo v3": Family((r"(^|\.)(base|momentum)_encoder\.",), (), IMAGENET, "token", {384: 12}),
     "CAE": Family((r"(^|\.)pretext_neck\.",), (), IMAGENET, "token", {384: 12}),
     "SimMIM": Family((r"^encoder\.mask_token$",), (), IMAGENET, "avg"),
+    "BEiT or alike": Family((r"\.attn\.q_bias$", r"relative_position_bias_table$"), pool="avg"),
     "I-JEPA": Family((r"^target_encoder\.",), (), IMAGENET, "avg"),
     "DINOv3": Family((r"(^|\.)storage_tokens$",), pool="token"),
     "DINOv2": Family(
@@ -336,11 +337,8 @@ def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, 
             weights[wanted] = weights.pop(source)
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}  # what timm itself adapts: the numbers of classes and of channels
     classifiers = cfg.get("classifier") or "head"
-    head = [
-        f"{name}.{part}"
-        for name in ([classifiers] if isinstance(classifiers, str) else classifiers)
-        for part in ("weight", "bias")
-    ]
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    head = [f"{name}.{part}" for name in classifiers for part in ("weight", "bias")]
     fits = all(key in weights and key in expected and weights[key].shape == expected[key].shape for key in head)
     if not fits and (not model.num_classes or model.num_classes != cfg.get("num_classes")):
         if head[0] in weights:
@@ -360,23 +358,27 @@ def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, 
 
 
 def _one_encoder(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under the prefix whose names cover a model's best, without it; logged if there are several."""
+    """Return the weights under one prefix, without it: of those whose names cover most of a model, the first in `FIRST`.
+
+    One that lacks a weight is not passed over for another, so that the missing name is seen. Several are logged.
+    """
     counts = Counter(name[: match.end()] for name in weights for match in re.finditer(r"\.", name))
     prefixes = ["", *(prefix for prefix, count in counts.items() if 2 * count >= len(expected))]
     covered = {prefix: sum(f"{prefix}{name}" in weights for name in expected) for prefix in prefixes}
     most = max(covered.values())
-    best = [prefix for prefix in prefixes if covered[prefix] == most]
 
     def rank(prefix: str) -> int:
-        return min((FIRST.index(part) for part in prefix.split(".") if part in FIRST), default=len(FIRST))
+        return min((FIRST.index(part) for part in prefix[:-1].split(".") if part in FIRST), default=len(FIRST))
 
-    best.sort(key=lambda prefix: rank(prefix[:-1]))
-    taken, *others = best
-    if others and most:
-        if rank(others[0][:-1]) == rank(taken[:-1]):
-            raise WeightsError(
-                f"the checkpoint must hold one encoder, got several under {', '.join(best)}: save the state dict of one of them"
-            )
+    found = sorted((prefix for prefix in prefixes if 2 * covered[prefix] >= most), key=rank)
+    taken, *others = found if most else [""]
+    others = [prefix for prefix in others if 10 * covered[prefix] >= 9 * most]  # a decoder's blocks cover less
+    if any(rank(prefix) == rank(taken) for prefix in others):
+        raise WeightsError(
+            f"the checkpoint must hold one encoder, got several under {taken}, {', '.join(others)}: save the state dict of one "
+            "of them"
+        )
+    if others:
         left = ", ".join(others)
         _logger.warning("of the checkpoint's encoders %s is taken, %s left: to take another, save its state dict", taken, left)
     return {name.removeprefix(taken): value for name, value in weights.items() if name.startswith(taken)}

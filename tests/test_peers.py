@@ -314,7 +314,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "MoCo v3 ViT-S, linear probe": moco_small,
     "MoCo v3 ResNet": moco_resnet,
     "SimCLR 1x": resnet,
-    "BEiT": lambda: beit(more=PRETRAINED),
+    "BEiT": lambda: beit(more=PRETRAINED, said="mean patch token"),
     "BEiT v2": lambda: beit("module", more={**PRETRAINED, "cls_pt_layers.0.attn.q_bias": torch.randn(48)}),
     "BEiT, fine-tuned": lambda: beit(shared=False, more=HEAD, global_pool="avg"),
     "data2vec": lambda: beit(more=PRETRAINED),
@@ -452,7 +452,6 @@ def one_more(weights: Weights) -> str:
 def test_a_file_with_one_tensor_wrong_is_refused_by_name(name, damage):
     peer = PEERS[name]()
     weights = dict(peer.content.get("model", peer.content.get("encoder", peer.content)))
-    weights = {key: value for key, value in weights.items() if not key.startswith("teacher.")}  # else that is taken
     cause = damage(weights)
     model = vit(peer.arch, **{**peer.size, **(SCALED if name == "CAE" else {})})
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -497,6 +496,13 @@ def test_which_encoder_is_taken_and_that_nothing_says_the_mean_are_logged(tmp_pa
     caplog.clear()
     hub.load_encoder(vit(), save(PEERS["DINO's backbone"](), tmp_path / "file.pth"))
     assert len(caplog.messages) == 1 and "--mean 0.485 0.456 0.406 --std 0.229" in caplog.messages[0]
+
+
+def test_an_encoder_that_lacks_a_weight_is_not_passed_over_for_another():
+    content = dino().content
+    del content["teacher"]["backbone.cls_token"]
+    with pytest.raises(WeightsError, match=r"1 missing \(cls_token\)"):
+        hub.load_encoder(vit(), content)
 
 
 def test_a_pickle_of_another_class_is_still_refused(tmp_path):

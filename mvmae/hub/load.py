@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models import adapt_input_conv
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -86,7 +87,9 @@ def _record_inputs(encoder: nn.Module, weights: Mapping[str, Tensor], place: Pat
     if mean_std and channels_of(encoder) == len(mean_std[0]) and not recorded:
         set_inputs(encoder, inputs_of(encoder, mean=tuple(mean_std[0]), std=tuple(mean_std[1])))
         parts += ["normalised by mean {} and deviation {}".format(*(" ".join(map(str, values)) for values in mean_std))]
-    elif not recorded and place.is_file() and isinstance(encoder, VisionTransformer) and set(cfg.get("mean", ())) == {0.5}:
+    elif (
+        not recorded and place.is_file() and isinstance(encoder, VisionTransformer | Beit) and set(cfg.get("mean", ())) == {0.5}
+    ):
         _logger.warning(
             "%s does not say how its images were normalised: mean and deviation are timm's for the architecture, 0.5; most "
             "encoders were trained with --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225",
