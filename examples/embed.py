@@ -39,7 +39,7 @@ from tasks.features import POOLS, Pooled
 from tasks.inputs import InputOptions, describe_inputs, read_inputs
 from tasks.labelled import LabelledConfig
 from tasks.models import SHIPPED, load_backbone, summary
-from tasks.splits import describe_source, named_images
+from tasks.splits import named_images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,8 @@ def main(config: Config) -> None:
     if described.exists():
         if not config.resume:
             raise Stop(f"{folder} holds features already: add --resume to complete them, or choose another --output-dir")
-        changed_settings(
-            read_json(described), settings, changeable(Config) | {"data", "model", "arch"}
-        )  # they have fingerprints
+        fingerprinted = {"data", "model", "arch"}
+        changed_settings(read_json(described), settings, changeable(Config) | fingerprinted)
     write_json(described, settings)
     if file.exists():
         print(f"{file} is complete")
@@ -118,7 +117,8 @@ def main(config: Config) -> None:
             print(f"warning: {error}: it is computed again", file=sys.stderr, flush=True)
             missing.append(rows)
     count = sum(map(len, missing))
-    print(f"{summary(model, name=config.model)}; {describe_source(source)}; on {ranks.device}")
+    listed = "; ".join(filter(None, [f"{len(source)} images", source.splits, *source.problems]))
+    print(f"{summary(model, name=config.model)}; {listed}; on {ranks.device}")
     print(f"inputs  {describe_inputs(config, inputs)}", flush=True)
     if count < len(source):
         print(f"resuming {folder}: {len(source) - count} of {len(source)} images are done", flush=True)

@@ -26,7 +26,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from engine.checkpoint import Checkpoint
-from engine.distributed import autocast, parallel, start_ranks, to_device
+from engine.distributed import DROPOUT, autocast, parallel, start_ranks, to_device
 from engine.log import Log
 from engine.optim import cosine, describe_warmup, set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
@@ -41,7 +41,6 @@ from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch
 from tasks.plots import draw_curves
 from tasks.splits import open_labelled
 
-DROPOUT = -2  # of `sample_seed`
 MIN_LR = 1e-6  # at the end of the schedule (MAE)
 
 

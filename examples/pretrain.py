@@ -22,9 +22,9 @@ import torch
 
 import mvmae
 from engine.checkpoint import Checkpoint
-from engine.distributed import autocast, parallel, start_ranks, to_device
+from engine.distributed import DROPOUT, autocast, parallel, start_ranks, to_device
 from engine.log import Log
-from engine.optim import build_optimizer
+from engine.optim import build_optimizer, set_learning_rate
 from engine.options import changeable
 from engine.options import run as run_script
 from engine.signals import Signals
@@ -38,7 +38,6 @@ from tasks.inputs import describe_inputs, read_inputs
 from tasks.models import describe_start, starting_weights
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
-    DROPOUT,
     build_evaluation,
     describe_schedule,
     describe_views,
@@ -46,7 +45,6 @@ from tasks.pretraining import (
     load_run,
     open_data,
     parameter_groups,
-    set_learning_rates,
     step_mask,
     train_last_blocks,
     view_loader,
@@ -160,7 +158,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     with checkpoint.saved_on_error():
         for step, batch in enumerate(log.timed(signals.batches(loader)), checkpoint.step + 1):
             rates = schedule.learning_rates(step)  # the encoder's own while it is frozen and warms up
-            set_learning_rates(optimizer, **rates)
+            set_learning_rate(optimizer, **rates)
             weight = config.loss_weight if step > schedule.contrast_after else 0.0  # lambda
             views = normalize(to_device(batch.views, device), inputs.mean, inputs.std)  # (B, V, C, H, W)
             mask = step_mask(config, encoder, schedule.batch_size, step, ranks)  # this rank's rows of the global mask

@@ -28,6 +28,7 @@ sys.path.append(str(EXAMPLES))
 import adapt as script
 import pretrain
 from engine.distributed import Ranks
+from engine.optim import set_learning_rate
 from engine.options import parse
 from engine.signals import Stop
 from tasks import gains
@@ -41,7 +42,6 @@ from tasks.pretraining import (
     load_run,
     open_data,
     parameter_groups,
-    set_learning_rates,
     train_last_blocks,
 )
 from tasks.probe import linear_accuracy
@@ -357,9 +357,12 @@ def test_every_trained_parameter_is_in_one_group_and_has_a_gradient(name, blocks
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"] if group["encoder"]}
-    decayed = {id(parameter) for group in groups for parameter in group["params"] if group["weight_decay"]}
-    assert id(vit.pos_embed) not in decayed and id(vit.blocks[1].mlp.fc1.weight) in decayed
-    assert id(model.projector[0].weight) in decayed
+    for layer_decay, fixed in ((1.0, set()), (0.5, vit.no_weight_decay())):
+        parts = parameter_groups(model, 0.05, layer_decay)
+        decayed = {id(parameter) for group in parts for parameter in group["params"] if group["weight_decay"]}
+        for key, parameter in model.named_parameters():
+            wanted = parameter.requires_grad and parameter.ndim > 1 and key.removeprefix("encoder.") not in fixed
+            assert (id(parameter) in decayed) == wanted, key
     if blocks:
         assert {name for name in with_gradient if name.startswith("encoder.")} == {
             f"encoder.{name}" for name, _ in vit.named_parameters() if name.startswith(("blocks.1.", "norm.", "fc_norm."))
@@ -370,7 +373,7 @@ def test_every_trained_parameter_is_in_one_group_and_has_a_gradient(name, blocks
         assert scale[id(vit.patch_embed.proj.weight)] < first < last <= 1 and said == ""
     optimizer = torch.optim.SGD(groups, lr=1)
     for rates, expected in (({"lr": 0.1}, 0.1), ({"lr": 0.1, "lr_encoder": 0.05}, 0.05)):
-        set_learning_rates(optimizer, **rates)
+        set_learning_rate(optimizer, **rates)
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(group["lr_scale"] * (expected if group["encoder"] else 0.1))
     with pytest.raises(Stop, match="--train-blocks must be at most the encoder's 2 blocks, got 3"):

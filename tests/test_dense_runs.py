@@ -1,6 +1,7 @@
 """Runs of detect.py and segment.py: what they leave, cuts, evaluation alone, two processes, faults."""
 
 import json
+import math
 import os
 
 import numpy as np
@@ -42,6 +43,10 @@ def test_a_run_leaves_its_numbers_and_pictures(script, whole):
     assert config["notes"][0].startswith("training: ") and "images" in config["notes"][0]
     with Image.open(whole / "run/predictions.png") as picture:
         assert picture.width > 3 * 160 and picture.height > 160
+    records = [json.loads(line) for line in (whole / "run/log.jsonl").read_text().splitlines()]
+    rates = {"detect.py": [1e-6, *(5e-4 * (1 + math.cos(math.pi * step / 6)) for step in range(1, 6))]}
+    rates["segment.py"] = [2e-9, *(2e-3 * (1 - step / 6) for step in range(1, 6))]  # one step of warm-up
+    assert [record["lr"] for record in records] == pytest.approx(rates[script], rel=1e-6)
     if script == "segment.py":
         assert set(results) == {"mIoU", "mAcc", "aAcc", "classes"}
         assert list(results["classes"]) == config["classes"] == ["background", "circle", "cross", "triangle"]

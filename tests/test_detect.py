@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +33,7 @@ from mvmae.hub import export
 from mvmae.inputs import Inputs
 from tasks.coco import CocoData, evaluate, jitter, to_coco
 from tasks.dense import RGB, build_trunk, lr_factor, param_groups
-from tasks.shapes import write_toy
+from tasks.shapes import coco_object, write_toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11
 TINY = "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2"
@@ -50,7 +49,7 @@ def config_of(preset, *arguments):
 
 def build(config, classes=2, **options):
     """The detector and its trunk."""
-    trunk, inputs = build_trunk(config, Path(), positions=config.positions)
+    trunk, inputs = build_trunk(config, EXAMPLES / "results", positions=config.positions)  # any pictures of 8 bits
     return detect.build_model(config, trunk, inputs, classes, **options), trunk
 
 
@@ -334,6 +333,22 @@ def test_images_are_upright_as_their_annotations_are(folder, tmp_path, orientati
     Image.fromarray(pixels).transpose(back).save(root / "val2017/7.png", exif=exif)
     seen, _ = CocoData(root, "val")[0, 0]
     np.testing.assert_array_equal((255 * seen).round().permute(1, 2, 0), pixels)
+
+
+@pytest.mark.parametrize("name", ["train2017", "pictures"])
+def test_the_range_of_deep_images_is_decided_by_those_of_training(name, tmp_path):
+    """Also where file_name begins at the data's folder and not in train2017."""
+    (tmp_path / name).mkdir()
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / name / "a.tiff")
+    assert build_trunk(config_of("toy"), tmp_path / "train2017")[1].value_range == (0, 1)
+
+
+def test_run_lengths_of_a_drawn_shape_are_those_of_pycocotools():
+    mask = np.zeros((5, 8), np.uint8)
+    mask[1:3, 2:7] = 1
+    shape = coco_object(mask)
+    np.testing.assert_array_equal(run_lengths.decode(run_lengths.frPyObjects(shape["segmentation"], 5, 8)), mask)
+    assert (shape["bbox"], shape["area"]) == ([2, 1, 5, 2], 10)
 
 
 def test_images_are_read_as_the_record_of_the_encoder_says(folder, tmp_path):

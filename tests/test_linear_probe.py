@@ -176,6 +176,7 @@ def test_a_run_leaves_a_table_and_results_for_each_model(whole, folder):
     lines = text.splitlines()
     assert [line.count("|") for line in lines] == [lines[0].count("|")] * 4
     assert f"| encoder | {results[0]['knn']:.1f} | {results[0]['linear']:.1f} |" in text
+    assert lines[0].endswith("| effective rank |") and lines[2].endswith(f"| {results[0]['rank']:.1f} |")
 
 
 def test_the_numbers_are_those_of_the_features(whole, folder, monkeypatch):

@@ -95,7 +95,7 @@ SIGNATURES = {
     "patchify": "images, patch_size",
     "unpatchify": "patches, patch_size, grid_size, in_chans",
     "encode_visible": "vit, images, mask",
-    "embed": "model, source, *, split='train', image_size=0, background='white', batch_size=64, num_workers=0, max_bad=100",
+    "embed": "model, source, *, split='train', image_size=0, background=None, value_range=None, batch_size=64, num_workers=0",
 }
 
 
@@ -108,7 +108,9 @@ def differences(promised: inspect.Signature, actual: inspect.Signature) -> list[
         if kind_and_default[0] != kind_and_default[1]:
             found.append(f"{name} was {old[name]} and is {new[name]}")
     found += [
-        f"{name} is new, without a default" for name in new.keys() - old.keys() if new[name].default is inspect.Parameter.empty
+        f"{name} is new, without a default"
+        for name in new.keys() - old.keys()
+        if new[name].default is inspect.Parameter.empty and new[name].kind is not inspect.Parameter.VAR_KEYWORD
     ]
     positional = [name for name in old if old[name].kind is not inspect.Parameter.KEYWORD_ONLY]
     return found if list(new)[: len(positional)] == positional else [*found, f"the order is {list(new)}"]

@@ -27,7 +27,7 @@ from engine.optim import build_optimizer
 from engine.options import parse
 from engine.signals import Stop
 from tasks.config import Config, build_model
-from tasks.pretraining import Schedule, describe_schedule, fit_schedule, step_mask
+from tasks.pretraining import Schedule, describe_schedule, fit_schedule, random_views, step_mask
 from tasks.splits import open_splits
 
 CPU = torch.device("cpu")
@@ -135,6 +135,11 @@ def test_options_of_the_losses_reach_them():
     layers = build_model(config_of(*TINY, "--projector", 4), CPU).projector
     widths = [tuple(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear)]
     assert widths == [(16, 32), (16, 16), (4, 16)] and any("Norm" in type(layer).__name__ for layer in layers)
+
+
+def test_the_scale_of_crops_reaches_the_views():
+    config = config_of(*TINY, "--crop-scale", 0.3, 0.6)
+    assert random_views(config, build_model(config, CPU).encoder, 2).scale == (0.3, 0.6)
 
 
 def test_every_step_has_masks_of_its_own_and_processes_share_them():

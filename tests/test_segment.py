@@ -4,7 +4,6 @@ import colorsys
 import json
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -345,7 +344,7 @@ def test_a_prediction_has_the_size_of_the_image():
 
 
 def build(config, classes):
-    return segment.UPerNet(build_trunk(config, Path(), taps=segment.taps)[0], classes, config)
+    return segment.UPerNet(build_trunk(config, EXAMPLES / "results", taps=segment.taps)[0], classes, config)
 
 
 def test_the_recipe_of_beit_reaches_optimizer_schedule_and_model():

@@ -18,6 +18,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 """Values of ``--device``."""
 JOIN = 60
 """Seconds that processes wait at their start until all are there."""
+DROPOUT = -2
+"""Takes the place of an epoch in the seed of what a step draws on a rank: dropout, stochastic depth, mixup, sampled regions."""
 
 
 class Ranks(NamedTuple):
@@ -59,9 +61,6 @@ def start_ranks(device: str) -> Ranks:
     """Join the processes that torchrun started, if any: nccl on CUDA devices, gloo on the CPU.
 
     Where a machine has fewer CUDA devices than processes, these share them, through gloo, which is slow: nccl refuses that.
-
-    Args:
-        device: one of `DEVICES`; ``auto`` is CUDA if there is a CUDA device, else the CPU.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,14 +20,8 @@ def build_optimizer(
     """Build one of `OPTIMIZERS` with betas (0.9, 0.95) (paper, Section 4.1.1; MAE).
 
     Muon (Jordan et al., 2024) makes the update of each matrix orthogonal; vectors are trained by AdamW. Updates are scaled to
-    the size of AdamW's (Liu et al., 2025, arXiv 2502.16982), so that learning rates are of the same size for both.
-
-    Args:
-        groups: of parameters, with their weight decay.
-        name: one of `OPTIMIZERS`.
-        lr: learning rate.
-        precision: of the training, as in `autocast`.
-        device: of the parameters; AdamW runs as one fused kernel on CUDA.
+    the size of AdamW's (Liu et al., 2025, arXiv 2502.16982), so that learning rates are of the same size for both. It computes
+    in the ``precision`` of the training, as in `autocast`; AdamW runs as one fused kernel on CUDA.
     """
     options: dict[str, Any] = {"opt": name, "lr": lr, "betas": (0.9, 0.95)}
     if name == "muon":
@@ -42,14 +36,7 @@ def build_optimizer(
 
 
 def cosine(step: int, steps: int, warmup: int, end: float = 0.0) -> float:
-    """Return the learning rate of a step as a share of its peak: a linear warm-up from 0, then a cosine to ``end``.
-
-    Args:
-        step: counted from 1.
-        steps: of the whole run.
-        warmup: steps of the warm-up.
-        end: share that the cosine comes to.
-    """
+    """Return the learning rate of a step, counted from 1, as a share of its peak: warm-up from 0, then a cosine to ``end``."""
     done, warmup = step - 1, min(warmup, steps - 1)
     if done < warmup:
         return done / warmup
@@ -62,7 +49,8 @@ def describe_warmup(warmup: int, steps: int) -> str:
     return f"warm-up of {warmup} steps{long}"
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group the learning rate times its own factor: ``lr_scale``, 1 where it has none."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, lr_encoder: float | None = None) -> None:
+    """Give each group the learning rate, or that of groups marked ``encoder``, times its own factor, ``lr_scale``."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        rate = lr_encoder if lr_encoder is not None and group["encoder"] else lr
+        group["lr"] = rate * group.get("lr_scale", 1.0)

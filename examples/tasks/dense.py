@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
 from engine.checkpoint import Checkpoint, check_fit, read_newest
-from engine.distributed import Ranks, autocast, parallel
+from engine.distributed import DROPOUT, Ranks, autocast, parallel
 from engine.log import CLOCK, Log
 from engine.optim import set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option
@@ -34,8 +34,6 @@ from tasks.models import load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 
-DROPOUT = -2
-"""Takes the place of an epoch in the seed of a step's random numbers: drop path, dropout, sampled regions."""
 RGB = Inputs(size=(0, 0), mean=(0.0,) * 3, std=(1.0,) * 3)
 """Images of 8 bits and three channels, on white."""
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")  # parameters without weight decay
@@ -103,11 +101,8 @@ def build_trunk(
 ) -> tuple[WindowedViT, Inputs]:
     """Return the encoder with attention in windows, and how its images are read: in an evaluation, as in training.
 
-    Args:
-        config: options.
-        images: folder of those to measure, where ``--mean`` or ``--std`` is auto.
-        positions: that of `WindowedViT`.
-        taps: gives, for a number of blocks, those whose output is used.
+    ``images`` is the folder of those that decide the range of pixels, and are measured where ``--mean`` or ``--std`` is auto;
+    ``taps`` gives, for a number of blocks, those whose output is used.
     """
     torch.manual_seed(config.seed)
     arguments = timm_arguments(config.model_args)
@@ -125,7 +120,7 @@ def build_trunk(
     saved = read_json(file) if config.evaluate and file.is_file() else {}
     if INPUTS in saved:
         set_inputs(vit, Inputs.from_config(saved))
-    source: Any = open_images(images) if "auto" in config.mean + config.std else None
+    source = open_images(images if images.is_dir() else images.parent)  # file_name of COCO may begin at the data's folder
     return trunk, read_inputs(config, vit, source, [config.image_size])
 
 
@@ -160,15 +155,8 @@ def fit(
 ) -> None:
     """Train, or with ``--evaluate`` load the newest checkpoint, and leave the model ready for evaluation.
 
-    Args:
-        config: options.
-        model: on its device; trained in place.
-        trunk: the encoder in it.
-        dataset: (epoch, index) -> sample.
-        losses: (model, batch) -> named losses; their sum is minimised.
-        ranks: this process and the others.
-        record: of the data, from `data_record`; printed, and saved in config.json.
-        collate: samples -> batch.
+    ``dataset`` has samples by (epoch, index); ``losses`` returns those of a batch by name, whose sum is minimised; ``record``,
+    from `data_record`, is printed and saved in config.json.
     """
     folder, last = Path(config.output_dir), min(config.steps, config.max_steps or config.steps)
     if ranks.rank == 0:

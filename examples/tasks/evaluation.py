@@ -1,6 +1,6 @@
 """How good an encoder's features are, on the same images every time: k-NN accuracy, view retrieval, rank, uniformity."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,9 @@ from mvmae import MultiViewTransform
 from mvmae.data import EvalTransform, ImageSource, normalize
 from mvmae.metrics import effective_rank, knn_accuracy, uniformity, view_retrieval
 from tasks.features import OfViews, Pooled, extract
+from tasks.probe import NEIGHBOURS
 from tasks.splits import Part, Splits, draw
 
-NEIGHBOURS = 20
 VIEWS, CROPPED = 8, 512
 """Random views of an image of which view retrieval is computed, and the most images of which they are taken."""
 FEW = 50
@@ -22,16 +22,9 @@ FEW = 50
 
 
 class Evaluation:
-    """Evaluates an encoder on held-out images, or on those that are trained on where none are.
+    """Evaluates an encoder on at most ``limit`` held-out images, or on those that are trained on where none are.
 
-    Args:
-        encoder: whose cfg holds mean, std and crop.
-        splits: images that are trained on and images that are held out.
-        crops: random views, for view retrieval.
-        limit: most images of each split; 0: nothing is measured.
-        ranks: each of which computes its share.
-        workers: processes that load images.
-        max_bad: unreadable images to tolerate.
+    With a ``limit`` of 0 nothing is measured. View retrieval is of the random views that ``crops`` takes.
     """
 
     def __init__(
@@ -97,13 +90,3 @@ class Evaluation:
         if self.labelled:
             return metrics | {"knn": 100 * knn_accuracy(bank, known, queries, labels, k=min(NEIGHBOURS, len(bank)))}
         return metrics | self.retrieval()
-
-
-def report(before: Mapping[str, float], after: Mapping[str, float]) -> Sequence[str]:
-    """Return lines on what the features were and are worth."""
-    names = {"knn": "k-NN accuracy on held-out images", "retrieval": "view retrieval"}
-    return [
-        f"{text}: {before[name]:.1f} % before, {after[name]:.1f} % after"
-        for name, text in names.items()
-        if name in before and name in after
-    ]

@@ -82,14 +82,8 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Compute features (N, D) and labels (N,) of all images that can be read, in their order, in all ranks.
 
-    Args:
-        model: `Pooled` or `OfViews`; in evaluation mode here, and then as it was.
-        source: the images; labels are -1 where it has none.
-        transform: of an image, for evaluation.
-        ranks: this process and the others, each of which loads and encodes its share.
-        batch_size: images at a time, of each rank.
-        workers: processes that load images; 0: this one.
-        max_bad: images of this rank's share that may be unreadable; they are named and left out.
+    The model, `Pooled` or `OfViews`, is in evaluation mode here, and then as it was. Each rank encodes its share, of which
+    ``max_bad`` images may be unreadable: they are named and left out. Labels are -1 where the source has none.
     """
     share = range(ranks.rank, len(source), ranks.world_size)
     batches: Sequence[Sequence[int]] = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]

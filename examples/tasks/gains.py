@@ -8,9 +8,9 @@ import torch
 
 from mvmae.metrics import effective_rank, linear_cka, mean_cosine
 from tasks.best import Best
-from tasks.evaluation import NEIGHBOURS, Evaluation
+from tasks.evaluation import Evaluation
 from tasks.plots import limits, plot
-from tasks.probe import linear_accuracy, measure
+from tasks.probe import cell, linear_accuracy, measure
 
 COLUMNS = {
     "knn": ("k-NN", "accuracy, %"),
@@ -42,7 +42,7 @@ def compare(best: Best, evaluations: Mapping[str, Evaluation]) -> list[dict[str,
                 bank, known = evaluation.bank((queries, labels))
                 row = {"set": name, "moment": moment, **evaluation.retrieval(), "rank": effective_rank(queries)}
             if evaluation.labelled:
-                row |= measure((bank, known), (queries, labels), neighbours=NEIGHBOURS, few_shot=(1, 5))
+                row |= measure((bank, known), (queries, labels), few_shot=(1, 5))
                 row["linear"] = linear_accuracy(bank, known, queries, labels)
             if before is not None:
                 row |= {"similarity": mean_cosine(before, queries), "cka": linear_cka(before, queries)}
@@ -53,9 +53,9 @@ def compare(best: Best, evaluations: Mapping[str, Evaluation]) -> list[dict[str,
 
 def table(rows: Rows) -> list[str]:
     """Return the rows of `compare` as lines of a Markdown table."""
-    keys = _measured(rows)
+    keys, digits = _measured(rows), {"similarity": 3, "cka": 3}
     lines = [["images", "encoder", *(COLUMNS[key][0] for key in keys)], ["---"] * (2 + len(keys))]
-    lines += [[row["set"], row["moment"], *(_cell(row, key) for key in keys)] for row in rows]
+    lines += [[row["set"], row["moment"], *(cell(row, key, digits.get(key, 1)) for key in keys)] for row in rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -81,10 +81,3 @@ def draw(path: Path, rows: Rows) -> None:
 
 def _measured(rows: Rows) -> list[str]:
     return [key for key in COLUMNS if any(key in row for row in rows)]
-
-
-def _cell(row: Mapping[str, Any], key: str) -> str:
-    if key not in row:
-        return ""
-    spread = f" ± {row[f'{key}_std']:.1f}" if f"{key}_std" in row else ""
-    return f"{row[key]:.3f}" if key in ("similarity", "cka") else f"{row[key]:.1f}{spread}"

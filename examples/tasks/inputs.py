@@ -56,11 +56,8 @@ TYPED = tuple(field.name for field in dataclasses.fields(InputOptions))
 def read_inputs(config: Any, model: nn.Module, source: ImageSource, size: Sequence[int] = ()) -> Inputs:
     """Decide how a model's images are read, by `InputOptions`, its own record and the images, and record it on the model.
 
-    Args:
-        config: with the fields of `InputOptions`.
-        model: of timm.
-        source: images to measure, where mean or deviation is "auto", and of which the range of deep pixels is decided.
-        size: side of an image in pixels, or (H, W), for models without a size of their own; empty: as the model was built.
+    ``source`` is measured where mean or deviation is "auto", and decides the range of deep pixels. ``size``, one side in pixels
+    or (H, W), is for models without a size of their own.
     """
     typed: dict[str, Any] = {name: getattr(config, name) or None for name in TYPED}
     typed |= {"size": (size[0], size[-1]) if size else None}
@@ -89,13 +86,7 @@ def describe_inputs(config: Any, inputs: Inputs) -> str:
 
 
 def jittered(transform: mvmae.MultiViewTransform, strength: Sequence[float], grayscale: float) -> Callable[..., Tensor]:
-    """Return a transform whose views have random brightness, contrast and colour.
-
-    Args:
-        transform: takes the views.
-        strength: of brightness and contrast, and where given of saturation and hue (`ColorJitter`); none if empty.
-        grayscale: probability of a view without colour.
-    """
+    """Return a transform whose views have random brightness, contrast and, where given, saturation and hue (`ColorJitter`)."""
     if not any(strength) and not grayscale:
         return transform
     return AugmentedViews(transform, ColorJitter(*strength or (0, 0), grayscale=grayscale))

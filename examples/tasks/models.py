@@ -64,13 +64,8 @@ def start_encoder(
 ) -> Any:
     """Build the encoder that pretraining or adapting starts from, a plain ViT without a head.
 
-    Args:
-        name: see above; ``random:`` is refused, because ``pretrained`` says it.
-        arguments: more of timm's options, as ``"patch_size=8 embed_dim=128"``.
-        pretrained: with its weights.
-        arch: see above.
-        image_size: in pixels, one side or (H, W); the model's own where empty.
-        in_chans: channels; weights are adapted to them as timm does.
+    ``pretrained``, not ``random:``, says whether it has its weights; timm adapts them to ``in_chans`` channels.
+    ``image_size`` is that of `load_backbone`, ``arguments`` are those of `create_encoder`.
     """
     if name.startswith("random:"):
         cure = "leave it out: pretrain.py starts from random weights, adapt.py with --no-pretrained"

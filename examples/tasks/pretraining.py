@@ -14,7 +14,7 @@ from torch import nn
 
 import mvmae
 from engine.distributed import Ranks
-from engine.optim import cosine, describe_warmup, set_learning_rate
+from engine.optim import cosine, describe_warmup
 from engine.signals import Stop
 from mvmae.architecture import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
 from mvmae.data import (
@@ -37,8 +37,8 @@ from tasks.inputs import augmented, jittered
 from tasks.models import find_weights
 from tasks.splits import Joined, Part, Splits, draw, open_splits
 
-MASKS, DROPOUT = -1, -2
-"""Streams of random numbers for the steps of a run, as in ``sample_seed(seed, DROPOUT, step)``; those of images are epochs."""
+MASKS = -1
+"""Takes the place of an epoch in the seed of a step's masks."""
 FIRST = 512  # images of a stream that stand for all where they are evaluated or measured
 EPOCHS, IMAGES = 44, 50_000
 """Epochs of two views for that many images: an hour and a half of two CPU cores at the 400 images/s of ``--preset small``."""
@@ -245,14 +245,6 @@ def parameter_groups(model: mvmae.MultiViewMAE, weight_decay: float, layer_decay
     rest = param_groups_weight_decay(nn.ModuleList(others), weight_decay)
     marked = [{"lr_scale": 1.0, **group, "encoder": part is groups} for part in (groups, rest) for group in part]
     return [group for group in marked if group["params"]]
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, lr_encoder: float | None = None) -> None:
-    """Set the learning rate of each group, times its layer's share: the run's, or where given the encoder's own."""
-    set_learning_rate(optimizer, lr)
-    for group in optimizer.param_groups:
-        if group["encoder"] and lr_encoder is not None:
-            group["lr"] = lr_encoder * group["lr_scale"]
 
 
 def load_run(model: mvmae.MultiViewMAE, config: Config) -> str:

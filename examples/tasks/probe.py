@@ -21,21 +21,15 @@ PROBE_DECAY = 1e-4  # likewise on all of them
 EPS = 1e-6  # added to a feature's variance (MAE)
 
 
-def measure(
-    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], *, neighbours: int = NEIGHBOURS, few_shot: Sequence[int] = ()
-) -> dict[str, float]:
+def measure(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], *, few_shot: Sequence[int] = ()) -> dict[str, float]:
     """Compute the effective ``rank``, and in percent ``knn``, and for each number of labels ``shotK`` and ``shotK_std``.
 
     Args:
         train: features (N, D) and labels (N,) of the bank.
         val: features (Q, D) and labels (Q,) of held-out images.
-        neighbours: k of the k-NN classifier.
         few_shot: numbers K of labels for each class; 0: none.
     """
-    results = {
-        "rank": effective_rank(val[0]),
-        "knn": 100 * knn_accuracy(*train, *val, k=min(neighbours, len(train[0]))),
-    }
+    results = {"rank": effective_rank(val[0]), "knn": 100 * knn_accuracy(*train, *val, k=min(NEIGHBOURS, len(train[0])))}
     for shots in filter(None, few_shot):
         scores = torch.tensor([few_label_accuracy(*train, *val, shots, seed) for seed in range(DRAWS)])
         results |= {f"shot{shots}": scores.mean().item(), f"shot{shots}_std": scores.std().item()}
@@ -125,14 +119,13 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Format the results of several models as a Markdown table; a cell without a number is empty."""
     shots = dict.fromkeys(key for result in results for key in result if re.fullmatch(r"shot\d+", key))
     columns = {"model": "model", "knn": "k-NN", "linear": "linear", "best": "best on val"}
-    columns |= {key: f"{key[4:]} label{'s' * (key != 'shot1')} per class" for key in shots} | {
-        "effective_rank": "effective rank"
-    }
+    columns |= {key: f"{key[4:]} label{'s' * (key != 'shot1')} per class" for key in shots} | {"rank": "effective rank"}
     lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(_cell(result, key) for key in columns) for result in results]
+    lines += [" | ".join(cell(result, key) for key in columns) for result in results]
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _cell(result: Mapping[str, Any], key: str) -> str:
+def cell(result: Mapping[str, Any], key: str, digits: int = 1) -> str:
+    """Return a number of a result, with its deviation where it has one, as a cell of a table; empty where there is none."""
     value, spread = result.get(key, ""), result.get(f"{key}_std")
-    return value if isinstance(value, str) else f"{value:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+    return value if isinstance(value, str) else f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.1f}")

@@ -106,11 +106,6 @@ def named_images(data: str, split: str = "train", option: str = "--data") -> Ima
         raise ValueError(f"{option}: {error}") from error
 
 
-def describe_source(source: ImageSource) -> str:
-    """Return a line on the images of a source: their number, the names of the splits, what is left out."""
-    return "; ".join(filter(None, [f"{len(source)} images", source.splits, *source.problems]))
-
-
 def open_splits(data: str, option: str = "--data") -> Splits:
     """Open images to train on, and those held out: the validation split of the data, with the same numbers of classes.
 

@@ -152,6 +152,8 @@ def embed(
     *,
     split: str = "train",
     image_size: int | tuple[int, int] = 0,
+    background: str | None = None,
+    value_range: tuple[float, float] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     max_bad: int = 100,
@@ -168,10 +170,12 @@ def embed(
         source: A folder, list, archive or data set, as `open_images` takes it.
         split: "train" or "val", where the source has splits.
         image_size: Side in pixels, or (H, W); 0: the size that the model was built for.
+        background: Colour behind transparent pixels; None: the model's own.
+        value_range: Values of deep pixels that become 0 and 255; None: the model's own.
         batch_size: Images at a time.
         num_workers: Loading processes; 0 loads in this process.
         max_bad: Images that cannot be read, whose rows are NaN and which are logged, before an error.
-        **changes: Attributes of `mvmae.inputs.Inputs` that replace the model's own, such as ``background`` and ``value_range``.
+        **changes: Other attributes of `mvmae.inputs.Inputs` that replace the model's own, such as ``mean`` and ``std``.
 
     Raises:
         ValueError: No images, no such model, or sizes that do not fit.
@@ -187,7 +191,7 @@ def embed(
         encoder = create_model(name, pretrained=True, num_classes=0)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    transform = EvalTransform(encoder, image_size, **changes)
+    transform = EvalTransform(encoder, image_size, background=background, value_range=value_range, **changes)
     modes = {module: module.training for module in encoder.modules()}
     rows, parts, bad = list[int](), list[Tensor](), dict[int, str]()
     try:
