@@ -45,6 +45,7 @@ from mvmae.weights import write_json
 from tasks.drawn_images import properties, spread, take
 from tasks.features import Pooled, extract
 from tasks.inputs import InputOptions, read_inputs
+from tasks.labelled import LabelledConfig
 from tasks.models import SHIPPED, load_backbone
 from tasks.splits import Part, named_images
 
@@ -66,10 +67,11 @@ class Config(InputOptions):
     seed: int = option(0, "seed of the choice of images, of untrained weights and of masks", at_least=0)
     models: tuple[str, ...] = option(
         (SHIPPED,),
-        "models to draw: timm names, hf-hub:ID, folders of runs or exports; random:NAME is untrained",
+        "models to draw: timm names, hf-hub:ID, folders of runs or exports, files of weights; random:NAME is untrained",
         path=True,
         section="Model",
     )
+    arch: str = redefine(LabelledConfig, "arch", "")
     draw: tuple[str, ...] = option(DRAWINGS, "kinds of pictures", DRAWINGS, section="Pictures")
     count: int = option(6, "images to draw", at_least=1)
     bank: int = option(500, "images that neighbours and shares of variance are found among, at most", at_least=2)
@@ -106,7 +108,7 @@ def short(name: str) -> str:
 def load(config: Config, name: str, source: ImageSource, device: torch.device) -> Model:
     """Build a model at the size of the images."""
     torch.manual_seed(config.seed)
-    vit: Any = check_encoder(load_backbone(name, image_size=config.image_size))
+    vit: Any = check_encoder(load_backbone(name, arch=config.arch, image_size=config.image_size))
     read_inputs(config, vit, source)
     return Model(name, vit.to(device).eval(), EvalTransform(vit))
 

@@ -1,55 +1,148 @@
-"""Other people's checkpoints as weights of a timm ViT: their names by one table, then sizes as timm adapts them.
+"""Other people's checkpoints as weights of a timm model: which of their encoders, its names, sizes as timm adapts them.
 
-A new layout is a new entry of `LAYOUTS`. Known beside timm's own: MAE's (He et al., 2022), transformers' ViTMAE, and this
-package's pretraining model; each under any prefix that a framework put before the names of one encoder: that needs no entry.
+A new project is a new entry of `FAMILIES`; a new prefix before the names of one encoder needs none. What timm itself converts
+(DINOv2, EVA, CLIP, Swin, ConvNeXt, ...) goes through timm's own ``checkpoint_filter_fn``.
 """
 
 import logging
 import math
 import re
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
+from timm.models.beit import Beit
 from timm.models.eva import Eva
-from timm.models.eva import checkpoint_filter_fn as eva_filter
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
+from .patches import sincos_table
 from .weights import WeightsError, check_sizes, check_weights, first_line, plain_name, read_json
 
 _logger = logging.getLogger(__name__)
 PROJ = "patch_embed.proj.weight"
+IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-LAYOUTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "transformers' ViTMAE": (  # in memory, and in files of 4.x and 5.x
-        r"(^|\.)embeddings\.(cls_token|position_embeddings|patch_embeddings\.projection\.(weight|bias))$",
+class Family(NamedTuple):
+    """What the names in a checkpoint say of it, and what they do not.
+
+    Attributes:
+        known_by: patterns, each of a name that it has; all of them together no other family has.
+        names: patterns with replacements that make its names timm's, applied in order, each to the result of the one before;
+            ``attn.query``, ``attn.key`` and ``attn.value`` then become ``attn.qkv``.
+        mean_std: with which its images were normalised; None where the projects that use these names differ.
+        pool: the vector that its authors probe, as the scripts' ``--pool`` has it; empty where they differ.
+        heads: number of attention heads for a width that timm's ViT of that width does not have.
+    """
+
+    known_by: tuple[str, ...]
+    names: tuple[tuple[str, str], ...] = ()
+    mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    pool: str = ""
+    heads: Mapping[int, int] = {}
+
+
+TRANSFORMERS = (  # in memory, and in files of 4.x and 5.x
+    (r"(^|\.)(?:vit|deit|dinov2\w*|beit|ijepa|data2vec_vision)\.(?=(embeddings|encoder|layers|layernorm|pooler)\.)", r"\1"),
+    (r"(^|\.)decoder\.(?=mask_token$|decoder_)", r"\1"),
+    (r"(^|\.)embeddings\.patch_embeddings\.(?:projection\.)?", r"\1patch_embed.proj."),
+    (r"(^|\.)embeddings\.position_embeddings$", r"\1pos_embed"),
+    (r"(^|\.)embeddings\.distillation_token$", r"\1dist_token"),
+    (r"(^|\.)embeddings\.(?=(cls_token|mask_token|register_tokens)$)", r"\1"),
+    (r"(^|\.)pooler\.layernorm\.", r"\1fc_norm."),
+    (r"(^|\.)layernorm\.", r"\1norm."),
+    (r"(^|\.)(?:encoder\.)?(?:relative|shared)_position_bias\.(?=relative_position_bias_table$)", r"\1rel_pos_bias."),
+    (r"(^|\.|decoder_)(?:encoder\.layer|layers)\.(?=\d)", r"\1blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"(blocks\.\d+)\..*rel\w*\.(?=relative_position_bias_table$)", r"\1.attn."),
+    (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.query."),
+    (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.key."),
+    (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.value."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.lambda_([12])$", r".gamma_\1"),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+)
+EMBEDDINGS = r"(^|\.)embeddings\."
+FAMILIES: dict[str, Family] = {
+    "MoCo v3": Family((r"(^|\.)(base|momentum)_encoder\.",), (), IMAGENET, "token", {384: 12}),
+    "CAE": Family((r"(^|\.)pretext_neck\.",), (), IMAGENET, "token", {384: 12}),
+    "SimMIM": Family((r"^encoder\.mask_token$",), (), IMAGENET, "avg"),
+    "BEiT or alike": Family((r"\.attn\.q_bias$", r"relative_position_bias_table$"), pool="avg"),
+    "I-JEPA": Family((r"^target_encoder\.",), (), IMAGENET, "avg"),
+    "DINOv3": Family((r"(^|\.)storage_tokens$",), pool="token"),
+    "DINOv2": Family(
+        (r"(^|\.)(?<!decoder\.)mask_token$", r"(^|\.)blocks\.\d+\.(\d+\.)?ls1\.gamma$"),
+        ((r"(^|\.)blocks\.\d+\.(?=\d+\.)", r"\1blocks."),),  # in chunks for FSDP
+        IMAGENET,
+        "token",
+    ),
+    "DINO or iBOT": Family((r"^teacher\.(module\.)?backbone\.",), (), IMAGENET, "token"),
+    "MAE": Family((r"(^|\.)decoder_pos_embed$",), (), IMAGENET, "token"),
+    "CLIP": Family((r"(^|\.)visual\.class_embedding$",), pool="token"),
+    "torchvision's ViT": Family(
+        (r"(^|\.)conv_proj\.weight$", r"encoder_layer_0\."),
         (
-            (r"(^|\.)vit\.(?=embeddings\.|encoder\.layer\.|layers\.|layernorm\.)", r"\1"),
-            (r"(^|\.)decoder\.(?=mask_token$|decoder_)", r"\1"),
-            (r"(^|\.)embeddings\.patch_embeddings\.projection\.", r"\1patch_embed.proj."),
-            (r"(^|\.)embeddings\.position_embeddings$", r"\1pos_embed"),
-            (r"(^|\.)embeddings\.cls_token$", r"\1cls_token"),
-            (r"(^|\.)layernorm\.", r"\1norm."),
-            (r"(^|\.|decoder_)(?:encoder\.layer|layers)\.(?=\d)", r"\1blocks."),
-            (r"\.layernorm_before\.", ".norm1."),
-            (r"\.layernorm_after\.", ".norm2."),
-            (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.query."),
-            (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.key."),
-            (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.value."),
-            (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-            (r"\.intermediate\.dense\.", ".mlp.fc1."),
-            (r"\.output\.dense\.", ".mlp.fc2."),
+            (r"(^|\.)class_token$", r"\1cls_token"),
+            (r"(^|\.)conv_proj\.", r"\1patch_embed.proj."),
+            (r"(^|\.)encoder\.pos_embedding$", r"\1pos_embed"),
+            (r"(^|\.)encoder\.layers\.encoder_layer_", r"\1blocks."),
+            (r"(^|\.)encoder\.ln\.", r"\1norm."),
+            (r"\.ln_([12])\.", r".norm\1."),
+            (r"\.self_attention\.in_proj_", ".attn.qkv."),
+            (r"\.self_attention\.out_proj\.", ".attn.proj."),
+            (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
+            (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
+            (r"(^|\.)heads\.head\.", r"\1head."),
+        ),
+        IMAGENET,
+        "token",
+    ),
+    "mmpretrain": Family(
+        (r"(^|\.)patch_embed\.projection\.weight$", r"(^|\.)layers\.\d+\.ffn\.layers\.0\.0\.weight$"),
+        (
+            (r"(^|\.)patch_embed\.projection\.", r"\1patch_embed.proj."),
+            (r"(^|\.)layers\.(\d+)\.ln([12])\.", r"\1layers.\2.norm\3."),
+            (r"(^|\.)(?:ln1|norm1)\.(?=\w+$)(?<!\d\.norm1\.)", r"\1norm."),
+            (r"(^|\.)ln2\.", r"\1fc_norm."),
+            (r"(^|\.)layers\.(?=\d+\.(norm|attn|ffn))", r"\1blocks."),
+            (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+            (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+            (r"\.(?:attn|ffn)\.gamma([12])\.(?:weight|scale)$", r".ls\1.gamma"),
         ),
     ),
+    "transformers' DINOv3": Family(
+        (EMBEDDINGS + r"patch_embeddings\.weight$",),
+        (
+            (r"(^|\.)(?:model\.)?layer\.(?=\d)", r"\1layers."),
+            (r"(^|\.)embeddings\.register_tokens$", r"\1storage_tokens"),
+            (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+            (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+        ),
+        None,
+        "token",
+    ),
+    "transformers' DINOv2": Family((EMBEDDINGS + "mask_token$", r"layer_scale1\."), (), IMAGENET, "token"),
+    "transformers' DeiT": Family((EMBEDDINGS + "distillation_token$",), (), IMAGENET, "token"),
+    "transformers": Family((EMBEDDINGS + r"patch_embeddings\.",), TRANSFORMERS),
 }
-"""For each kind of checkpoint, the pattern of a name that it alone has, and patterns with replacements that make its names
-those of MAE's code, which are timm's, and ``decoder_*``. They are applied in order, each to the result of the one before; where
-that has ``attn.query``, ``attn.key`` and ``attn.value``, these three become ``attn.qkv``."""
+"""The first that a checkpoint's names fit says what is known of it; the names are those of all that fit, in this order."""
+FIRST = ("encoder", "", "base_encoder", "teacher", "backbone", "model", "student", "momentum_encoder", "target_encoder")
+"""Where several encoders fit a model equally well, which is taken, as the projects themselves and timm do."""
+NOT_OF_ENCODER = re.compile(
+    r"(head|heads|head_dist|fc|lm_head|cls_pt_layers|pooler|classifier|decoder\w*|mask_token|masked_embed|predictor|projector)(\.|$)"
+    r"|.*(relative_position_index|bias_mask|rope_embed\.periods)$"
+)  # of pretraining and of classifiers, and what a model computes itself
 MAE_DECODER = {
     "mask_token": "decoder.mask_token",
     "decoder_pos_embed": "decoder.pos_embed",
@@ -59,7 +152,7 @@ MAE_DECODER = {
     "decoder_pred.": "decoder.head.",
 }  # of the decoder in MAE's checkpoints, and ours
 PARTS = ("query", "key", "value")
-VITMAE_ARGUMENTS = {
+TRANSFORMERS_ARGUMENTS = {
     "img_size": ("image_size", 224),
     "patch_size": ("patch_size", 16),
     "in_chans": ("num_channels", 3),
@@ -67,7 +160,18 @@ VITMAE_ARGUMENTS = {
     "depth": ("num_hidden_layers", 12),
     "num_heads": ("num_attention_heads", 12),
     "mlp_ratio": ("intermediate_size", 3072),
-}  # of timm, their names in transformers' ViTMAEConfig and its defaults; intermediate_size is a width
+}  # of timm, their names in transformers' configs and the defaults; intermediate_size is a width
+TRANSFORMERS_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_mae": ("mvmae_vit_base_patch16", {}),
+    "vit": ("vit_base_patch16_224", {}),
+    "deit": ("deit_base_distilled_patch16_224", {}),
+    "ijepa": ("vit_base_patch16_224", {"class_token": False, "global_pool": "avg", "fc_norm": False}),
+    "dinov2": ("vit_base_patch14_dinov2", {}),
+    "dinov2_with_registers": ("vit_base_patch14_reg4_dinov2", {"reg_tokens": 4}),
+    "dinov3_vit": ("vit_base_patch16_dinov3_qkvb", {}),
+    "beit": ("beit_base_patch16_224", {}),
+    "data2vec-vision": ("beit_base_patch16_224", {}),
+}  # the model_type in a config.json: timm's name of a model of its class, and arguments
 
 
 def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,10 +183,7 @@ def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         WeightsError: if there are several encoders, adapters that are not merged, or a query, key or value is missing.
     """
-    weights = {plain_name(name): value for name, value in weights.items()}
-    for known_by, patterns in LAYOUTS.values():
-        if any(re.search(known_by, name) for name in weights):
-            weights = _renamed(weights, patterns)
+    weights = _timm_names(weights)
     prefix = _encoder_prefix(weights)
     root = prefix.removesuffix("encoder.")
     with_decoder = any(name.startswith(f"{prefix}decoder") for name in weights)  # at the encoder's level, as in MAE's code
@@ -101,6 +202,50 @@ def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def family_of(weights: Mapping[str, Tensor]) -> tuple[str, Family]:
+    """Return the name of the family that weights are of, empty where they do not say it, and what is known of it."""
+    for name, family in FAMILIES.items():
+        if _known(weights, family):
+            return name, family
+    for name, positions in weights.items():  # no names of their own, but fixed sine-cosine positions
+        if re.search(r"(^|\.)pos_embed$", name) and positions.ndim == 3 and positions.shape[2] % 4 == 0:
+            side = math.isqrt(positions.shape[1])
+            table = sincos_table(positions.shape[2], (side, side))
+            found = positions[0, positions.shape[1] - side**2 :].to(table)
+            if torch.allclose(found, table, atol=1e-4):
+                return "MAE or alike", FAMILIES["MAE"]
+            if torch.allclose(found, table.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1), atol=1e-4):
+                return "MoCo v3", FAMILIES["MoCo v3"]  # whose positions have rows and columns swapped
+    return "", Family(())
+
+
+def _known(weights: Mapping[str, Any], family: Family) -> bool:
+    return all(any(re.search(pattern, name) for name in weights) for pattern in family.known_by)
+
+
+def checkpoint_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return arguments for timm that a checkpoint's encoder has beside the name of its architecture."""
+    heads, weights = family_of(weights)[1].heads, _timm_names(weights)
+    width = next((value.shape[-1] for name, value in weights.items() if name.endswith("cls_token")), 0)
+    arguments: dict[str, Any] = {"num_heads": heads[width]} if width in heads else {}
+    if any(re.search(r"blocks\.0\.(gamma_1|ls1\.gamma)$", name) for name in weights):
+        arguments["init_values"] = 1e-5
+    if any(name.endswith("blocks.0.attn.q_bias") for name in weights):  # of BEiT's line
+        parts = {"use_abs_pos_emb": r"(^|\.)pos_embed$", "use_rel_pos_bias": "relative_position_bias_table$"}
+        arguments |= {key: any(re.search(pattern, name) for name in weights) for key, pattern in parts.items()}
+    return arguments
+
+
+def _timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all weights of a checkpoint under the names that timm's, or MAE's, code has for them, with their prefixes."""
+    weights = {plain_name(name): value for name, value in weights.items()}
+    if any(".lora_A." in name or ".base_layer." in name for name in weights):
+        raise WeightsError("adapters of peft must be merged first: save the state dict of model.merge_and_unload()")
+    for family in [family for family in FAMILIES.values() if _known(weights, family)]:
+        weights = _renamed(weights, family.names)
+    return weights
+
+
 def _renamed(weights: Mapping[str, Tensor], patterns: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     split: dict[str, dict[str, str]] = {}  # of each matrix for query, key and value, the names of its parts
@@ -112,6 +257,11 @@ def _renamed(weights: Mapping[str, Tensor], patterns: tuple[tuple[str, str], ...
             split.setdefault(ours.replace(part[0], ".attn.qkv."), {})[part[1]] = name
         else:
             renamed[ours] = value
+    if not any(ours.endswith(".bias") and "key" in names for ours, names in split.items()):  # BEiT's and DINOv3's have none
+        for ours, names in split.items():
+            if ours.endswith(".bias") and "query" in names:
+                names["key"] = f"key of {ours}"
+                weights = {**weights, names["key"]: torch.zeros_like(weights[names["query"]])}
     for ours, names in split.items():
         got = [f"{names[part]} {tuple(weights[names[part]].shape)}" if part in names else f"no {part}" for part in PARTS]
         parts = [weights[names[part]] for part in PARTS if part in names]
@@ -127,8 +277,6 @@ def _renamed(weights: Mapping[str, Tensor], patterns: tuple[tuple[str, str], ...
 
 def _encoder_prefix(weights: Mapping[str, Any]) -> str:
     """Return what stands before the names of the one encoder among the weights: ``encoder.``, nothing, or a framework's."""
-    if any(".lora_A." in name or ".base_layer." in name for name in weights):
-        raise WeightsError("adapters of peft must be merged first: save the state dict of model.merge_and_unload()")
     found = [match[1] for name in weights if (match := re.fullmatch(r"(|.*\.)patch_embed\.proj\.weight", name))]
     if known := [prefix for prefix in ("encoder.", "") if prefix in found]:
         return known[0]
@@ -139,54 +287,136 @@ def _encoder_prefix(weights: Mapping[str, Any]) -> str:
     return found[0] if found else "encoder." if any(name.startswith("encoder.") for name in weights) else ""
 
 
-def checkpoint_filter(state_dict: Mapping[str, Any], model: "VisionTransformer | Eva") -> dict[str, Tensor]:
+def checkpoint_filter(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """Convert the weights of a checkpoint for timm's loader: `encoder_weights`, of images of the size that timm's cfg says."""
     height, width = model.pretrained_cfg["input_size"][1:]
     return encoder_weights(state_dict, model, (height, width))
 
 
-def encoder_weights(
-    state_dict: Mapping[str, Any], model: "VisionTransformer | Eva", size: tuple[int, int] | None = None
-) -> dict[str, Tensor]:
-    """Convert the weights of a checkpoint of any known layout to those of an encoder.
+def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """Convert the weights of a checkpoint of any known layout to those of a model of timm.
 
-    Takes the encoder out of a pretraining checkpoint, resizes positions and patch projection to the model as timm does, and
-    moves the final norm where the model has it. Weights do not say whether their positions are of a square grid or of a
-    rectangle: where ``size``, the height and width of their images, does not either, they are taken for a square's.
+    Takes the encoder out of the checkpoint, resizes positions and patch projection to the model as timm does, and moves the
+    final norm where the model has it. Weights do not say whether their positions are of a square grid or of a rectangle:
+    where ``size``, the height and width of their images, does not either, they are taken for a square's.
 
     Raises:
         WeightsError: if weights of the encoder are missing, unexpected or of another shape, with their names: timm itself
-            would leave some of them random.
+            would leave some of them random; or if the model has other heads than the encoder.
     """
     for wrapper in ("model", "state_dict"):
         state_dict = state_dict.get(wrapper, state_dict)
-    named = pretraining_names(state_dict).items()
-    own = {name.removeprefix("encoder."): value for name, value in named if name.startswith("encoder.")}
-    own.pop("mask_token", None)  # of a MAE without its decoder; timm's filter would take the file for one of DINOv2
-    positions = own.pop("pos_embed", None)
+    family, known = family_of(state_dict)
+    own, expected = _one_encoder(_timm_names(state_dict), model.state_dict()), model.state_dict()
+    heads = known.heads.get(getattr(model, "embed_dim", 0))
+    if heads and isinstance(model, VisionTransformer | Beit) and model.blocks[0].attn.num_heads != heads:
+        raise WeightsError(
+            f"{family}'s ViT of width {model.embed_dim} has {heads} heads, the model {model.blocks[0].attn.num_heads}: build "
+            f"it with num_heads={heads}"
+        )
+    stem, narrow = (len(conv) if (conv := weights.get("conv1.weight")) is not None else 0 for weights in (own, expected))
+    if stem > narrow > 0:
+        raise WeightsError(
+            f"the checkpoint's ResNet has a stem of {stem} channels, as SimCLR's of width 2 and 4, the model of {narrow}: timm "
+            "has no wider one, take the file of width 1"
+        )
+    own = _as_model_has_them(own, expected)
+    of_vit = isinstance(model, VisionTransformer | Eva | Beit)
+    positions = own.pop("pos_embed", None) if of_vit else None
+    module = next(m for c in type(model).__mro__ if (m := sys.modules[c.__module__]).__name__.startswith(("timm.", "torch.")))
     try:
-        weights: dict[str, Tensor] = (eva_filter if isinstance(model, Eva) else vit_filter)(own, model)
-    except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"the checkpoint's positions or patches cannot be resized ({first_line(error)})") from error
+        weights: dict[str, Tensor] = getattr(module, "checkpoint_filter_fn", lambda own, _: own)(own, model)
+    except (RuntimeError, ValueError, LookupError, AttributeError) as error:
+        raise WeightsError(f"the checkpoint's weights cannot be brought to the model's sizes ({first_line(error)})") from error
     if positions is not None:
         weights["pos_embed"] = positions if model.pos_embed is None else _resized(positions, own.get(PROJ), model, size)
-    source, wanted = ("norm", "fc_norm") if isinstance(model.norm, nn.Identity) else ("fc_norm", "norm")
-    for name in ("weight", "bias"):
-        if f"{wanted}.{name}" not in weights and f"{source}.{name}" in weights:
-            weights[f"{wanted}.{name}"] = weights.pop(f"{source}.{name}")
-    expected = model.state_dict()  # but for what timm itself adapts afterwards: the numbers of classes and of channels
-    head = ("head.weight", "head.bias")
+    for part in ("weight", "bias") if of_vit else ():
+        source, wanted = (f"{name}.{part}" for name in ("norm", "fc_norm"))
+        source, wanted = (source, wanted) if isinstance(model.norm, nn.Identity) else (wanted, source)
+        if wanted not in weights and source in weights:
+            weights[wanted] = weights.pop(source)
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}  # what timm itself adapts: the numbers of classes and of channels
+    classifiers = cfg.get("classifier") or "head"
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    head = [f"{name}.{part}" for name in classifiers for part in ("weight", "bias")]
     fits = all(key in weights and key in expected and weights[key].shape == expected[key].shape for key in head)
-    if not fits and (not model.num_classes or model.num_classes != getattr(model, "pretrained_cfg", {}).get("num_classes")):
+    if not fits and (not model.num_classes or model.num_classes != cfg.get("num_classes")):
         if head[0] in weights:
             classes = len(weights[head[0]])
             _logger.warning("the checkpoint's head of %d classes is left out: the model has %d", classes, model.num_classes)
         for key in head:
             weights.pop(key, None)
             expected.pop(key, None)
-    if PROJ in weights and weights[PROJ].shape[2:] == expected[PROJ].shape[2:]:
-        expected[PROJ] = expected[PROJ][:, :1].expand(-1, weights[PROJ].shape[1], -1, -1)
+    first = f"{cfg.get('first_conv') or 'patch_embed.proj'}.weight"
+    if first in weights and first in expected and weights[first].shape[2:] == expected[first].shape[2:]:
+        expected[first] = expected[first][:, :1].expand(-1, weights[first].shape[1], -1, -1)
+    weights = {name: value for name, value in weights.items() if name in expected or not NOT_OF_ENCODER.match(name)}
+    counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}  # not in old files
+    weights = {**counters, **weights}
     check_weights(weights, expected, source="the checkpoint")
+    return weights
+
+
+def _one_encoder(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under one prefix, without it: of those whose names cover most of a model, the first in `FIRST`.
+
+    One that lacks a weight is not passed over for another, so that the missing name is seen. Several are logged.
+    """
+    counts = Counter(name[: match.end()] for name in weights for match in re.finditer(r"\.", name))
+    prefixes = ["", *(prefix for prefix, count in counts.items() if 2 * count >= len(expected))]
+    covered = {prefix: sum(f"{prefix}{name}" in weights for name in expected) for prefix in prefixes}
+    most = max(covered.values())
+
+    def rank(prefix: str) -> int:
+        return min((FIRST.index(part) for part in prefix[:-1].split(".") if part in FIRST), default=len(FIRST))
+
+    found = sorted((prefix for prefix in prefixes if 2 * covered[prefix] >= most), key=rank)
+    taken, *others = found if most else [""]
+    others = [prefix for prefix in others if 10 * covered[prefix] >= 9 * most]  # a decoder's blocks cover less
+    if any(rank(prefix) == rank(taken) for prefix in others):
+        raise WeightsError(
+            f"the checkpoint must hold one encoder, got several under {taken}, {', '.join(others)}: save the state dict of one "
+            "of them"
+        )
+    if others:
+        left = ", ".join(others)
+        _logger.warning("of the checkpoint's encoders %s is taken, %s left: to take another, save its state dict", taken, left)
+    return {name.removeprefix(taken): value for name, value in weights.items() if name.startswith(taken)}
+
+
+def _as_model_has_them(own: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring biases, layer scale, registers and relative positions of an encoder to the forms in which a model has them."""
+    weights = {name: value for name, value in own.items() if value.numel()}  # transformers saves no registers as none
+    if "reg_token" in expected and "register_tokens" in weights:  # DINOv2's, whose class token alone has a position
+        positions = weights["pos_embed"]
+        weights["cls_token"], weights["pos_embed"] = weights["cls_token"] + positions[:, :1], positions[:, 1:]
+        weights["reg_token"] = weights.pop("register_tokens")
+    merged: list[str] = []
+    for name in list(weights):
+        value, block = weights[name], name.rpartition(".attn.")[0]
+        if name.endswith(".attn.qkv.bias") and name not in expected and f"{block}.attn.qkv.weight" in expected:
+            mask = weights.get(f"{name}_mask")
+            query, key, value = (value if mask is None else value * mask).chunk(3)
+            wanted = {f"{block}.attn.q_bias": query, f"{block}.attn.v_bias": value}
+            has_them = wanted.keys() <= expected.keys()
+            if key.any() or not (has_them or not (query.any() or value.any())):
+                raise WeightsError(
+                    f"{name} is not zero, and the model has no place for it: build one with that bias, as timm's *_dinov3_qkvb"
+                )
+            weights |= wanted if has_them else {}
+            merged += [name]
+        elif name.endswith(".attn.q_bias") and f"{block}.attn.qkv.bias" in expected and f"{block}.attn.v_bias" in weights:
+            weights[f"{block}.attn.qkv.bias"] = torch.cat([value, torch.zeros_like(value), weights[f"{block}.attn.v_bias"]])
+            merged += [name, f"{block}.attn.v_bias"]
+        elif part := re.search(r"\.(?:gamma_|ls)([12])(?:\.gamma)?$", name):
+            forms = [name[: part.start()] + form for form in (f".ls{part[1]}.gamma", f".gamma_{part[1]}")]
+            if name not in expected and (form := next((form for form in forms if form in expected), None)):
+                weights[form] = weights.pop(name)
+    weights = {name: value for name, value in weights.items() if name not in merged}
+    tables = [name for name in expected if name.endswith(".attn.relative_position_bias_table")]
+    if tables and "rel_pos_bias.relative_position_bias_table" in weights:  # shared: as fine-tuning by its authors starts
+        shared = weights.pop("rel_pos_bias.relative_position_bias_table")
+        weights |= dict.fromkeys(tables, shared)
     return weights
 
 
@@ -211,34 +441,54 @@ def _resized(positions: Tensor, proj: Tensor | None, model: Any, size: tuple[int
         raise WeightsError(f"the checkpoint's positions cannot be resized ({first_line(error)})") from error
 
 
-def vitmae_arguments(config: Path) -> dict[str, Any] | None:
-    """Return timm's arguments for the encoder that a ``config.json`` of transformers' ViTMAE describes.
+def transformers_model(config: Path) -> tuple[str, dict[str, Any]] | None:
+    """Return the name and arguments by which timm builds the encoder that a ``config.json`` of transformers describes.
 
-    None for that of another model, or where there is no such file. A `WeightsError` names a value that fits no encoder.
+    None for that of another library, or where there is no such file. A `WeightsError` names a value that fits no encoder, or
+    the kind of a model that is not known.
     """
     content = read_json(config) if config.is_file() else {}
-    if content.get("model_type") != "vit_mae":
+    kind = content.get("model_type")
+    if kind is None or "architecture" in content:
         return None
-    args = {ours: content.get(theirs, default) for ours, (theirs, default) in VITMAE_ARGUMENTS.items()}
-    for name, value in args.items():
-        sides = value if name in ("img_size", "patch_size") and isinstance(value, list) and len(value) == 2 else [value]
+    cure = "build the encoder by timm.create_model and load the weights by mvmae.hub.load_encoder; in a script add --arch with "
+    cure += "its name in timm"
+    if kind not in TRANSFORMERS_MODELS:
+        known = ", ".join(TRANSFORMERS_MODELS)
+        raise WeightsError(f"{config}: of transformers' models {known} are known, got {kind!r:.80}: {cure}")
+    name, more = TRANSFORMERS_MODELS[kind]
+    args = {ours: content.get(theirs, default) for ours, (theirs, default) in TRANSFORMERS_ARGUMENTS.items()}
+    if kind.startswith("dinov2") and isinstance(args["embed_dim"], int):  # whose mlp_ratio is one
+        args["mlp_ratio"] = content.get("mlp_ratio", 4) * args["embed_dim"]
+    for key, value in args.items():
+        sides = value if key in ("img_size", "patch_size") and isinstance(value, list) and len(value) == 2 else [value]
         if not all(type(side) is int and side > 0 for side in sides):
-            theirs = VITMAE_ARGUMENTS[name][0]
+            theirs = TRANSFORMERS_ARGUMENTS[key][0]
             raise WeightsError(f"{config}: {theirs} must be a positive integer, got {value!r:.80}: get it again")
     check_sizes(args, config)
-    if (activation := content.get("hidden_act", "gelu")) != "gelu":
-        raise WeightsError(
-            f"{config}: hidden_act must be 'gelu', got {activation!r:.80}: build the encoder by timm.create_model with "
-            "act_layer, and load the weights by mvmae.hub.load_encoder"
-        )
-    return args | {"mlp_ratio": args["mlp_ratio"] / args["embed_dim"], "qkv_bias": content.get("qkv_bias", True) is not False}
+    for theirs, wanted in {"hidden_act": "gelu", "use_swiglu_ffn": False, "use_gated_mlp": False}.items():
+        if (value := content.get(theirs, wanted)) != wanted:
+            raise WeightsError(f"{config}: {theirs} must be {wanted!r}, got {value!r:.80}: {cure}")
+    args |= {"mlp_ratio": args["mlp_ratio"] / args["embed_dim"], "num_classes": 0, **more}
+    if kind.startswith("dinov3"):
+        args["num_reg_tokens"] = content.get("num_register_tokens", 0)
+    elif "reg_tokens" in more:
+        args["reg_tokens"] = content.get("num_register_tokens", 4)
+    elif name.startswith("beit"):
+        tables = [content.get(f"use_{kind}relative_position_bias", False) for kind in ("", "shared_")]
+        args |= {"use_abs_pos_emb": content.get("use_absolute_position_embeddings", False), "use_rel_pos_bias": any(tables)}
+        args["global_pool"] = "avg" if content.get("use_mean_pooling", True) else "token"
+    else:
+        args["qkv_bias"] = content.get("qkv_bias", True) is not False
+    return name, args
 
 
 def timm_model(name: str, config: Path) -> tuple[str, dict[str, Any]]:
-    """Return the name by which timm builds ``local-dir:FOLDER`` or ``hf-hub:ID``, and arguments: of a ViTMAE, else none."""
-    args = vitmae_arguments(config)
-    if args is None:
+    """Return the name by which timm builds ``local-dir:FOLDER`` or ``hf-hub:ID``, and arguments: none but of transformers."""
+    found = transformers_model(config)
+    if found is None:
         return name, {}
     source, _, place = name.partition(":")
     where = {"source": source, "file": place} if source == "local-dir" else {"hf_hub_id": place}
-    return "mvmae_vit_base_patch16", args | {"pretrained_cfg_overlay": where}  # a name whose loader takes any layout
+    overlay = {"pretrained_cfg_overlay": where} if found[0].startswith("mvmae") else {}  # whose loader takes any layout
+    return found[0], found[1] | overlay

@@ -1,5 +1,7 @@
 """The encoders under timm's names: importing this module registers ``mvmae_vit_*`` with timm."""
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checkpoints import checkpoint_filter, timm_model
+from .checkpoints import checkpoint_arguments, checkpoint_filter, timm_model
 from .patches import sincos_table
 from .weights import (
     CONFIG_FILE,
@@ -211,20 +213,41 @@ def mvmae_vit_micro_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Mod
     return model  # type: ignore[no-any-return]
 
 
+def arguments_of(model_name: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of timm's model of this name that a checkpoint has beside it, such as its number of heads."""
+    with torch.device("meta"):
+        known = known_arguments(timm.create_model(model_name))
+    return {name: value for name, value in checkpoint_arguments(weights).items() if name in known}
+
+
+def known_arguments(model: nn.Module) -> set[str]:
+    """Return the names of the arguments with which a model of timm can be built."""
+    return {name for kind in type(model).__mro__ for name in inspect.signature(kind).parameters}
+
+
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a model of timm like ``timm.create_model``, which an error of a folder or a repository leaves with one line.
 
     From a repository only safetensors are read; from a folder the files that timm would read, and of PyTorch's only tensors.
 
     Args:
-        model_name: a name that timm knows, ``local-dir:FOLDER`` or ``hf-hub:owner/name``, of timm's models or of a ViTMAE that
+        model_name: a name that timm knows, ``local-dir:FOLDER`` or ``hf-hub:owner/name``, of timm's models or of one that
             transformers saved.
-        pretrained: whether to load weights.
+        pretrained: whether to load weights; those of ``pretrained_cfg_overlay=dict(file=...)`` as `hub.load_encoder` does,
+            with the arguments that the file says.
         kwargs: other arguments of ``timm.create_model``.
 
     Raises:
         WeightsError: if weights cannot be found, read or used.
     """
+    from .hub import load_encoder
+
+    file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
+    own_loader = model_name.startswith(("local-dir:", "hf-hub:", "mvmae_")) or {"features_only", "use_naflex"} & kwargs.keys()
+    if pretrained and file and not own_loader:
+        model: nn.Module = timm.create_model(model_name, **{**arguments_of(model_name, read_weights(file)), **kwargs})
+        load_encoder(model, file)
+        return model
     if not model_name.startswith(("local-dir:", "hf-hub:")):
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
     try:
@@ -237,10 +260,14 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
             cfg = config.get("pretrained_cfg", config)
             sizes = {key: cfg.get(key) for key in ("num_classes", "input_size", "test_input_size", "min_input_size")}
             check_sizes({"num_classes": config.get("num_classes"), **sizes, **config.get("model_args", {})}, path)
+            by_timm = not described or "pretrained_cfg_overlay" in described
             if pretrained:  # whose damage timm would report as anything
                 file = cfg.get("hf_hub_filename") if model_name.startswith("hf-hub:") else None
-                read_weights(locate(model_name, str(file or WEIGHTS_FILE), cache_dir=kwargs.get("cache_dir")))
-            model: nn.Module = timm.create_model(name, pretrained=pretrained, **{**described, **kwargs})
+                place = locate(model_name, str(file or WEIGHTS_FILE), cache_dir=kwargs.get("cache_dir"))
+                read_weights(place)
+            model = timm.create_model(name, pretrained=pretrained and by_timm, **{**described, **kwargs})
+            if pretrained and not by_timm:
+                load_encoder(model, place)
     except WeightsError as error:
         title, *keys = str(error.__cause__).splitlines() or [""]
         if not title.startswith("Error(s) in loading state_dict"):

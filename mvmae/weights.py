@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,7 +166,8 @@ def in_file(place: str | Path) -> Iterator[None]:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a checkpoint: safetensors, or a PyTorch file, of which only tensors are unpickled.
 
-    A PyTorch file may hold them under ``model`` or ``state_dict`` (timm's rules: averaged weights first) beside other data.
+    A PyTorch file may hold them under ``model`` or ``state_dict`` (timm's rules: averaged weights first) beside other data, or
+    several under names of their own, which then begin those of the tensors.
 
     Raises:
         WeightsError: if the file is missing, damaged, would run code, or holds something else than finite weights.
@@ -177,8 +179,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             weights = safetensors.torch.load_file(path)
         else:
-            # argparse's namespace of options, which checkpoints of MAE and timm hold, runs no code
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            # options of a run, as argparse (MAE, timm) and yacs (SimMIM) hold them, run no code
+            options: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+            with torch.serialization.safe_globals(options):
                 weights = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         cause = f"({path.stat().st_size} bytes) is cut or damaged ({first_line(error)}): get it again"
@@ -188,7 +191,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             cause = "is a pickle of more than weights, which could run code, and was not loaded: "
             cause += "if you trust it, save its state dict alone as safetensors"
         raise WeightsError(f"{path} {cause}") from error
-    return check_tensors(weights, path)
+    return check_tensors(flat(weights), path)
+
+
+def flat(content: Any) -> Any:
+    """Return a checkpoint of several state dicts, such as DINO's ``student`` and ``teacher``, as one, its names with theirs."""
+    if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    parts = {key: part for key, part in content.items() if isinstance(part, dict) and part}
+    parts = {key: part for key, part in parts.items() if all(isinstance(value, Tensor) for value in part.values())}
+    return {f"{key}.{name}": value for key, part in parts.items() for name, value in part.items()} or content
 
 
 def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:

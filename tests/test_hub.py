@@ -714,14 +714,14 @@ def test_f50_an_encoder_is_found_under_any_prefix(prefix, tmp_path):
 
 def test_several_encoders_and_adapters_are_named(tmp_path):
     vit = tiny_mae().encoder
-    weights = {f"{part}.{name}": value.clone() for part in ("student", "teacher") for name, value in vit.state_dict().items()}
+    weights = {f"{part}.{name}": value.clone() for part in ("one", "other") for name, value in vit.state_dict().items()}
     safetensors.torch.save_file(weights, tmp_path / "two.safetensors")
     adapted = {f"base_model.model.{name}": value for name, value in vit.state_dict().items()}
     adapted["base_model.model.blocks.0.attn.qkv.lora_A.default.weight"] = torch.zeros(3)
     safetensors.torch.save_file(adapted, tmp_path / "lora.safetensors")
     for load, model in ((hub.load_encoder, vit), (hub.load_pretraining, tiny_mae())):
         with pytest.raises(
-            WeightsError, match=r"must hold one encoder, got several under student\., teacher\.: save the state dict of one"
+            WeightsError, match=r"must hold one encoder, got several under one\., other\.: save the state dict of one"
         ):
             load(model, tmp_path / "two.safetensors")
         with pytest.raises(WeightsError, match="merge_and_unload"):

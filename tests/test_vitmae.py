@@ -343,7 +343,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 10**6}, "depth must be at most 1000"),
     ({"hidden_act": "relu"}, "hidden_act must be 'gelu', got 'relu'"),
     ({"num_attention_heads": 7}, "no model can be built|cannot be built|cannot be loaded"),
-    ({"model_type": "vit"}, "architecture must be a str|holds no model"),
+    ({"model_type": "bert"}, "are known, got 'bert'"),
 ]
 
 

@@ -8,7 +8,6 @@ leaves the weights out. What does not exist or cannot be built is a `Stop`, what
 import ast
 import copy
 import difflib
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from torch import nn
 import mvmae
 from engine.signals import Stop
 from mvmae import WeightsError, hub
+from mvmae.encoders import arguments_of, known_arguments
 from mvmae.inputs import INPUTS, Inputs, inputs_of, set_inputs
 from mvmae.masked_vit import check_encoder
-from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, check_weights, first_line, locate, read_json, read_weights
+from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json, read_weights
 
 SHIPPED = "mvmae_vit_micro_patch8_64"
 """The encoder whose weights come with the package."""
@@ -38,14 +38,16 @@ def load_backbone(name: str, *, arch: str = "", image_size: Sequence[int] = (), 
     wanted = name.removeprefix("random:")
     architecture, file = find_weights(wanted, arch)
     with torch.device("meta"):
-        known = inspect.signature(type(create_encoder(architecture)).__init__).parameters
+        known = known_arguments(create_encoder(architecture))
     options |= {"img_size": (image_size[0], image_size[-1])} if image_size else {}
     options, pretrained = {key: value for key, value in options.items() if key in known}, wanted == name
+    if file is not None and architecture == arch:
+        options = arguments_of(arch, read_weights(file)) | options
     model = create_encoder(architecture, pretrained=pretrained and file is None, num_classes=0, **options)
     if getattr(getattr(model, "patch_embed", None), "num_patches", 1) == 0:
         raise Stop(f"images of {options.get('img_size')} pixels are smaller than a patch of {wanted}: use more")
     if pretrained and file is not None:
-        load_file(model, file)
+        hub.load_encoder(model, file)
     if INPUTS in (config := _config_beside(wanted, arch)):
         set_inputs(model, Inputs.from_config(config))
     return model
@@ -72,12 +74,20 @@ def start_encoder(
     if image_size:
         options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
     architecture, file = find_weights(name, arch)
-    with torch.device("meta"):
-        check_encoder(create_encoder(architecture))  # before a download, and before arguments that only a plain ViT takes
+    check_plain(name, arch)  # before a download, and before arguments that only a plain ViT takes
+    if file is not None and architecture == arch:
+        said = arguments_of(arch, read_weights(file))
+        options |= {key: value for key, value in said.items() if key not in timm_arguments(arguments)}
     encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
     if pretrained and file is not None:
         hub.load_encoder(encoder, file)
     return encoder
+
+
+def check_plain(name: str, arch: str = "") -> None:
+    """Refuse a model that is no plain ViT, by the TypeError of `check_encoder`, before it is built and data is read."""
+    with torch.device("meta"):
+        check_encoder(create_encoder(find_weights(name.removeprefix("random:"), arch)[0]))
 
 
 def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
@@ -115,6 +125,8 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
     path = Path(name.removeprefix("local-dir:"))
     if path.is_dir():
         folder = next((path / part for part in ("encoder", "best", "") if _is_export(path / part)), None)
+        if folder is not None and arch and "model_type" in read_json(folder / CONFIG_FILE):
+            return arch, locate(folder, WEIGHTS_FILE)  # a kind of transformers' models that needs a name of timm
         if folder is None:
             raise Stop(
                 f"{path} holds no model: give the folder of a finished run, or one with {CONFIG_FILE} and {WEIGHTS_FILE}"
@@ -132,19 +144,7 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
 
 def _is_export(folder: Path) -> bool:
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    return "architecture" in config or config.get("model_type") == "vit_mae"  # timm's, or transformers' ViTMAE
-
-
-def load_file(model: Any, file: Path) -> None:
-    """Load a file of weights into a model without a head: all of the model's weights, or none."""
-    try:
-        hub.load_encoder(model, file)
-    except TypeError:  # no plain ViT: the names must be its own
-        weights, head = read_weights(file), f"{model.pretrained_cfg.get('classifier') or 'head'}."
-        weights = {key: value for key, value in weights.items() if not key.startswith(head)}
-        own = {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
-        check_weights(weights, own, source=file)
-        model.load_state_dict(weights, strict=False)
+    return "architecture" in config or "model_type" in config  # timm's, or transformers'
 
 
 def summary(model: Any, image_size: int = 0, name: str = "") -> str:
@@ -162,6 +162,7 @@ def summary(model: Any, image_size: int = 0, name: str = "") -> str:
     parts.append("images of {}x{} pixels".format(*to_2tuple(size)))
     if hasattr(patches, "patch_size"):
         parts.append("patches of {}x{}".format(*to_2tuple(patches.patch_size)))
+    parts += [said] if (said := getattr(model, "weights_from", "")) else []
     return ", ".join(parts)
 
 

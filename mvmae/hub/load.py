@@ -1,19 +1,22 @@
 """Load other people's weights into an encoder or a pretraining model: completely, or not at all."""
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models import adapt_input_conv
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..architecture import PRETRAINING_CONFIG, PRETRAINING_FILE, in_export
-from ..checkpoints import encoder_weights, pretraining_names, vitmae_arguments
-from ..inputs import INPUTS
-from ..masked_vit import check_encoder
+from ..checkpoints import encoder_weights, family_of, pretraining_names
+from ..inputs import INPUTS, Inputs, channels_of, inputs_of, set_inputs
 from ..model import MultiViewMAE
 from ..patches import sincos_table
 from ..weights import (
@@ -21,12 +24,15 @@ from ..weights import (
     WEIGHTS_FILE,
     WeightsError,
     check_tensors,
+    flat,
     in_file,
     load_weights,
     locate,
     read_json,
     read_weights,
 )
+
+_logger = logging.getLogger(__name__)
 
 
 def load_encoder(
@@ -36,26 +42,63 @@ def load_encoder(
     size: tuple[int, int] | None = None,
     revision: str | None = None,
 ) -> None:
-    """Load an encoder's weights, resized and adapted to it as timm does.
+    """Load an encoder's weights, resized and adapted to it as timm does, and record how its images were normalised.
 
-    The layer norms keep their epsilon, which no weights hold. timm's ViTs have 1e-6, as MAE's code; transformers' ViTMAE has
-    1e-12 unless its config says otherwise, and equals an encoder built with ``norm_layer=partial(nn.LayerNorm, eps=1e-12)``.
+    Mean and deviation are those of the project that trained it, where its checkpoint or transformers' preprocessor_config.json
+    says which; a line is logged where nothing does. What is known of the checkpoint is a line in ``encoder.weights_from``.
+
+    The layer norms keep their epsilon, which no weights hold. timm's ViTs have 1e-6, as MAE's code; transformers' have 1e-12
+    unless their config says otherwise, and equal an encoder built with ``norm_layer=partial(nn.LayerNorm, eps=1e-12)``.
 
     Args:
-        encoder: a plain ViT of timm; after an error it is as it was.
+        encoder: a model of timm; after an error it is as it was.
         source: a file (safetensors, or PyTorch's with nothing but weights), a folder that timm reads or transformers'
-            ``save_pretrained`` wrote for a ViTMAE, a repository of the Hub that holds ``model.safetensors``, or a state dict;
-            in one of the layouts of `mvmae.checkpoints`, with any prefix before the encoder's names.
+            ``save_pretrained`` wrote, a repository of the Hub that holds ``model.safetensors``, or a state dict; of one of the
+            projects of `mvmae.checkpoints.FAMILIES`, or in timm's names, with any prefix before them.
         size: height and width of the images that the weights are for; where None, what the config.json beside them says, else
             those of a square, which weights alone do not tell from a rectangle.
         revision: branch, tag or commit of the repository.
 
     Raises:
-        TypeError: if the encoder is not a plain ViT.
+        TypeError: if the encoder is no model of timm.
         WeightsError: if the weights cannot be found or read, or do not fit, with the names that do not.
     """
+    if not any(kind.__module__.startswith("timm.models.") for kind in type(encoder).__mro__):
+        raise TypeError(f"the encoder must be a model of timm, got {type(encoder).__name__}: give the model in it")
     weights, place = _read(source, WEIGHTS_FILE, revision)
     encoder.load_state_dict(_encoder_weights(weights, encoder, place, size or _size_beside(place)))
+    _record_inputs(encoder, weights, place)
+
+
+def _record_inputs(encoder: nn.Module, weights: Mapping[str, Tensor], place: Path) -> None:
+    """Record mean and deviation of a family of checkpoints, unless an export or the encoder has a record of its own."""
+    described = read_json(place.with_name(CONFIG_FILE)) if place.with_name(CONFIG_FILE).is_file() else {}
+    if {"architecture", INPUTS} & described.keys():
+        return
+    name, family = family_of(weights)
+    beside = place.with_name("preprocessor_config.json")  # of transformers
+    content = read_json(beside) if beside.is_file() else {}
+    mean_std = (content["image_mean"], content["image_std"]) if "image_mean" in content else family.mean_std
+    recorded = isinstance(getattr(encoder, INPUTS, None), Inputs)
+    cfg: Any = getattr(encoder, "pretrained_cfg", None) or {}
+    parts = [f"weights of {name}"] if name else []
+    if heads := family.heads.get(getattr(encoder, "embed_dim", 0)):
+        parts += [f"{heads} heads"]
+    if mean_std and channels_of(encoder) == len(mean_std[0]) and not recorded:
+        set_inputs(encoder, inputs_of(encoder, mean=tuple(mean_std[0]), std=tuple(mean_std[1])))
+        parts += ["normalised by mean {} and deviation {}".format(*(" ".join(map(str, values)) for values in mean_std))]
+    elif (
+        not recorded and place.is_file() and isinstance(encoder, VisionTransformer | Beit) and set(cfg.get("mean", ())) == {0.5}
+    ):
+        _logger.warning(
+            "%s does not say how its images were normalised: mean and deviation are timm's for the architecture, 0.5; most "
+            "encoders were trained with --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225",
+            place,
+        )
+    if family.pool:
+        vector = {"token": "class token", "avg": "mean patch token"}[family.pool]
+        parts += [f"its authors probe the {vector} (--pool {family.pool})"]
+    setattr(encoder, "weights_from", ", ".join(parts))  # noqa: B010
 
 
 def load_pretraining(model: MultiViewMAE, source: str | Path | Mapping[str, Tensor], *, revision: str | None = None) -> None:
@@ -90,12 +133,13 @@ def load_pretraining(model: MultiViewMAE, source: str | Path | Mapping[str, Tens
 def _read(source: str | Path | Mapping[str, Tensor], filename: str, revision: str | None) -> tuple[dict[str, Tensor], Path]:
     """Return the weights, and where they are, for messages."""
     if isinstance(source, Mapping):
-        return check_tensors(dict(source), "the state dict"), Path("the state dict")
+        return check_tensors(flat(dict(source)), "the state dict"), Path("the state dict")
     path = Path(source)
     if not path.is_file():
         if filename == PRETRAINING_FILE:
             config = Path(str(source).removeprefix("local-dir:"), CONFIG_FILE)
-            filename = WEIGHTS_FILE if vitmae_arguments(config) else in_export(source, filename)
+            of_transformers = config.is_file() and "model_type" in read_json(config)
+            filename = WEIGHTS_FILE if of_transformers else in_export(source, filename)
         path = locate(source, filename, revision=revision)
     return read_weights(path), path
 
@@ -105,28 +149,28 @@ def _size_beside(place: Path) -> tuple[int, int] | None:
     pretraining = place.with_name(PRETRAINING_CONFIG)
     if pretraining.is_file():
         size = read_json(pretraining).get("encoder", {}).get("model_args", {}).get("img_size")
-    elif args := vitmae_arguments(place.with_name(CONFIG_FILE)):
-        size = args["img_size"]
     else:
         config = read_json(place.with_name(CONFIG_FILE)) if place.with_name(CONFIG_FILE).is_file() else {}
         size = (config.get(INPUTS) or {}).get("size") or config.get("pretrained_cfg", config).get("input_size", [None])[1:]
+        size = size or config.get("image_size")  # of transformers
     return to_2tuple(size) if size else None
 
 
 def _encoder_weights(
     weights: Mapping[str, Tensor], encoder: nn.Module, place: Path, size: tuple[int, int] | None
 ) -> dict[str, Tensor]:
-    vit, proj = check_encoder(encoder), "patch_embed.proj.weight"
     with in_file(place):
-        weights = encoder_weights(weights, vit, size)
-    given, wanted = weights[proj].shape[1], vit.in_chans
-    if given not in (3, wanted):
-        raise WeightsError(
-            f"{place} is for {given} channels, the encoder for {wanted}: weights of 3 channels alone can be adapted"
-        )
-    weights[proj] = adapt_input_conv(wanted, weights[proj], base_chans=given)
-    own = {name: value for name, value in vit.state_dict().items() if name.startswith("head") and name not in weights}
-    return {**weights, **own}
+        weights = encoder_weights(weights, encoder, size)
+    cfg: Any = getattr(encoder, "pretrained_cfg", None) or {}
+    first, own = f"{cfg.get('first_conv') or 'patch_embed.proj'}.weight", encoder.state_dict()
+    if first in weights:
+        given, wanted = weights[first].shape[1], own[first].shape[1]
+        if given not in (3, wanted):
+            raise WeightsError(
+                f"{place} is for {given} channels, the encoder for {wanted}: weights of 3 channels alone can be adapted"
+            )
+        weights[first] = adapt_input_conv(wanted, weights[first], base_chans=given)
+    return {**own, **weights}  # its own are a head, which the checkpoint lacks
 
 
 def _are_fixed(positions: Tensor) -> bool:
