@@ -30,7 +30,7 @@ from mvmae.inputs import INPUTS, Inputs, set_inputs
 from mvmae.patches import sincos_table
 from mvmae.weights import read_json, write_json
 from tasks.inputs import InputOptions, describe_inputs, read_inputs
-from tasks.models import load_backbone, summary, timm_arguments
+from tasks.models import check_plain, load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 
@@ -213,6 +213,7 @@ def fit(
 
 def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
+    check_plain(config.model, config.arch)  # before the data, whose check takes a minute
     toy = config.data == "toy"
     root = Path(config.output_dir, "toy") if toy else Path(config.data)
     if ranks.rank == 0 and toy:
