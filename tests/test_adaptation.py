@@ -485,7 +485,7 @@ def test_measured_statistics_equal_numpys_and_travel_with_the_export(whole):
     assert measured.mean == pytest.approx(pixels.mean(axis=(0, 2, 3)), abs=1e-7)
     assert measured.std == pytest.approx(pixels.std(axis=(0, 2, 3)), abs=1e-7)
     assert measure_channels(data, centre, limit=50) == measure_channels(data, centre, limit=50) != measured
-    state = end_of(whole[0])["about"]
+    state = end_of(whole[0])["about"]["inputs"]
     assert tuple(state["mean"]) == measured.mean
     assert tuple(state["std"]) == timm.create_model("vit_small_patch16_dinov3", device="meta").pretrained_cfg["std"]
     encoder = timm.create_model(f"local-dir:{whole[0]}/run/encoder", pretrained=True)

@@ -511,7 +511,7 @@ def test_how_images_are_read_is_one_record_of_the_export(tmp_path):
         ),
         (lambda vit: torch.nn.init.constant_(vit.norm.bias, float("nan")), {}, r"norm\.bias with NaN or infinity"),
         (lambda vit: vit.to("meta"), {}, "on the meta device: load weights first"),
-        (None, {"mean": [0.5], "std": [0.5]}, "one number for each of the 3 channels"),
+        (None, {"mean": [0.5], "std": [0.5]}, "one number for each of 3 channels"),
         (None, {"label_names": ["a", "b"]}, "one name for each of the 0 classes of the head, got 2"),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_block_of_python_runs(code, tmp_path, monkeypatch):
     namespace = {"__name__": "__main__"}
     exec(code, namespace)
     if "runs/quick/encoder" in code:
-        assert namespace["features"].shape == (1, 128)
+        assert namespace["features"].shape == (1, 192)
 
 
 class Command(NamedTuple):
