@@ -5,7 +5,8 @@
 
 - the method, in the order of the paper: ``model`` (Eqs. 1 to 7), ``patches``, ``masking``, ``masked_vit``, ``decoder``,
   ``losses`` with ``gradients``, ``projector``, ``accumulation``, ``metrics``;
-- its encoders and their files: ``encoders``, ``architecture``, ``checkpoints``, ``weights``, ``inputs``;
+- its encoders and their files: ``encoders``, ``architecture``, ``weights``, ``inputs``; other people's: ``families``,
+  ``checkpoints``, ``loading``;
 - what stands around the method: ``data``, ``dense``, ``visualize``, ``hub``.
 """
 

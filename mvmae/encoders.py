@@ -13,7 +13,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checkpoints import checkpoint_arguments, checkpoint_filter, timm_model
+from .checkpoints import checkpoint_arguments, checkpoint_filter
+from .families import timm_model
 from .patches import sincos_table
 from .weights import (
     CONFIG_FILE,
@@ -240,7 +241,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     Raises:
         WeightsError: if weights cannot be found, read or used.
     """
-    from .hub import load_encoder
+    from .loading import load_encoder  # which needs the names here
 
     file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
     own_loader = model_name.startswith(("local-dir:", "hf-hub:", "mvmae_")) or {"features_only", "use_naflex"} & kwargs.keys()

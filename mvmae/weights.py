@@ -117,7 +117,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        if error.filename is None:  # of a full disk, or a limit on the size of files
+        if error.errno and error.filename is None:  # of a full disk, or a limit on the size of files
             error.filename = str(path)
         raise
     finally:

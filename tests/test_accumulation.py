@@ -9,9 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvmae import MultiViewMAE, backward_in_parts, projection_mlp, random_mask
+from mvmae.data import normalize
 
 sys.path.append(str(EXAMPLES))
-from tasks.inputs import normalize
+
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
 

@@ -47,12 +47,15 @@ def from_file(path: Path, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "plain"), TIMM_NAMES.items())
 def test_an_encoder_has_the_parameters_and_the_outputs_of_timms_own(name, plain):
+    sizes = {"img_size": 64, "patch_size": 8, "depth": 4} if "micro" in name else {}
     ours = timm.create_model(name, device="meta")
-    theirs = timm.create_model(plain, device="meta", num_classes=0, global_pool="avg", fc_norm=False)
+    theirs = timm.create_model(plain, device="meta", num_classes=0, global_pool="avg", fc_norm=False, **sizes)
     shapes = [{key: value.shape for key, value in vit.state_dict().items()} for vit in (ours, theirs)]
     assert shapes[0] == shapes[1]
     ours = tiny(name)
-    theirs = tiny(plain, num_classes=0, global_pool="avg", fc_norm=False)
+    theirs = tiny(
+        plain, num_classes=0, global_pool="avg", fc_norm=False, **{key: sizes[key] for key in sizes if key == "patch_size"}
+    )
     theirs.load_state_dict(ours.state_dict())
     x = images(ours)
     assert torch.equal(ours(x), theirs(x))

@@ -39,7 +39,7 @@ def config(*arguments, preset="mocov3"):
 
 
 def test_the_presets_are_the_recipes_of_moco_v3_and_mae():
-    common = {"batch_size": 1024, "epochs": 100, "cached": False, "image_size": 0, "pool": "avg"}
+    common = {"batch_size": 1024, "epochs": 100, "cached": False, "image_size": (), "pool": "avg"}
     mocov3 = {**common, "base_lr": 3.0, "warmup_epochs": 0, "optimizer": "sgd", "batch_norm": False}
     mae = {**common, "base_lr": 0.1, "warmup_epochs": 10, "optimizer": "lars", "batch_norm": True}
     for name, recipe in (("mocov3", mocov3), ("mae", mae)):

@@ -14,12 +14,12 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..architecture import PRETRAINING_CONFIG, PRETRAINING_FILE, in_export
-from ..checkpoints import encoder_weights, family_of, pretraining_names
-from ..inputs import INPUTS, Inputs, channels_of, inputs_of, set_inputs
-from ..model import MultiViewMAE
-from ..patches import sincos_table
-from ..weights import (
+from .architecture import PRETRAINING_CONFIG, PRETRAINING_FILE, in_export
+from .checkpoints import encoder_weights, family_of, pretraining_names
+from .inputs import INPUTS, Inputs, channels_of, inputs_of, set_inputs
+from .model import MultiViewMAE
+from .patches import sincos_table
+from .weights import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     WeightsError,
@@ -54,7 +54,7 @@ def load_encoder(
         encoder: a model of timm; after an error it is as it was.
         source: a file (safetensors, or PyTorch's with nothing but weights), a folder that timm reads or transformers'
             ``save_pretrained`` wrote, a repository of the Hub that holds ``model.safetensors``, or a state dict; of one of the
-            projects of `mvmae.checkpoints.FAMILIES`, or in timm's names, with any prefix before them.
+            projects of `mvmae.families.FAMILIES`, or in timm's names, with any prefix before them.
         size: height and width of the images that the weights are for; where None, what the config.json beside them says, else
             those of a square, which weights alone do not tell from a rectangle.
         revision: branch, tag or commit of the repository.
