@@ -232,8 +232,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     From a repository only safetensors are read; from a folder the files that timm would read, and of PyTorch's only tensors.
 
     Args:
-        model_name: a name that timm knows, ``local-dir:FOLDER`` or ``hf-hub:owner/name``, of timm's models or of one that
-            transformers saved.
+        model_name: a name that timm knows, a folder (``local-dir:`` may stand before it) or ``hf-hub:owner/name``, of timm's
+            models or of one that transformers saved; of the folder of a run its ``encoder/``.
         pretrained: whether to load weights; those of ``pretrained_cfg_overlay=dict(file=...)`` as `hub.load_encoder` does,
             with the arguments that the file says.
         kwargs: other arguments of ``timm.create_model``.
@@ -243,6 +243,9 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     """
     from .loading import load_encoder  # which needs the names here
 
+    if (folder := Path(model_name.removeprefix("local-dir:"))).is_dir():
+        run = folder / "encoder"  # a run's own config.json holds its options
+        model_name = f"local-dir:{run if (run / CONFIG_FILE).is_file() else folder}"
     file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
     own_loader = model_name.startswith(("local-dir:", "hf-hub:", "mvmae_")) or {"features_only", "use_naflex"} & kwargs.keys()
     if pretrained and file and not own_loader:

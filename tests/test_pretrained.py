@@ -63,6 +63,14 @@ def test_it_goes_through_exports_and_timms_own_saver(tmp_path):
     assert torch.equal(again(pixel_values=images).pooler_output, encoder(images))
 
 
+def test_a_folder_of_a_run_stands_for_its_encoder(tmp_path):
+    encoder, images = timm.create_model(NAME, pretrained=True).eval(), torch.randn(2, 3, 64, 64)
+    hub.export(encoder, tmp_path / "run/encoder")
+    (tmp_path / "run/config.json").write_text("{}")
+    for name in (f"{tmp_path}/run", f"local-dir:{tmp_path}/run", f"{tmp_path}/run/encoder"):
+        assert torch.equal(mvmae.create_model(name, pretrained=True).eval()(images), encoder(images))
+
+
 def test_a_file_of_another_version_is_refused(monkeypatch):
     monkeypatch.setitem(encoders.SHIPPED, f"{NAME}.cifar10", "0" * 64)
     with pytest.raises(mvmae.WeightsError, match="sha256 differs"):

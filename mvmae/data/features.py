@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -187,8 +186,7 @@ def embed(
     if isinstance(model, nn.Module):
         encoder: nn.Module = unwrap(model)
     else:
-        name = f"local-dir:{os.fspath(model)}" if Path(model).is_dir() else os.fspath(model)
-        encoder = create_model(name, pretrained=True, num_classes=0)
+        encoder = create_model(os.fspath(model), pretrained=True, num_classes=0)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     transform = EvalTransform(encoder, image_size, background=background, value_range=value_range, **changes)
