@@ -15,6 +15,7 @@ from running import EXAMPLES, run_processes, run_script
 from tiny_run import assert_identical, end_of, losses
 
 from mvmae import hub
+from mvmae.weights import read_weights
 
 sys.path.append(str(EXAMPLES))
 import finetune
@@ -146,6 +147,21 @@ def whole(folder):
     assert done.code == 0, done.err
     assert "Warning" not in done.err
     return done
+
+
+def let_the_accuracy_fall():
+    import tasks.labelled
+
+    found = iter(range(90, 0, -10))
+    tasks.labelled.accuracy = lambda logits, labels: {"top1": float(next(found)), "top5": 100.0, "val_loss": 1.0}
+
+
+def test_the_model_of_the_best_accuracy_is_kept_where_later_ones_are_worse(place):
+    done = run_script("finetune.py", *RUN, "--eval-every", 1, folder=place, patch=let_the_accuracy_fall)
+    assert done.code == 0, done.err
+    assert json.loads((place / "run" / "results.json").read_text())["best_top1"] == 90
+    best, last = (read_weights(place / "run" / name / "model.safetensors") for name in ("best", "last"))
+    assert not torch.equal(best["head.weight"], last["head.weight"])
 
 
 def test_a_run_leaves_a_result_a_picture_and_models_with_the_names_of_the_classes(whole, folder):
