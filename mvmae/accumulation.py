@@ -34,8 +34,8 @@ def backward_in_parts(model: nn.Module, views: Tensor, parts: int, *, mask: Mask
 
     Args:
         model: a `MultiViewMAE`, or one in DistributedDataParallel, or whose blocks and root are sharded by ``fully_shard``;
-            compiled or not. Running statistics that a projector keeps,
-            such as those of torch's `BatchNorm1d`, are of parts too.
+            compiled or not. Running statistics that a projector keeps, such as those of torch's `BatchNorm1d`, are of parts
+            too.
         views: (B, V, C, H, W), normalised; B images of this process.
         parts: number K of parts, a divisor of B.
         mask: over the B * V views.

@@ -82,13 +82,9 @@ CFG = {
     "paper_name": "Multi-View Masked Autoencoder for General Image Representation",
     "origin_url": "https://doi.org/10.3390/app132212413",
 }
-CFGS: dict[str, dict[str, Any]] = {f"{name}.untrained": CFG for name in TIMM_NAMES}
-CFGS["mvmae_vit_micro_patch8_64.cifar10"] = CFG | {
-    "file": str(PRETRAINED / "mvmae_vit_micro_patch8_64.cifar10.safetensors"),
-    "input_size": (3, 64, 64),
-}
-del CFGS["mvmae_vit_micro_patch8_64.untrained"]
-default_cfgs = generate_default_cfgs(CFGS)
+UNTRAINED = {f"{name}.untrained": CFG for name in TIMM_NAMES if name not in {tagged.partition(".")[0] for tagged in SHIPPED}}
+WITH_WEIGHTS = {name: CFG | {"file": str(PRETRAINED / f"{name}.safetensors"), "input_size": (3, 64, 64)} for name in SHIPPED}
+default_cfgs = generate_default_cfgs(UNTRAINED | WITH_WEIGHTS)
 
 
 def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> nn.Module:
@@ -241,7 +237,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     Raises:
         WeightsError: if weights cannot be found, read or used.
     """
-    from .loading import load_encoder  # which needs the names here
+    from .loading import load_read  # which needs the names here
 
     if (folder := Path(model_name.removeprefix("local-dir:"))).is_dir():
         run = folder / "encoder"  # a run's own config.json holds its options
@@ -249,8 +245,9 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
     own_loader = model_name.startswith(("local-dir:", "hf-hub:", "mvmae_")) or {"features_only", "use_naflex"} & kwargs.keys()
     if pretrained and file and not own_loader:
-        model: nn.Module = timm.create_model(model_name, **{**arguments_of(model_name, read_weights(file)), **kwargs})
-        load_encoder(model, file)
+        weights = read_weights(file)
+        model: nn.Module = timm.create_model(model_name, **{**arguments_of(model_name, weights), **kwargs})
+        load_read(model, weights, Path(file))
         return model
     if not model_name.startswith(("local-dir:", "hf-hub:")):
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
@@ -268,10 +265,10 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
             if pretrained:  # whose damage timm would report as anything
                 file = cfg.get("hf_hub_filename") if model_name.startswith("hf-hub:") else None
                 place = locate(model_name, str(file or WEIGHTS_FILE), cache_dir=kwargs.get("cache_dir"))
-                read_weights(place)
+                weights = read_weights(place)
             model = timm.create_model(name, pretrained=pretrained and by_timm, **{**described, **kwargs})
             if pretrained and not by_timm:
-                load_encoder(model, place)
+                load_read(model, weights, place)
     except WeightsError as error:
         title, *keys = str(error.__cause__).splitlines() or [""]
         if not title.startswith("Error(s) in loading state_dict"):

@@ -166,7 +166,7 @@ def transformers_model(config: Path) -> tuple[str, dict[str, Any]] | None:
     None for that of another library, or where there is no such file. A `WeightsError` names a value that fits no encoder, or
     the kind of a model that is not known.
     """
-    content = read_json(config) if config.is_file() else {}
+    content = read_json(config, optional=True)
     kind = content.get("model_type")
     if kind is None or "architecture" in content:
         return None

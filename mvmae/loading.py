@@ -65,19 +65,22 @@ def load_encoder(
     """
     if not any(kind.__module__.startswith("timm.models.") for kind in type(encoder).__mro__):
         raise TypeError(f"the encoder must be a model of timm, got {type(encoder).__name__}: give the model in it")
-    weights, place = _read(source, WEIGHTS_FILE, revision)
+    load_read(encoder, *_read(source, WEIGHTS_FILE, revision), size=size)
+
+
+def load_read(encoder: nn.Module, weights: Mapping[str, Tensor], place: Path, *, size: tuple[int, int] | None = None) -> None:
+    """Do as `load_encoder` with weights that `read_weights` has read from the file ``place``."""
     encoder.load_state_dict(_encoder_weights(weights, encoder, place, size or _size_beside(place)))
     _record_inputs(encoder, weights, place)
 
 
 def _record_inputs(encoder: nn.Module, weights: Mapping[str, Tensor], place: Path) -> None:
     """Record mean and deviation of a family of checkpoints, unless an export or the encoder has a record of its own."""
-    described = read_json(place.with_name(CONFIG_FILE)) if place.with_name(CONFIG_FILE).is_file() else {}
+    described = read_json(place.with_name(CONFIG_FILE), optional=True)
     if {"architecture", INPUTS} & described.keys():
         return
     name, family = family_of(weights)
-    beside = place.with_name("preprocessor_config.json")  # of transformers
-    content = read_json(beside) if beside.is_file() else {}
+    content = read_json(place.with_name("preprocessor_config.json"), optional=True)  # of transformers
     mean_std = (content["image_mean"], content["image_std"]) if "image_mean" in content else family.mean_std
     recorded = isinstance(getattr(encoder, INPUTS, None), Inputs)
     cfg: Any = getattr(encoder, "pretrained_cfg", None) or {}
@@ -138,7 +141,7 @@ def _read(source: str | Path | Mapping[str, Tensor], filename: str, revision: st
     if not path.is_file():
         if filename == PRETRAINING_FILE:
             config = Path(str(source).removeprefix("local-dir:"), CONFIG_FILE)
-            of_transformers = config.is_file() and "model_type" in read_json(config)
+            of_transformers = "model_type" in read_json(config, optional=True)
             filename = WEIGHTS_FILE if of_transformers else in_export(source, filename)
         path = locate(source, filename, revision=revision)
     return read_weights(path), path
@@ -150,7 +153,7 @@ def _size_beside(place: Path) -> tuple[int, int] | None:
     if pretraining.is_file():
         size = read_json(pretraining).get("encoder", {}).get("model_args", {}).get("img_size")
     else:
-        config = read_json(place.with_name(CONFIG_FILE)) if place.with_name(CONFIG_FILE).is_file() else {}
+        config = read_json(place.with_name(CONFIG_FILE), optional=True)
         size = (config.get(INPUTS) or {}).get("size") or config.get("pretrained_cfg", config).get("input_size", [None])[1:]
         size = size or config.get("image_size")  # of transformers
     return to_2tuple(size) if size else None

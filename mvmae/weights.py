@@ -134,8 +134,10 @@ def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object, or raise a `WeightsError`."""
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Read a JSON file that holds one object, or raise a `WeightsError`; an optional one that is not there holds nothing."""
+    if optional and not path.is_file():
+        return {}
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -24,7 +24,18 @@ from engine.log import CLOCK, Log
 from engine.optim import set_learning_rate
 from engine.options import REQUIRED, RunConfig, changeable, option
 from engine.signals import Signals, Stop
-from mvmae.data import FORMATS, MAX_PIXELS, FileSource, StepSampler, colour, make_loader, open_image, open_images, sample_seed
+from mvmae.data import (
+    FORMATS,
+    MAX_PIXELS,
+    FileSource,
+    StepSampler,
+    make_loader,
+    open_image,
+    open_images,
+    pixel_options,
+    read_pixels,
+    sample_seed,
+)
 from mvmae.dense import WindowedViT
 from mvmae.inputs import INPUTS, Inputs, set_inputs
 from mvmae.patches import sincos_table
@@ -117,7 +128,7 @@ def build_trunk(
     trunk = WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options)
 
     file = Path(config.output_dir) / "config.json"
-    saved = read_json(file) if config.evaluate and file.is_file() else {}
+    saved = read_json(file, optional=True) if config.evaluate else {}
     if INPUTS in saved:
         set_inputs(vit, Inputs.from_config(saved))
     source = open_images(images if images.is_dir() else images.parent)  # file_name of COCO may begin at the data's folder
@@ -228,8 +239,7 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
 
 def read_image(path: str, inputs: Inputs, size: Sequence[float], source: str | Path) -> Tensor:
     """Read an image upright by EXIF, as labelling tools show it: (C, H, W) uint8, of the size that ``source`` says."""
-    opened = open_image(path, channels=len(inputs.mean), max_pixels=inputs.max_pixels or MAX_PIXELS)
-    pixels = opened.upright(opened.decode(value_range=inputs.value_range, background=colour(inputs.background)))
+    pixels = read_pixels(path, **pixel_options(inputs))
     require_size(path, pixels.shape[:2], size, source)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 

@@ -85,7 +85,6 @@ class TrainTransform:
     def __init__(self, model: nn.Module, **augmentation: Any) -> None:
         inputs = inputs_of(model)
         options, channels = pixel_options(inputs), len(inputs.mean)
-        self.shape = (4, channels, *inputs.size)  # bytes
         self.of_arrays = channels not in (1, 3)
         if self.of_arrays:
             if augmentation.get("auto_augment"):
@@ -97,7 +96,7 @@ class TrainTransform:
             return
         self.read: Callable[[ImageLike], Image.Image] = partial(to_pil, **options)
         changes = {"interpolation": "bicubic", "mean": inputs.mean, "std": inputs.std, "color_jitter": None, **augmentation}
-        self.transform = timm.data.create_transform(self.shape[1:], is_training=True, **changes)
+        self.transform = timm.data.create_transform((channels, *inputs.size), is_training=True, **changes)
         for step in self.transform.transforms:
             for op in getattr(step, "ops", []):
                 if op.aug_fn is posterize:  # asks for 0 bits at times, which Pillow 13 refuses

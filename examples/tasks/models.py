@@ -15,13 +15,14 @@ from typing import Any
 import timm
 import torch
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 
 import mvmae
 from engine.signals import Stop
 from mvmae import WeightsError, hub
 from mvmae.encoders import arguments_of, known_arguments
 from mvmae.inputs import INPUTS, Inputs, inputs_of, set_inputs
+from mvmae.loading import load_read
 from mvmae.masked_vit import check_encoder
 from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json, read_weights
 
@@ -41,13 +42,12 @@ def load_backbone(name: str, *, arch: str = "", image_size: Sequence[int] = (), 
         known = known_arguments(create_encoder(architecture))
     options |= {"img_size": (image_size[0], image_size[-1])} if image_size else {}
     options, pretrained = {key: value for key, value in options.items() if key in known}, wanted == name
-    if file is not None and architecture == arch:
-        options = arguments_of(arch, read_weights(file)) | options
-    model = create_encoder(architecture, pretrained=pretrained and file is None, num_classes=0, **options)
+    weights, said = _read_named(file, architecture, arch)
+    model = create_encoder(architecture, pretrained=pretrained and file is None, num_classes=0, **{**said, **options})
     if getattr(getattr(model, "patch_embed", None), "num_patches", 1) == 0:
         raise Stop(f"images of {options.get('img_size')} pixels are smaller than a patch of {wanted}: use more")
     if pretrained and file is not None:
-        hub.load_encoder(model, file)
+        load_read(model, weights or read_weights(file), file)
     if INPUTS in (config := _config_beside(wanted, arch)):
         set_inputs(model, Inputs.from_config(config))
     return model
@@ -75,13 +75,20 @@ def start_encoder(
         options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
     architecture, file = find_weights(name, arch)
     check_plain(name, arch)  # before a download, and before arguments that only a plain ViT takes
-    if file is not None and architecture == arch:
-        said = arguments_of(arch, read_weights(file))
-        options |= {key: value for key, value in said.items() if key not in timm_arguments(arguments)}
+    weights, said = _read_named(file, architecture, arch)
+    options |= {key: value for key, value in said.items() if key not in timm_arguments(arguments)}
     encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
     if pretrained and file is not None:
-        hub.load_encoder(encoder, file)
+        load_read(encoder, weights or read_weights(file), file)
     return encoder
+
+
+def _read_named(file: Path | None, architecture: str, arch: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of the architecture that the user named: its weights, and the arguments for timm that they say."""
+    if file is None or architecture != arch:
+        return {}, {}
+    weights = read_weights(file)
+    return weights, arguments_of(arch, weights)
 
 
 def check_plain(name: str, arch: str = "") -> None:
@@ -143,7 +150,7 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
 
 
 def _is_export(folder: Path) -> bool:
-    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    config = read_json(folder / CONFIG_FILE, optional=True)
     return "architecture" in config or "model_type" in config  # timm's, or transformers'
 
 
@@ -201,8 +208,7 @@ def describe_start(start: Mapping[str, str]) -> str:
 def _config_beside(name: str, arch: str) -> dict[str, Any]:
     """Read the config.json that lies beside a model's weights; empty where none does."""
     file = locate(name, CONFIG_FILE) if name.startswith("hf-hub:") else find_weights(name, arch)[1]
-    described = file and file.with_name(CONFIG_FILE)
-    return read_json(described) if described and described.is_file() else {}
+    return read_json(file.with_name(CONFIG_FILE), optional=True) if file else {}
 
 
 def _texts(content: Any) -> dict[str, str]:

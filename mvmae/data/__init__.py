@@ -11,8 +11,8 @@ from .augment import ColorJitter as ColorJitter
 from .decode import MAX_PIXELS as MAX_PIXELS
 from .decode import ImageError as ImageError
 from .decode import ImageLike as ImageLike
-from .decode import colour as colour
 from .decode import open_image as open_image
+from .decode import read_pixels as read_pixels
 from .decode import to_pil as to_pil
 from .features import Embedded as Embedded
 from .features import EvalTransform as EvalTransform
@@ -29,6 +29,7 @@ from .loader import make_loader as make_loader
 from .open import DATA_FORMATS as DATA_FORMATS
 from .open import is_stream as is_stream
 from .open import open_images as open_images
+from .pixels import colour as colour
 from .ranges import decide_range as decide_range
 from .sampling import Batch as Batch
 from .sampling import DataError as DataError

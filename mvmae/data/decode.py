@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .formats import is_sixteen_bits, pillow_open, range_of, read_bands, sixteen_bits
-from .pixels import WHITE, Colour, Pixels, Range, channels_last, pillow_pixels, to_uint8, with_channels
+from .pixels import WHITE, Colour, Pixels, Range, channels_last, colour, pillow_pixels, to_uint8, with_channels
 
 try:
     import simplejpeg
@@ -206,31 +206,23 @@ def open_image(source: ImageLike, *, channels: int = 3, name: str | None = None,
     return opened
 
 
-def to_pil(
+def read_pixels(
     image: ImageLike,
     *,
     in_chans: int = 3,
     background: str = "white",
     value_range: Range | None = None,
     max_pixels: int = MAX_PIXELS,
-) -> Image.Image:
-    """Decode an image upright, to a Pillow image for timm's and torchvision's transforms; options of `MultiViewTransform`."""
+) -> Pixels:
+    """Decode an image upright: (H, W, C) as seen. The options are those of `MultiViewTransform`."""
     opened = open_image(image, channels=in_chans, max_pixels=max_pixels)
-    pixels = opened.upright(opened.decode(background=colour(background), value_range=value_range))
-    return Image.fromarray(pixels if in_chans > 1 else pixels[..., 0])
+    return opened.upright(opened.decode(background=colour(background), value_range=value_range))
 
 
-def colour(name: str) -> Colour:
-    """Return red, green and blue, 0 to 255, of a colour in CSS notation: `white`, `#808080`, `rgb(10, 20, 30)`.
-
-    Raises:
-        ValueError: No such colour.
-    """
-    try:
-        red, green, blue = ImageColor.getcolor(name, "RGB")  # type: ignore[misc]
-    except ValueError as error:
-        raise ValueError(f"background must be a colour such as white or #808080, got {name!r}") from error
-    return red, green, blue
+def to_pil(image: ImageLike, **options: Any) -> Image.Image:
+    """Decode an image by `read_pixels`, to a Pillow image for timm's and torchvision's transforms."""
+    pixels = read_pixels(image, **options)
+    return Image.fromarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
 
 
 @contextmanager

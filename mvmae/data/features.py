@@ -80,7 +80,7 @@ class Embedded(NamedTuple):
 
 
 def pixel_options(inputs: Inputs) -> dict[str, Any]:
-    """Return a record of inputs as options of `MultiViewTransform` and `CentreCropTransform`."""
+    """Return a record of inputs as options of `read_pixels`, `MultiViewTransform` and `CentreCropTransform`."""
     options = {"in_chans": len(inputs.mean), "background": inputs.background, "value_range": inputs.value_range}
     return options | {"max_pixels": inputs.max_pixels or MAX_PIXELS}
 
@@ -97,7 +97,7 @@ class EvalTransform:
     """
 
     def __init__(self, model: nn.Module, image_size: int | tuple[int, int] = 0, **changes: Any) -> None:
-        inputs = self.inputs = inputs_of(model, **changes, size=to_2tuple(image_size) if image_size else None)
+        inputs = inputs_of(model, **changes, size=to_2tuple(image_size) if image_size else None)
         options, cfg = pixel_options(inputs), timm.data.resolve_model_data_config(model)
         channels = options["in_chans"]
         self._read: Callable[[ImageLike], Any]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from .sampling import Bad, Batch, DataError, Sample
 
 TIMEOUT, TURN = 300, 5
-"""Seconds to wait for a batch of a loading process before an error."""
+"""Seconds to wait for a batch of a loading process before an error, and in a turn, at whose end a dead process is seen."""
 _SMALLER = "use fewer workers or a smaller batch"
 _CURES = {  # words of an error -> what it means and what to do
     "Too many open files": "too many files are open: raise `ulimit -n`, or use fewer workers",
@@ -95,7 +95,7 @@ class Loader(DataLoader[Any]):
                     batch = next(batches)
                 except StopIteration:
                     return
-                except RuntimeError as error:  # torch sees that a worker is dead only at the end of its own timeout
+                except RuntimeError as error:
                     waited += TURN
                     if "DataLoader timed out" in str(error) and waited < TIMEOUT:
                         continue

@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageColor
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Colour: TypeAlias = tuple[int, int, int]
@@ -128,3 +128,16 @@ def _blend(pixels: Pixels, background: Colour) -> Pixels:
     for channel, value in enumerate(under):
         blended[..., channel] = (pixels[..., channel] * alpha + value * (255 - alpha) + 127) // 255
     return blended
+
+
+def colour(name: str) -> Colour:
+    """Return red, green and blue, 0 to 255, of a colour in CSS notation: `white`, `#808080`, `rgb(10, 20, 30)`.
+
+    Raises:
+        ValueError: No such colour.
+    """
+    try:
+        red, green, blue = ImageColor.getcolor(name, "RGB")  # type: ignore[misc]
+    except ValueError as error:
+        raise ValueError(f"background must be a colour such as white or #808080, got {name!r}") from error
+    return red, green, blue

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decode import MAX_PIXELS, ImageLike, OpenedImage, colour, open_image
-from .pixels import Pixels, Range
+from .decode import MAX_PIXELS, ImageLike, OpenedImage, open_image
+from .pixels import Pixels, Range, colour
 
 DECODERS = ("fast", "pillow")
 
