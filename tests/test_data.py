@@ -1,6 +1,8 @@
 """Loading: the same samples whatever the workers, the start and the processes; every trouble in one line."""
 
+import gc
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
@@ -238,6 +240,14 @@ def fill_shared_memory():
     torch.Tensor.share_memory_ = full
 
 
+def die_with_the_lock_that_workers_share():
+    """As a worker that is killed within ``Event.is_set``."""
+    for event in gc.get_objects():
+        if type(event) is multiprocessing.synchronize.Event:
+            event._cond.acquire(False)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def at_seven(fault, index):
     if index == 7:
         fault()
@@ -251,8 +261,9 @@ def at_seven(fault, index):
         (limit_files, "a batch is larger than a file may be: raise `ulimit -f`, or use fewer workers.*File too large"),
         (fill_shared_memory, "shared memory is full: use fewer workers.*--shm-size.*No space left on device"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), r"a loading worker died \(out of memory\?\)"),
+        (die_with_the_lock_that_workers_share, r"a loading worker died \(out of memory\?\)"),
     ],
-    ids=["ulimit", "shared memory", "killed"],
+    ids=["ulimit", "shared memory", "killed", "killed with a lock"],
 )
 def test_a_dead_worker_and_memory_that_is_full_are_one_line_with_the_cure(fault, message, plain):
     batches = loader(Arrays(hook=partial(at_seven, fault)), num_workers=2, collate=list if plain else None)

@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .sampling import Bad, Batch, DataError, Sample
 
@@ -85,7 +86,6 @@ class Loader(DataLoader[Any]):
         """
         try:
             batches = super().__iter__()
-            _workers.update(getattr(batches, "_workers", []))
             if self.num_workers and threading.current_thread() is threading.main_thread() and os.name == "posix":
                 # torch's handler would raise the death of a worker wherever the main thread is, even within a step
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -110,6 +110,9 @@ class Loader(DataLoader[Any]):
                 raise
             raise DataError(reason) from error
 
+    def _get_iterator(self) -> Any:
+        return _Workers(self) if self.num_workers else super()._get_iterator()
+
     def _count(self, bad: Sequence[Bad]) -> None:
         for name, reason in bad:
             if name in self.bad:
@@ -126,6 +129,23 @@ class Loader(DataLoader[Any]):
             shown = "; ".join(f"{name!r}: {reason}" for name, reason in list(self.bad.items())[-3:])
             where = f", all in {self._bad_file}" if self._bad_file else ""
             raise DataError(f"{len(self.bad)} bad images, more than the {self._max_bad} allowed{where}. Last: {shown}")
+
+
+class _Workers(_MultiProcessingDataLoaderIter):
+    """Torch's loading processes, which are killed at the end: they hold nothing, and ignore signals.
+
+    Torch tells them the end by an event whose lock all share. One that is killed with the lock kept the run waiting for ever.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        super().__init__(loader)
+        self._workers_done_event: Any = threading.Event()  # of this process alone
+        _workers.update(self._workers)
+
+    def _shutdown_workers(self) -> None:
+        for worker in getattr(self, "_workers", []):
+            worker.kill()
+        super()._shutdown_workers()
 
 
 make_loader = Loader
