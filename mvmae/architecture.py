@@ -13,10 +13,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .encoders import TIMM_NAMES, SinCosVisionTransformer
+from .inputs import INPUTS, Inputs, set_inputs
 from .losses import NTXentLoss, ReconstructionLoss
 from .masked_vit import PlainViT, check_encoder
 from .projector import build_projector, describe_projector
 from .weights import (
+    CONFIG_FILE,
     WeightsError,
     building,
     check_sizes,
@@ -80,7 +82,9 @@ def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
                 f"the encoder's {key} is {ours.get(key)}, but {theirs.get(key)} where timm builds it from {description}: "
                 "build it by timm.create_model with arguments that JSON can hold"
             )
-    return description if plain else description | {key: list(cfg[key]) for key in ("mean", "std") if key in cfg}
+    record = getattr(vit, INPUTS, None)
+    read = {INPUTS: record.to_dict()} if record else {key: list(cfg[key]) for key in ("mean", "std") if key in cfg}
+    return description if plain else description | read
 
 
 def build_encoder(description: Mapping[str, Any]) -> nn.Module:
@@ -98,6 +102,8 @@ def build_encoder(description: Mapping[str, Any]) -> nn.Module:
         statistics = {key: tuple(description[key]) for key in ("mean", "std") if key in description}
         classes = description.get("num_classes", 0)
         model: nn.Module = timm.create_model(name, num_classes=classes, pretrained_cfg_overlay=statistics, **args)
+    if INPUTS in description:
+        set_inputs(model, Inputs.from_config(description))
     return model
 
 
@@ -214,12 +220,16 @@ def write_pretraining(folder: str | Path, description: Mapping[str, Any], weight
 
 def read_pretraining(source: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what `write_pretraining` wrote, from a folder or the Hub: description and weights, or raise a `WeightsError`."""
-    config = locate(source, in_export(source, PRETRAINING_CONFIG), revision=revision)
+    name = in_export(source, PRETRAINING_CONFIG)
+    config = locate(source, name, revision=revision)
     description = read_json(config)
     if description.get("format") != PRETRAINING_FORMAT:
         raise WeightsError(
             f"{config} must have the format {PRETRAINING_FORMAT}, got {description.get('format')!r}: upgrade mvmae"
         )
+    encoder = description.get("encoder")
+    if name != PRETRAINING_CONFIG and isinstance(encoder, dict) and INPUTS not in encoder:  # an older export
+        encoder[INPUTS] = Inputs.from_config(read_json(locate(source, CONFIG_FILE, revision=revision))).to_dict()
     path = locate(source, in_export(source, PRETRAINING_FILE), revision=revision)
     if sha256(path) != description.get("sha256"):
         raise WeightsError(f"{path} is not the file that {config.name} was written with (sha256 differs): get both again")

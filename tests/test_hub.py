@@ -24,6 +24,7 @@ import safetensors.torch
 import timm
 import torch
 from hub_server import Hub, Repo
+from PIL import Image
 from test_model import slow_positions
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -499,6 +500,32 @@ def test_how_images_are_read_is_one_record_of_the_export(tmp_path):
     for content in ({}, {"inputs": {"sise": 3}}, {"inputs": {**record.to_dict(), "std": [1]}}):
         with pytest.raises(WeightsError, match="does not say how images are read"):
             Inputs.from_config(content)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_model_that_is_loaded_and_exported_again_reads_images_as_before(older, tmp_path):
+    vit = timm.create_model("mvmae_vit_tiny_patch16", **TINY)
+    record = Inputs((32, 32), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 0.75, "#102030", (0.0, 4095.0), 10**6)
+    hub.export(mvmae.MultiViewMAE(vit, decoder_dim=16, decoder_depth=1, decoder_heads=2), tmp_path / "first", inputs=record)
+    file = tmp_path / "first/pretraining/pretraining.json"
+    description = json.loads(file.read_text())
+    if older:  # whose record is in config.json alone
+        del description["encoder"]["inputs"]
+        file.write_text(json.dumps(description))
+    loaded = mvmae.MultiViewMAE.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "saved")
+    hub.export(mvmae.MultiViewMAE.from_pretrained(tmp_path / "saved"), tmp_path / "again")
+    first, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "again"))
+    assert Inputs.from_config(again) == record and again["inputs"] == first["inputs"]
+    assert again["pretrained_cfg"] == first["pretrained_cfg"]
+    (tmp_path / "images").mkdir()
+    for number in (1, 2):
+        deep = np.arange(4096, dtype=np.uint16).reshape(64, 64) // number
+        Image.fromarray(deep).save(tmp_path / f"images/{number}.png")
+    expected = mvmae.embed(tmp_path / "first", tmp_path / "images").features
+    assert expected.isfinite().all() and not torch.equal(expected[0], expected[1])
+    for model in (loaded.encoder, tmp_path / "again"):
+        assert torch.equal(mvmae.embed(model, tmp_path / "images").features, expected)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def export(
     config |= {key: value for key, value in about.items() if value}
     if whole:
         description = describe_pretraining(whole)
-        description["encoder"] |= {key: config["pretrained_cfg"][key] for key in ("mean", "std")}
+        description["encoder"] |= {INPUTS: config[INPUTS]}
         write_pretraining(folder / PRETRAINING_FOLDER, description, whole.state_dict())
     remove_onnx(folder)
     write_weights(folder / WEIGHTS_FILE, vit.state_dict())
