@@ -35,7 +35,7 @@ from tasks.config import Config as Config
 from tasks.config import build_model
 from tasks.evaluation import Evaluation
 from tasks.inputs import describe_inputs, read_inputs
-from tasks.models import describe_start, starting_weights
+from tasks.models import check_plain, describe_start, starting_weights
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     build_evaluation,
@@ -104,6 +104,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     device = ranks.device
 
     # data and model
+    check_plain(config.encoder, config.arch)  # before the data, which can take minutes to read
     config = without_colour(config)
     images = open_data(config)
     model = build_model(config, device).train()

@@ -170,8 +170,7 @@ def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, 
     stem, narrow = (len(conv) if (conv := weights.get("conv1.weight")) is not None else 0 for weights in (own, expected))
     if stem > narrow > 0:
         raise WeightsError(
-            f"the checkpoint's ResNet has a stem of {stem} channels, as SimCLR's of width 2 and 4, the model of {narrow}: timm "
-            "has no wider one, take the file of width 1"
+            f"the checkpoint's ResNet has a stem of {stem} channels, the model of {narrow}: build simclr_resnet50x{stem // 64}"
         )
     own = _as_model_has_them(own, expected)
     of_vit = isinstance(model, VisionTransformer | Eva | Beit)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models.resnet import Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -84,7 +85,20 @@ CFG = {
 }
 UNTRAINED = {f"{name}.untrained": CFG for name in TIMM_NAMES if name not in {tagged.partition(".")[0] for tagged in SHIPPED}}
 WITH_WEIGHTS = {name: CFG | {"file": str(PRETRAINED / f"{name}.safetensors"), "input_size": (3, 64, 64)} for name in SHIPPED}
-default_cfgs = generate_default_cfgs(UNTRAINED | WITH_WEIGHTS)
+SIMCLR = {
+    **{key: CFG[key] for key in ("url", "interpolation", "crop_pct")},
+    "input_size": (3, 224, 224),
+    "num_classes": 1000,
+    "pool_size": (7, 7),
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+    "first_conv": "conv1",
+    "classifier": "fc",
+    "paper_name": "A Simple Framework for Contrastive Learning of Visual Representations",
+    "origin_url": "https://github.com/google-research/simclr",
+}
+OTHERS = {f"simclr_resnet50x{width}": SIMCLR for width in (1, 2, 4)}
+default_cfgs = generate_default_cfgs(UNTRAINED | WITH_WEIGHTS | OTHERS)
 
 
 def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> nn.Module:
@@ -208,6 +222,46 @@ def mvmae_vit_micro_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Mod
     model: Any = _create_encoder("mvmae_vit_micro_patch8_64", pretrained, {**sizes, **kwargs})
     model._model_args = {**sizes, **getattr(model, "_model_args", {})}  # which are not those of the name that it is exported by
     return model  # type: ignore[no-any-return]
+
+
+class SimCLRResNet(ResNet):  # type: ignore[misc]
+    """timm's ResNet-50 with all channels times ``width``, the stem's too, where timm's always has 64 (Chen et al., 2020)."""
+
+    def __init__(self, *, width: int, layers: tuple[int, ...] = (3, 4, 6, 3), **kwargs: Any) -> None:
+        super().__init__(Bottleneck, layers, channels=tuple(width * planes for planes in (64, 128, 256, 512)), **kwargs)
+        stem, block, place = 64 * width, self.layer1[0], {key: kwargs.get(key) for key in ("device", "dtype")}
+        self.conv1 = nn.Conv2d(self.in_chans, stem, kernel_size=7, stride=2, padding=3, bias=False, **place)
+        self.bn1 = nn.BatchNorm2d(stem, **place)
+        block.conv1 = nn.Conv2d(stem, block.conv1.out_channels, kernel_size=1, bias=False, **place)
+        block.downsample[0] = nn.Conv2d(stem, block.downsample[0].out_channels, kernel_size=1, bias=False, **place)
+        self.feature_info[0]["num_chs"] = stem
+        self.init_weights()
+
+
+def _create_simclr(width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    name = f"simclr_resnet50x{width}"
+    model: nn.Module = build_model_with_cfg(
+        SimCLRResNet, name, pretrained, pretrained_filter_fn=checkpoint_filter, width=width, **kwargs
+    )
+    return model
+
+
+@register_model
+def simclr_resnet50x1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SimCLR's ResNet-50, with images that are not normalised: 23.5 M parameters, 2048 features."""
+    return _create_simclr(1, pretrained, kwargs)
+
+
+@register_model
+def simclr_resnet50x2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SimCLR's ResNet-50 of twice the width, with images that are not normalised: 93.9 M parameters, 4096 features."""
+    return _create_simclr(2, pretrained, kwargs)
+
+
+@register_model
+def simclr_resnet50x4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SimCLR's ResNet-50 of four times the width, with images that are not normalised: 375 M parameters, 8192 features."""
+    return _create_simclr(4, pretrained, kwargs)
 
 
 def arguments_of(model_name: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:

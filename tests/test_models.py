@@ -122,9 +122,10 @@ def test_another_model_keeps_its_way_of_pooling(name):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
-@pytest.mark.parametrize("name", ["vit", "convnext_atto"])
+@pytest.mark.parametrize("name", ["vit", "convnext_atto", "simclr_resnet50x2"])
 def test_a_classifier_is_written_with_head_and_class_names(tmp_path, tiny_vit, name):
-    model = tiny_vit() if name == "vit" else timm.create_model(name, num_classes=0)
+    sizes = {"layers": (1, 1, 1, 1)} if "resnet" in name else {}
+    model = tiny_vit() if name == "vit" else timm.create_model(name, num_classes=0, **sizes)
     add_head(model, 3, std=0.1)
     save_classifier(model, tmp_path / "out", ("cat", "dog", "eel"), {})
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
-from running import EXAMPLES
+from running import EXAMPLES, run_script
 from test_hub import mae_positions
 from torch import Tensor, nn
 
@@ -148,6 +149,43 @@ def resnet(*prefixes: str, mean: tuple[float, ...] = IMAGENET, said: str = "") -
     both |= under(prefixes[0] if prefixes else "", {"fc.weight": torch.randn(10, 512), "fc.bias": torch.randn(10)})
     children = list(model.children())[:-2]
     return Peer({"state_dict": both}, nn.Sequential(*children), mean, "resnet18", {}, said)
+
+
+def simclr(width: int) -> Peer:
+    """Google's ResNet-50 with all channels times ``width`` and one block a stage, by torch's functions alone."""
+    draw, weights = torch.Generator().manual_seed(width), dict[str, Tensor]()
+
+    def add(conv: str, norm: str, rows: int, columns: int, side: int) -> None:
+        weights[f"{conv}.weight"] = torch.randn(rows, columns, side, side, generator=draw) / side / columns**0.5
+        for name, least in (("weight", 0.5), ("bias", -0.2), ("running_mean", -0.2), ("running_var", 0.5)):
+            weights[f"{norm}.{name}"] = least + torch.rand(rows, generator=draw)
+
+    def run(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
+        kernel = weights[f"{conv}.weight"]
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[3] // 2)
+        return F.batch_norm(x, *(weights[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")))
+
+    def tokens(x: Tensor) -> Tensor:
+        x = F.max_pool2d(run(x, "conv1", "bn1", 2).relu(), 3, 2, 1)
+        for block in (f"layer{stage}.0" for stage in (1, 2, 3, 4)):
+            stride = 1 if block == "layer1.0" else 2
+            inner = run(x, f"{block}.conv1", f"{block}.bn1").relu()
+            inner = run(inner, f"{block}.conv2", f"{block}.bn2", stride).relu()
+            inner = run(inner, f"{block}.conv3", f"{block}.bn3")
+            x = (inner + run(x, f"{block}.downsample.0", f"{block}.downsample.1", stride)).relu()
+        return x
+
+    given = 64 * width
+    add("conv1", "bn1", given, 3, 7)
+    for stage in (1, 2, 3, 4):
+        block, planes = f"layer{stage}.0", 32 * width * 2**stage
+        for number, shape in enumerate(((planes, given, 1), (planes, planes, 3), (4 * planes, planes, 1)), 1):
+            add(f"{block}.conv{number}", f"{block}.bn{number}", *shape)
+        add(f"{block}.downsample.0", f"{block}.downsample.1", 4 * planes, given, 1)
+        given = 4 * planes
+    head = {"fc.weight": torch.randn(10, given), "fc.bias": torch.randn(10)}
+    arch, size = f"simclr_resnet50x{width}", {"layers": (1, 1, 1, 1)}
+    return Peer({"state_dict": {**weights, **head}}, tokens, (0.0, 0.0, 0.0), arch, size)
 
 
 def beit(
@@ -313,7 +351,10 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "MoCo v3": moco,
     "MoCo v3 ViT-S, linear probe": moco_small,
     "MoCo v3 ResNet": moco_resnet,
-    "SimCLR 1x": resnet,
+    "torchvision's ResNet": resnet,
+    "SimCLR 1x": lambda: simclr(1),
+    "SimCLR 2x": lambda: simclr(2),
+    "SimCLR 4x": lambda: simclr(4),
     "BEiT": lambda: beit(more=PRETRAINED, said="mean patch token"),
     "BEiT v2": lambda: beit("module", more={**PRETRAINED, "cls_pt_layers.0.attn.q_bias": torch.randn(48)}),
     "BEiT, fine-tuned": lambda: beit(shared=False, more=HEAD, global_pool="avg"),
@@ -364,7 +405,11 @@ def difference(model: Any, peer: Peer, images: Tensor | None = None) -> float:
 def test_a_peer_s_file_gives_its_own_tokens_mean_and_vector(name, tmp_path):
     peer = PEERS[name]()
     file = save(peer, tmp_path / "file.pth")
-    size = peer.size if "img_size" in peer.size or peer.arch.startswith(("res", "convnext")) else {"img_size": 32, **peer.size}
+    size = (
+        peer.size
+        if "img_size" in peer.size or peer.arch.startswith(("res", "simclr", "convnext"))
+        else {"img_size": 32, **peer.size}
+    )
     loaded: Any = load_backbone(str(file), arch=peer.arch, **size)
     created: Any = mvmae.create_model(
         peer.arch, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **{"num_classes": 0, **size}
@@ -466,7 +511,7 @@ def test_the_weights_of_another_family_are_refused():
         ("Swin", VIT),
         ("MAE", "beit_base_patch16_224"),
         ("BEiT", VIT),
-        ("SimCLR 1x", VIT),
+        ("torchvision's ResNet", VIT),
         ("DINO", "resnet18"),
     ):
         model = vit(arch) if "16" in arch else timm.create_model(arch)
@@ -482,7 +527,7 @@ def test_heads_biases_and_widths_that_a_model_has_no_place_for_are_refused():
     with pytest.raises(WeightsError, match=r"blocks\.0\.attn\.qkv\.bias is not zero, and the model has no place [^\n]*qkvb$"):
         hub.load_encoder(vit("vit_small_patch16_dinov3"), dinov3(True).content)
     wide = {"conv1.weight": torch.zeros(128, 3, 7, 7), "bn1.weight": torch.zeros(128)}
-    with pytest.raises(WeightsError, match="stem of 128 channels"):
+    with pytest.raises(WeightsError, match=r"stem of 128 channels, .*: build simclr_resnet50x2$"):
         hub.load_encoder(timm.create_model("resnet50"), wide)
 
 
@@ -514,8 +559,23 @@ def test_a_pickle_of_another_class_is_still_refused(tmp_path):
         hub.load_encoder(vit(), save(peer, tmp_path / "file.pth"))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "beit_base_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_scripts_for_plain_vits_refuse_others_before_any_data_is_read(arch):
-    for start in (start_encoder, check_plain):  # of adapt.py; of detect.py and segment.py
-        with pytest.raises(TypeError, match=r"^the encoder must be a timm VisionTransformer or Eva, got [^\n]*$"):
-            start(arch)
+@pytest.mark.parametrize("arch", ["resnet18", "simclr_resnet50x2", "beit_base_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_scripts_for_plain_vits_refuse_others_before_any_data_is_read(arch, tmp_path):
+    with pytest.raises(TypeError, match=r"^the encoder must be a timm VisionTransformer or Eva, got [^\n]*$"):
+        check_plain(arch)  # of adapt.py, detect.py and segment.py
+    if arch == "resnet18":
+        done = run_script("adapt.py", "--encoder", arch, "--data", "nowhere", folder=tmp_path)
+        assert done.code == 2 and "got ResNet" in done.err and done.err.count("\n") == 1
+
+
+ADAPTED = ["MAE", "MAE with its decoder", "DINO", "MoCo v3", "DINOv2", "DINOv2 with registers", "CAE", "I-JEPA", "DINOv3"]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+@torch.no_grad()
+def test_adapting_starts_from_the_tokens_of_a_peer_that_is_a_plain_vit(name, tmp_path):
+    peer = PEERS[name]()
+    file = save(peer, tmp_path / "file.pth")
+    arguments = " ".join(f"{key}={value!r}" for key, value in peer.size.items())
+    encoder = start_encoder(str(file), arguments, pretrained=True, arch=peer.arch, image_size=(32,))
+    assert difference(encoder, peer) < 2e-5 and inputs_of(encoder).mean == pytest.approx(peer.mean)

@@ -74,7 +74,6 @@ def start_encoder(
     if image_size:
         options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)
     architecture, file = find_weights(name, arch)
-    check_plain(name, arch)  # before a download, and before arguments that only a plain ViT takes
     weights, said = _read_named(file, architecture, arch)
     options |= {key: value for key, value in said.items() if key not in timm_arguments(arguments)}
     encoder = create_encoder(architecture, arguments, pretrained=pretrained and file is None, **options)
