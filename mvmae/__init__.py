@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .accumulation import Losses as Losses
 from .accumulation import backward_in_parts as backward_in_parts
 from .decoder import MAEDecoder as MAEDecoder
-from .encoders import create_model as create_model
+from .loading import create_model as create_model
 from .losses import NTXentLoss as NTXentLoss
 from .losses import ReconstructionLoss as ReconstructionLoss
 from .masked_vit import encode_visible as encode_visible

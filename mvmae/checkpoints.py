@@ -27,23 +27,18 @@ _logger = logging.getLogger(__name__)
 PROJ = "patch_embed.proj.weight"
 
 
-def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint of any known layout under the names of `MultiViewMAE`.
+def pretraining_names(weights: Mapping[str, Tensor], encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint of any known layout under the names of `MultiViewMAE`, with such an encoder.
 
     The encoder's begin with ``encoder.``, whatever stood before them. Those of MAE's decoder become ``decoder.*``, its fixed
-    positions ``decoder.pos_embed``. What stands beside a prefix is left out.
-
-    Raises:
-        WeightsError: if there are several encoders, adapters that are not merged, or a query, key or value is missing.
+    positions ``decoder.pos_embed``. A `WeightsError` names several encoders, or adapters that are not merged.
     """
     weights = _timm_names(weights)
-    prefix = _encoder_prefix(weights)
+    prefix = _encoder_prefix(weights, encoder)
     root = prefix.removesuffix("encoder.")
     with_decoder = any(name.startswith(f"{prefix}decoder") for name in weights)  # at the encoder's level, as in MAE's code
     found = {}
     for name, value in weights.items():
-        if not name.startswith(root):
-            continue
         short = name.removeprefix(prefix)
         if not name.startswith(prefix):
             short = name.removeprefix(root)
@@ -51,7 +46,8 @@ def pretraining_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             short = MAE_DECODER[part] + short.removeprefix(part)
         elif not short.startswith("decoder"):
             short = f"encoder.{short}"
-        found[short] = value
+        if name.startswith(root):
+            found[short] = value
     return found
 
 
@@ -128,18 +124,6 @@ def _renamed(weights: Mapping[str, Tensor], patterns: tuple[tuple[str, str], ...
     return renamed
 
 
-def _encoder_prefix(weights: Mapping[str, Any]) -> str:
-    """Return what stands before the names of the one encoder among the weights: ``encoder.``, nothing, or a framework's."""
-    found = [match[1] for name in weights if (match := re.fullmatch(r"(|.*\.)patch_embed\.proj\.weight", name))]
-    if known := [prefix for prefix in ("encoder.", "") if prefix in found]:
-        return known[0]
-    if len(found) > 1:
-        raise WeightsError(
-            f"the checkpoint must hold one encoder, got several under {', '.join(found)}: save the state dict of one of them"
-        )
-    return found[0] if found else "encoder." if any(name.startswith("encoder.") for name in weights) else ""
-
-
 def checkpoint_filter(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """Convert the weights of a checkpoint for timm's loader: `encoder_weights`, of images of the size that timm's cfg says."""
     height, width = model.pretrained_cfg["input_size"][1:]
@@ -149,18 +133,19 @@ def checkpoint_filter(state_dict: Mapping[str, Any], model: Any) -> dict[str, Te
 def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """Convert the weights of a checkpoint of any known layout to those of a model of timm.
 
-    Takes the encoder out of the checkpoint, resizes positions and patch projection to the model as timm does, and moves the
-    final norm where the model has it. Weights do not say whether their positions are of a square grid or of a rectangle:
-    where ``size``, the height and width of their images, does not either, they are taken for a square's.
+    Positions and patch projection are resized as timm does, and the final norm moves where the model has it. Without ``size``,
+    height and width of the checkpoint's images, its positions are taken for those of a square.
 
     Raises:
-        WeightsError: if weights of the encoder are missing, unexpected or of another shape, with their names: timm itself
-            would leave some of them random; or if the model has other heads than the encoder.
+        WeightsError: if weights are missing, unexpected or of another shape, with their names: timm itself would leave some of
+            them random; or if the model has other heads than the encoder.
     """
     for wrapper in ("model", "state_dict"):
         state_dict = state_dict.get(wrapper, state_dict)
     family, known = family_of(state_dict)
-    own, expected = _one_encoder(_timm_names(state_dict), model.state_dict()), model.state_dict()
+    weights, expected = _timm_names(state_dict), model.state_dict()
+    prefix = _encoder_prefix(weights, expected)
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     heads = known.heads.get(getattr(model, "embed_dim", 0))
     if heads and isinstance(model, VisionTransformer | Beit) and model.blocks[0].attn.num_heads != heads:
         raise WeightsError(
@@ -177,7 +162,7 @@ def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, 
     positions = own.pop("pos_embed", None) if of_vit else None
     module = next(m for c in type(model).__mro__ if (m := sys.modules[c.__module__]).__name__.startswith(("timm.", "torch.")))
     try:
-        weights: dict[str, Tensor] = getattr(module, "checkpoint_filter_fn", lambda own, _: own)(own, model)
+        weights = getattr(module, "checkpoint_filter_fn", lambda own, _: own)(own, model)
     except (RuntimeError, ValueError, LookupError, AttributeError) as error:
         raise WeightsError(f"the checkpoint's weights cannot be brought to the model's sizes ({first_line(error)})") from error
     if positions is not None:
@@ -209,8 +194,8 @@ def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, 
     return weights
 
 
-def _one_encoder(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under one prefix, without it: of those whose names cover most of a model, the first in `FIRST`.
+def _encoder_prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Return what stands before the names of an encoder: of the prefixes that cover most of a model, the first in `FIRST`.
 
     One that lacks a weight is not passed over for another, so that the missing name is seen. Several are logged.
     """
@@ -233,7 +218,7 @@ def _one_encoder(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     if others:
         left = ", ".join(others)
         _logger.warning("of the checkpoint's encoders %s is taken, %s left: to take another, save its state dict", taken, left)
-    return {name.removeprefix(taken): value for name, value in weights.items() if name.startswith(taken)}
+    return taken
 
 
 def _as_model_has_them(own: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,8 @@
 """The encoders under timm's names: importing this module registers ``mvmae_vit_*`` with timm."""
 
-import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -14,21 +11,9 @@ from timm.models.resnet import Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checkpoints import checkpoint_arguments, checkpoint_filter
-from .families import timm_model
+from .checkpoints import checkpoint_filter
 from .patches import sincos_table
-from .weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    WeightsError,
-    building,
-    check_sizes,
-    in_file,
-    locate,
-    read_json,
-    read_weights,
-    sha256,
-)
+from .weights import WEIGHTS_FILE, WeightsError, in_file, locate, read_weights, sha256
 
 TIMM_NAMES = {
     "mvmae_vit_tiny_patch16": "vit_tiny_patch16_224",
@@ -262,71 +247,3 @@ def simclr_resnet50x2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def simclr_resnet50x4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SimCLR's ResNet-50 of four times the width, with images that are not normalised: 375 M parameters, 8192 features."""
     return _create_simclr(4, pretrained, kwargs)
-
-
-def arguments_of(model_name: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the arguments of timm's model of this name that a checkpoint has beside it, such as its number of heads."""
-    with torch.device("meta"):
-        known = known_arguments(timm.create_model(model_name))
-    return {name: value for name, value in checkpoint_arguments(weights).items() if name in known}
-
-
-def known_arguments(model: nn.Module) -> set[str]:
-    """Return the names of the arguments with which a model of timm can be built."""
-    return {name for kind in type(model).__mro__ for name in inspect.signature(kind).parameters}
-
-
-def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a model of timm like ``timm.create_model``, which an error of a folder or a repository leaves with one line.
-
-    From a repository only safetensors are read; from a folder the files that timm would read, and of PyTorch's only tensors.
-
-    Args:
-        model_name: a name that timm knows, a folder (``local-dir:`` may stand before it) or ``hf-hub:owner/name``, of timm's
-            models or of one that transformers saved; of the folder of a run its ``encoder/``.
-        pretrained: whether to load weights; those of ``pretrained_cfg_overlay=dict(file=...)`` as `hub.load_encoder` does,
-            with the arguments that the file says.
-        kwargs: other arguments of ``timm.create_model``.
-
-    Raises:
-        WeightsError: if weights cannot be found, read or used.
-    """
-    from .loading import load_read  # which needs the names here
-
-    if (folder := Path(model_name.removeprefix("local-dir:"))).is_dir():
-        run = folder / "encoder"  # a run's own config.json holds its options
-        model_name = f"local-dir:{run if (run / CONFIG_FILE).is_file() else folder}"
-    file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
-    own_loader = model_name.startswith(("local-dir:", "hf-hub:", "mvmae_")) or {"features_only", "use_naflex"} & kwargs.keys()
-    if pretrained and file and not own_loader:
-        weights = read_weights(file)
-        model: nn.Module = timm.create_model(model_name, **{**arguments_of(model_name, weights), **kwargs})
-        load_read(model, weights, Path(file))
-        return model
-    if not model_name.startswith(("local-dir:", "hf-hub:")):
-        return timm.create_model(model_name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
-    try:
-        with building(f"{model_name} with {kwargs}" if kwargs else model_name):
-            path = locate(model_name, CONFIG_FILE, cache_dir=kwargs.get("cache_dir"))
-            config = read_json(path)
-            name, described = timm_model(model_name, path)
-            if not (described or isinstance(config.get("architecture"), str)):
-                raise WeightsError(f"{path}: architecture must be a str, got {config.get('architecture')!r:.80}: get it again")
-            cfg = config.get("pretrained_cfg", config)
-            sizes = {key: cfg.get(key) for key in ("num_classes", "input_size", "test_input_size", "min_input_size")}
-            check_sizes({"num_classes": config.get("num_classes"), **sizes, **config.get("model_args", {})}, path)
-            by_timm = not described or "pretrained_cfg_overlay" in described
-            if pretrained:  # whose damage timm would report as anything
-                file = cfg.get("hf_hub_filename") if model_name.startswith("hf-hub:") else None
-                place = locate(model_name, str(file or WEIGHTS_FILE), cache_dir=kwargs.get("cache_dir"))
-                weights = read_weights(place)
-            model = timm.create_model(name, pretrained=pretrained and by_timm, **{**described, **kwargs})
-            if pretrained and not by_timm:
-                load_read(model, weights, place)
-    except WeightsError as error:
-        title, *keys = str(error.__cause__).splitlines() or [""]
-        if not title.startswith("Error(s) in loading state_dict"):
-            raise
-        what = f"{keys[0].strip().rstrip('.')} ({len(keys)} such)"
-        raise WeightsError(f"{model_name} does not fit the model: {what}; is it a checkpoint of another model?") from error
-    return model

@@ -1,11 +1,13 @@
 """Load other people's weights into an encoder or a pretraining model: completely, or not at all."""
 
+import inspect
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
@@ -15,7 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .architecture import PRETRAINING_CONFIG, PRETRAINING_FILE, in_export
-from .checkpoints import encoder_weights, family_of, pretraining_names
+from .checkpoints import checkpoint_arguments, encoder_weights, family_of, pretraining_names
+from .families import timm_model
 from .inputs import INPUTS, Inputs, channels_of, inputs_of, set_inputs
 from .model import MultiViewMAE
 from .patches import sincos_table
@@ -23,6 +26,8 @@ from .weights import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     WeightsError,
+    building,
+    check_sizes,
     check_tensors,
     flat,
     in_file,
@@ -117,7 +122,7 @@ def load_pretraining(model: MultiViewMAE, source: str | Path | Mapping[str, Tens
     """
     weights, place = _read(source, PRETRAINING_FILE, revision)
     with in_file(place):
-        weights = pretraining_names(weights)
+        weights = pretraining_names(weights, model.encoder.state_dict())
         if not any(name.startswith("decoder.") for name in weights):
             names = ", ".join(list(weights)[:3])
             raise WeightsError(f"it must hold an encoder and a decoder, got {names}, ...: use load_encoder for an encoder")
@@ -181,3 +186,69 @@ def _are_fixed(positions: Tensor) -> bool:
     side = math.isqrt(positions.shape[1])
     table = F.pad(sincos_table(positions.shape[2], (side, side)), (0, 0, 1, 0)).to(positions)  # none for the class token
     return table.shape == positions.shape[1:] and torch.allclose(positions[0], table, atol=1e-4)
+
+
+def arguments_of(model_name: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of timm's model of this name that a checkpoint has beside it, such as its number of heads."""
+    with torch.device("meta"):
+        known = known_arguments(timm.create_model(model_name))
+    return {name: value for name, value in checkpoint_arguments(weights).items() if name in known}
+
+
+def known_arguments(model: nn.Module) -> set[str]:
+    """Return the names of the arguments with which a model of timm can be built."""
+    return {name for kind in type(model).__mro__ for name in inspect.signature(kind).parameters}
+
+
+def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a model of timm like ``timm.create_model``, which an error of a folder or a repository leaves with one line.
+
+    From a repository only safetensors are read; from a folder the files that timm would read, and of PyTorch's only tensors.
+
+    Args:
+        model_name: a name that timm knows, a folder (``local-dir:`` may stand before it) or ``hf-hub:owner/name``, of timm's
+            models or of one that transformers saved; of the folder of a run its ``encoder/``.
+        pretrained: whether to load weights; those of ``pretrained_cfg_overlay=dict(file=...)`` as `hub.load_encoder` does,
+            with the arguments that the file says.
+        kwargs: other arguments of ``timm.create_model``.
+
+    Raises:
+        WeightsError: if weights cannot be found, read or used.
+    """
+    if (folder := Path(model_name.removeprefix("local-dir:"))).is_dir():
+        run = folder / "encoder"  # a run's own config.json holds its options
+        model_name = f"local-dir:{run if (run / CONFIG_FILE).is_file() else folder}"
+    file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
+    own_loader = model_name.startswith(("local-dir:", "hf-hub:", "mvmae_")) or {"features_only", "use_naflex"} & kwargs.keys()
+    if pretrained and file and not own_loader:
+        weights = read_weights(file)
+        model: nn.Module = timm.create_model(model_name, **{**arguments_of(model_name, weights), **kwargs})
+        load_read(model, weights, Path(file))
+        return model
+    if not model_name.startswith(("local-dir:", "hf-hub:")):
+        return timm.create_model(model_name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
+    try:
+        with building(f"{model_name} with {kwargs}" if kwargs else model_name):
+            path = locate(model_name, CONFIG_FILE, cache_dir=kwargs.get("cache_dir"))
+            config = read_json(path)
+            name, described = timm_model(model_name, path)
+            if not (described or isinstance(config.get("architecture"), str)):
+                raise WeightsError(f"{path}: architecture must be a str, got {config.get('architecture')!r:.80}: get it again")
+            cfg = config.get("pretrained_cfg", config)
+            sizes = {key: cfg.get(key) for key in ("num_classes", "input_size", "test_input_size", "min_input_size")}
+            check_sizes({"num_classes": config.get("num_classes"), **sizes, **config.get("model_args", {})}, path)
+            by_timm = not described or "pretrained_cfg_overlay" in described
+            if pretrained:  # whose damage timm would report as anything
+                file = cfg.get("hf_hub_filename") if model_name.startswith("hf-hub:") else None
+                place = locate(model_name, str(file or WEIGHTS_FILE), cache_dir=kwargs.get("cache_dir"))
+                weights = read_weights(place)
+            model = timm.create_model(name, pretrained=pretrained and by_timm, **{**described, **kwargs})
+            if pretrained and not by_timm:
+                load_read(model, weights, place)
+    except WeightsError as error:
+        title, *keys = str(error.__cause__).splitlines() or [""]
+        if not title.startswith("Error(s) in loading state_dict"):
+            raise
+        what = f"{keys[0].strip().rstrip('.')} ({len(keys)} such)"
+        raise WeightsError(f"{model_name} does not fit the model: {what}; is it a checkpoint of another model?") from error
+    return model

@@ -25,31 +25,10 @@ def knn_accuracy(
     test_labels: Tensor,
     *,
     k: int = 20,
-    temperature: float | None = 0.07,
+    temperature: float = 0.07,
     chunk_size: int = 1024,
 ) -> float:
-    """Compute the share of queries whose nearest neighbours vote for the right label, (Q,) integers, in 0 to 1.
-
-    The other arguments are those of `knn_predict`.
-
-    Raises:
-        ValueError: as in `knn_predict`, or if features and labels differ in number.
-    """
-    _check_labels("test_labels", test_labels, test_features)
-    predicted = knn_predict(train_features, train_labels, test_features, k=k, temperature=temperature, chunk_size=chunk_size)
-    return float(as_double(predicted == test_labels.to(predicted.device)).mean())
-
-
-def knn_predict(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    *,
-    k: int = 20,
-    temperature: float | None = 0.07,
-    chunk_size: int = 1024,
-) -> Tensor:
-    """Predict for each query, (Q, D), the label for which its k nearest features vote, by cosine similarity: (Q,).
+    """Compute the share of queries, in 0 to 1, for whose label their k nearest features vote, by cosine similarity.
 
     A neighbour's vote weighs exp(similarity / temperature) (Wu et al., 2018, as used by DINO). The smallest label wins a tie.
 
@@ -57,34 +36,30 @@ def knn_predict(
         train_features: the bank, (N, D), of any length and on any device; it is copied to the queries' device in parts.
         train_labels: (N,) integers.
         test_features: the queries, (Q, D).
+        test_labels: (Q,) integers.
         k: neighbours that vote, 1 to N (DINO: 20).
-        temperature: temperature of a vote's weight, above 0; None gives every neighbour the same weight.
+        temperature: temperature of a vote's weight, above 0.
         chunk_size: queries at a time, compared with sixteen times as many features of the bank.
 
     Raises:
         ValueError: if shapes do not agree, k or temperature is out of range, or a feature is not finite.
     """
-    _check_features(train_features)
-    if test_features.ndim != 2 or test_features.shape[1] != train_features.shape[1]:
+    for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
+        _check(f"{name}_features", features, labels)
+    if not 1 <= k <= len(train_features) or not temperature > 0:
         raise ValueError(
-            "test_features and train_features must be (Q, D) and (N, D), "
-            f"got {tuple(test_features.shape)} and {tuple(train_features.shape)}"
+            f"k must be 1 to {len(train_features)}, the number of labelled features, and temperature above 0, got {k}, "
+            f"{temperature}"
         )
-    _check_labels("train_labels", train_labels, train_features)
-    if not 1 <= k <= len(train_features):
-        raise ValueError(f"k must be 1 to {len(train_features)}, the number of labelled features, got {k}")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature must be above 0, or None, got {temperature}")
     classes, labels = train_labels.to(test_features.device).unique(return_inverse=True)
-    predicted = [test_features.new_empty(0, dtype=torch.long)]
-    for queries in test_features.split(chunk_size):
+    right = 0
+    for queries, wanted in zip(test_features.split(chunk_size), test_labels.to(classes).split(chunk_size), strict=True):
         similarity, neighbours = _nearest(_unit(queries), train_features, k, 16 * chunk_size)  # (Q, k) each
         # the nearest one's weight is 1: ratios of votes stay, and no temperature is too low for exp
-        votes = torch.ones_like(similarity) if temperature is None else ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = ((similarity - similarity[:, :1]) / temperature).exp()
         total = votes.new_zeros(len(queries), len(classes)).scatter_add_(1, labels[neighbours], votes)
-        predicted.append(total.argmax(dim=1))
-    result: Tensor = classes[torch.cat(predicted)]
-    return result
+        right += int((classes[total.argmax(dim=1)] == wanted).sum())
+    return right / len(test_features)
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -105,8 +80,7 @@ def _nearest(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Te
 def view_retrieval(features: Tensor, *, chunk_size: int = 1024) -> float:
     """Compute the share of views whose nearest other view, by cosine similarity, is one of the same image, in 0 to 1.
 
-    It needs no labels: the k-NN accuracy, with k = 1, of telling images apart (Wu et al., 2018). N images that differ no more
-    than their views have about 1 / N. ``features`` are of Q >= 2 random views of each of N >= 2 images, (N, Q, D).
+    ``features`` are of Q >= 2 random views of each of N >= 2 images, (N, Q, D). Needs no labels (Wu et al., 2018).
 
     Raises:
         ValueError: if there are too few images or views, or a feature is not finite.
@@ -130,7 +104,7 @@ def effective_rank(features: Tensor, *, chunk_size: int = 65536) -> float:
     Raises:
         ValueError: if there is no feature, or one is not finite.
     """
-    _check_features(features)
+    _check("features", features)
     gram = as_double(features.new_zeros(features.shape[1], features.shape[1]))
     for part in map(as_double, features.split(chunk_size)):
         gram.addmm_(part.T, part)
@@ -149,7 +123,7 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
     Raises:
         ValueError: if there are fewer than two features.
     """
-    _check_features(features, at_least=2)
+    _check("features", features, at_least=2)
     features, parts = _unit(features), []
     for start in range(0, len(features), chunk_size):
         part, others = features[start : start + chunk_size], features[start:]
@@ -168,14 +142,11 @@ def variance_explained(features: Tensor, groups: Tensor) -> float:
     Raises:
         ValueError: if there are fewer than two features, they are all the same, or groups and features differ in number.
     """
-    _check_features(features, at_least=2)
-    _check_labels("groups", groups, features)
+    _check("features", features, groups, at_least=2)
     centred = as_double(_unit(features))
     centred = centred - centred.mean(dim=0)
     _, numbers, counts = groups.to(centred.device).unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(counts), centred.shape[1], dtype=centred.dtype, device=centred.device).index_add_(
-        0, numbers, centred
-    )
+    sums = centred.new_zeros(len(counts), centred.shape[1]).index_add_(0, numbers, centred)
     total = centred.square().sum()
     if not total > 0:
         raise ValueError("features must be finite and differ, got equal ones, or NaN or infinity: has the encoder collapsed?")
@@ -194,29 +165,15 @@ def collapse_warning(features: Tensor | float) -> str | None:
 
 
 def mean_cosine(before: Tensor, after: Tensor) -> float:
-    """Compute the mean cosine between features, (N, D), before and after: 1 where no direction has changed.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if before.shape != after.shape or before.ndim != 2:
-        raise ValueError(f"before and after must have the same shape (N, D), got {tuple(before.shape)}, {tuple(after.shape)}")
+    """Compute the mean cosine between features, (N, D) each, before and after: 1 where no direction has changed."""
     return float(F.cosine_similarity(as_double(before), as_double(after), dim=1).mean())
 
 
 def linear_cka(before: Tensor, after: Tensor) -> float:
-    """Compute how alike two sets of features, (N, D) and (N, E), tell images apart: linear CKA (Kornblith et al., 2019).
+    """Compute how alike two sets of features, (N, D) and (N, E), tell the same images apart (Kornblith et al., 2019).
 
-    Unlike `mean_cosine` it ignores rotations and a scale common to all features, which change neither k-NN nor a linear
-    probe. It is 1 for equal sets, and 0 where one has the same feature for all images.
-
-    Raises:
-        ValueError: if they are not of the same images.
+    Unlike `mean_cosine` it ignores rotations and a common scale. 1 for equal sets, 0 where one has the same feature for all.
     """
-    if before.ndim != 2 or after.ndim != 2 or len(before) != len(after):
-        raise ValueError(
-            f"before and after must be (N, D) and (N, E) of the same images, got {tuple(before.shape)} and {tuple(after.shape)}"
-        )
     x, y = (features - features.mean(dim=0) for features in map(as_double, (before, after)))
     norms = (x.T @ x).norm() * (y.T @ y).norm()
     return float((y.T @ x).square().sum() / norms) if norms > 0 else 0.0
@@ -231,11 +188,7 @@ def _unit(features: Tensor) -> Tensor:
     return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
 
 
-def _check_features(features: Tensor, at_least: int = 1) -> None:
-    if features.ndim != 2 or len(features) < at_least:
-        raise ValueError(f"features must have the shape (N, D) with N >= {at_least}, got {tuple(features.shape)}")
-
-
-def _check_labels(name: str, labels: Tensor, features: Tensor) -> None:
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"{name} must be (N,) for (N, D) features, got {tuple(labels.shape)} and {tuple(features.shape)}")
+def _check(name: str, features: Tensor, labels: Tensor | None = None, *, at_least: int = 1) -> None:
+    if features.ndim != 2 or len(features) < at_least or (labels is not None and labels.shape != features.shape[:1]):
+        of_labels = "" if labels is None else f" with labels (N,), got {tuple(labels.shape)}"
+        raise ValueError(f"{name} must be (N, D) with N >= {at_least}, got {tuple(features.shape)}{of_labels}")

@@ -87,8 +87,7 @@ def hub_errors(repo: str, filename: str, revision: str | None = None) -> Iterato
     except WeightsError:
         raise
     except Exception as error:  # the client's HTTP library, and with it the class of a cut connection, changes with its version
-        host, status = constants.ENDPOINT, getattr(getattr(error, "response", None), "status_code", "an error")
-        cure = "log in with `hf auth login`, with an account that has access" if status in (401, 403) else "try again later"
+        host = constants.ENDPOINT
         causes: dict[type[Exception], str] = {
             errors.GatedRepoError: f"{repo} is gated: accept its terms on the Hub, then log in with `hf auth login`",
             errors.RepositoryNotFoundError: f"there is no folder and no repository {repo} on {host}: check the name; "
@@ -97,8 +96,8 @@ def hub_errors(repo: str, filename: str, revision: str | None = None) -> Iterato
             errors.LocalEntryNotFoundError: f"{filename} of {repo} is not in the cache {constants.HF_HUB_CACHE}, and {host} "
             f"cannot be reached ({first_line(error.__cause__ or error)}): connect, or fill the cache on a machine that can",
             errors.EntryNotFoundError: f"{repo} holds no {filename}: name a repository that mvmae's export has written",
-            errors.HfHubHTTPError: f"{host} answers {status} for {repo} ({filename}): {cure}",
-            Exception: f"{filename} of {repo} cannot be transferred ({first_line(error)}): try again",
+            Exception: f"{filename} of {repo} cannot be transferred by {host} ({first_line(error)}): try again, or log in with "
+            "`hf auth login` if access is denied",
         }  # a class before those that it is a kind of
         raise WeightsError(next(text for kind, text in causes.items() if isinstance(error, kind))) from error
 
@@ -169,10 +168,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a checkpoint: safetensors, or a PyTorch file, of which only tensors are unpickled.
 
     A PyTorch file may hold them under ``model`` or ``state_dict`` (timm's rules: averaged weights first) beside other data, or
-    several under names of their own, which then begin those of the tensors.
-
-    Raises:
-        WeightsError: if the file is missing, damaged, would run code, or holds something else than finite weights.
+    several under names of their own, which then begin those of the tensors. A `WeightsError` names what is wrong with a file.
     """
     path = Path(path)
     if not path.is_file():
@@ -206,11 +202,7 @@ def flat(content: Any) -> Any:
 
 
 def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:
-    """Return weights under their names without those of `WRAPPERS`, if they are a dictionary of finite, plain tensors.
-
-    Raises:
-        WeightsError: if they are not, with ``source`` and the name of the tensor.
-    """
+    """Return weights under their `plain_name`, if they are a dictionary of finite tensors, or raise a `WeightsError`."""
     if not (weights and isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
         raise WeightsError(
             f"{source} must hold a dictionary of tensors, or one under 'model', got something else: save the state dict"
@@ -219,9 +211,7 @@ def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:
         cause = ""
         if hasattr(value, "full_tensor"):  # a DTensor, whose module takes long to import
             cause = (
-                "in shards over several processes: gather the weights in all processes with torch.distributed.checkpoint."
-                "state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), "
-                "and load them into a model that is not sharded"
+                "in shards over processes: gather them by torch.distributed.checkpoint.state_dict.get_model_state_dict"
             )
         elif value.is_meta:
             cause = "without numbers, on the meta device: load weights first"
@@ -237,11 +227,7 @@ def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Compare names and shapes with those of a model.
-
-    Raises:
-        WeightsError: with ``source`` and the names that are missing, unexpected, or of another shape.
-    """
+    """Raise a `WeightsError` with the names that are missing in a model, unexpected, or of another shape, if there are any."""
     shapes = [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()
@@ -267,11 +253,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write weights as safetensors, as a whole, under their names without those of `WRAPPERS`.
-
-    Raises:
-        WeightsError: if a weight is NaN or infinite, in shards over several processes, or on the meta device.
-    """
+    """Write weights as safetensors, as a whole, under their `plain_name`, or raise the error of `check_tensors`."""
     plain = check_tensors(dict(weights), f"what is to be written to {path}")
     tensors = {name: value.detach().cpu().contiguous() for name, value in plain.items()}
     replace_file(path, lambda part: safetensors.torch.save_file(tensors, part, metadata={"format": "pt"}))

@@ -561,11 +561,6 @@ def test_drift_of_what_stays_turns_and_is_lost():
     gram = [(y - y.mean(0)) @ (y - y.mean(0)).T for y in (x, x[:, :5])]
     expected = (gram[0] * gram[1]).sum() / (gram[0].norm() * gram[1].norm())
     assert linear_cka(x, x[:, :5]) == pytest.approx(float(expected), rel=1e-5)
-    for wrong in (x[:9], x[0]):
-        with pytest.raises(ValueError, match=r"before and after must be .*, got \(200, 16\) and "):
-            linear_cka(x, wrong)
-    with pytest.raises(ValueError, match="must have the same shape"):
-        mean_cosine(x, x[:, :5])
 
 
 def noisy(view):

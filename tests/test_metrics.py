@@ -11,7 +11,6 @@ from mvmae.metrics import (
     collapse_warning,
     effective_rank,
     knn_accuracy,
-    knn_predict,
     uniformity,
     variance_explained,
     view_retrieval,
@@ -28,13 +27,13 @@ def labelled():
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, 200])
-@pytest.mark.parametrize("temperature", [None, 0.07, 0.5])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
 def test_knn_equals_that_of_scikit_learn(labelled, k, temperature):
     train, train_labels, test, test_labels = labelled
-    weights = "uniform" if temperature is None else lambda distance: np.exp((1 - distance) / temperature)
-    peer = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(train.numpy(), train_labels.numpy())
-    predicted = knn_predict(train, train_labels, test, k=k, temperature=temperature, chunk_size=37)
-    assert torch.equal(predicted, torch.from_numpy(peer.predict(test.numpy())))
+    options = {"metric": "cosine", "algorithm": "brute", "weights": lambda distance: np.exp((1 - distance) / temperature)}
+    peer = KNeighborsClassifier(k, **options).fit(train.numpy(), train_labels.numpy())
+    predicted = torch.from_numpy(peer.predict(test.numpy()))
+    assert knn_accuracy(train, train_labels, test, predicted, k=k, temperature=temperature, chunk_size=37) == 1
     accuracy = knn_accuracy(train, train_labels, test, test_labels, k=k, temperature=temperature)
     assert accuracy == pytest.approx(peer.score(test.numpy(), test_labels.numpy()))
     assert 0.3 < accuracy < 0.99
@@ -43,8 +42,8 @@ def test_knn_equals_that_of_scikit_learn(labelled, k, temperature):
 @pytest.mark.parametrize("chunk_size", [1, 3, 64, 5000])
 def test_chunks_change_nothing(labelled, chunk_size):
     train, labels, test = (values[:200] for values in labelled[:3])
-    whole = knn_predict(train, labels, test, chunk_size=100_000)
-    assert torch.equal(knn_predict(train, labels, test, chunk_size=chunk_size), whole)
+    accuracies = {knn_accuracy(train, labels, test, labels, chunk_size=size) for size in (chunk_size, 100_000)}
+    assert len(accuracies) == 1
     assert uniformity(test, chunk_size=chunk_size) == pytest.approx(uniformity(test, chunk_size=100_000), abs=1e-12)
     assert effective_rank(test, chunk_size=chunk_size) == pytest.approx(effective_rank(test), abs=1e-9)
 
@@ -52,24 +51,18 @@ def test_chunks_change_nothing(labelled, chunk_size):
 def test_labels_may_be_any_integers_and_the_smallest_wins_a_tie():
     train = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     labels = torch.tensor([7, -3, 100])
-    assert knn_predict(train, labels, torch.tensor([[0.1, 2.0]]), k=3, temperature=None).tolist() == [-3]
-    assert knn_predict(train, labels, torch.tensor([[1.0, 0.0]]), k=2).tolist() == [-3]
-    assert knn_predict(train, labels, torch.tensor([[0.1, 2.0]]), k=3).tolist() == [100]
+    for query, k, label in (([1.0, 0.0], 2, -3), ([0.1, 2.0], 3, 100)):
+        assert knn_accuracy(train, labels, torch.tensor([query]), torch.tensor([label]), k=k) == 1
 
 
-def test_the_length_of_a_feature_does_not_matter_and_a_low_temperature_does_not_overflow(labelled):
-    train, labels, test, _ = labelled
-    scaled = knn_predict(1e4 * train, labels, 1e-4 * test, temperature=1e-3)
-    assert torch.equal(scaled, knn_predict(train, labels, test, temperature=1e-3))
-    nearest_wins = knn_predict(train, labels, test, temperature=1e-6)
-    assert torch.equal(nearest_wins, knn_predict(train, labels, test, k=1))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_features_are_compared_in_float32(labelled, dtype):
-    train, labels, test, _ = labelled
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_neither_length_nor_type_of_a_feature_matters_and_a_low_temperature_does_not_overflow(labelled, dtype):
+    train, labels, test, wanted = labelled
+    low = knn_accuracy(train, labels, test, wanted, temperature=1e-3)
+    assert knn_accuracy(1e4 * train, labels, 1e-4 * test, wanted, temperature=1e-3) == low
+    assert knn_accuracy(train, labels, test, wanted, temperature=1e-6) == knn_accuracy(train, labels, test, wanted, k=1)
     train, test = train.to(dtype), test.to(dtype)
-    assert torch.equal(knn_predict(train, labels, test), knn_predict(train.float(), labels, test.float()))
+    assert knn_accuracy(train, labels, test, wanted) == knn_accuracy(train.float(), labels, test.float(), wanted)
 
 
 def test_effective_rank_follows_its_equation():
@@ -127,21 +120,20 @@ def test_view_retrieval_equals_a_loop_over_all_views(chunk_size):
 
 def test_what_cannot_be_measured_is_refused():
     train, labels, test = torch.randn(50, 8), torch.zeros(50), torch.randn(9, 8)
-    nan = torch.full((50, 8), math.nan)
+    nan, zeros = torch.full((50, 8), math.nan), torch.zeros(9)
     for call, message in (
-        (lambda: knn_predict(train, labels, test, k=51), "k must be 1 to 50, .*, got 51"),
-        (lambda: knn_predict(train, labels, test, k=0), "k must be 1 to 50, .*, got 0"),
-        (lambda: knn_predict(train, labels, test, temperature=0.0), "above 0, or None, got 0.0"),
-        (lambda: knn_predict(train, labels[:3], test), r"train_labels must be .*, got \(3,\) and \(50, 8\)"),
-        (lambda: knn_accuracy(train, labels, test, labels), r"test_labels must be .*, got \(50,\) and \(9, 8\)"),
-        (lambda: knn_predict(train, labels, test[:, :7]), r"got \(9, 7\) and \(50, 8\)"),
-        (lambda: knn_predict(train[0], labels, test), r"\(N, D\) with N >= 1, got"),
-        (lambda: knn_predict(nan, labels, test), "NaN or infinite"),
-        (lambda: knn_predict(train, labels, nan * math.inf), "NaN or infinite"),
+        (lambda: knn_accuracy(train, labels, test, zeros, k=51), "k must be 1 to 50, .*, got 51"),
+        (lambda: knn_accuracy(train, labels, test, zeros, k=0), "k must be 1 to 50, .*, got 0"),
+        (lambda: knn_accuracy(train, labels, test, zeros, temperature=0.0), "above 0, got 20, 0.0"),
+        (lambda: knn_accuracy(train, labels[:3], test, zeros), r"train_features must be .*, got \(50, 8\) .*, got \(3,\)"),
+        (lambda: knn_accuracy(train, labels, test, labels), r"test_features must be .*, got \(9, 8\) .*, got \(50,\)"),
+        (lambda: knn_accuracy(train[0], labels, test, zeros), r"\(N, D\) with N >= 1, got"),
+        (lambda: knn_accuracy(nan, labels, test, zeros), "NaN or infinite"),
+        (lambda: knn_accuracy(train, labels, nan[:9] * math.inf, zeros), "NaN or infinite"),
         (lambda: effective_rank(train[:0]), "N >= 1"),
         (lambda: effective_rank(nan), "NaN or infinite"),
         (lambda: uniformity(train[:1]), "N >= 2"),
-        (lambda: variance_explained(train, torch.zeros(3)), r"groups must be .*, got \(3,\) and \(50, 8\)"),
+        (lambda: variance_explained(train, torch.zeros(3)), r"features must be .*, got \(50, 8\) .*, got \(3,\)"),
         (lambda: variance_explained(torch.ones(4, 3), torch.zeros(4)), "got equal ones"),
         (lambda: variance_explained(nan, labels), "NaN or infinity"),
         (lambda: variance_explained(train[:1], labels[:1]), "N >= 2"),

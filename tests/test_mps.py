@@ -106,6 +106,8 @@ def test_a_measure_makes_no_float64_on_a_device_that_has_none(name, stand_in, mo
     there = [x.to(STAND_IN) for x in (FEATURES, OTHERS, LABELS)]
     assert all(isinstance(x, Kept) for x in there)
     assert measure(*there) == pytest.approx(expected, rel=1e-5)
+    if name == "k-NN":  # which makes none anywhere
+        return
     monkeypatch.setattr(metrics, "WITHOUT_FLOAT64", ())  # a measure that would make it is found
     with pytest.raises(TypeError, match="doesn't support float64"):
         measure(*there)

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 import mvmae
 from engine.signals import Stop
 from mvmae import WeightsError, hub
-from mvmae.encoders import arguments_of, known_arguments
 from mvmae.inputs import INPUTS, Inputs, inputs_of, set_inputs
-from mvmae.loading import load_read
+from mvmae.loading import arguments_of, known_arguments, load_read
 from mvmae.masked_vit import check_encoder
 from mvmae.weights import CONFIG_FILE, WEIGHTS_FILE, first_line, locate, read_json, read_weights
 

@@ -15,8 +15,8 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..encoders import create_model
 from ..inputs import CFG, Inputs, inputs_of
+from ..loading import create_model
 from ..masked_vit import unwrap
 from .decode import MAX_PIXELS, ImageError, ImageLike, to_pil
 from .loader import make_loader
