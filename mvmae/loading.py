@@ -50,10 +50,8 @@ def load_encoder(
     """Load an encoder's weights, resized and adapted to it as timm does, and record how its images were normalised.
 
     Mean and deviation are those of the project that trained it, where its checkpoint or transformers' preprocessor_config.json
-    says which; a line is logged where nothing does. What is known of the checkpoint is a line in ``encoder.weights_from``.
-
-    The layer norms keep their epsilon, which no weights hold. timm's ViTs have 1e-6, as MAE's code; transformers' have 1e-12
-    unless their config says otherwise, and equal an encoder built with ``norm_layer=partial(nn.LayerNorm, eps=1e-12)``.
+    says which; a line is logged where nothing does. What is known of the checkpoint is a line in ``encoder.weights_from``. Layer
+    norms keep their epsilon, which no weights hold: 1e-6 in timm's ViTs and MAE's code, 1e-12 in most of transformers'.
 
     Args:
         encoder: a model of timm; after an error it is as it was.
@@ -90,21 +88,16 @@ def _record_inputs(encoder: nn.Module, weights: Mapping[str, Tensor], place: Pat
     recorded = isinstance(getattr(encoder, INPUTS, None), Inputs)
     cfg: Any = getattr(encoder, "pretrained_cfg", None) or {}
     parts = [f"weights of {name}"] if name else []
-    if heads := family.heads.get(getattr(encoder, "embed_dim", 0)):
-        parts += [f"{heads} heads"]
     if mean_std and channels_of(encoder) == len(mean_std[0]) and not recorded:
         set_inputs(encoder, inputs_of(encoder, mean=tuple(mean_std[0]), std=tuple(mean_std[1])))
         parts += ["normalised by mean {} and deviation {}".format(*(" ".join(map(str, values)) for values in mean_std))]
     elif (
         not recorded and place.is_file() and isinstance(encoder, VisionTransformer | Beit) and set(cfg.get("mean", ())) == {0.5}
     ):
-        _logger.warning(
-            "%s does not say how its images were normalised: mean and deviation are timm's for the architecture, 0.5; most "
-            "encoders were trained with --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225",
-            place,
-        )
+        cure = "most encoders were trained with --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
+        _logger.warning("%s does not say how its images were normalised, timm's mean and deviation are 0.5: %s", place, cure)
     if family.pool:
-        vector = {"token": "class token", "avg": "mean patch token"}[family.pool]
+        vector = "class token" if family.pool == "token" else "mean patch token"
         parts += [f"its authors probe the {vector} (--pool {family.pool})"]
     setattr(encoder, "weights_from", ", ".join(parts))  # noqa: B010
 

@@ -210,9 +210,7 @@ def check_tensors(weights: Any, source: str | Path) -> dict[str, Tensor]:
     for name, value in weights.items():
         cause = ""
         if hasattr(value, "full_tensor"):  # a DTensor, whose module takes long to import
-            cause = (
-                "in shards over processes: gather them by torch.distributed.checkpoint.state_dict.get_model_state_dict"
-            )
+            cause = "in shards over processes: gather them by torch.distributed.checkpoint.state_dict.get_model_state_dict"
         elif value.is_meta:
             cause = "without numbers, on the meta device: load weights first"
         elif value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_complex():

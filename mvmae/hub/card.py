@@ -14,18 +14,12 @@ from .onnx import ONNX_FILES
 CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
 NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|amlr|seer-license")
-SHOWN_TEXTS = ("augment", "background", "encoder_args", "loss_on", "mean", "pool", "precision", "std")
+SHOWN_TEXTS = ("background", "encoder_args", "mean", "precision", "std")
 """Settings of a run in words that the card shows besides its numbers; others can name places on the machine it ran on."""
-NOT_SHOWN = {"log_every", "max_bad", "monitor_every", "monitor_images", "resume", "save_every", "save_minutes", "workers"}
-"""Settings of a run that its weights do not depend on."""
 
 
 def license_warning(started_from: Mapping[str, str]) -> str | None:
-    """Return a warning, one line, if the weights that training started from are not free for everybody, else None.
-
-    Args:
-        started_from: ``weights``, a name, and ``license``, as the Hub spells it; without ``weights``, it started from nothing.
-    """
+    """Return a warning, one line, if the weights that training started from, those of `export`, are not free for everybody."""
     weights, license = started_from.get("weights"), started_from.get("license", "unknown").lower()
     if not weights or FREE.fullmatch(license):
         return None
@@ -49,8 +43,6 @@ def write_card(
     license: str | None = None,
     metrics: Mapping[str, float] | None = None,
     command: str = "",
-    commit: str = "",
-    hardware: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the model card of an exported folder, README.md, and return its path.
@@ -62,12 +54,7 @@ def write_card(
         license: licence of the weights, as the Hub spells it; where None, the export's, else ``apache-2.0``.
         metrics: results measured on these weights, and on no others.
         command: the command that trained them; its paths are reduced to their last names.
-        commit: the commit of this package.
-        hardware: the machine of the training.
-        settings: settings of the run; the card shows numbers, except `NOT_SHOWN`, and of words those in `SHOWN_TEXTS`.
-
-    Raises:
-        WeightsError: if the folder holds no export.
+        settings: settings of the run; the card shows numbers, and of words those in `SHOWN_TEXTS`.
     """
     folder = Path(folder)
     config = read_json(locate(folder, CONFIG_FILE))
@@ -83,8 +70,7 @@ def write_card(
     }
     metadata |= {"base_model": started["repo"]} if started.get("repo") else {}
     made = {"Weights": config.get("training", ""), "Images": ", ".join(datasets), "Command": without_folders(command)}
-    made |= {"Commit": commit, "Hardware": hardware}
-    shown = {key: value for key, value in (settings or {}).items() if _is_shown(key, value)}
+    shown = {key: value for key, value in (settings or {}).items() if key in SHOWN_TEXTS or _is_number(value)}
     size, kind = _code(cfg.get("description") or "a size that is not recorded"), _code(config["architecture"])
     warning = license_warning(started)
     parts = [
@@ -122,9 +108,8 @@ def _code(value: object) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
-def _is_shown(key: str, value: Any) -> bool:
-    values = value if isinstance(value, list | tuple) else [value]
-    return key in SHOWN_TEXTS or (key not in NOT_SHOWN and all(isinstance(each, int | float) for each in values))
+def _is_number(value: Any) -> bool:
+    return all(isinstance(each, int | float) for each in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _onnx_example(config: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """From a model to a folder that timm, transformers and `mvmae` load, and from there to the Hub."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,11 +39,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def build(description: Mapping[str, Any], **modules: nn.Module | None) -> nn.Module:
-    """Build the untrained model that `describe` described; ``modules`` are those of `MultiViewMAE.from_pretrained`.
-
-    Raises:
-        WeightsError: if the description fits no model, or a module is needed, with its class.
-    """
+    """Build the untrained model that `describe` described; ``modules`` are those of `MultiViewMAE.from_pretrained`."""
     with building("this description"):
         whole = "encoder" in description
         return MultiViewMAE(**pretraining_arguments(description, **modules)) if whole else build_encoder(description)
@@ -80,9 +75,6 @@ def export(
             `MultiViewMAE` where None.
         changes: attributes of `Inputs` that replace those of ``inputs``, such as ``mean`` and ``std``; None changes nothing.
 
-    Returns:
-        The folder.
-
     Raises:
         TypeError: if the model is not a plain ViT.
         ValueError: if mean, std or names do not fit the model.
@@ -95,8 +87,8 @@ def export(
     whole = model if isinstance(model, MultiViewMAE) else None
     vit = check_encoder(whole.encoder if whole else model)
     cfg = getattr(vit, "pretrained_cfg", None) or {}
-    own = dataclasses.asdict(inputs) if inputs else {}
-    record = inputs_of(vit, **{**own, **{k: v for k, v in changes.items() if v is not None}, "size": vit.patch_embed.img_size})
+    changes = {name: value for name, value in changes.items() if value is not None} | {"size": vit.patch_embed.img_size}
+    record = inputs_of(vit, **{**(vars(inputs) if inputs else {}), **changes})
     if label_names is not None and len(label_names) != vit.num_classes:
         raise ValueError(
             f"label_names must have one name for each of the {vit.num_classes} classes of the head, got {len(label_names)}"

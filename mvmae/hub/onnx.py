@@ -24,12 +24,9 @@ TOLERANCE = 1e-4  # largest distance between the outputs of ONNX Runtime and PyT
 def require_onnx() -> Any:
     """Import what `write_onnx` needs, and return the module onnxruntime, or raise an ImportError that names the extra."""
     try:
-        import_module("onnx")
-        import_module("onnxscript")
-        return import_module("onnxruntime")
+        return [import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")][-1]
     except ImportError as error:
-        cause = f"{ONNX_FILES[0]} needs onnx, onnxscript and onnxruntime ({error})"
-        raise ImportError(f'{cause}: pip install "mvmae[onnx]"') from error
+        raise ImportError(f'{ONNX_FILES[0]} cannot be written ({error}): pip install "mvmae[onnx]"') from error
 
 
 def write_onnx(folder: str | Path, images: Tensor) -> float:
@@ -39,16 +36,12 @@ def write_onnx(folder: str | Path, images: Tensor) -> float:
     timm's forward returns: ``features`` (B, D), or ``logits`` (B, D) of a fine-tuned model. The file's metadata hold, each as
     JSON, the attributes of `Inputs`, and label_names if the classes have names.
 
-    Args:
-        folder: as `export` wrote it.
-        images: what both compute, (B, C, H, W), normalised: pictures like those that the encoder will meet.
-
-    Returns:
-        The largest distance between an output of ONNX Runtime and one of PyTorch, as a share of the norm of PyTorch's.
+    Both compute ``images``, (B, C, H, W), normalised: pictures like those that the encoder will meet. Returns the largest
+    distance between their outputs as a share of the norm of PyTorch's; above `TOLERANCE` no file is written.
 
     Raises:
         ImportError: if onnx, onnxscript or onnxruntime is not installed.
-        WeightsError: if the folder holds no export, or the distance is above `TOLERANCE`; then no file is written.
+        WeightsError: if the folder holds no export, or the distance is above `TOLERANCE`.
     """
     runtime, folder = require_onnx(), Path(folder)
     config = read_json(locate(folder, CONFIG_FILE))
@@ -56,11 +49,15 @@ def write_onnx(folder: str | Path, images: Tensor) -> float:
     output = "logits" if config.get("num_classes") else "features"
     for name in ("onnxscript", "onnx_ir"):  # which report what they leave as it is
         logging.getLogger(name).setLevel(logging.ERROR)
-    shapes: Any = ({0: torch.export.Dim("batch")},)
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": [output]}
-    example = (images[:1].repeat(2, 1, 1, 1),)  # torch takes a batch of 1 for a constant
     program: Any = torch.onnx.export(
-        model, example, dynamo=True, dynamic_shapes=shapes, opset_version=20, verbose=False, **names
+        model,
+        (images[:1].repeat(2, 1, 1, 1),),  # torch takes a batch of 1 for a constant
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),  # type: ignore[arg-type]
+        input_names=["images"],
+        output_names=[output],
+        opset_version=20,
+        verbose=False,
     )
     about = Inputs.from_config(config).to_dict() | {key: config[key] for key in ("label_names",) if key in config}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
