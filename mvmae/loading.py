@@ -50,8 +50,8 @@ def load_encoder(
     """Load an encoder's weights, resized and adapted to it as timm does, and record how its images were normalised.
 
     Mean and deviation are those of the project that trained it, where its checkpoint or transformers' preprocessor_config.json
-    says which; a line is logged where nothing does. What is known of the checkpoint is a line in ``encoder.weights_from``. Layer
-    norms keep their epsilon, which no weights hold: 1e-6 in timm's ViTs and MAE's code, 1e-12 in most of transformers'.
+    says which; a line is logged where nothing does. What is known of the checkpoint is a line in ``encoder.weights_from``.
+    Layer norms keep their epsilon, which no weights hold: 1e-6 in timm's ViTs and MAE's code, 1e-12 in most of transformers'.
 
     Args:
         encoder: a model of timm; after an error it is as it was.

@@ -24,7 +24,9 @@ TOLERANCE = 1e-4  # largest distance between the outputs of ONNX Runtime and PyT
 def require_onnx() -> Any:
     """Import what `write_onnx` needs, and return the module onnxruntime, or raise an ImportError that names the extra."""
     try:
-        return [import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")][-1]
+        import_module("onnx")
+        import_module("onnxscript")
+        return import_module("onnxruntime")
     except ImportError as error:
         raise ImportError(f'{ONNX_FILES[0]} cannot be written ({error}): pip install "mvmae[onnx]"') from error
 
