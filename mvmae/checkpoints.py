@@ -126,8 +126,7 @@ def _renamed(weights: Mapping[str, Tensor], patterns: tuple[tuple[str, str], ...
 
 def checkpoint_filter(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """Convert the weights of a checkpoint for timm's loader: `encoder_weights`, of images of the size that timm's cfg says."""
-    height, width = model.pretrained_cfg["input_size"][1:]
-    return encoder_weights(state_dict, model, (height, width))
+    return encoder_weights(state_dict, model, tuple(model.pretrained_cfg["input_size"][1:]))
 
 
 def encoder_weights(state_dict: Mapping[str, Any], model: Any, size: tuple[int, int] | None = None) -> dict[str, Tensor]:

@@ -105,11 +105,7 @@ def _create_encoder(name: str, pretrained: bool, kwargs: dict[str, Any], **defau
 def _find_weights(
     name: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any
 ) -> tuple[str, dict[str, Any], dict[str, Tensor] | None]:
-    """Read the weights of a pretrained cfg, with clearer errors than timm's own reader.
-
-    Returns:
-        The place, for messages; the overlay for the cfg that fits the weights; and the weights, or None if timm reads them.
-    """
+    """Read the weights of a pretrained cfg: their place, the overlay of a cfg that fits, and they, or None where timm reads."""
     overlay = dict(overlay or {})
     cfg = resolve_pretrained_cfg(name, cfg, overlay)
     if cfg.state_dict or (cfg.custom_load and not cfg.source) or (cfg.url and not (cfg.file or cfg.hf_hub_id)):

@@ -103,15 +103,10 @@ def _record_inputs(encoder: nn.Module, weights: Mapping[str, Tensor], place: Pat
 
 
 def load_pretraining(model: MultiViewMAE, source: str | Path | Mapping[str, Tensor], *, revision: str | None = None) -> None:
-    """Load the weights of a whole pretraining model, with positions resized as timm does.
+    """Load the weights of a whole pretraining model, which after an error is as it was, with positions resized as timm does.
 
-    Args:
-        model: a pretraining model; after an error it is as it was. Its layer norms keep their epsilon (see `load_encoder`).
-        source: as for `load_encoder`, with the decoder too; a repository or a folder that holds ``pretraining.safetensors``.
-        revision: branch, tag or commit of the repository.
-
-    Raises:
-        WeightsError: if the weights cannot be found or read, or do not fit, with the names that do not.
+    ``source`` is as for `load_encoder`, with the decoder too, or holds ``pretraining.safetensors``. A `WeightsError` names what
+    does not fit.
     """
     weights, place = _read(source, PRETRAINING_FILE, revision)
     with in_file(place):

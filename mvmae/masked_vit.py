@@ -89,7 +89,7 @@ def encode_visible(vit: nn.Module, images: Tensor, mask: Mask) -> Tensor:
         mask: over the L patches of the images, for each of the B images.
 
     Returns:
-        tokens after the final norm, prefix tokens first: (B, T + K, D).
+        Tokens after the final norm, prefix tokens first: (B, T + K, D).
 
     Raises:
         TypeError: if the encoder is not a plain ViT, or the images are not floating point.

@@ -44,17 +44,10 @@ def first_line(error: BaseException) -> str:
 
 
 def locate(source: str | Path, filename: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
-    """Find a file in a folder, or in a repository of the Hub, downloading it unless it is cached.
+    """Find a file in a folder, or in a repository of the Hub, downloading it unless it is cached; or raise a `WeightsError`.
 
-    Args:
-        source: a folder (``local-dir:`` may stand before it), or ``owner/name`` of a repository (``hf-hub:`` may stand before
-            it, ``@revision`` behind it).
-        filename: the file's name there; instead of `WEIGHTS_FILE`, a folder may hold another file that timm loads.
-        revision: branch, tag or commit of the repository.
-        cache_dir: where downloads are kept.
-
-    Raises:
-        WeightsError: if there is no such file, or it cannot be downloaded.
+    ``source`` is a folder (``local-dir:`` may stand before it), or ``owner/name`` of a repository (``hf-hub:`` may stand before
+    it, ``@revision`` behind it). Instead of `WEIGHTS_FILE`, a folder may hold another file that timm loads.
     """
     text = str(source)
     folder = Path(text.removeprefix("local-dir:"))
