@@ -79,11 +79,11 @@ def load_read(encoder: nn.Module, weights: Mapping[str, Tensor], place: Path, *,
 
 def _record_inputs(encoder: nn.Module, weights: Mapping[str, Tensor], place: Path) -> None:
     """Record mean and deviation of a family of checkpoints, unless an export or the encoder has a record of its own."""
-    described = read_json(place.with_name(CONFIG_FILE), optional=True)
+    described = _beside(place, CONFIG_FILE)
     if {"architecture", INPUTS} & described.keys():
         return
     name, family = family_of(weights)
-    content = read_json(place.with_name("preprocessor_config.json"), optional=True)  # of transformers
+    content = _beside(place, "preprocessor_config.json")  # of transformers
     mean_std = (content["image_mean"], content["image_std"]) if "image_mean" in content else family.mean_std
     recorded = isinstance(getattr(encoder, INPUTS, None), Inputs)
     cfg: Any = getattr(encoder, "pretrained_cfg", None) or {}
@@ -140,13 +140,17 @@ def _read(source: str | Path | Mapping[str, Tensor], filename: str, revision: st
     return read_weights(path), path
 
 
+def _beside(place: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file beside a file of weights; a state dict has none, whatever lies in the current folder."""
+    return read_json(place.with_name(name), optional=True) if place.is_file() else {}
+
+
 def _size_beside(place: Path) -> tuple[int, int] | None:
     """Return height and width of the images that weights are for, as the JSON file beside them says; None where none does."""
-    pretraining = place.with_name(PRETRAINING_CONFIG)
-    if pretraining.is_file():
-        size = read_json(pretraining).get("encoder", {}).get("model_args", {}).get("img_size")
+    if pretraining := _beside(place, PRETRAINING_CONFIG):
+        size = pretraining.get("encoder", {}).get("model_args", {}).get("img_size")
     else:
-        config = read_json(place.with_name(CONFIG_FILE), optional=True)
+        config = _beside(place, CONFIG_FILE)
         size = (config.get(INPUTS) or {}).get("size") or config.get("pretrained_cfg", config).get("input_size", [None])[1:]
         size = size or config.get("image_size")  # of transformers
     return to_2tuple(size) if size else None

@@ -195,6 +195,15 @@ def test_a_filtered_checkpoint_is_not_changed_itself():
     assert all(torch.equal(weights["model"][key], value) for key, value in before.items())
 
 
+def test_a_state_dict_has_nothing_to_do_with_a_config_in_the_current_folder(tmp_path, monkeypatch):
+    weights, loaded = tiny(img_size=64).state_dict(), [tiny(), tiny()]
+    hub.load_encoder(loaded[0], weights)
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text('{"inputs": {"size": [16, 256]}}')  # as many patches
+    hub.load_encoder(loaded[1], weights)
+    assert torch.equal(loaded[0].pos_embed, loaded[1].pos_embed)
+
+
 @pytest.mark.parametrize("safe", [False, True, "both"])
 def test_f49_what_timm_saves_comes_back(safe, tmp_path):
     source = tiny(num_classes=5, in_chans=4)
