@@ -210,7 +210,8 @@ class SimCLRResNet(ResNet):  # type: ignore[misc]
 
     def __init__(self, *, width: int, layers: tuple[int, ...] = (3, 4, 6, 3), **kwargs: Any) -> None:
         super().__init__(Bottleneck, layers, channels=tuple(width * planes for planes in (64, 128, 256, 512)), **kwargs)
-        stem, block, place = 64 * width, self.layer1[0], {key: kwargs.get(key) for key in ("device", "dtype")}
+        stem, block = 64 * width, self.layer1[0]
+        place: dict[str, Any] = {key: kwargs.get(key) for key in ("device", "dtype")}
         self.conv1 = nn.Conv2d(self.in_chans, stem, kernel_size=7, stride=2, padding=3, bias=False, **place)
         self.bn1 = nn.BatchNorm2d(stem, **place)
         block.conv1 = nn.Conv2d(stem, block.conv1.out_channels, kernel_size=1, bias=False, **place)

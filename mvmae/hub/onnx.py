@@ -55,7 +55,7 @@ def write_onnx(folder: str | Path, images: Tensor) -> float:
         model,
         (images[:1].repeat(2, 1, 1, 1),),  # torch takes a batch of 1 for a constant
         dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),  # type: ignore[arg-type]
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=["images"],
         output_names=[output],
         opset_version=20,
