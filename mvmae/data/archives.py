@@ -1,6 +1,5 @@
-"""Images inside files: which files a name means, and tar and WebDataset shards by an index. Nothing is unpacked to disk."""
+"""Tar and WebDataset shards by an index. Nothing is unpacked to disk."""
 
-import logging
 import os
 import re
 import tarfile
@@ -14,11 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .decode import ImageError, ImageLike
-from .sources import ImageSource, SplitError, describe, describe_splits, find_splits, first_of, kind_of, split_of, split_words
-from .tables import TableSource
-
-_SUFFIXES = (".tar", ".parquet", ".arrow")
-_logger = logging.getLogger(__name__)
+from .files import describe, kind_of
+from .sources import ImageSource
 
 
 class Member(NamedTuple):
@@ -56,9 +52,9 @@ class TarSource(ImageSource):
                 else:
                     passed[kind] += 1
         if passed:
-            self.problems += (f"passed over {describe(passed)} in {first_of(self._shards)}",)
+            self.problems += (f"passed over {describe(passed)}",)
         if not images:
-            raise ValueError(f"no images in {first_of(self._shards)}: {'; '.join(self.problems) or 'no members'}")
+            raise ValueError(f"no images in {self._shards[0]}: {'; '.join(self.problems) or 'no members'}")
         super().__init__([os.fsencode(f"{self._shards[m.shard].name}/{m.name}") for m in images])
         if all(member.key in classes for member in images):
             marks = [classes[member.key] for member in images]
@@ -68,8 +64,6 @@ class TarSource(ImageSource):
         else:
             self.set_labels_by_folder([re.sub(rb"^(\./|/)+", b"", os.fsencode(member.name)) for member in images])
         self._places = np.array([m[:3] for m in images], dtype=np.int64)
-        for line in self.problems:
-            _logger.warning(line)
 
     def image(self, index: int) -> ImageLike:
         """Return the encoded file."""
@@ -105,20 +99,6 @@ def _index(shard: int, path: Path) -> tuple[list[Member], str]:
     return members, ""
 
 
-def find_archives(path: Path) -> list[Path]:
-    """Return the archives that a file, a folder or a pattern with braces ({000..012}, {a,b}) names; empty if none."""
-    if path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if entry.suffix in _SUFFIXES and not entry.name.startswith("."))
-        return found or sorted((path / "data").glob("*.parquet"))  # the layout of Hugging Face's repositories
-    if path.is_file():
-        return [path] if path.suffix in _SUFFIXES else []
-    names = expand_braces(str(path))
-    missing = [name for name in names if not os.path.exists(name)]
-    if missing and len(names) > 1:
-        raise ValueError(f"{len(missing)} of {len(names)} shards of {path} do not exist, the first is {missing[0]}")
-    return [] if missing else [Path(name) for name in names]
-
-
 def expand_braces(pattern: str) -> list[str]:
     """Expand braces: `a{0..2}` -> a0 a1 a2, `{x,y}` -> x y; leading zeros are kept."""
     choices = []
@@ -129,23 +109,3 @@ def expand_braces(pattern: str) -> list[str]:
         else:
             choices.append(part[1:-1].split(",") if part.startswith("{") and "," in part else [part])
     return ["".join(choice) for choice in product(*choices)]
-
-
-def open_archives(paths: Sequence[Path], split: str) -> ImageSource:
-    """Open archives of one kind: those of a split, where some have a name with its word in it, such as `train-0001.tar`.
-
-    Raises:
-        ValueError: Several kinds, or no image, or names of splits that cannot be told apart.
-        SplitError: None of this split.
-    """
-    words = [(split_words(path.stem) or [path.name])[0] for path in paths]
-    kinds = set(map(split_of, words))
-    splits = find_splits(words, paths[0].parent) if len(kinds) > 1 else {}  # all of one split: they were asked for
-    if split != "train" and split not in splits:
-        raise SplitError(f"{first_of(paths)} has no {split} split: no name has a word such as train, and val or test, in it")
-    chosen = [path for path, word in zip(paths, words, strict=True) if not splits or word == splits[split]]
-    if len({path.suffix == ".tar" for path in chosen}) > 1:
-        raise ValueError(f"{first_of(chosen)} must be archives of one kind, got tar files and tables: name those of one")
-    source = TarSource(chosen) if chosen[0].suffix == ".tar" else TableSource(chosen)
-    source.splits = describe_splits(splits)
-    return source

@@ -17,18 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from .sampling import Bad, Batch, DataError, Sample
+from .sampling import Batch, DataError, Sample
 
 TIMEOUT, TURN = 300, 5
 """Seconds to wait for a batch of a loading process before an error, and in a turn, at whose end a dead process is seen."""
-_SMALLER = "use fewer workers or a smaller batch"
-_CURES = {  # words of an error -> what it means and what to do
-    "Too many open files": "too many files are open: raise `ulimit -n`, or use fewer workers",
-    "File too large": f"a batch is larger than a file may be: raise `ulimit -f`, or {_SMALLER}",
-    "shared memory": f"shared memory is full: {_SMALLER}, or `docker run --shm-size`",
-    "MemoryError": f"no memory is left to load images: {_SMALLER}",
-    "DefaultCPUAllocator": f"no memory is left to load images: {_SMALLER}",
-}
+_USED_UP = ("Too many open files", "File too large", "shared memory", "MemoryError", "DefaultCPUAllocator")
 _workers: WeakSet[BaseProcess] = WeakSet()
 _logger = logging.getLogger(__name__)
 
@@ -75,8 +68,8 @@ class Loader(DataLoader[Any]):
         self._max_bad, self._bad_file = getattr(dataset, "max_bad", 0), Path(bad_file) if bad_file else None
         self.bad: dict[str, str] = {}
         if self._bad_file is not None and self._bad_file.exists():  # found by an earlier part of the run
-            lines = self._bad_file.read_text(encoding="ascii", errors="replace").splitlines()
-            self.bad = {unescape(name): unescape(reason) for name, _, reason in (line.partition("\t") for line in lines)}
+            lines = (line.partition("\t") for line in self._bad_file.read_text("utf-8", "replace").splitlines())
+            self.bad = {name: reason for name, _, reason in lines}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches.
@@ -113,20 +106,21 @@ class Loader(DataLoader[Any]):
     def _get_iterator(self) -> Any:
         return _Workers(self) if self.num_workers else super()._get_iterator()
 
-    def _count(self, bad: Sequence[Bad]) -> None:
+    def _count(self, bad: Iterable[tuple[str, str]]) -> None:
         for name, reason in bad:
+            name = repr(name)[1:-1]  # in one line
             if name in self.bad:
                 continue
             self.bad[name] = reason
-            _logger.warning("bad image %r: %s; another takes its place", name, reason)
+            _logger.warning("bad image '%s': %s; another takes its place", name, reason)
             if self._bad_file is not None:
                 try:
-                    with open(self._bad_file, "a", encoding="ascii") as file:
-                        file.write(f"{escape(name)}\t{escape(reason)}\n")
+                    with open(self._bad_file, "a", encoding="utf-8", errors="backslashreplace") as file:
+                        file.write(f"{name}\t{reason}\n")
                 except OSError as error:
                     _logger.warning("cannot write %s: %s", self._bad_file, error)
         if len(self.bad) > self._max_bad:
-            shown = "; ".join(f"{name!r}: {reason}" for name, reason in list(self.bad.items())[-3:])
+            shown = "; ".join(f"'{name}': {reason}" for name, reason in list(self.bad.items())[-3:])
             where = f", all in {self._bad_file}" if self._bad_file else ""
             raise DataError(f"{len(self.bad)} bad images, more than the {self._max_bad} allowed{where}. Last: {shown}")
 
@@ -148,40 +142,20 @@ class _Workers(_MultiProcessingDataLoaderIter):
         super()._shutdown_workers()
 
 
-make_loader = Loader
-"""`Loader`, by the name that scripts call."""
-
-
-def explain_loader_error(error: BaseException) -> str | None:
-    """Return one line for an exception that torch's loader raises; None for any other exception."""
-    return _explain(error) if isinstance(error, DataError) or "DataLoader" in str(error) else None
-
-
 def stack(samples: Sequence[Sample]) -> Batch:
     """Make a batch; a worker stacks in shared memory."""
     views, indices = default_collate([s.views for s in samples]), torch.tensor([s.number for s in samples])
     return Batch(views, indices, [bad for s in samples for bad in s.bad], [s.name for s in samples])
 
 
-def escape(text: str) -> str:
-    """Return a name on one line of ASCII; `unescape` reads it back."""
-    return text.encode("unicode_escape", "surrogateescape").decode("ascii")
-
-
-def unescape(text: str) -> str:
-    """Return the name that `escape` wrote."""
-    return text.encode("ascii", "replace").decode("unicode_escape", "replace")
-
-
-def _explain(error: BaseException) -> str | None:
+def _explain(error: Exception) -> str | None:
     """Return one line for an error that can occur while waiting for a batch; None for a mistake in the code."""
     text = f"{type(error).__name__}: {error}".strip()
     last = text.splitlines()[-1].strip()  # behind a worker's traceback
     if isinstance(error, DataError) or "DataError: " in last:
         return last.rpartition("DataError: ")[2]
-    for words, meaning in _CURES.items():
-        if words in last:
-            return f"{meaning} ({last})"
+    if any(words in last for words in _USED_UP):
+        return f"memory, shared memory or a limit is used up: fewer workers, a smaller batch, `ulimit`, `--shm-size` ({last})"
     if "DataLoader timed out" in text:
         return f"no batch came in {TIMEOUT} s: a file or its disk hangs ({last})"
     if isinstance(error, (ConnectionError, EOFError)) or str(error).startswith("DataLoader worker (pid"):

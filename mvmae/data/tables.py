@@ -4,7 +4,6 @@ pyarrow reads the files: `datasets` copies a Parquet file to disk, and dies of a
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .decode import ImageError, ImageLike
-from .sources import ImageSource, first_of
-
-_logger = logging.getLogger(__name__)
+from .sources import ImageSource
 
 
 class TableSource(ImageSource):
@@ -34,15 +31,12 @@ class TableSource(ImageSource):
         tables = [_read_table(file) for file in files]
         table = pa.concat_tables(tables)
         if not table.num_rows:
-            raise ValueError(f"no rows in {first_of(files)}")
+            raise ValueError(f"no rows in {files[0]}")
         self._column, *label = table.column_names
         self._image = table.column(0)
         super().__init__([f"{f.name}#{i}".encode() for f, t in zip(files, tables, strict=True) for i in range(t.num_rows)])
         for name in label:
-            numbers = table.column(name).fill_null(-1).to_numpy()
-            self.set_labels(numbers, class_names(table.schema, name), f"labels in column {name!r}")
-        for line in self.problems:
-            _logger.warning("%s: %s", first_of(files), line)
+            self.set_labels(table.column(name).fill_null(-1).to_numpy(), class_names(table.schema, name))
 
     def image(self, index: int) -> ImageLike:
         """Return the encoded file."""
