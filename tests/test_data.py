@@ -64,7 +64,7 @@ def stacked(batches) -> tuple[torch.Tensor, torch.Tensor]:
 def test_steps_walk_through_each_epoch_once_in_a_new_order():
     sampler = StepSampler(13, 4, seed=1, num_steps=9)
     steps = list(sampler)
-    assert sampler.steps_per_epoch == 3 and len(sampler) == len(steps) == 9
+    assert sampler.steps_per_epoch == 3 and len(steps) == 9
     for epoch in range(3):
         keys = [key for step in steps[3 * epoch : 3 * epoch + 3] for key in step]
         assert {e for e, _ in keys} == {epoch} and len({i for _, i in keys}) == 12
@@ -82,8 +82,6 @@ def test_a_sampler_starts_at_any_step_as_if_it_had_run_so_far(start):
 
 def test_a_sampler_starts_far_away_at_once_and_can_be_endless():
     assert len(next(iter(StepSampler(1000, 8, start_step=10**12)))) == 8  # no end is seen of walking through so many
-    with pytest.raises(TypeError):
-        len(StepSampler(10, 2))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -320,7 +318,7 @@ def test_workers_ignore_signals_and_end_with_the_main_process_even_where_one_han
     script = """
         import multiprocessing, os, signal, time
         import numpy as np
-        from mvmae.data import ImageSource, MultiViewDataset, MultiViewTransform, StepSampler, Loader
+        from mvmae.data import ImageSource, Loader, MultiViewDataset, MultiViewTransform
 
         class Noise(ImageSource):
             def image(self, index):
@@ -329,14 +327,14 @@ def test_workers_ignore_signals_and_end_with_the_main_process_even_where_one_han
                 return np.full((20, 20, 3), index, np.uint8)
 
         dataset = MultiViewDataset(Noise([b"x"] * 50), MultiViewTransform(16))
-        keys = [[(0, i % 40)] for i in range(60)] + [[(0, 49)]] * 2
+        keys = [[(0, i)] for i in range(8)] + [[(0, 49)]] * 2
         batches = iter(Loader(dataset, keys, num_workers=2))
         next(batches), next(batches)  # one of each worker: both have started
         for child in multiprocessing.active_children():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 os.kill(child.pid, number)
             print(child.pid)
-        for _ in range(58):
+        for _ in range(6):
             next(batches)
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.alarm(1)

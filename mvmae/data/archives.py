@@ -18,13 +18,18 @@ from .sources import ImageSource
 
 
 class Member(NamedTuple):
-    """A file in a shard: number of the shard, first byte, size, name, and WebDataset's key of its sample."""
+    """A file in a shard: number of the shard, first byte, size and name."""
 
     shard: int
     start: int
     size: int
     name: str
-    key: tuple[int, str]
+
+    @property
+    def sample(self) -> tuple[int, str]:
+        """What the files of one sample of WebDataset share."""
+        folder, base = os.path.split(self.name)
+        return self.shard, f"{folder}/{base.partition('.')[0]}"
 
 
 class TarSource(ImageSource):
@@ -48,7 +53,7 @@ class TarSource(ImageSource):
                 if kind == "image":
                     images.append(member)
                 elif kind == ".cls":
-                    classes[member.key] = member
+                    classes[member.sample] = member
                 else:
                     passed[kind] += 1
         if passed:
@@ -56,8 +61,8 @@ class TarSource(ImageSource):
         if not images:
             raise ValueError(f"no images in {self._shards[0]}: {'; '.join(self.problems) or 'no members'}")
         super().__init__([os.fsencode(f"{self._shards[m.shard].name}/{m.name}") for m in images])
-        if all(member.key in classes for member in images):
-            marks = [classes[member.key] for member in images]
+        if all(member.sample in classes for member in images):
+            marks = [classes[member.sample] for member in images]
             texts = [self._read(m.shard, m.start, min(m.size, 10)).strip() for m in marks]
             if all(text.isdigit() for text in texts):
                 self.set_labels([int(text) for text in texts])
@@ -88,9 +93,7 @@ def _index(shard: int, path: Path) -> tuple[list[Member], str]:
                 if member.offset_data + member.size > size:
                     raise EOFError("unexpected end of data")
                 if member.isreg() and not member.issparse():
-                    folder, base = os.path.split(member.name)
-                    key = (shard, f"{folder}/{base.split('.', 1)[0]}")
-                    members.append(Member(shard, member.offset_data, member.size, member.name, key))
+                    members.append(Member(shard, member.offset_data, member.size, member.name))
             file.seek(tar.offset)
             if file.read(512) != bytes(512):  # tarfile takes a damaged header for the end
                 raise EOFError("no end-of-archive mark")

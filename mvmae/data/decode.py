@@ -152,22 +152,20 @@ class OpenedImage:
         return with_channels(pixels, self._channels, background, self.alpha)
 
 
-def open_image(source: ImageLike, *, channels: int = 3, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+def open_image(source: ImageLike, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> OpenedImage:
     """Read an image's header, and refuse an image that should not be decoded.
 
     Args:
         source: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W), or an array (`channels_last`). The last of
             an array's 2 or 4 channels is alpha where 1 or 3 are asked for.
         channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image unchanged), or the number of a TIFF's or an array's channels.
-        name: For messages; a path is its own name.
         max_pixels: Largest number of pixels of an image, at 4 bytes each; larger images and files are refused before they are
             read or decoded.
 
     Raises:
         ImageError: Not an image, unreadable or too large.
     """
-    if name is None:
-        name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
     with _errors_of(name):
         if isinstance(source, (str, os.PathLike)):
             status = os.stat(source)

@@ -7,10 +7,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -19,10 +17,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .sampling import Batch, DataError, Sample
 
-TIMEOUT, TURN = 300, 5
-"""Seconds to wait for a batch of a loading process before an error, and in a turn, at whose end a dead process is seen."""
 _USED_UP = ("Too many open files", "File too large", "shared memory", "MemoryError", "DefaultCPUAllocator")
-_workers: WeakSet[BaseProcess] = WeakSet()
 _logger = logging.getLogger(__name__)
 
 
@@ -51,9 +46,6 @@ class Loader(DataLoader[Any]):
         bad_file: str | os.PathLike[str] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        if num_workers:
-            atexit.unregister(_kill_workers)
-            atexit.register(_kill_workers)  # after multiprocessing's own hook, so that it runs before it
         steps: dict[str, Any] = {"batch_size": sampler} if isinstance(sampler, int) else {"batch_sampler": sampler}
         super().__init__(
             dataset,
@@ -62,7 +54,6 @@ class Loader(DataLoader[Any]):
             pin_memory=pin_memory,
             collate_fn=partial(_collate, collate or stack),
             generator=torch.Generator(),  # else each pass draws from the global one
-            timeout=TURN if num_workers else 0,  # a network file that hangs must not keep the run waiting for ever
             worker_init_fn=_start_worker,
         )
         self._max_bad, self._bad_file = getattr(dataset, "max_bad", 0), Path(bad_file) if bad_file else None
@@ -82,26 +73,14 @@ class Loader(DataLoader[Any]):
             if self.num_workers and threading.current_thread() is threading.main_thread() and os.name == "posix":
                 # torch's handler would raise the death of a worker wherever the main thread is, even within a step
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            waited = 0
-            while True:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                except RuntimeError as error:
-                    waited += TURN
-                    if "DataLoader timed out" in str(error) and waited < TIMEOUT:
-                        continue
-                    raise
-                waited = 0
+            for batch in batches:
                 if isinstance(batch, Batch):
                     self._count(batch.bad)
                 yield batch
         except Exception as error:
-            reason = _explain(error)
-            if reason is None:
-                raise
-            raise DataError(reason) from error
+            if reason := _explain(error):
+                raise DataError(reason) from error
+            raise
 
     def _get_iterator(self) -> Any:
         return _Workers(self) if self.num_workers else super()._get_iterator()
@@ -134,11 +113,13 @@ class _Workers(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: Loader) -> None:
         super().__init__(loader)
         self._workers_done_event: Any = threading.Event()  # of this process alone
-        _workers.update(self._workers)
+        for worker in self._workers:
+            atexit.register(worker.kill)  # before multiprocessing's own hook, which would wait for one that hangs
 
     def _shutdown_workers(self) -> None:
         for worker in getattr(self, "_workers", []):
             worker.kill()
+            atexit.unregister(worker.kill)
         super()._shutdown_workers()
 
 
@@ -150,14 +131,11 @@ def stack(samples: Sequence[Sample]) -> Batch:
 
 def _explain(error: Exception) -> str | None:
     """Return one line for an error that can occur while waiting for a batch; None for a mistake in the code."""
-    text = f"{type(error).__name__}: {error}".strip()
-    last = text.splitlines()[-1].strip()  # behind a worker's traceback
+    last = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()  # behind a worker's traceback
     if isinstance(error, DataError) or "DataError: " in last:
         return last.rpartition("DataError: ")[2]
     if any(words in last for words in _USED_UP):
         return f"memory, shared memory or a limit is used up: fewer workers, a smaller batch, `ulimit`, `--shm-size` ({last})"
-    if "DataLoader timed out" in text:
-        return f"no batch came in {TIMEOUT} s: a file or its disk hangs ({last})"
     if isinstance(error, (ConnectionError, EOFError)) or str(error).startswith("DataLoader worker (pid"):
         return f"a loading worker died (out of memory?): {last.partition(': ')[2]}"
     if isinstance(error, (OSError, ValueError, SyntaxError)) or "ImageError: " in last:
@@ -189,11 +167,3 @@ def _start_worker(_: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-def _kill_workers() -> None:
-    """Kill workers at exit, which would otherwise wait for ever for one that hangs, since workers ignore SIGTERM."""
-    for worker in list(_workers):
-        if worker.is_alive():
-            worker.kill()
-        worker.join(5)

@@ -123,10 +123,9 @@ def check_share(batch_size: int, rank: int, world_size: int) -> None:
 
 
 class StepSampler(Sampler[list[Key]]):
-    """This process's part of each step's batch, from any step on.
+    """This process's contiguous part of each step's batch, from any step on.
 
-    Each epoch is one permutation of all images; each step takes the next global batch, and images that do not fill a batch
-    are left out. A process takes a contiguous part of each batch.
+    Each epoch is one permutation of all images, without those that do not fill a batch.
 
     Args:
         length: Images in the source.
@@ -161,11 +160,6 @@ class StepSampler(Sampler[list[Key]]):
     def steps_per_epoch(self) -> int:
         """Full batches in the source."""
         return self.length // self.batch_size
-
-    def __len__(self) -> int:
-        if self.num_steps is None:
-            raise TypeError("a sampler without num_steps has no length")
-        return max(0, self.num_steps - self.start_step)
 
     def __iter__(self) -> Iterator[list[Key]]:
         share, order = self.batch_size // self.world_size, torch.empty(0)

@@ -65,12 +65,7 @@ class ImageStream:
             raise ImageError(name, str(error)) from error
 
     def first(self, count: int) -> KeptImages:
-        """Read the images of the first `count` rows into memory, but for those that cannot be read.
-
-        Raises:
-            DataError: The stream cannot be read.
-            ValueError: It holds none.
-        """
+        """Read the images of the first `count` rows into memory, but for those that cannot be read; raise if there are none."""
         images = dict[str, ImageLike]()
         for name, image in itertools.islice(self.read(self.dataset), count):
             try:
@@ -88,8 +83,7 @@ class ImageStream:
 
     def describe(self) -> str:
         """Return one line on what this is."""
-        length = "an unknown number of" if self.length is None else str(self.length)
-        return f"a stream of {length} images in {self.dataset.num_shards} shards, {self.name}"
+        return f"a stream of {self.length or 'an unknown number of'} images in {self.dataset.num_shards} shards, {self.name}"
 
 
 def open_stream(data: str) -> ImageStream:

@@ -50,8 +50,8 @@ class TableSource(ImageSource):
 class DatasetSource(ImageSource):
     """A data set with length and index whose items are images, (image, label, ...) or {"image": ..., "label": ...}.
 
-    Of named columns, the image is `image` or `img`, else the first that holds images or their bytes. Labels are read from the
-    data set's `targets` or `labels`, or from a label column of Hugging Face; the data set should not transform images.
+    Of named columns, the image is `image` or `img`, else the first that holds images. Labels are the data set's `targets` or
+    `labels`, or a label column of Hugging Face; the data set should not transform images.
 
     Raises:
         TypeError: No length or no index.
@@ -112,11 +112,7 @@ def find_columns(schema: Any) -> tuple[list[str], list[str]]:
 
 
 def find_image(item: Any, columns: Sequence[str]) -> ImageLike:
-    """Return the image of an item: itself, the first of (image, label, ...), or of these columns, or of all that are images.
-
-    Raises:
-        ValueError: None of the item's columns is an image.
-    """
+    """Return the image of an item: itself, the first of (image, label, ...), or of these columns, or of all that are images."""
     if isinstance(item, Mapping):
         named = [name for name in columns if name in item] + [name for name, value in item.items() if _is_image(value)]
         if not named:

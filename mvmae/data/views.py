@@ -53,8 +53,7 @@ class ViewTransform:
         scaled_decode: k: a JPEG is decoded at 1/2, 1/4 or 1/8 while every crop keeps k times its view's pixels a side;
             None or 0 decodes in full.
         max_pixels: Larger images are refused before they are decoded.
-        value_range: Values that become 0 and 255 in images deeper than 8 bits, such as (0, 4095); 16-bit colour other than
-            PNG and TIFF comes from Pillow with 8 bits.
+        value_range: Values that become 0 and 255 in images deeper than 8 bits, such as (0, 4095).
         background: Colour behind transparent pixels in grey or RGB views, in CSS notation.
 
     Raises:
@@ -111,13 +110,13 @@ class MultiViewTransform(ViewTransform):
     generator, one number is drawn from torch's global generator.
 
     Args:
-        image_size: Size of a view in pixels; H and W, or one number for both.
+        image_size: As in `ViewTransform`.
         num_views: V.
         scale: Range of a crop's share of the image's area (MAE, since the paper is silent).
         ratio: Range of a crop's width / height.
         flip: Probability of a left-right flip.
         same_crop: Every view is the same crop: Table 6's "w/o two different target views".
-        **options: in_chans, scaled_decode, max_pixels, value_range, background, as in `ViewTransform`.
+        **options: As in `ViewTransform`.
     """
 
     def __init__(
@@ -134,16 +133,15 @@ class MultiViewTransform(ViewTransform):
         super().__init__(image_size, **options)
         if num_views < 1:
             raise ValueError(f"num_views must be at least 1, got {num_views}")
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale must be (low, high) with 0 < low <= high <= 1, got {tuple(scale)}")
-        if not 0 < ratio[0] <= ratio[1]:
-            raise ValueError(f"ratio must be (low, high) with 0 < low <= high, got {tuple(ratio)}")
+        for name, (low, high), most in (("scale", scale, 1), ("ratio", ratio, math.inf)):
+            if not 0 < low <= high <= most:
+                raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {most}, got {(low, high)}")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability between 0 and 1, got {flip}")
         self.num_views, self.scale, self.ratio, self.flip, self.same_crop = num_views, scale, ratio, flip, same_crop
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
-        """Take the views of one image: (V, C, H, W) uint8; the generator is the sample's own."""
+        """Take the views of one image: (V, C, H, W) uint8."""
         opened = self._open(image)
         return self._take(opened, *self.draw(*opened.upright_size, generator=generator))
 
@@ -208,7 +206,7 @@ def _resize(pixels: Pixels, box: Box, size: tuple[int, int]) -> Tensor:
 
 
 def _stored_box(box: Box, image: OpenedImage) -> Box:
-    """Return the box in the image as stored, from the box in the image as seen."""
+    """Return a box of the image as seen in the image as stored."""
     (transpose, mirror, upend), (height, width) = image.turn, image.upright_size
     top = height - box.top - box.height if upend else box.top
     left = width - box.left - box.width if mirror else box.left
