@@ -162,7 +162,13 @@ SHOWN = {  # how a picture is written, what is said of it, and the pixels that i
         {"value_range": (0, 4095)},
         np.rint(DEEP * (16 * 255 / 4095)),
     ),
-    "bands": (lambda path: tifffile.imwrite(f"{path}.tif", RGB.repeat(2, 2)[..., :5], photometric="minisblack"), {}, None),
+    "bands": (
+        lambda path: tifffile.imwrite(
+            f"{path}.tif", RGB.repeat(2, 2)[..., :5], photometric="minisblack", planarconfig="contig"
+        ),
+        {},
+        None,
+    ),
     "grey": (lambda path: Image.fromarray(RGB[..., 0]).save(f"{path}.png"), {}, RGB[..., 0]),
     "floats": (lambda path: np.save(f"{path}.npy", RGB.astype(np.float32) / 127.5 - 1), {"value_range": (-1, 1)}, RGB),
     "palette with alpha": (
