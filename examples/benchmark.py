@@ -156,8 +156,7 @@ def measure_loader(config: Config, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)  # as in each process of a DataLoader
     loads = {
         "two decodes, torchvision": naive_loader(config.image_size),
-        "one decode, fast": views(config.image_size),
-        "one decode, Pillow alone": views(config.image_size, decoder="pillow"),
+        "one decode": views(config.image_size),
     }
     for width, height, count in ((500, 375, 24), (3000, 2000, 3)):
         paths = write_photographs(folder, width, height, count)

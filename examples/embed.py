@@ -32,9 +32,8 @@ from engine.distributed import autocast, start_ranks
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals, Stop
 from mvmae.data import EvalTransform, embed_rows
-from mvmae.data.loader import escape
 from mvmae.weights import read_json, write_json, write_text
-from tasks.feature_files import Features, Parts, fingerprint, write_array, write_table
+from tasks.feature_files import Features, Parts, fingerprint, one_line, write_array, write_table
 from tasks.features import POOLS, Pooled
 from tasks.inputs import InputOptions, describe_inputs, read_inputs
 from tasks.labelled import LabelledConfig
@@ -149,7 +148,7 @@ def main(config: Config) -> None:
         raise Stop(f"none of {len(source)} images can be read: {source.name(0)} is one of them", 1)
 
     if bad:
-        lines = (f"{escape(source.name(row))}\t{escape(reason)}\n" for row, reason in sorted(bad.items()))
+        lines = (f"{one_line(source.name(row))}\t{one_line(reason)}\n" for row, reason in sorted(bad.items()))
         write_text(folder / "bad_files.txt", "".join(lines))
     write = write_table if config.format == "parquet" else write_array
     write(file, source, ((rows, parts.read(rows)[0]) for rows in ranges))

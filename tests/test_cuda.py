@@ -19,7 +19,7 @@ from tiny_run import ARGUMENTS, STEPS, assert_identical, end_of, losses
 from torch.nn.functional import cosine_similarity
 
 import mvmae
-from mvmae.data import MultiViewDataset, StepSampler, make_loader, normalize, open_images
+from mvmae.data import Loader, MultiViewDataset, StepSampler, normalize, open_images
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -121,7 +121,7 @@ def test_batches_are_not_overwritten_while_they_are_copied(images, device):
 
     def batches(device):
         cuda = device.type == "cuda"
-        for loaded in make_loader(dataset, StepSampler(32, 8, num_steps=24), num_workers=1, pin_memory=cuda):
+        for loaded in Loader(dataset, StepSampler(32, 8, num_steps=24), num_workers=1, pin_memory=cuda):
             assert loaded.views.is_pinned() == cuda
             if cuda:
                 torch.cuda._sleep(20_000_000)  # the device is busy: copies wait in its queue, and the loader goes on

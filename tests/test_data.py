@@ -21,11 +21,10 @@ from mvmae.data import (
     FileSource,
     ImageError,
     ImageSource,
+    Loader,
     MultiViewDataset,
     MultiViewTransform,
     StepSampler,
-    explain_loader_error,
-    make_loader,
     open_images,
     sample_seed,
 )
@@ -51,7 +50,7 @@ class Arrays(ImageSource):
 def loader(source, *, batch=4, seed=0, num_steps=6, start_step=0, rank=0, world_size=1, max_bad=100, **options):
     dataset = MultiViewDataset(source, MultiViewTransform(16), seed=seed, max_bad=max_bad)
     span = {"num_steps": num_steps, "start_step": start_step, "rank": rank, "world_size": world_size}
-    return make_loader(dataset, StepSampler(len(source), batch, seed=seed, **span), **options)
+    return Loader(dataset, StepSampler(len(source), batch, seed=seed, **span), **options)
 
 
 def stacked(batches) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +64,7 @@ def stacked(batches) -> tuple[torch.Tensor, torch.Tensor]:
 def test_steps_walk_through_each_epoch_once_in_a_new_order():
     sampler = StepSampler(13, 4, seed=1, num_steps=9)
     steps = list(sampler)
-    assert sampler.steps_per_epoch == 3 and len(sampler) == len(steps) == 9
+    assert sampler.steps_per_epoch == 3 and len(steps) == 9
     for epoch in range(3):
         keys = [key for step in steps[3 * epoch : 3 * epoch + 3] for key in step]
         assert {e for e, _ in keys} == {epoch} and len({i for _, i in keys}) == 12
@@ -83,8 +82,6 @@ def test_a_sampler_starts_at_any_step_as_if_it_had_run_so_far(start):
 
 def test_a_sampler_starts_far_away_at_once_and_can_be_endless():
     assert len(next(iter(StepSampler(1000, 8, start_step=10**12)))) == 8  # no end is seen of walking through so many
-    with pytest.raises(TypeError):
-        len(StepSampler(10, 2))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -184,7 +181,7 @@ def test_a_folder_of_odd_images_loads_and_names_the_bad_ones(tmp_path):
     source = open_images(folder)
     assert len(source) == 7 + len(bad)
     loading = loader(source, batch=11, num_steps=2, num_workers=1, bad_file=tmp_path / "bad.txt")
-    assert len(list(loading)) == 2 and {Path(name).name for name in loading.bad} == set(bad)
+    assert len(list(loading)) == 2 and {Path(name).name for name in loading.bad} == {repr(name)[1:-1] for name in bad}
     assert len((tmp_path / "bad.txt").read_text().splitlines()) == len(bad)
     assert loader(source, bad_file=tmp_path / "bad.txt").bad == loading.bad
 
@@ -258,8 +255,8 @@ def at_seven(fault, index):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (limit_files, "a batch is larger than a file may be: raise `ulimit -f`, or use fewer workers.*File too large"),
-        (fill_shared_memory, "shared memory is full: use fewer workers.*--shm-size.*No space left on device"),
+        (limit_files, "limit is used up: fewer workers, a smaller batch, `ulimit`.*File too large"),
+        (fill_shared_memory, "shared memory or a limit is used up: fewer workers.*--shm-size.*No space left on device"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), r"a loading worker died \(out of memory\?\)"),
         (die_with_the_lock_that_workers_share, r"a loading worker died \(out of memory\?\)"),
     ],
@@ -302,7 +299,7 @@ class Pairs:
     [
         (OSError("7.png is gone"), r"OSError: 7\.png is gone$"),
         (ImageError("7.png", "no\nimage"), r"^cannot read image '7\.png': no image$"),
-        (MemoryError(), "^no memory is left to load images: use fewer workers or a smaller batch "),
+        (MemoryError(), "^memory, .* is used up: fewer workers, a smaller batch"),
     ],
     ids=["disk", "image", "memory"],
 )
@@ -311,15 +308,9 @@ def test_samples_of_any_data_set_are_loaded_and_an_error_is_one_line(workers, er
     expected, seen = list(sampler), []
     failing = next(step for step, keys in enumerate(expected) if 7 in [index for _, index in keys])
     with pytest.raises(DataError, match=message):
-        for batch in make_loader(Pairs(error), sampler, num_workers=workers, collate=list):
+        for batch in Loader(Pairs(error), sampler, num_workers=workers, collate=list):
             seen.append([tuple(numbers.tolist()) for numbers, _ in batch])
     assert seen == expected[:failing]
-
-
-def test_errors_of_others_are_not_explained_away():
-    assert explain_loader_error(RuntimeError("CUDA out of memory")) is None
-    assert explain_loader_error(BrokenPipeError()) is None
-    assert explain_loader_error(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")) is not None
 
 
 @pytest.mark.linux
@@ -327,7 +318,7 @@ def test_workers_ignore_signals_and_end_with_the_main_process_even_where_one_han
     script = """
         import multiprocessing, os, signal, time
         import numpy as np
-        from mvmae.data import ImageSource, MultiViewDataset, MultiViewTransform, StepSampler, make_loader
+        from mvmae.data import ImageSource, Loader, MultiViewDataset, MultiViewTransform
 
         class Noise(ImageSource):
             def image(self, index):
@@ -336,14 +327,14 @@ def test_workers_ignore_signals_and_end_with_the_main_process_even_where_one_han
                 return np.full((20, 20, 3), index, np.uint8)
 
         dataset = MultiViewDataset(Noise([b"x"] * 50), MultiViewTransform(16))
-        keys = [[(0, i % 40)] for i in range(60)] + [[(0, 49)]] * 2
-        batches = iter(make_loader(dataset, keys, num_workers=2))
+        keys = [[(0, i)] for i in range(8)] + [[(0, 49)]] * 2
+        batches = iter(Loader(dataset, keys, num_workers=2))
         next(batches), next(batches)  # one of each worker: both have started
         for child in multiprocessing.active_children():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 os.kill(child.pid, number)
             print(child.pid)
-        for _ in range(58):
+        for _ in range(6):
             next(batches)
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.alarm(1)

@@ -105,21 +105,6 @@ def test_the_feature_is_what_timm_pools_and_the_mean_patch_token_of_this_package
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_transparent_and_turned_images_are_taken_as_they_are_seen(tmp_path, tiny_vit):
-    model, seen = tiny_vit().eval(), Image.radial_gradient("L").convert("RGB").resize((40, 32))
-    seen.paste((200, 0, 0), (0, 0, 9, 9))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a turn by 90 degrees clockwise
-    seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
-    holes = seen.copy()
-    holes.putalpha(0)
-    holes.save(tmp_path / "b.png")
-    for name, picture in (("a", seen), ("b", Image.new("RGB", seen.size, "#c05020"))):
-        picture.save(tmp_path / f"{name}.bmp")
-    found = mvmae.embed(model, tmp_path, background="#c05020").features  # a.bmp, a.png, b.bmp, b.png
-    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3]) and not torch.equal(found[0], found[2])
-
-
 def test_parquet_holds_names_features_and_labels_for_pandas(place, paths, written):
     arrow = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     done = run_script("embed.py", *ARGUMENTS, *PARTS, "--format", "parquet", "--output-dir", "table", folder=place)
@@ -214,8 +199,7 @@ def test_unreadable_images_are_logged_in_python(tiny_vit, caplog):
     found = mvmae.embed(tiny_vit(), images)
     assert found.features.isnan().all(dim=1).tolist() == [False, True, False] and not found.features[[0, 2]].isnan().any()
     assert "bad image 'list[1]'" in caplog.text
-    with pytest.raises(RuntimeError, match="1 bad images, more than the 0 allowed"):
-        mvmae.embed(tiny_vit(), images, max_bad=0)
+    assert list(found.bad) == [1]
 
 
 @pytest.mark.parametrize(
@@ -243,8 +227,6 @@ def test_another_programs_features_are_not_overwritten(place):
 
 
 def test_what_cannot_be_embedded_is_refused(place, tiny_vit):
-    with pytest.raises(TypeError, match="must be one of timm, with forward_features and forward_head, got Linear"):
-        mvmae.embed(torch.nn.Linear(1, 1), place / "images", image_size=8)
     with pytest.raises(ValueError, match=r"must pool its features to \(B, D\), got \(20, 17, 48\)"):
         mvmae.embed(tiny_vit(global_pool=""), place / "images")
     with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):

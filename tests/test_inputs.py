@@ -12,6 +12,7 @@ from running import run_script
 from tiny_run import ARGUMENTS, losses
 
 import mvmae
+from mvmae import hub
 from mvmae.data import EvalTransform
 from mvmae.inputs import Inputs, inputs_of, set_inputs
 
@@ -134,6 +135,78 @@ def test_every_script_measures_what_it_would_on_the_plain_pictures(kind, script,
     if script == "finetune.py":
         best = mvmae.create_model(f"local-dir:{place / 'finetune.py-odd-9/best'}", pretrained=True)
         assert inputs_of(best) == inputs_of(mvmae.create_model(f"local-dir:{place / 'run-odd/run/encoder'}"))
+
+
+RGB = noise(np.random.default_rng(1), "rgb")  # 40 x 48
+DEEP = RGB[..., 0].astype(np.uint16)
+PALETTE = Image.fromarray(RGB).quantize(16)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # shown after a turn by 90 degrees clockwise
+
+
+def on_colour(image):
+    return np.array(Image.alpha_composite(Image.new("RGBA", image.size, COLOUR), image).convert("RGB"))
+
+
+def see_through(image):
+    return Image.fromarray(
+        np.dstack([np.array(image.convert("RGB")), np.where(np.array(image) == 0, 128, 255).astype(np.uint8)])
+    )
+
+
+SHOWN = {  # how a picture is written, what is said of it, and the pixels that it shows
+    "16 bits": (lambda path: Image.fromarray(DEEP * 257).save(f"{path}.png"), {}, DEEP),
+    "16 bits, RGB": (lambda path: tifffile.imwrite(f"{path}.tif", RGB.astype(np.uint16) * 257, photometric="rgb"), {}, RGB),
+    "12 bits": (
+        lambda path: Image.fromarray(DEEP * 16).save(f"{path}.png"),
+        {"value_range": (0, 4095)},
+        np.rint(DEEP * (16 * 255 / 4095)),
+    ),
+    "bands": (
+        lambda path: tifffile.imwrite(
+            f"{path}.tif", RGB.repeat(2, 2)[..., :5], photometric="minisblack", planarconfig="contig"
+        ),
+        {},
+        None,
+    ),
+    "grey": (lambda path: Image.fromarray(RGB[..., 0]).save(f"{path}.png"), {}, RGB[..., 0]),
+    "floats": (lambda path: np.save(f"{path}.npy", RGB.astype(np.float32) / 127.5 - 1), {"value_range": (-1, 1)}, RGB),
+    "palette with alpha": (
+        lambda path: PALETTE.save(f"{path}.png", transparency=bytes([128] + [255] * 15)),
+        {"background": COLOUR},
+        on_colour(see_through(PALETTE)),
+    ),
+    "EXIF": (
+        lambda path: Image.fromarray(RGB).transpose(Image.Transpose.ROTATE_90).save(f"{path}.png", exif=TURNED),
+        {},
+        RGB,
+    ),
+    "CMYK": (
+        lambda path: Image.fromarray(np.dstack([RGB, RGB[..., 0]]), "CMYK").save(f"{path}.tif"),
+        {},
+        np.array(Image.fromarray(np.dstack([RGB, RGB[..., 0]]), "CMYK").convert("RGB")),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize("kind", SHOWN)
+def test_the_feature_of_an_odd_picture_is_that_of_its_pixels_by_hand(kind, tmp_path, tiny_vit):
+    """Of the model's size, 40 x 48, so that nothing is resized; the model is told by its record, or by arguments."""
+    write, options, pixels = SHOWN[kind]
+    pixels = RGB.repeat(2, 2)[..., :5] if pixels is None else pixels
+    pixels = torch.from_numpy(pixels.reshape(40, 48, -1).astype(np.float32)).permute(2, 0, 1)[None] / 255
+    (tmp_path / "images").mkdir()
+    write(tmp_path / "images" / "0")
+    channels = pixels.shape[1]
+    vit, size, mean, std = tiny_vit(in_chans=channels, img_size=(40, 48)).eval(), (40, 48), (0.4,) * channels, (0.2,) * channels
+    with torch.no_grad():
+        expected = vit.forward_head(vit.forward_features((pixels - 0.4) / 0.2), pre_logits=True)
+    told = mvmae.embed(vit, tmp_path / "images", mean=mean, std=std, crop_pct=1.0, interpolation="bicubic", **options)
+    set_inputs(vit, Inputs(size, mean, std, crop_pct=1.0, **options))
+    hub.export(vit, tmp_path / "encoder")
+    for found in (told, mvmae.embed(tmp_path / "encoder", tmp_path / "images")):
+        torch.testing.assert_close(found.features.cpu(), expected, atol=1e-5, rtol=0)
 
 
 def without_time(result):

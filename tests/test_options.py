@@ -18,6 +18,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 from engine.options import MEMORY, SECTIONS, RunConfig, changeable, flag, option, parse, redefine, run
 from engine.signals import NOTHING_SAVED, Stop
+from mvmae.data import DataError
 
 SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
 OPTIONS = [(name, field) for name, script in SCRIPTS.items() for field in dataclasses.fields(script.Config) if field.metadata]
@@ -182,7 +183,7 @@ def test_a_preset_sets_defaults_what_is_typed_wins_and_its_arguments_are_for_its
             f"error: {MEMORY.format('OutOfMemoryError: CUDA')}",
         ),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, None),
-        (RuntimeError("DataLoader worker (pid 7) is killed"), 1, None),
+        (DataError("a loading worker died"), 1, None),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -13,11 +13,16 @@ from PIL import Image
 from running import run_processes
 from tiny_run import ARGUMENTS, losses, pretrain
 
-from mvmae.data import DataError, MultiViewTransform, is_stream, open_images, open_stream, stream_loader
+from mvmae.data import DataError, ImageStream, MultiViewTransform, is_stream, open_images, open_stream, stream_loader
 
 datasets = pytest.importorskip("datasets")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.posix]  # warnings of datasets and its parts
 SHARDS, EACH = 4, 9
+
+
+@pytest.fixture(autouse=True)
+def _no_pause_behind_parquet(monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # is for the end of a process
 
 
 def picture(value):
@@ -68,15 +73,14 @@ def load(stream, batch=6, steps=6, world=1, **options):
     return list(itertools.chain(*zip(*ranks, strict=True)))
 
 
-@pytest.mark.parametrize("kind", ["http", "file", "parquet", "hub", "object"])
+@pytest.mark.parametrize("kind", ["http", "file", "parquet", "hub"])
 def test_a_pass_over_any_kind_of_stream_holds_each_image_once_in_an_order_of_its_own(kind, folder, request):
     server = request.getfixturevalue("server") if kind in ("http", "parquet") else ""
     shards = f"shard-{{0..{SHARDS - 1}}}.tar"
     tables = f"hub/train-0000{{0..3}}-of-0000{SHARDS}.parquet"
     data = {"http": f"{server}/{shards}", "file": f"file://{folder}/{shards}", "parquet": f"{server}/{tables}"}
     data |= {"hub": f"hfids/{folder}/hub"}
-    files = sorted(map(str, (folder / "hub").glob("*.parquet")))
-    stream = open_stream(data.get(kind) or datasets.load_dataset("parquet", data_files=files, split="train", streaming=True))
+    stream = open_stream(data[kind])
     batches = load(stream, steps=12)
     first, second = numbers(batches[:6]), numbers(batches[6:])
     assert sorted(first) == sorted(second) == list(range(SHARDS * EACH)) and first != second != sorted(first)
@@ -84,10 +88,7 @@ def test_a_pass_over_any_kind_of_stream_holds_each_image_once_in_an_order_of_its
     assert numbers(load(stream)) == first and numbers(load(stream, seed=1)) != first
     kept = stream.first(5)
     assert len(kept) == 5 and isinstance(kept.image(0), bytes) and "\n" not in stream.describe()
-    assert (
-        f"{SHARDS} shards" in stream.describe()
-        and stream.fingerprint == open_stream(data.get(kind) or stream.dataset).fingerprint
-    )
+    assert f"{SHARDS} shards" in stream.describe() and stream.fingerprint == open_stream(data[kind]).fingerprint
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (1, 9), (2, 0), (3, 1), (8, 0)])
@@ -136,7 +137,7 @@ def test_a_stream_that_breaks_ends_in_one_line(tmp_path, workers):
             if shard == 1:
                 raise ConnectionError("gone\nfrom https://user:word@host/a.tar?key=secret")
 
-    stream = open_stream(datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1]}))
+    stream = ImageStream(datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1]}), "rows")
     with pytest.raises(DataError, match="cannot be read on: .*gone from https://host/a.tar") as caught:
         load(stream, 2, 9, num_workers=workers, shuffle_buffer=1)
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value) and "word" not in str(caught.value)
@@ -145,9 +146,7 @@ def test_a_stream_that_breaks_ends_in_one_line(tmp_path, workers):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ("s3://bucket/a.tar", "got s3://bucket/a.tar"),
-        ("http://host/a.zip", "URLs .*got http://host/a.zip"),
-        ("pipe:curl http://host/a.tar", "must be hfids/NAME, or URLs"),
+        ("pipe:curl http://host/a.tar", "cannot be opened: .*pipe"),
         ("https://user:word@host/a.zip?key=secret", "got https://host/a.zip$"),
         ("file:///nowhere/a.tar", "cannot be opened: .*nowhere"),
         ("hfids//nowhere", "cannot be opened"),
@@ -167,14 +166,14 @@ def test_lists_are_no_streams_and_scripts_that_need_lists_say_so(tmp_path):
     with pytest.raises(ValueError, match="must have a column of images, got .*txt"):
         open_stream(f"file://{tmp_path}/a.tar")
     with pytest.raises(ValueError, match="batch size must be a positive multiple"):
-        stream_loader(None, None, 3, world_size=2)
+        stream_loader(None, None, 3, num_steps=1, world_size=2)
 
 
 def test_the_length_that_hugging_face_knows_is_that_of_an_epoch(folder):
     dataset = datasets.load_dataset(str(folder / "hub"), split="train", streaming=True)
-    assert open_stream(dataset).length is None
+    assert ImageStream(dataset, "hub").length is None
     dataset.info.splits = datasets.SplitDict({"train": datasets.SplitInfo("train", num_examples=36)})
-    assert open_stream(dataset).length == 36
+    assert ImageStream(dataset, "hub").length == 36
 
 
 # Scripts

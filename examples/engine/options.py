@@ -24,7 +24,7 @@ from engine.distributed import DEVICES
 from engine.log import open_outputs
 from engine.signals import NOTHING_SAVED, Stop, end_process
 from engine.trackers import TRACKERS
-from mvmae.data import explain_loader_error
+from mvmae.data import DataError
 from mvmae.weights import first_line
 
 Config = TypeVar("Config")
@@ -142,8 +142,8 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Presets, 
     except (Stop, ValueError, TypeError, OSError, ImportError) as error:
         _end(str(error), error.code if isinstance(error, Stop) else 2)
     except RuntimeError as error:
-        if reason := explain_loader_error(error):
-            _end(reason, 1)
+        if isinstance(error, DataError):
+            _end(str(error), 1)
         if "DefaultCPUAllocator" in str(error):  # how torch says that memory of the processor's is used up
             _end(MEMORY.format(first_line(error)), 1)
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -28,8 +28,8 @@ from mvmae.data import (
     FORMATS,
     MAX_PIXELS,
     FileSource,
+    Loader,
     StepSampler,
-    make_loader,
     open_image,
     open_images,
     pixel_options,
@@ -193,7 +193,7 @@ def fit(
     log.say(f"model: {summary(trunk, config.image_size, config.model)}")
     log.say(f"training: {config.steps} steps of {config.batch_size} images, on {ranks.device}")
     sampler.start_step = checkpoint.step
-    loader = make_loader(dataset, sampler, num_workers=config.workers, pin_memory=cuda, collate=collate)
+    loader = Loader(dataset, sampler, num_workers=config.workers, pin_memory=cuda, collate=collate)
     batches, trained = zip(sampler, loader, strict=True), parallel(model.train(), ranks)
     with checkpoint.saved_on_error():
         for step, (keys, batch) in enumerate(log.timed(signals.batches(batches)), checkpoint.step + 1):

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mvmae.data import ImageSource
-from mvmae.data.loader import escape
 from mvmae.weights import replace_file, write_text
 
 Features = NDArray[np.float32]
@@ -31,6 +30,11 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def one_line(text: str) -> str:
+    """Return a text on one line: what cannot be printed is escaped."""
+    return repr(text)[1:-1]
 
 
 class Parts:
@@ -84,7 +88,7 @@ def write_array(path: Path, source: ImageSource, parts: Iterable[tuple[range, Fe
             array[rows.start : rows.stop] = features
         array.flush()
 
-    write_text(path.with_name("names.txt"), "".join(f"{escape(source.name(index))}\n" for index in range(len(source))))
+    write_text(path.with_name("names.txt"), "".join(f"{one_line(source.name(index))}\n" for index in range(len(source))))
     replace_file(path, write)
 
 

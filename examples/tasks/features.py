@@ -87,9 +87,8 @@ def extract(
     """
     share = range(ranks.rank, len(source), ranks.world_size)
     batches: Sequence[Sequence[int]] = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
-    modes = {module: module.training for module in model.modules()}
     features, read, bad = torch.empty(0), torch.zeros(len(source), dtype=torch.bool), 0
-    for part in embed_rows(model.eval(), source, batches, transform, num_workers=workers):
+    for part in embed_rows(model, source, batches, transform, num_workers=workers):
         if part.rows:
             features = features if len(features) else torch.zeros(len(source), part.features.shape[1])
             features[part.rows], read[part.rows] = part.features, True
@@ -98,8 +97,6 @@ def extract(
         bad += len(part.bad)
         if bad > max_bad:
             raise Stop(f"{bad} images cannot be read, more than the {max_bad} that --max-bad allows: see the warnings", 1)
-    for module, training in modes.items():
-        module.training = training
     features, read = features.to(ranks.device), read.to(ranks.device)
     if ranks.world_size > 1:  # each row is zero in all ranks but one
         width = max(ranks.gather(features.shape[1] if len(features) else 0))

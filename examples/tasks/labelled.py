@@ -27,7 +27,6 @@ from mvmae.data import (
     Loader,
     MultiViewDataset,
     StepSampler,
-    make_loader,
     normalize,
     pixel_options,
     to_pil,
@@ -127,7 +126,7 @@ def training_loader(
     """Load the training images of each step; ``bad_files.txt`` in the run's folder lists those that cannot be read."""
     dataset = MultiViewDataset(source, transform, seed=sampler.seed, max_bad=max_bad)
     pin, bad_file = torch.cuda.is_available(), folder / "bad_files.txt" if sampler.rank == 0 else None
-    return make_loader(dataset, sampler, num_workers=workers, pin_memory=pin, bad_file=bad_file)
+    return Loader(dataset, sampler, num_workers=workers, pin_memory=pin, bad_file=bad_file)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:

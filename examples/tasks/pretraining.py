@@ -24,7 +24,6 @@ from mvmae.data import (
     MultiViewDataset,
     StepSampler,
     is_stream,
-    make_loader,
     open_stream,
     pixel_options,
     sample_seed,
@@ -204,7 +203,7 @@ def view_loader(
         return stream_loader(images.stream, transform, schedule.batch_size, max_bad=config.max_bad, **where, **loading)
     sampler = StepSampler(len(images.train), schedule.batch_size, **where)
     dataset = MultiViewDataset(images.train, transform, seed=config.seed, max_bad=config.max_bad)
-    return make_loader(dataset, sampler, **loading)
+    return Loader(dataset, sampler, **loading)
 
 
 def step_mask(config: Config, encoder: Any, batch_size: int, step: int, ranks: Ranks) -> mvmae.Mask:

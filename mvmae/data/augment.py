@@ -24,9 +24,8 @@ QUARTER = np.linalg.solve(YIQ, np.array([(0, 0, 0), (0, 0, -1), (0, 1, 0)]) @ YI
 class ColorJitter:
     """Random brightness, contrast, saturation and hue of views, by one matrix product each (SimCLR, Chen et al., 2020).
 
-    The ranges are those of torchvision's `ColorJitter`, which takes 11 times as long at 64 pixels. The result differs by its
-    clamps between the four changes, and by its hue, which turns in HSV; here hue turns the chroma plane of YIQ, so every
-    pixel keeps its brightness. The random numbers come from torch's global generator, or from one that is given.
+    The ranges are those of torchvision's `ColorJitter`, which takes 11 times as long at 64 pixels, clamps between the four
+    changes, and turns hue in HSV; here it turns in the chroma plane of YIQ, so every pixel keeps its brightness.
 
     Args:
         brightness: The factor of all values is uniform in 1 - brightness to 1 + brightness, from 0.
@@ -94,12 +93,10 @@ class AugmentedViews:
         augment: (C, H, W) uint8 -> the same.
 
     Raises:
-        TypeError: The function cannot be called, or, on call, returns something else.
+        TypeError: On call: the function returns something else.
     """
 
     def __init__(self, transform: Callable[..., Tensor], augment: Callable[..., Any]) -> None:
-        if not callable(augment):
-            raise TypeError(f"augment must be a function from (C, H, W) uint8 to the same, got a {type(augment).__name__}")
         self.transform, self.augment = transform, augment
         function: Any = augment if inspect.isroutine(augment) else type(augment).__call__
         try:

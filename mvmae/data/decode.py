@@ -1,7 +1,6 @@
 """One image of any kind as 8-bit pixels: its header first, then one decode.
 
 Shapes: H, W pixels as stored (before EXIF orientation), C channels asked for, s reduction of a scaled JPEG decode.
-Whatever goes wrong in a library or the file system is raised as an `ImageError` with name and reason.
 """
 
 import io
@@ -31,12 +30,7 @@ MAX_PIXELS = 100_000_000
 
 
 class ImageError(ValueError):
-    """An image that cannot be used.
-
-    Attributes:
-        path: The image's name.
-        reason: One line.
-    """
+    """An image that cannot be used, whatever went wrong in a library or the file system: its name, and the reason in a line."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -54,11 +48,13 @@ class OpenedImage:
         height, width: Pixels as stored.
         reducible: Whether `decode` can divide both sides by 2, 4 or 8 while it decodes (JPEG).
         own_range: Values that are black and white by what the file says, if it says more than its type.
+        inverted: 0 is white.
+        alpha: The last of 2 or 4 channels is alpha.
+        associated: Colours are multiplied by alpha.
     """
 
     own_range: Range | None = None
-    _inverted = False  # 0 is white
-    _alpha, _associated = True, False  # the last of 2 or 4 channels is alpha; colours are multiplied by it
+    inverted, alpha, associated = False, True, False
 
     def __init__(self, name: str, image: "Image.Image | NDArray[Any]", channels: int, encoded: bytes = b"") -> None:
         self.name, self._image, self._channels, self._encoded = name, image, channels, encoded
@@ -85,8 +81,7 @@ class OpenedImage:
     @property
     def turn(self) -> tuple[bool, bool, bool]:
         """How the image as stored becomes the image as seen: whether to transpose, then flip left-right, then up-down."""
-        orientation = self.orientation
-        return orientation >= 5, orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+        return self.orientation >= 5, self.orientation in (2, 3, 6, 7), self.orientation in (3, 4, 7, 8)
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -109,16 +104,13 @@ class OpenedImage:
                 return np.asarray(image)[..., None]
             return sixteen_bits(self._encoded) if self._sixteen else None
 
-    def decode(
-        self, *, reduction: int = 1, decoder: str = "fast", value_range: Range | None = None, background: Colour = WHITE
-    ) -> Pixels:
+    def decode(self, *, reduction: int = 1, value_range: Range | None = None, background: Colour = WHITE) -> Pixels:
         """Decode the first frame to 8 bits.
 
         Deeper images are scaled to 8 bits (`to_uint8`). In grey or RGB the background shows through transparent pixels.
 
         Args:
             reduction: s: 1, 2, 4 or 8; other than 1 only if `reducible`.
-            decoder: "fast" uses simplejpeg for JPEG if it is installed, "pillow" never.
             value_range: Values of images deeper than 8 bits that become 0 and 255.
             background: Red, green and blue behind transparent pixels.
 
@@ -140,7 +132,7 @@ class OpenedImage:
             if self.reducible:
                 if self._encoded.endswith(bytes(64)) and not self._encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
                     raise ImageError(self.name, "cut: it ends in zeros, which libjpeg would silently decode to grey")
-                if decoder == "fast" and simplejpeg and channels in (1, 3) and image.mode in ("L", "RGB"):
+                if simplejpeg and channels in (1, 3) and image.mode in ("L", "RGB"):
                     pixels = _simplejpeg(self._encoded, shape, reduction)
                     if pixels is not None:
                         return pixels
@@ -152,31 +144,28 @@ class OpenedImage:
 
     def _scale(self, values: "NDArray[Any]", value_range: Range | None, background: Colour) -> Pixels:
         pixels = to_uint8(values, value_range, self.own_range)
-        if self._inverted:
+        if self.inverted:
             pixels = 255 - pixels
-        if self._associated:
+        if self.associated:
             colours = np.rint(pixels[..., :-1] * (255 / np.maximum(pixels[..., -1:], 1))).clip(0, 255)
             pixels = np.concatenate([colours.astype(np.uint8), pixels[..., -1:]], axis=-1)
-        return with_channels(pixels, self._channels, background, self._alpha)
+        return with_channels(pixels, self._channels, background, self.alpha)
 
 
-def open_image(source: ImageLike, *, channels: int = 3, name: str | None = None, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+def open_image(source: ImageLike, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> OpenedImage:
     """Read an image's header, and refuse an image that should not be decoded.
 
     Args:
-        source: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W), or an array (H, W), (H, W, C), or (C, H, W)
-            where its first side is `channels` and its last is not. The last of an array's 2 or 4 channels is alpha where 1
-            or 3 are asked for.
+        source: A path, an encoded file's bytes, a Pillow image, a tensor (C, H, W), or an array (`channels_last`). The last of
+            an array's 2 or 4 channels is alpha where 1 or 3 are asked for.
         channels: 1 (grey), 3 (RGB), 4 (RGBA, or a CMYK image unchanged), or the number of a TIFF's or an array's channels.
-        name: For messages; a path is its own name.
         max_pixels: Largest number of pixels of an image, at 4 bytes each; larger images and files are refused before they are
             read or decoded.
 
     Raises:
         ImageError: Not an image, unreadable or too large.
     """
-    if name is None:
-        name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
     with _errors_of(name):
         if isinstance(source, (str, os.PathLike)):
             status = os.stat(source)
@@ -185,15 +174,14 @@ def open_image(source: ImageLike, *, channels: int = 3, name: str | None = None,
             _check_size(status.st_size, max_pixels)
             with open(source, "rb") as file:
                 source = file.read()
-        if isinstance(source, (bytes, bytearray, memoryview)):
-            opened = _open_bytes(bytes(source), name, channels, max_pixels)
+        if isinstance(source, bytes):
+            opened = _open_bytes(source, name, channels, max_pixels)
         elif isinstance(source, Image.Image):
             opened = OpenedImage(name, source, channels)
         elif isinstance(source, torch.Tensor):
-            if source.ndim not in (2, 3):
-                raise ValueError(f"a tensor must be (C, H, W), got the shape {tuple(source.shape)}")
-            source = source.detach().cpu()
-            opened = OpenedImage(name, (source if source.ndim == 3 else source[None]).permute(1, 2, 0).numpy(), channels)
+            array = source.detach().cpu().numpy()
+            array = array.transpose(1, 2, 0) if array.ndim == 3 else channels_last(array, channels)
+            opened = OpenedImage(name, array, channels)
         elif isinstance(source, np.ndarray):
             opened = OpenedImage(name, channels_last(source, channels), channels)
         else:
@@ -266,18 +254,16 @@ def _open_bytes(encoded: bytes, name: str, channels: int, max_pixels: int) -> Op
             return _open_bands(encoded, name, channels, max_pixels)
         bits = tags.get(258, 1)
         opened.own_range = (0, 32767) if image.mode == "I" and np.max(bits) == 16 else range_of(bits)
-        opened._inverted = tags.get(262) == 0 and image.mode.startswith(("I", "F"))
+        opened.inverted = tags.get(262) == 0 and image.mode.startswith(("I", "F"))
     elif image.mode == "I":  # in which Pillow reads PNG and PGM of 16 bits
         opened.own_range = (0, 65535)
     return opened
 
 
 def _open_bands(encoded: bytes, name: str, channels: int, max_pixels: int) -> OpenedImage:
-    bands = read_bands(encoded, channels, partial(_check_size, max_pixels=max_pixels))
-    opened = OpenedImage(name, bands.pixels, channels)
-    opened.own_range, opened._inverted = bands.range, bands.inverted
-    opened._alpha, opened._associated = bands.alpha, bands.associated
-    opened.orientation = bands.orientation if bands.orientation in range(1, 9) else 1
+    pixels, said = read_bands(encoded, channels, partial(_check_size, max_pixels=max_pixels))
+    opened = OpenedImage(name, pixels, channels)
+    vars(opened).update(said)
     return opened
 
 

@@ -19,7 +19,7 @@ from ..inputs import CFG, Inputs, inputs_of
 from ..loading import create_model
 from ..masked_vit import unwrap
 from .decode import MAX_PIXELS, ImageError, ImageLike, to_pil
-from .loader import make_loader
+from .loader import Loader
 from .open import open_images
 from .sampling import DataError, Key, generator, read
 from .sources import ImageSource
@@ -36,15 +36,10 @@ class ChannelStatistics(NamedTuple):
 
 
 def measure_channels(source: ImageSource, transform: Callable[..., Tensor], *, limit: int = 2000) -> ChannelStatistics:
-    """Measure mean and standard deviation over all pixels of a sample of images, the same sample every time.
+    """Measure mean and standard deviation of each channel over the pixels of at most `limit` images.
 
-    Sums are integers, and so exact in any order. Images that cannot be read are skipped.
-
-    Args:
-        source: The images.
-        transform: From an image to (C, H, W) uint8 without randomness, such as `CentreCropTransform`; with one size for all
-            images, each has the same weight.
-        limit: Most images to measure.
+    The sample is always the same. Sums are integers, and so exact in any order. Images that cannot be read are skipped.
+    `transform` makes (C, H, W) uint8 of an image without randomness, such as `CentreCropTransform`.
 
     Raises:
         ValueError: No image can be read, or a channel is the same everywhere.
@@ -64,10 +59,8 @@ def measure_channels(source: ImageSource, transform: Callable[..., Tensor], *, l
     mean = total.double() / count
     std = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
     if not std.min() > 0:
-        raise ValueError(
-            f"each channel must vary, got channel {int(std.argmin())} with the same value in all of {seen} images: "
-            "pass mean and std, or leave the channel out"
-        )
+        same = f"channel {int(std.argmin())} with the same value in all of {seen} images"
+        raise ValueError(f"each channel must vary, got {same}: pass mean and std, or leave the channel out")
     return ChannelStatistics(*(tuple(round(value / 255, 8) for value in values.tolist()) for values in (mean, std)))
 
 
@@ -88,12 +81,8 @@ def pixel_options(inputs: Inputs) -> dict[str, Any]:
 class EvalTransform:
     """timm's transform for evaluation with a model, of an image of any kind: (C, H, W) float32, normalised.
 
-    Images of other channels than 1 and 3, which Pillow does not resize, are resized by `CentreCropTransform`.
-
-    Args:
-        model: Of timm; `inputs_of` says how its images are read.
-        image_size: Side in pixels, or (H, W); 0: the size that the model was built for.
-        **changes: Attributes of `Inputs` that replace the model's own, such as ``background``; None changes nothing.
+    Images of other channels than 1 and 3, which Pillow does not resize, are resized by `CentreCropTransform`. Arguments are as
+    in `embed`.
     """
 
     def __init__(self, model: nn.Module, image_size: int | tuple[int, int] = 0, **changes: Any) -> None:
@@ -127,35 +116,14 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None]
 
 
-def pooled_feature(model: Any, images: Tensor) -> Tensor:
-    """Compute what timm pools for the classifier: (B, C, H, W) -> (B, D) float32.
-
-    For the encoders of this package it is the mean patch token.
-
-    Raises:
-        TypeError: The model is not timm's.
-        ValueError: It does not pool.
-    """
-    if not hasattr(model, "forward_head"):
-        raise TypeError(f"the model must be one of timm, with forward_features and forward_head, got {type(model).__name__}")
-    features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
-    if features.ndim != 2:
-        shape = tuple(features.shape)
-        raise ValueError(f"the model must pool its features to (B, D), got {shape}: build it with another global_pool")
-    return features.float()
-
-
 def embed(
     model: nn.Module | str | os.PathLike[str],
     source: "str | os.PathLike[str] | Dataset[Any] | ImageSource",
     *,
     split: str = "train",
     image_size: int | tuple[int, int] = 0,
-    background: str | None = None,
-    value_range: tuple[float, float] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
-    max_bad: int = 100,
     **changes: Any,
 ) -> Embedded:
     """Compute the features of all images of a source, in its order, in memory; ``examples/embed.py`` writes them to a disk.
@@ -169,16 +137,13 @@ def embed(
         source: A folder, list, archive or data set, as `open_images` takes it.
         split: "train" or "val", where the source has splits.
         image_size: Side in pixels, or (H, W); 0: the size that the model was built for.
-        background: Colour behind transparent pixels; None: the model's own.
-        value_range: Values of deep pixels that become 0 and 255; None: the model's own.
         batch_size: Images at a time.
         num_workers: Loading processes; 0 loads in this process.
-        max_bad: Images that cannot be read, whose rows are NaN and which are logged, before an error.
-        **changes: Other attributes of `mvmae.inputs.Inputs` that replace the model's own, such as ``mean`` and ``std``.
+        **changes: Attributes of `mvmae.inputs.Inputs` that replace the model's own, such as ``background`` or ``value_range``.
 
     Raises:
         ValueError: No images, no such model, or sizes that do not fit.
-        DataError: More images than `max_bad` cannot be read, or they cannot be loaded.
+        DataError: No image can be read, or they cannot be loaded.
     """
     images = open_images(source, split=split)
     if batch_size < 1:
@@ -189,25 +154,17 @@ def embed(
         encoder = create_model(os.fspath(model), pretrained=True, num_classes=0)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    transform = EvalTransform(encoder, image_size, background=background, value_range=value_range, **changes)
-    modes = {module: module.training for module in encoder.modules()}
-    rows, parts, bad = list[int](), list[Tensor](), dict[int, str]()
-    try:
-        for part in embed_rows(encoder.eval(), images, batches, transform, num_workers=num_workers):
-            rows, bad = rows + part.rows, bad | part.bad
-            parts.append(part.features)
-            for row, reason in part.bad.items():
-                _logger.warning("bad image %r: %s; its row is NaN", images.name(row), reason)
-            if len(bad) > max_bad:
-                raise DataError(f"{len(bad)} bad images, more than the {max_bad} allowed: see the warnings, or raise max_bad")
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if not rows:
+    transform = EvalTransform(encoder, image_size, **changes)
+    features, bad = torch.empty(0), dict[int, str]()
+    for rows, found, unread in embed_rows(encoder, images, batches, transform, num_workers=num_workers):
+        if rows:
+            features = features if len(features) else found.new_full((len(images), found.shape[1]), torch.nan)
+            features[rows] = found
+        for row, reason in unread.items():
+            _logger.warning("bad image %r: %s; its row is NaN", images.name(row), reason)
+        bad |= unread
+    if not len(features):
         raise DataError(f"none of {len(images)} images can be read: {images.name(0)} is one of them")
-    found = torch.cat([part for part in parts if len(part)])
-    features = found.new_full((len(images), found.shape[1]), torch.nan)
-    features[rows] = found
     return Embedded(features, [images.name(index) for index in range(len(images))], bad)
 
 
@@ -230,21 +187,36 @@ def embed_rows(
     """Yield the features of some of a source's images, a batch at a time: the one loop over features.
 
     Args:
-        model: Of timm, or with its `forward_features` and `forward_head`, in evaluation mode, on the device that computes.
+        model: Of timm, or with its `forward_features` and `forward_head`, on the device that computes; in evaluation mode here,
+            and then as it was.
         source: The images.
         batches: Numbers of the images of each batch.
         transform: (image, generator=) -> what the model takes; a generator depends on the image's number alone.
         num_workers: Loading processes; 0 loads in this process.
+
+    Raises:
+        ValueError: The model does not pool.
     """
+    timms: Any = model
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     keys = [[(0, row) for row in batch] for batch in batches]
     loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda", "collate": _collate}
-    for rows, images, bad in make_loader(_EachImage(source, transform), keys, **loading):
-        features = torch.empty(0)
-        if rows:
-            with torch.no_grad():
-                features = pooled_feature(model, images.to(device, non_blocking=True)).cpu()
-        yield Rows(rows, features, bad)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for rows, images, bad in Loader(_EachImage(source, transform), keys, **loading):
+            features = torch.empty(0)
+            if rows:
+                with torch.no_grad():
+                    maps = timms.forward_features(images.to(device, non_blocking=True))
+                    features = timms.forward_head(maps, pre_logits=True)
+                if features.ndim != 2:
+                    shape = tuple(features.shape)
+                    raise ValueError(f"the model must pool its features to (B, D), got {shape}: build it with global_pool")
+            yield Rows(rows, features.float().cpu(), bad)
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class _EachImage(Dataset[Any]):

@@ -3,7 +3,7 @@
 import io
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,27 +27,11 @@ def pillow_open(encoded: bytes) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-class Bands(NamedTuple):
-    """The pixels of a TIFF, (H, W, C), and what its tags say of them.
+def read_bands(encoded: bytes, channels: int, check_size: Callable[[int], None]) -> tuple[NDArray[Any], dict[str, Any]]:
+    """Read all bands of a TIFF, (H, W, C), and what its tags say of them, as attributes of `OpenedImage`.
 
-    Attributes:
-        range: Values that are black and white, if not those of the type.
-        inverted: 0 is white.
-        alpha: The first channel behind grey or RGB is alpha.
-        associated: Colours are multiplied by alpha.
-        orientation: 1 to 8, as in EXIF.
+    Of RGB for 1 or 3 channels, only colours and alpha.
     """
-
-    pixels: NDArray[Any]
-    range: Range | None
-    inverted: bool
-    alpha: bool
-    associated: bool
-    orientation: int
-
-
-def read_bands(encoded: bytes, channels: int, check_size: Callable[[int], None]) -> Bands:
-    """Read all bands of a TIFF, by what its tags say of them; of RGB for 1 or 3 channels, only colours and alpha."""
     try:
         import tifffile
     except ImportError as error:
@@ -65,8 +49,9 @@ def read_bands(encoded: bytes, channels: int, check_size: Callable[[int], None])
         if photometric == 2 and channels in (1, 3):
             pixels = pixels[..., : 3 + alpha]
         orientation = int(page.tags.valueof(274, 1))
-        associated = extra[:1] == (1,) and channels in (1, 3)
-        return Bands(pixels, range_of(page.bitspersample), photometric == 0, alpha, associated, orientation)
+        said = {"own_range": range_of(page.bitspersample), "inverted": photometric == 0, "alpha": alpha}
+        said |= {"associated": extra[:1] == (1,) and channels in (1, 3)}
+        return pixels, said | {"orientation": orientation if orientation in range(1, 9) else 1}
 
 
 def range_of(bits: Any) -> Range | None:

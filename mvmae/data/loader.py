@@ -7,29 +7,17 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from .sampling import Bad, Batch, DataError, Sample
+from .sampling import Batch, DataError, Sample
 
-TIMEOUT, TURN = 300, 5
-"""Seconds to wait for a batch of a loading process before an error, and in a turn, at whose end a dead process is seen."""
-_SMALLER = "use fewer workers or a smaller batch"
-_CURES = {  # words of an error -> what it means and what to do
-    "Too many open files": "too many files are open: raise `ulimit -n`, or use fewer workers",
-    "File too large": f"a batch is larger than a file may be: raise `ulimit -f`, or {_SMALLER}",
-    "shared memory": f"shared memory is full: {_SMALLER}, or `docker run --shm-size`",
-    "MemoryError": f"no memory is left to load images: {_SMALLER}",
-    "DefaultCPUAllocator": f"no memory is left to load images: {_SMALLER}",
-}
-_workers: WeakSet[BaseProcess] = WeakSet()
+_USED_UP = ("Too many open files", "File too large", "shared memory", "MemoryError", "DefaultCPUAllocator")
 _logger = logging.getLogger(__name__)
 
 
@@ -58,9 +46,6 @@ class Loader(DataLoader[Any]):
         bad_file: str | os.PathLike[str] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        if num_workers:
-            atexit.unregister(_kill_workers)
-            atexit.register(_kill_workers)  # after multiprocessing's own hook, so that it runs before it
         steps: dict[str, Any] = {"batch_size": sampler} if isinstance(sampler, int) else {"batch_sampler": sampler}
         super().__init__(
             dataset,
@@ -69,14 +54,13 @@ class Loader(DataLoader[Any]):
             pin_memory=pin_memory,
             collate_fn=partial(_collate, collate or stack),
             generator=torch.Generator(),  # else each pass draws from the global one
-            timeout=TURN if num_workers else 0,  # a network file that hangs must not keep the run waiting for ever
             worker_init_fn=_start_worker,
         )
         self._max_bad, self._bad_file = getattr(dataset, "max_bad", 0), Path(bad_file) if bad_file else None
         self.bad: dict[str, str] = {}
         if self._bad_file is not None and self._bad_file.exists():  # found by an earlier part of the run
-            lines = self._bad_file.read_text(encoding="ascii", errors="replace").splitlines()
-            self.bad = {unescape(name): unescape(reason) for name, _, reason in (line.partition("\t") for line in lines)}
+            lines = (line.partition("\t") for line in self._bad_file.read_text("utf-8", "replace").splitlines())
+            self.bad = {name: reason for name, _, reason in lines}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches.
@@ -89,44 +73,33 @@ class Loader(DataLoader[Any]):
             if self.num_workers and threading.current_thread() is threading.main_thread() and os.name == "posix":
                 # torch's handler would raise the death of a worker wherever the main thread is, even within a step
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            waited = 0
-            while True:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                except RuntimeError as error:
-                    waited += TURN
-                    if "DataLoader timed out" in str(error) and waited < TIMEOUT:
-                        continue
-                    raise
-                waited = 0
+            for batch in batches:
                 if isinstance(batch, Batch):
                     self._count(batch.bad)
                 yield batch
         except Exception as error:
-            reason = _explain(error)
-            if reason is None:
-                raise
-            raise DataError(reason) from error
+            if reason := _explain(error):
+                raise DataError(reason) from error
+            raise
 
     def _get_iterator(self) -> Any:
         return _Workers(self) if self.num_workers else super()._get_iterator()
 
-    def _count(self, bad: Sequence[Bad]) -> None:
+    def _count(self, bad: Iterable[tuple[str, str]]) -> None:
         for name, reason in bad:
+            name = repr(name)[1:-1]  # in one line
             if name in self.bad:
                 continue
             self.bad[name] = reason
-            _logger.warning("bad image %r: %s; another takes its place", name, reason)
+            _logger.warning("bad image '%s': %s; another takes its place", name, reason)
             if self._bad_file is not None:
                 try:
-                    with open(self._bad_file, "a", encoding="ascii") as file:
-                        file.write(f"{escape(name)}\t{escape(reason)}\n")
+                    with open(self._bad_file, "a", encoding="utf-8", errors="backslashreplace") as file:
+                        file.write(f"{name}\t{reason}\n")
                 except OSError as error:
                     _logger.warning("cannot write %s: %s", self._bad_file, error)
         if len(self.bad) > self._max_bad:
-            shown = "; ".join(f"{name!r}: {reason}" for name, reason in list(self.bad.items())[-3:])
+            shown = "; ".join(f"'{name}': {reason}" for name, reason in list(self.bad.items())[-3:])
             where = f", all in {self._bad_file}" if self._bad_file else ""
             raise DataError(f"{len(self.bad)} bad images, more than the {self._max_bad} allowed{where}. Last: {shown}")
 
@@ -140,21 +113,14 @@ class _Workers(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: Loader) -> None:
         super().__init__(loader)
         self._workers_done_event: Any = threading.Event()  # of this process alone
-        _workers.update(self._workers)
+        for worker in self._workers:
+            atexit.register(worker.kill)  # before multiprocessing's own hook, which would wait for one that hangs
 
     def _shutdown_workers(self) -> None:
         for worker in getattr(self, "_workers", []):
             worker.kill()
+            atexit.unregister(worker.kill)
         super()._shutdown_workers()
-
-
-make_loader = Loader
-"""`Loader`, by the name that scripts call."""
-
-
-def explain_loader_error(error: BaseException) -> str | None:
-    """Return one line for an exception that torch's loader raises; None for any other exception."""
-    return _explain(error) if isinstance(error, DataError) or "DataLoader" in str(error) else None
 
 
 def stack(samples: Sequence[Sample]) -> Batch:
@@ -163,27 +129,13 @@ def stack(samples: Sequence[Sample]) -> Batch:
     return Batch(views, indices, [bad for s in samples for bad in s.bad], [s.name for s in samples])
 
 
-def escape(text: str) -> str:
-    """Return a name on one line of ASCII; `unescape` reads it back."""
-    return text.encode("unicode_escape", "surrogateescape").decode("ascii")
-
-
-def unescape(text: str) -> str:
-    """Return the name that `escape` wrote."""
-    return text.encode("ascii", "replace").decode("unicode_escape", "replace")
-
-
-def _explain(error: BaseException) -> str | None:
+def _explain(error: Exception) -> str | None:
     """Return one line for an error that can occur while waiting for a batch; None for a mistake in the code."""
-    text = f"{type(error).__name__}: {error}".strip()
-    last = text.splitlines()[-1].strip()  # behind a worker's traceback
+    last = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()  # behind a worker's traceback
     if isinstance(error, DataError) or "DataError: " in last:
         return last.rpartition("DataError: ")[2]
-    for words, meaning in _CURES.items():
-        if words in last:
-            return f"{meaning} ({last})"
-    if "DataLoader timed out" in text:
-        return f"no batch came in {TIMEOUT} s: a file or its disk hangs ({last})"
+    if any(words in last for words in _USED_UP):
+        return f"memory, shared memory or a limit is used up: fewer workers, a smaller batch, `ulimit`, `--shm-size` ({last})"
     if isinstance(error, (ConnectionError, EOFError)) or str(error).startswith("DataLoader worker (pid"):
         return f"a loading worker died (out of memory?): {last.partition(': ')[2]}"
     if isinstance(error, (OSError, ValueError, SyntaxError)) or "ImageError: " in last:
@@ -215,11 +167,3 @@ def _start_worker(_: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-def _kill_workers() -> None:
-    """Kill workers at exit, which would otherwise wait for ever for one that hangs, since workers ignore SIGTERM."""
-    for worker in list(_workers):
-        if worker.is_alive():
-            worker.kill()
-        worker.join(5)

@@ -1,35 +1,26 @@
 """One `--data` string, or any torch data set -> an `ImageSource`; folders, lists of paths, and the sample stand here."""
 
-import contextlib
 import logging
 import os
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
-from .archives import find_archives, open_archives
-from .decode import ImageLike, open_image
-from .sources import (
-    FileSource,
-    ImageSource,
-    KeptImages,
-    SplitError,
-    describe,
-    describe_splits,
-    extensions,
-    find_splits,
-    kind_of,
-    split_of,
-    split_words,
-)
-from .tables import DatasetSource
+from .archives import TarSource, expand_braces
+from .decode import ImageLike
+from .files import describe, extensions, kind_of_entry, scan
+from .formats import FORMATS
+from .sources import FileSource, ImageSource, KeptImages
+from .splits import SplitError, describe_splits, find_splits, split_of, split_words
+from .tables import DatasetSource, TableSource
 
-_RUN = (b"log.jsonl", b"checkpoint.pt")  # what the folder of a training run holds, beside pictures that are no data
-_LFS = b"version https://git-lfs"
+_ARCHIVES = (".tar", ".parquet", ".arrow")
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"),
     *("gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
@@ -37,19 +28,13 @@ PHOTOGRAPHS = (
 _logger = logging.getLogger(__name__)
 
 
-DATA_FORMATS = (
-    "sample; a folder of images, flat or nested, with or without folders of splits (such as train and val) and of classes; "
-    "a text list of paths (.txt); a file, a folder or a brace pattern of tar, Parquet or Arrow files; or a data set by its "
-    "timm name and its folder (torch/cifar10:FOLDER, hfds/NAME)"
-)
-"""What a `--data` string may name."""
-
-
 def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, split: str = "train") -> ImageSource:
-    """Open a source of images.
+    """Open a source of images; what of it is not used is logged.
 
     Args:
-        data: One of `DATA_FORMATS`, or a torch data set.
+        data: `sample`; a folder of images, flat or nested, with or without folders of splits (such as train and val) and of
+            classes; a text list of paths (.txt); a file, a folder or a brace pattern of tar, Parquet or Arrow files; a data set
+            by its timm name and its folder (torch/cifar10:FOLDER, hfds/NAME); or a torch data set.
         split: "train" or "val".
 
     Raises:
@@ -59,10 +44,16 @@ def open_images(data: "str | os.PathLike[str] | Dataset[Any] | ImageSource", *, 
     if split not in ("train", "val"):
         raise ValueError(f"split must be train or val, got {split!r}")
     if isinstance(data, (str, os.PathLike)):
-        return _open_path(os.fspath(data), split)
-    if split != "train":
+        source = _open_path(os.fspath(data), split)
+    elif split != "train":
         raise SplitError(f"a {type(data).__name__} has no {split} split: pass another data set for it")
-    return data if isinstance(data, ImageSource) else DatasetSource(data)
+    elif isinstance(data, ImageSource):
+        return data
+    else:
+        source = DatasetSource(data)
+    for line in source.problems:
+        _logger.warning("%s: %s", data if isinstance(data, (str, os.PathLike)) else type(data).__name__, line)
+    return source
 
 
 def is_stream(data: str) -> bool:
@@ -78,8 +69,8 @@ def _open_path(data: str, split: str) -> ImageSource:
     path = Path(data)
     if not path.exists() and data.startswith(("torch/", "hfds/")):
         return _open_timm(data, split)
-    if archives := _archives_of(path):
-        return open_archives(archives, split)
+    if archives := _find_archives(path):
+        return _open_archives(archives, split)
     if path.is_dir():
         return _open_folder(path, split)
     if not path.exists():
@@ -94,20 +85,17 @@ def _open_path(data: str, split: str) -> ImageSource:
 def _open_folder(root: Path, split: str) -> ImageSource:
     """Open all images below a folder, or in the folder of a split in it; sub-folders are classes if every image lies in one."""
     with os.scandir(root) as entries:
-        folders = [entry.name for entry in entries if entry.is_dir() and _kind_of(entry) == "folder"]
-    splits = {}
-    if any(map(split_words, folders)):
-        splits = find_splits([name for name in folders if split_of(name) or _holds_images(root / name)], root)
-    if split != "train" and split not in splits:
-        raise SplitError(f"{root} has no {split} split: make folders train and val in it")
+        kinds = {entry.name: kind_of_entry(entry) for entry in entries}
+    names = [name for name, kind in kinds.items() if kind == "folder"]
+    if any(map(split_words, names)):
+        names = [name for name in names if split_of(name) or _holds_images(root / name)]
+    splits = find_splits(names, split, root)
     if not splits:
         return _open_images_below(root, Counter())
-    folder = root / splits[split]
-    with os.scandir(root) as entries:
-        kinds = [_kind_of(entry) for entry in entries if entry.name not in splits.values()]
-    passed = Counter(f"{kind} beside {folder.name}" for kind in kinds if kind in ("folder", "image"))
-    archives = _archives_of(folder)
-    source = open_archives(archives, "train") if archives else _open_images_below(folder, passed)
+    chosen, beside = splits[split], [kind for name, kind in kinds.items() if name not in splits.values()]
+    archives = _find_archives(root / chosen)
+    passed = Counter(f"{kind} beside {chosen}" for kind in beside if kind in ("folder", "image"))
+    source = _open_archives(archives, "train") if archives else _open_images_below(root / chosen, passed)
     source.splits = describe_splits(splits)
     return source
 
@@ -126,17 +114,8 @@ def _open_images_below(folder: Path, passed: "Counter[str]") -> FileSource:
         if "train" in found and len(found - {"", "train"}):
             raise ValueError(f"{folder / os.fsdecode(top)} holds splits, but {folder} does not: name that, or put them on top")
     source.set_labels_by_folder(names)
-    if line:
-        _logger.warning("%s: passed over %s", folder, line)
-        source.problems = (f"passed over {line}, without a reader",)
+    source.problems = (f"passed over {line}, without a reader",) if line else ()
     return source
-
-
-def _archives_of(path: Path) -> list[Path]:
-    archives = find_archives(path)
-    if archives and path.is_dir() and _holds_images(path):
-        raise ValueError(f"{path} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
-    return archives
 
 
 def _holds_images(folder: Path) -> bool:
@@ -150,10 +129,8 @@ def _open_list(path: Path, split: str) -> FileSource:
     if not names:
         raise ValueError(f"{path} must name images, one path a line, relative to {path.parent}, got none")
     tops = [os.fsdecode(name.split(b"/", 1)[0]) if b"/" in name else "" for name in names]
-    found = set(map(split_of, tops))
-    splits = find_splits(filter(split_of, tops), path) if "train" in found and len(found - {"", "train"}) else {}
-    if split != "train" and not splits:
-        raise SplitError(f"{path} is one list without splits: no paths begin with train/ and val/")
+    found = {split_of(top) for top in tops} - {""}
+    splits = find_splits(filter(split_of, tops) if "train" in found and len(found) > 1 else (), split, path)
     source = FileSource(path.parent, [name for name, top in zip(names, tops, strict=True) if top == splits.get(split, top)])
     source.splits = describe_splits(splits)
     if not os.path.exists(source.name(0)):
@@ -163,50 +140,34 @@ def _open_list(path: Path, split: str) -> FileSource:
     return source
 
 
-def scan(root: Path, passed: "Counter[str]") -> Iterator[bytes]:
-    """Yield the names of the images below a folder, relative to it; each folder is visited once, despite links.
-
-    What is passed over is counted by kind: hidden files, other extensions, broken links, Git LFS pointers.
-    """
-    top = os.fsencode(root)
-    seen: set[tuple[int, int]] = set()
-    folders, linked = deque([b""]), deque[bytes]()  # links last, so that a file keeps its own folder's name
-    while folders or linked:
-        folder = (folders or linked).popleft()
-        path = os.path.join(top, folder)
-        status = os.stat(path)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(path) as entries:
-            for entry in entries:
-                kind = _kind_of(entry)
-                if kind == "image":
-                    yield os.path.join(folder, entry.name)
-                elif kind == "folder":
-                    (linked if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
-                else:
-                    passed[kind] += 1
+def _find_archives(path: Path) -> list[Path]:
+    """Return the archives that a file, a folder or a pattern with braces ({000..012}, {a,b}) names; empty if none."""
+    if path.is_dir():
+        archives = sorted(entry for entry in path.iterdir() if entry.suffix in _ARCHIVES and not entry.name.startswith("."))
+        archives = archives or sorted((path / "data").glob("*.parquet"))  # the layout of Hugging Face's repositories
+        if archives and _holds_images(path):
+            raise ValueError(f"{path} must hold images or archives, got both ({archives[0].name}, ...): name the archives")
+        return archives
+    if path.is_file():
+        return [path] if path.suffix in _ARCHIVES else []
+    names = expand_braces(str(path))
+    missing = [name for name in names if not os.path.exists(name)]
+    if missing and len(names) > 1:
+        raise ValueError(f"{len(missing)} of {len(names)} shards of {path} do not exist, the first is {missing[0]}")
+    return [] if missing else [Path(name) for name in names]
 
 
-def _kind_of(entry: "os.DirEntry[bytes] | os.DirEntry[str]") -> str:
-    """Return `image`, `folder`, or what else an entry is."""
-    path = os.fsencode(entry.path)
-    kind = kind_of(os.fsencode(entry.name), lambda: _start_of(path))
-    if kind != "hidden" and entry.is_dir():
-        return "folder of a run" if any(os.path.exists(os.path.join(path, file)) for file in _RUN) else "folder"
-    if kind != "hidden" and not entry.is_file():
-        return "broken link" if entry.is_symlink() else "device"
-    if kind == "image" and entry.stat().st_size < 1024 and _start_of(path).startswith(_LFS):
-        return "Git LFS pointer (git lfs pull fetches the image)"
-    return kind
-
-
-def _start_of(path: bytes) -> bytes:
-    """Return the first bytes of a file; none if it cannot be read, as is told when it is read as an image."""
-    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # of a FIFO, nothing
-        return file.read(32) or b""
-    return b""
+def _open_archives(paths: Sequence[Path], split: str) -> ImageSource:
+    """Open archives of one kind: those of a split, where some have a name with its word in it, such as `train-0001.tar`."""
+    words = [(split_words(path.stem) or [path.name])[0] for path in paths]
+    several = len(set(map(split_of, words))) > 1  # else all are of one split: they were asked for
+    splits = find_splits(words if several else (), split, paths[0].parent)
+    paths = [path for path, word in zip(paths, words, strict=True) if word == splits.get(split, word)]
+    if len({path.suffix == ".tar" for path in paths}) > 1:
+        raise ValueError(f"{paths[0].parent} must hold archives of one kind, got tar files and tables: name those of one")
+    source = TarSource(paths) if paths[0].suffix == ".tar" else TableSource(paths)
+    source.splits = describe_splits(splits)
+    return source
 
 
 def _open_timm(data: str, split: str) -> DatasetSource:
@@ -244,7 +205,7 @@ def _open_sample(split: str) -> KeptImages:
     tiles: list[ImageLike] = []
     names, labels = [], []
     for label, photograph in enumerate(PHOTOGRAPHS):
-        pixels = open_image(Path(skimage.__file__).parent / "data" / photograph).decode(decoder="pillow")
+        pixels = np.asarray(Image.open(Path(skimage.__file__).parent / "data" / photograph, formats=FORMATS).convert("RGB"))
         height, width = (side // 10 for side in pixels.shape[:2])
         held_out = set(rng.sample(range(100), 36))
         for tile in range(100):

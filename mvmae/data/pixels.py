@@ -20,15 +20,11 @@ LUMA = (0.299, 0.587, 0.114)
 def to_uint8(array: "NDArray[Any]", value_range: Range | None = None, own_range: Range | None = None) -> Pixels:
     """Scale pixels of any type to 8 bits: low to 0, high to 255, values outside clipped, NaN as low; 8 bits stay as they are.
 
-    The range is never guessed from an image's values, so that equal values are equal in all images.
-
-    Args:
-        array: Pixels.
-        value_range: (low, high), from the user.
-        own_range: (low, high) that the file tells; else the type's (`type_range`).
+    The range, (low, high), is the user's, else what the file tells, else the type's: never guessed from an image's values, so
+    that equal values are equal in all images.
 
     Raises:
-        ValueError: Without `value_range`: pixels without a range, or most of which lie outside (`share_outside`).
+        ValueError: Without `value_range`: pixels without a range, or most of which lie outside.
     """
     if array.dtype == np.uint8:
         return np.asarray(array, dtype=np.uint8)
@@ -64,25 +60,19 @@ def share_outside(values: "NDArray[Any]", value_range: Range) -> float:
 
 
 def channels_last(array: "NDArray[Any]", channels: int) -> "NDArray[Any]":
-    """Convert (H, W), (H, W, C), or (C, H, W) to (H, W, C), where the side that is C fits the channels asked for.
+    """Convert (H, W), (H, W, C), or (C, H, W), whose first side alone is the number of channels asked for, to (H, W, C).
 
     Raises:
         ValueError: Another shape or type, or both sides are `channels`.
     """
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
-        raise ValueError(
-            f"an array must be (H, W), (H, W, C) or (C, H, W) numbers, got the shape {array.shape} and the type {array.dtype}"
-        )
+        got = f"the shape {array.shape} and the type {array.dtype}"
+        raise ValueError(f"an array must be (H, W), (H, W, C) or (C, H, W) numbers, got {got}")
     if array.ndim == 2:
         return array[..., None]
-    first, last = (2 * (side == channels) + _converts(side, channels) for side in (array.shape[0], array.shape[2]))
-    if first == last == 2:
+    if array.shape[0] == array.shape[2] == channels:
         raise ValueError(f"the channels may stand first or last in the shape {array.shape}: give a tensor, (C, H, W)")
-    return array.transpose(1, 2, 0) if first > last else array
-
-
-def _converts(held: int, channels: int) -> bool:
-    return held != channels and (held == 1 or (held, channels) in ((2, 1), (2, 3), (3, 1), (4, 1), (4, 3)))
+    return array.transpose(1, 2, 0) if array.shape[0] == channels else array
 
 
 def with_channels(pixels: Pixels, channels: int, background: Colour = WHITE, alpha: bool = True) -> Pixels:
@@ -109,9 +99,8 @@ def pillow_pixels(image: Image.Image, channels: int, background: Colour) -> Pixe
         if rgba[..., 3].min() < 255:
             return with_channels(rgba, channels, background)
     if channels not in _MODES:
-        raise ValueError(
-            f"the image must have {channels} channels (in_chans), got {len(image.getbands())} of mode {image.mode}"
-        )
+        got = f"{len(image.getbands())} of mode {image.mode}"
+        raise ValueError(f"the image must have {channels} channels (in_chans), got {got}")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")
     if image.mode != _MODES[channels] and not (image.mode == "CMYK" and channels == 4):

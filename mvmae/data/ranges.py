@@ -1,6 +1,7 @@
 """The one range of pixels of a whole set of images, where neither their type nor their tags tell it."""
 
 import logging
+from functools import lru_cache
 
 import numpy as np
 
@@ -13,12 +14,13 @@ _SAMPLE = 100
 _logger = logging.getLogger(__name__)
 
 
+@lru_cache(maxsize=4)
 def decide_range(source: ImageSource, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Range | None:
     """Return the values that are black and white in all images of a set, by 100 of them, spread over it.
 
     Floats and signed integers tell no range: 0 to 1, or to the type's largest value, is taken if nearly all pixels of each
     image of the sample lie within. A script calls this before its first step where the user gave no range, and passes the
-    result as `value_range` to all that reads images, so that none is judged by itself.
+    result as `value_range` to all that reads images, so that none is judged by itself; once, whatever the number of models.
 
     Returns:
         The range, or None where each image tells it: 8 bits, unsigned integers of up to 16 bits, and what tags say.

@@ -27,20 +27,13 @@ class DataError(RuntimeError):
     """The reason why there are no more batches, in one line."""
 
 
-class Bad(NamedTuple):
-    """An image that could not be used."""
-
-    name: str
-    reason: str
-
-
 class Sample(NamedTuple):
-    """An image's views (V, C, H, W) uint8, its number and name in the source, and the bad images that it replaces."""
+    """An image's views (V, C, H, W) uint8, number and name in the source, and (name, reason) of bad images that it replaces."""
 
     views: Tensor
     number: int
     name: str
-    bad: list[Bad]
+    bad: list[tuple[str, str]]
 
 
 class Batch(NamedTuple):
@@ -48,7 +41,7 @@ class Batch(NamedTuple):
 
     views: Tensor
     indices: Tensor
-    bad: list[Bad]
+    bad: list[tuple[str, str]]
     names: list[str]
 
 
@@ -82,7 +75,6 @@ class MultiViewDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Return the views of one image, or of the one that replaces it (`first_good`)."""
         return first_good(self._candidates(*key), self.transform)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[Candidate]:
@@ -97,14 +89,15 @@ def first_good(candidates: Iterator[Candidate], transform: Callable[..., Tensor]
     Raises:
         DataError: Ten images in a row are bad.
     """
-    bad: list[Bad] = []
+    bad = list[tuple[str, str]]()
     while len(bad) < MAX_TRIES:
         name, number, image, seeds = next(candidates)
         try:
             return Sample(transform(image(), generator=generator(*seeds)), number, name, bad)
         except ImageError as error:
-            bad.append(Bad(name, error.reason))
-    raise DataError(f"{len(bad)} images in a row cannot be used; the last was {bad[-1].name!r}: {bad[-1].reason}")
+            bad.append((name, error.reason))
+    name, reason = bad[-1]
+    raise DataError(f"{len(bad)} images in a row cannot be used; the last was {name!r}: {reason}")
 
 
 def read(source: ImageSource, index: int) -> ImageLike:
@@ -130,10 +123,9 @@ def check_share(batch_size: int, rank: int, world_size: int) -> None:
 
 
 class StepSampler(Sampler[list[Key]]):
-    """This process's part of each step's batch, from any step on.
+    """This process's contiguous part of each step's batch, from any step on.
 
-    Each epoch is one permutation of all images; each step takes the next global batch, and images that do not fill a batch
-    are left out. A process takes a contiguous part of each batch.
+    Each epoch is one permutation of all images, without those that do not fill a batch.
 
     Args:
         length: Images in the source.
@@ -168,11 +160,6 @@ class StepSampler(Sampler[list[Key]]):
     def steps_per_epoch(self) -> int:
         """Full batches in the source."""
         return self.length // self.batch_size
-
-    def __len__(self) -> int:
-        if self.num_steps is None:
-            raise TypeError("a sampler without num_steps has no length")
-        return max(0, self.num_steps - self.start_step)
 
     def __iter__(self) -> Iterator[list[Key]]:
         share, order = self.batch_size // self.world_size, torch.empty(0)

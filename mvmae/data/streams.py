@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import unquote
 
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .archives import expand_braces
 from .decode import ImageError, ImageLike
-from .loader import Loader, make_loader
+from .loader import Loader
 from .sampling import Candidate, DataError, Sample, check_share, first_good, sample_seed
 from .sources import KeptImages
 from .tables import find_columns, find_image
 
-_SCHEMES = ("https://", "http://", "hf://", "file://")
 _BUILDERS = {".tar": "webdataset", ".gz": "webdataset", ".tgz": "webdataset", ".parquet": "parquet"}
 _logger = logging.getLogger(__name__)
 
@@ -52,8 +50,7 @@ class ImageStream:
                     name = f"{PurePosixPath(_shown(row['__url__'])).name}/{row['__key__']}"
                 yield name, partial(self._image, name, row)
         except Exception as error:  # `datasets` has tried again by itself
-            reason = _shown(f"{self.name} cannot be read on: {type(error).__name__}: {error}")
-            raise DataError(" ".join(reason.split())) from error
+            raise DataError(_shown(f"{self.name} cannot be read on: {type(error).__name__}: {error}")) from error
 
     def _image(self, name: str, row: Any) -> ImageLike:
         import fsspec  # with datasets
@@ -68,22 +65,16 @@ class ImageStream:
             raise ImageError(name, str(error)) from error
 
     def first(self, count: int) -> KeptImages:
-        """Read the first images into memory: those of at most `count` rows.
-
-        Raises:
-            DataError: The stream cannot be read.
-            ValueError: It holds none.
-        """
-        images, names, problem = list[ImageLike](), list[str](), ""
+        """Read the images of the first `count` rows into memory, but for those that cannot be read; raise if there are none."""
+        images = dict[str, ImageLike]()
         for name, image in itertools.islice(self.read(self.dataset), count):
             try:
-                images.append(image())
-                names.append(name)
+                images[name] = image()
             except ImageError as error:
-                problem = problem or f": {error}"
+                _logger.warning("%s", error)
         if not images:
-            raise ValueError(f"no image at the beginning of {self.name}{problem}")
-        return KeptImages(images, names)
+            raise ValueError(f"no image at the beginning of {self.name}")
+        return KeptImages(list(images.values()), list(images))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,44 +83,37 @@ class ImageStream:
 
     def describe(self) -> str:
         """Return one line on what this is."""
-        length = "an unknown number of" if self.length is None else str(self.length)
-        return f"a stream of {length} images in {self.dataset.num_shards} shards, {self.name}"
+        return f"a stream of {self.length or 'an unknown number of'} images in {self.dataset.num_shards} shards, {self.name}"
 
 
-def open_stream(data: Any) -> ImageStream:
+def open_stream(data: str) -> ImageStream:
     """Open a stream of images.
 
     Args:
-        data: URLs of tar or Parquet files (`https://host/{000..099}.tar`, `http://`, `hf://datasets/NAME/...`, `file://`),
-            `hfids/NAME` or `hfids/NAME:SPLIT` for a data set of Hugging Face, or a `datasets.IterableDataset`.
+        data: URLs of tar or Parquet files (`https://host/{000..099}.tar`, `hf://datasets/NAME/...`, what fsspec opens), or
+            `hfids/NAME` or `hfids/NAME:SPLIT` for a data set of Hugging Face.
 
     Raises:
-        ValueError: Another kind of URL, or it cannot be opened.
+        ValueError: Another kind of file, or it cannot be opened.
         ImportError: `datasets` is not installed.
     """
     try:
         import datasets
     except ImportError as error:
         raise ImportError('streams need datasets: pip install "mvmae[stream]"') from error
-    if isinstance(data, datasets.IterableDataset):
-        return ImageStream(data, data.info.dataset_name or "IterableDataset")
     if data.startswith("hfids/"):
         path, _, split = data.removeprefix("hfids/").partition(":")
         options: dict[str, Any] = {"path": path, "split": split or "train"}
     else:
         urls = expand_braces(data)
-        kinds = {_BUILDERS.get(PurePosixPath(url.partition("?")[0]).suffix, "") for url in urls}
-        if len(kinds) > 1 or "" in kinds or not all(url.startswith(_SCHEMES) for url in urls):
-            known = f"URLs ({', '.join(_SCHEMES)}) of {' or '.join(_BUILDERS)} files"
-            raise ValueError(f"a stream must be hfids/NAME, or {known}, got {_shown(data)}")
-        files = [unquote(url[7:]) if url.startswith("file://") else url for url in urls]
-        options = {"path": kinds.pop(), "data_files": {"train": files}, "split": "train"}
+        kinds = {_BUILDERS.get(PurePosixPath(url.partition("?")[0]).suffix) for url in urls}
+        if len(kinds) > 1 or None in kinds:
+            raise ValueError(f"a stream must be hfids/NAME, or URLs of {' or '.join(_BUILDERS)} files, got {_shown(data)}")
+        options = {"path": kinds.pop(), "data_files": {"train": urls}, "split": "train"}
     try:
         dataset = datasets.load_dataset(streaming=True, **options)
     except Exception as error:
-        cure = ': pip install "mvmae[stream]"' if isinstance(error, ImportError) else ""
-        reason = _shown(f"{data} cannot be opened: {type(error).__name__}: {error}")
-        raise ValueError(" ".join(reason.split()) + cure) from error
+        raise ValueError(_shown(f"{data} cannot be opened: {type(error).__name__}: {error}")) from error
     return ImageStream(dataset, _shown(data))
 
 
@@ -139,7 +123,7 @@ def stream_loader(
     batch_size: int,
     *,
     seed: int = 0,
-    num_steps: int | None = None,
+    num_steps: int,
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -153,7 +137,7 @@ def stream_loader(
     Processes and workers share the shards; with fewer shards than processes, each takes every W-th image. A bad image is left
     out, and the next one takes its place. The same number of processes and workers gives the same batches. Where `start_step`
     is not 0, a new pass begins, which a warning says. Each worker draws the next image of `shuffle_buffer` encoded ones that
-    it holds; the other arguments are those of `MultiViewDataset`, `StepSampler` and `make_loader`.
+    it holds; the other arguments are those of `MultiViewDataset`, `StepSampler` and `Loader`.
 
     Raises:
         ValueError: Batch and processes do not fit.
@@ -166,9 +150,9 @@ def stream_loader(
         _logger.warning(line, stream.name, start_step + 1)
     order = sample_seed(seed, start_step) % 2**32  # the same in all processes, which split what it leads to
     own = split_dataset_by_node(stream.dataset.shuffle(order, buffer_size=shuffle_buffer), rank, world_size)
-    share, steps = batch_size // world_size, None if num_steps is None else max(num_steps - start_step, 0)
-    views = StreamedViews(stream, own, transform, (seed, start_step, rank), share, steps, max_bad)
-    return make_loader(views, share, num_workers=min(num_workers, own.num_shards), **loading)
+    share = batch_size // world_size
+    views = StreamedViews(stream, own, transform, (seed, start_step, rank), share, num_steps - start_step, max_bad)
+    return Loader(views, share, num_workers=min(num_workers, own.num_shards), **loading)
 
 
 @dataclass
@@ -180,15 +164,14 @@ class StreamedViews(IterableDataset[Sample]):
     transform: Callable[..., Tensor]
     seeds: tuple[int, ...]
     batch_size: int
-    steps: int | None
+    steps: int
     max_bad: int
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        share = None if self.steps is None else len(range(number, self.steps, workers)) * self.batch_size
         candidates = self._candidates(number)
-        for _ in itertools.count() if share is None else range(share):
+        for _ in range(len(range(number, self.steps, workers)) * self.batch_size):
             yield first_good(candidates, self.transform)
 
     def _candidates(self, worker: int) -> Iterator[Candidate]:
@@ -202,5 +185,5 @@ class StreamedViews(IterableDataset[Sample]):
 
 
 def _shown(text: str) -> str:
-    """Return a text without what may be secret in its URLs: a signature behind `?`, a user before `@`."""
-    return re.sub(r"://[^/@\s]*@", "://", re.sub(r"(://[^?\s'\"]*)\?[^\s'\"]*", r"\1", text))
+    """Return a text on one line, without what may be secret in its URLs: a signature behind `?`, a user before `@`."""
+    return " ".join(re.sub(r"://[^/@\s]*@", "://", re.sub(r"(://[^?\s'\"]*)\?[^\s'\"]*", r"\1", text)).split())

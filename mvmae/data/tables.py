@@ -4,7 +4,6 @@ pyarrow reads the files: `datasets` copies a Parquet file to disk, and dies of a
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .decode import ImageError, ImageLike
-from .sources import ImageSource, first_of
-
-_logger = logging.getLogger(__name__)
+from .sources import ImageSource
 
 
 class TableSource(ImageSource):
@@ -34,15 +31,12 @@ class TableSource(ImageSource):
         tables = [_read_table(file) for file in files]
         table = pa.concat_tables(tables)
         if not table.num_rows:
-            raise ValueError(f"no rows in {first_of(files)}")
+            raise ValueError(f"no rows in {files[0]}")
         self._column, *label = table.column_names
         self._image = table.column(0)
         super().__init__([f"{f.name}#{i}".encode() for f, t in zip(files, tables, strict=True) for i in range(t.num_rows)])
         for name in label:
-            numbers = table.column(name).fill_null(-1).to_numpy()
-            self.set_labels(numbers, class_names(table.schema, name), f"labels in column {name!r}")
-        for line in self.problems:
-            _logger.warning("%s: %s", first_of(files), line)
+            self.set_labels(table.column(name).fill_null(-1).to_numpy(), class_names(table.schema, name))
 
     def image(self, index: int) -> ImageLike:
         """Return the encoded file."""
@@ -56,8 +50,8 @@ class TableSource(ImageSource):
 class DatasetSource(ImageSource):
     """A data set with length and index whose items are images, (image, label, ...) or {"image": ..., "label": ...}.
 
-    Of named columns, the image is `image` or `img`, else the first that holds images or their bytes. Labels are read from the
-    data set's `targets` or `labels`, or from a label column of Hugging Face; the data set should not transform images.
+    Of named columns, the image is `image` or `img`, else the first that holds images. Labels are the data set's `targets` or
+    `labels`, or a label column of Hugging Face; the data set should not transform images.
 
     Raises:
         TypeError: No length or no index.
@@ -118,11 +112,7 @@ def find_columns(schema: Any) -> tuple[list[str], list[str]]:
 
 
 def find_image(item: Any, columns: Sequence[str]) -> ImageLike:
-    """Return the image of an item: itself, the first of (image, label, ...), or of these columns, or of all that are images.
-
-    Raises:
-        ValueError: None of the item's columns is an image.
-    """
+    """Return the image of an item: itself, the first of (image, label, ...), or of these columns, or of all that are images."""
     if isinstance(item, Mapping):
         named = [name for name in columns if name in item] + [name for name, value in item.items() if _is_image(value)]
         if not named:

@@ -16,8 +16,6 @@ from torch import Tensor
 from .decode import MAX_PIXELS, ImageLike, OpenedImage, open_image
 from .pixels import Pixels, Range, colour
 
-DECODERS = ("fast", "pillow")
-
 
 class Box(NamedTuple):
     """A crop, in pixels."""
@@ -54,10 +52,8 @@ class ViewTransform:
         in_chans: C: 1 (grey), 3 (RGB), 4 (RGBA or CMYK as stored), any number for TIFF and arrays.
         scaled_decode: k: a JPEG is decoded at 1/2, 1/4 or 1/8 while every crop keeps k times its view's pixels a side;
             None or 0 decodes in full.
-        decoder: "fast" (simplejpeg where installed), or "pillow" (Pillow only).
         max_pixels: Larger images are refused before they are decoded.
-        value_range: Values that become 0 and 255 in images deeper than 8 bits, such as (0, 4095); 16-bit colour other than
-            PNG and TIFF comes from Pillow with 8 bits.
+        value_range: Values that become 0 and 255 in images deeper than 8 bits, such as (0, 4095).
         background: Colour behind transparent pixels in grey or RGB views, in CSS notation.
 
     Raises:
@@ -71,7 +67,6 @@ class ViewTransform:
         *,
         in_chans: int = 3,
         scaled_decode: float | None = 1.5,
-        decoder: str = "fast",
         max_pixels: int = MAX_PIXELS,
         value_range: Range | None = None,
         background: str = "white",
@@ -83,13 +78,11 @@ class ViewTransform:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}")
         if scaled_decode and scaled_decode < 1:
             raise ValueError(f"scaled_decode must be at least 1, or None to decode in full, got {scaled_decode}")
-        if decoder not in DECODERS:
-            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
         if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
             raise ValueError(f"value_range must be (low, high) with low < high, got {tuple(value_range)}")
         self.image_size = (size[0], size[1])
-        self.in_chans, self.scaled_decode, self.decoder = in_chans, scaled_decode or None, decoder
-        self.max_pixels, self.value_range, self.background = max_pixels, value_range, colour(background)
+        self.in_chans, self.scaled_decode, self.max_pixels = in_chans, scaled_decode, max_pixels
+        self.value_range, self.background = value_range, colour(background)
 
     def _open(self, image: ImageLike) -> OpenedImage:
         return open_image(image, channels=self.in_chans, max_pixels=self.max_pixels)
@@ -100,9 +93,7 @@ class ViewTransform:
         stored = [_stored_box(box, image) for box in boxes]
         size = (self.image_size[1], self.image_size[0]) if transpose else self.image_size
         reduction = choose_reduction(stored, size, self.scaled_decode) if image.reducible else 1
-        pixels = image.decode(
-            reduction=reduction, decoder=self.decoder, value_range=self.value_range, background=self.background
-        )
+        pixels = image.decode(reduction=reduction, value_range=self.value_range, background=self.background)
         views = torch.empty(len(boxes), self.in_chans, *self.image_size, dtype=torch.uint8)
         for view, box, flip in zip(views, stored, flips, strict=True):
             crop = _resize(pixels, snap_box(box, reduction, pixels.shape[0], pixels.shape[1]), size)
@@ -119,13 +110,13 @@ class MultiViewTransform(ViewTransform):
     generator, one number is drawn from torch's global generator.
 
     Args:
-        image_size: Size of a view in pixels; H and W, or one number for both.
+        image_size: As in `ViewTransform`.
         num_views: V.
         scale: Range of a crop's share of the image's area (MAE, since the paper is silent).
         ratio: Range of a crop's width / height.
         flip: Probability of a left-right flip.
         same_crop: Every view is the same crop: Table 6's "w/o two different target views".
-        **options: in_chans, scaled_decode, decoder, max_pixels, value_range, background, as in `ViewTransform`.
+        **options: As in `ViewTransform`.
     """
 
     def __init__(
@@ -142,16 +133,15 @@ class MultiViewTransform(ViewTransform):
         super().__init__(image_size, **options)
         if num_views < 1:
             raise ValueError(f"num_views must be at least 1, got {num_views}")
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale must be (low, high) with 0 < low <= high <= 1, got {tuple(scale)}")
-        if not 0 < ratio[0] <= ratio[1]:
-            raise ValueError(f"ratio must be (low, high) with 0 < low <= high, got {tuple(ratio)}")
+        for name, (low, high), most in (("scale", scale, 1), ("ratio", ratio, math.inf)):
+            if not 0 < low <= high <= most:
+                raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {most}, got {(low, high)}")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability between 0 and 1, got {flip}")
         self.num_views, self.scale, self.ratio, self.flip, self.same_crop = num_views, scale, ratio, flip, same_crop
 
     def __call__(self, image: ImageLike, *, generator: torch.Generator | None = None) -> Tensor:
-        """Take the views of one image: (V, C, H, W) uint8; the generator is the sample's own."""
+        """Take the views of one image: (V, C, H, W) uint8."""
         opened = self._open(image)
         return self._take(opened, *self.draw(*opened.upright_size, generator=generator))
 
@@ -216,7 +206,7 @@ def _resize(pixels: Pixels, box: Box, size: tuple[int, int]) -> Tensor:
 
 
 def _stored_box(box: Box, image: OpenedImage) -> Box:
-    """Return the box in the image as stored, from the box in the image as seen."""
+    """Return a box of the image as seen in the image as stored."""
     (transpose, mirror, upend), (height, width) = image.turn, image.upright_size
     top = height - box.top - box.height if upend else box.top
     left = width - box.left - box.width if mirror else box.left
