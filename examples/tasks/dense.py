@@ -41,7 +41,7 @@ from mvmae.inputs import INPUTS, Inputs, set_inputs
 from mvmae.patches import sincos_table
 from mvmae.weights import read_json, write_json
 from tasks.inputs import InputOptions, describe_inputs, read_inputs
-from tasks.models import check_plain, load_backbone, summary, timm_arguments
+from tasks.models import SHIPPED, check_plain, load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 
@@ -62,7 +62,7 @@ class DenseConfig(InputOptions, RunConfig):
     steps: int = option(REQUIRED, "training steps", at_least=1, section="Length")
     warmup_steps: int = option(0, "steps of linear warm-up of the learning rate; 0: the preset's share of --steps", at_least=0)
     model: str = option(
-        REQUIRED,
+        SHIPPED,
         "encoder, a plain ViT: timm name, hf-hub:ID, folder of a run or export, file of weights; random:NAME is untrained",
         path=True,
         section="Model",
@@ -93,8 +93,6 @@ class DenseConfig(InputOptions, RunConfig):
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1 - done,
-    # ViTDet: a tenth from step 163 889 of 184 375 on, a hundredth from 177 546 on
-    "steps": lambda done: 0.1 ** ((done >= 163_889 / 184_375) + (done >= 177_546 / 184_375)),
 }
 """Learning rate, as a share of its peak, after a share of the steps."""
 
@@ -108,12 +106,12 @@ def lr_factor(step: int, config: DenseConfig) -> float:
 
 
 def build_trunk(
-    config: DenseConfig, images: Path, *, positions: Any = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
+    config: DenseConfig, images: Path, *, rebuild: bool = False, taps: Callable[[int], Sequence[int]] | None = None
 ) -> tuple[WindowedViT, Inputs]:
     """Return the encoder with attention in windows, and how its images are read: in an evaluation, as in training.
 
     ``images`` is the folder of those that decide the range of pixels, and are measured where ``--mean`` or ``--std`` is auto;
-    ``taps`` gives, for a number of blocks, those whose output is used.
+    ``rebuild`` is that of `WindowedViT`; ``taps`` gives, for a number of blocks, those whose output is used.
     """
     torch.manual_seed(config.seed)
     arguments = timm_arguments(config.model_args)
@@ -121,14 +119,13 @@ def build_trunk(
         raise Stop(f"--model-args: a plain ViT of timm has no {', '.join(sorted(unknown))}")
     name = f"random:{config.model.removeprefix('random:')}" if config.evaluate else config.model
     vit: Any = load_backbone(name, arch=config.arch, drop_path_rate=config.drop_path, **arguments)
-    if name.startswith("random:") and positions == "rebuild" and vit.pos_embed is not None:
-        with torch.no_grad():  # what timm drew at random is no table to build anew for another size
+    if name.startswith("random:") and rebuild and vit.pos_embed is not None:
+        with torch.no_grad():  # as the encoder that it is compared with, where that has the table
             vit.pos_embed[:, -vit.patch_embed.num_patches :] = sincos_table(vit.embed_dim, vit.patch_embed.grid_size)
     options: Any = {"window_size": config.window_size or None, "grad_checkpointing": config.grad_checkpointing}
-    trunk = WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options)
+    trunk = WindowedViT(vit, config.image_size, rebuild=rebuild, taps=taps and taps(len(vit.blocks)), **options)
 
-    file = Path(config.output_dir) / "config.json"
-    saved = read_json(file, optional=True) if config.evaluate else {}
+    saved = read_json(Path(config.output_dir, "config.json"), optional=True) if config.evaluate else {}
     if INPUTS in saved:
         set_inputs(vit, Inputs.from_config(saved))
     source = open_images(images if images.is_dir() else images.parent)  # file_name of COCO may begin at the data's folder
@@ -237,11 +234,9 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     return root
 
 
-def read_image(path: str, inputs: Inputs, size: Sequence[float], source: str | Path) -> Tensor:
-    """Read an image upright by EXIF, as labelling tools show it: (C, H, W) uint8, of the size that ``source`` says."""
-    pixels = read_pixels(path, **pixel_options(inputs))
-    require_size(path, pixels.shape[:2], size, source)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+def read_image(path: str, inputs: Inputs) -> Tensor:
+    """Read an image upright by EXIF, as labelling tools show it: (C, H, W) uint8."""
+    return torch.from_numpy(np.ascontiguousarray(read_pixels(path, **pixel_options(inputs)).transpose(2, 0, 1)))
 
 
 def check_size(path: str, stated: Sequence[float], *, source: str | Path, max_pixels: int | None) -> tuple[int, int]:
@@ -255,14 +250,9 @@ def check_size(path: str, stated: Sequence[float], *, source: str | Path, max_pi
         if image.width * image.height <= (max_pixels or MAX_PIXELS) and (tuple(stated) == size or 0 in stated):
             return size
     size = open_image(path, max_pixels=max_pixels or MAX_PIXELS).upright_size
-    require_size(path, size, stated if all(stated) else size, source)
-    return size
-
-
-def require_size(path: str, size: Sequence[float], stated: Sequence[float], source: str | Path) -> None:
-    """Refuse an image that is seen in another size, height and width, than ``source`` says."""
-    if tuple(size) != tuple(stated):
+    if tuple(stated) != size and all(stated):
         raise ValueError(f"{path} must have {stated[1]:g}x{stated[0]:g} pixels, as {source} says, got {size[1]}x{size[0]}")
+    return size
 
 
 def data_record(root: Path, data: Any, val: Any, files: Iterable[str | Path], unit: str) -> dict[str, Any]:

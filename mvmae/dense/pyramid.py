@@ -134,9 +134,7 @@ class ViTPyramid(nn.Module):
         ValueError: if there is no such style, or the trunk does not have four taps.
     """
 
-    def __init__(
-        self, trunk: WindowedViT, style: Literal["li2021", "beit"] = "li2021", *, out_channels: int = 256
-    ) -> None:
+    def __init__(self, trunk: WindowedViT, style: Literal["li2021", "beit"] = "li2021", *, out_channels: int = 256) -> None:
         super().__init__()
         if style not in ("li2021", "beit"):
             raise ValueError(f"style must be 'li2021' or 'beit', got {style!r}")
