@@ -16,16 +16,18 @@ import pytest
 import timm
 import torch
 import torchvision
-from running import EXAMPLES
+from running import EXAMPLES, run_script
 from test_hub import mae_positions
 from torch import Tensor, nn
 
 import mvmae
 from mvmae import hub
+from mvmae.dense import WindowedViT
 from mvmae.inputs import inputs_of
 from mvmae.weights import WeightsError
 
 sys.path.append(str(EXAMPLES))
+import segment
 from tasks.models import check_plain, load_backbone, start_encoder, summary
 
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
@@ -519,3 +521,38 @@ def test_scripts_for_plain_vits_refuse_others_before_any_data_is_read(arch):
     for start in (start_encoder, check_plain):  # of adapt.py; of detect.py and segment.py
         with pytest.raises(TypeError, match=r"^the encoder must be a timm VisionTransformer or Eva, got [^\n]*$"):
             start(arch)
+
+
+DENSE = ["--preset", "toy", "--image-size", 32, "--channels", 16, "--toy-images", 8, "--batch-size", 4, "--steps", 2, "--lr", 0]
+DENSE += ["--workers", 0, "--device", "cpu", "--pictures", 0, "--output-dir", "run"]
+
+
+@pytest.mark.parametrize("name", ["MAE", "MAE with its decoder", "DINO", "MoCo v3"])
+@torch.no_grad()
+def test_segmentation_starts_from_a_peer_s_file_with_timm_s_features(name, tmp_path):
+    """A rate of 0 leaves the encoder in the checkpoint as it was loaded. The trunk has no class token, as Li et al. (2021)."""
+    peer = PEERS[name]()
+    file = save(peer, tmp_path / "file.pth")
+    size = " ".join(f"{key}={value}" for key, value in {**SMALL, "img_size": 32}.items())
+    result = run_script("segment.py", *DENSE, "--model", file, "--arch", VIT, "--model-args", size, folder=tmp_path)
+    assert result.code == 0 and "mean 0.485 0.456 0.406" in result.out, result
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=False)["model"]
+    trunk = WindowedViT(vit(), 32, window_size=None, taps=segment.taps(2)).eval()
+    trunk.load_state_dict({key.removeprefix("backbone.trunk."): x for key, x in saved.items() if "backbone.trunk." in key})
+    loaded: Any = load_backbone(str(file), arch=VIT, img_size=32, **SMALL)
+    plain = vit(class_token=False, global_pool="avg", fc_norm=False)
+    weights = {key: value for key, value in loaded.state_dict().items() if key != "cls_token"}
+    plain.load_state_dict(weights | {"pos_embed": loaded.pos_embed[:, 1:]})
+    images = torch.rand(2, 3, 32, 32)
+    expected = plain.forward_intermediates(images, indices=segment.taps(2), intermediates_only=True)
+    for ours, timms in zip(trunk(images)[-2:], expected[-2:], strict=True):
+        torch.testing.assert_close(ours, timms, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("script", "name"), [("segment.py", "BEiT"), ("segment.py", "MoCo v3 ResNet"), ("detect.py", "Swin")])
+def test_detection_and_segmentation_refuse_a_peer_s_file_of_another_kind_in_one_line(script, name, tmp_path):
+    peer = PEERS[name]()
+    arguments = ["--model", save(peer, tmp_path / "file.pth"), "--arch", peer.arch, "--model-args", "", "--data", "nowhere"]
+    result = run_script(script, *DENSE, *arguments, folder=tmp_path)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "must be a timm VisionTransformer or Eva, got" in result.err and not result.out

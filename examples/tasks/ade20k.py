@@ -95,7 +95,7 @@ def find_classes(root: Path, splits: Mapping[str, Split], left_out: Mapping[int,
     """Return the names of the classes, and the class of each label from 0 to 255 as uint8, `IGNORE` for what is left out.
 
     The lines of ``root/classes.txt`` name the labels from 0 on, or from 1 on where 0 is left out; without it, those that occur
-    in training are the classes. ``left_out`` maps labels that are neither learnt nor counted to the option that makes each a class.
+    in training are the classes. ``left_out`` has labels that are neither learnt nor counted, and the options that change that.
 
     Raises:
         ValueError: if a split has pixels of labels that are no class, or of fewer than two classes.
