@@ -107,7 +107,6 @@ class Pyramid(ViTPyramid):
     """A pyramid whose maps are float32 under autocast too: torchvision makes anchors of the maps' type."""
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Return the maps, finest first."""
         return OrderedDict((name, level.float()) for name, level in super().forward(images).items())
 
 
@@ -115,7 +114,6 @@ class RegionHead(RPNHead):  # type: ignore[misc]
     """The first stage's head, whose last layers compute in float32: torchvision rounds boxes to the deltas' type."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the scores and the deltas of the anchors of each map."""
         hidden = [self.conv(level) for level in x]
         with torch.autocast(hidden[0].device.type, enabled=False):
             return [self.cls_logits(level.float()) for level in hidden], [self.bbox_pred(level.float()) for level in hidden]
@@ -125,7 +123,6 @@ class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
     """The second stage's last layers, in float32 under autocast too."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scores and the deltas of the regions."""
         with torch.autocast(x.device.type, enabled=False):
             scores, deltas = super().forward(x.float())
         return scores, deltas

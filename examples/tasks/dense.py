@@ -85,21 +85,15 @@ class DenseConfig(InputOptions, RunConfig):
     )
     weight_decay: float
     decay_biases: bool  # detectron2 does, BEiT does not
-    schedule: str  # a key of SCHEDULES
+    schedule: str  # cosine or linear, to 0
     warmup: float  # share of the steps
     warmup_start: float  # share of the learning rate
 
 
-SCHEDULES: Mapping[str, Callable[[float], float]] = {
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "linear": lambda done: 1 - done,
-}
-"""Learning rate, as a share of its peak, after a share of the steps."""
-
-
 def lr_factor(step: int, config: DenseConfig) -> float:
     """Return the learning rate after ``step`` steps as a share of ``config.lr``: the schedule times a linear warm-up."""
-    factor, warmup = SCHEDULES[config.schedule](step / config.steps), config.warmup_steps or round(config.warmup * config.steps)
+    done, warmup = step / config.steps, config.warmup_steps or round(config.warmup * config.steps)
+    factor = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     if step < warmup:
         factor *= config.warmup_start + (1 - config.warmup_start) * step / warmup
     return factor
@@ -163,8 +157,7 @@ def fit(
 ) -> None:
     """Train, or with ``--evaluate`` load the newest checkpoint, and leave the model ready for evaluation.
 
-    ``dataset`` has samples by (epoch, index); ``losses`` returns those of a batch by name, whose sum is minimised; ``record``,
-    from `data_record`, is printed and saved in config.json.
+    ``losses`` returns those of a batch by name, whose sum is minimised; ``record`` is that of `data_record`.
     """
     folder, last = Path(config.output_dir), min(config.steps, config.max_steps or config.steps)
     if ranks.rank == 0:
@@ -222,11 +215,12 @@ def fit(
 def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
     check_plain(config.model, config.arch)  # before the data, whose check takes a minute
-    toy = config.data == "toy"
-    root = Path(config.output_dir, "toy") if toy else Path(config.data)
-    if ranks.rank == 0 and toy:
-        write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
-    ranks.any(False)  # the others wait for the drawings
+    root = Path(config.data)
+    if config.data == "toy":
+        root = Path(config.output_dir, "toy")
+        if ranks.rank == 0:
+            write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
+        ranks.any(False)  # the others wait for the drawings
     if not root.is_dir():
         raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
     if ranks.rank == 0:
@@ -256,13 +250,10 @@ def check_size(path: str, stated: Sequence[float], *, source: str | Path, max_pi
 
 
 def data_record(root: Path, data: Any, val: Any, files: Iterable[str | Path], unit: str) -> dict[str, Any]:
-    """Return what a run decides about its data: fingerprint of the ``images``, ``classes``, ``inputs``, ``notes`` to print.
-
-    ``data`` and ``val`` have ``names`` of classes, ``counts`` of each in a unit, and a ``note``; training depends on ``files``.
-    """
+    """Return what a run decides about its data: fingerprint of the ``images``, ``classes``, ``inputs``, ``notes`` to print."""
     amounts = list(zip(data.names, data.counts, val.counts, strict=True))
-    notes = [f"training: {data.note}", f"validation: {val.note}"]
     listed = ", ".join(f"{name} {one} and {other}" for name, one, other in amounts)
+    notes = [f"training: {data.note}", f"validation: {val.note}"]
     notes += [f"{len(amounts)} classes, {unit} in training and validation: {listed}"]
     if missing := [name for name, _, count in amounts if not count]:
         notes += [f"not in validation: {', '.join(missing)}"]
