@@ -273,27 +273,18 @@ def test_intersection_over_union_equals_a_slow_loop_over_the_whole_set():
         labels[labels == 3] = IGNORE  # class 3 never occurs
         pred[0] = 2
     result = scores(sum(confusion(pred, labels, 5) for pred, labels in pairs), "abcde")
-    right = total = 0
+    pixels = [pair for pred, labels in pairs for pair in zip(pred.flatten().tolist(), labels.flatten().tolist(), strict=True)]
+    pixels = [(p, t) for p, t in pixels if t != IGNORE]
     ious, accs = [], []
     for label, name in enumerate("abcde"):
-        both = either = true = 0
-        for pred, labels in pairs:
-            for p, t in zip(pred.flatten().tolist(), labels.flatten().tolist(), strict=True):
-                if t != IGNORE:
-                    both, either, true = both + (p == t == label), either + (label in (p, t)), true + (t == label)
-        right, total = right + both, total + true
-        if either:
-            ious.append(100 * both / either)
-            assert result["classes"][name]["IoU"] == pytest.approx(ious[-1])
-        else:
-            assert result["classes"][name] == {"IoU": None, "Acc": None}
-        if true:
-            accs.append(100 * both / true)
-    assert result["mIoU"] == pytest.approx(np.mean(ious))
-    assert result["mAcc"] == pytest.approx(np.mean(accs))
-    assert result["aAcc"] == pytest.approx(100 * right / total)
-    assert len(ious) == 4
-    assert len(accs) == 3
+        both = sum(p == t == label for p, t in pixels)
+        either, true = sum(label in pair for pair in pixels), sum(t == label for _, t in pixels)
+        ious += [100 * both / either] if either else []
+        accs += [100 * both / true] if true else []
+        assert result["classes"][name]["IoU"] == (pytest.approx(ious[-1]) if either else None)
+    assert (result["mIoU"], result["mAcc"]) == (pytest.approx(np.mean(ious)), pytest.approx(np.mean(accs)))
+    assert result["aAcc"] == pytest.approx(100 * sum(p == t for p, t in pixels) / len(pixels))
+    assert (len(ious), len(accs), result["classes"]["d"]["Acc"]) == (4, 3, None)
 
 
 class Reds(nn.Module):
