@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import ImageColor
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -37,7 +36,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from engine.distributed import Ranks, autocast, start_ranks, to_device
-from engine.options import REQUIRED, option, run
+from engine.options import option, run
 from engine.signals import Stop
 from mvmae.dense import ViTPyramid, WindowedViT, group_norm
 from mvmae.inputs import Inputs
@@ -56,14 +55,7 @@ class Config(DenseConfig):
     scale: tuple[float, float] = option(
         (0.1, 2.0), "factor of the random resize (large-scale jitter)", above=0, lengths=(2,), section="Data"
     )
-    positions: str = option(
-        REQUIRED,
-        "position embeddings for the larger image; rebuild: sine-cosine, interpolate: the encoder's, resized",
-        ["rebuild", "interpolate"],
-        section="Model",
-    )
-    channels: int = option(256, "width of the feature pyramid and of the heads", at_least=1)
-    style: str  # of the pyramid: li2021, on four blocks, or vitdet, on the last block
+    channels: int = option(256, "width of the feature pyramid and of the heads", at_least=1, section="Model")
     head_convs: int = 4  # in the box head and in the mask head
     fc_width: int = 1024  # of the linear layer in the box head
     proposals: int = 1000  # regions of an image that the first stage proposes
@@ -73,9 +65,6 @@ class Config(DenseConfig):
 LI2021: dict[str, Any] = {
     "help": "the recipe of Li et al. (2021), which the paper follows: 100 epochs of COCO",
     "output_dir": "runs/detect",
-    "model": "mvmae_vit_base_patch16",
-    "style": "li2021",
-    "positions": "rebuild",
     "image_size": 1024,
     "window_size": 16,
     "drop_path": 0.1,
@@ -88,16 +77,6 @@ LI2021: dict[str, Any] = {
     "schedule": "cosine",
     "warmup": 461 / 184_375,  # a quarter of an epoch
     "warmup_start": 0.001,
-}
-VITDET: dict[str, Any] = {
-    "help": "the recipe of ViTDet: 100 epochs of COCO",
-    "style": "vitdet",
-    "positions": "interpolate",
-    "window_size": 14,
-    "lr": 1e-4,
-    "layer_decay": 0.7,
-    "schedule": "steps",
-    "warmup": 250 / 184_375,
 }
 TOY: dict[str, Any] = {
     "help": "drawn shapes and a tiny ViT: minutes on two CPU cores",
@@ -121,18 +100,13 @@ TOY: dict[str, Any] = {
     "warmup": 0.1,
     "workers": 1,
 }
-PRESETS: dict[str, dict[str, Any]] = {
-    "li2021": LI2021,
-    "vitdet": LI2021 | VITDET,
-    "toy": LI2021 | TOY,
-}
+PRESETS: dict[str, dict[str, Any]] = {"li2021": LI2021, "toy": LI2021 | TOY}
 
 
 class Pyramid(ViTPyramid):
     """A pyramid whose maps are float32 under autocast too: torchvision makes anchors of the maps' type."""
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Return the maps, finest first."""
         return OrderedDict((name, level.float()) for name, level in super().forward(images).items())
 
 
@@ -140,7 +114,6 @@ class RegionHead(RPNHead):  # type: ignore[misc]
     """The first stage's head, whose last layers compute in float32: torchvision rounds boxes to the deltas' type."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the scores and the deltas of the anchors of each map."""
         hidden = [self.conv(level) for level in x]
         with torch.autocast(hidden[0].device.type, enabled=False):
             return [self.cls_logits(level.float()) for level in hidden], [self.bbox_pred(level.float()) for level in hidden]
@@ -150,7 +123,6 @@ class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
     """The second stage's last layers, in float32 under autocast too."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scores and the deltas of the regions."""
         with torch.autocast(x.device.type, enabled=False):
             scores, deltas = super().forward(x.float())
         return scores, deltas
@@ -167,11 +139,11 @@ def build_model(config: Config, trunk: WindowedViT, inputs: Inputs, num_classes:
     patch = trunk.patch_size[0]
     if trunk.patch_size != (patch, patch) or patch & (patch - 1) or patch < 4:
         raise Stop(f"patches must be squares of 4, 8, 16 or 32 pixels, got {patch}x{trunk.patch_size[1]}: change --model")
-    width, norm = config.channels, LayerNorm2d if config.style == "vitdet" else group_norm
+    width = config.channels
     anchors = tuple((float(2 * patch * 2**level),) for level in range(5))  # 8 x stride: 32 to 512 pixels for patches of 16
     convs = [width] * config.head_convs
     options: dict[str, Any] = {
-        "backbone": Pyramid(trunk, config.style, out_channels=width),  # type: ignore[arg-type]
+        "backbone": Pyramid(trunk, out_channels=width),
         "min_size": config.image_size,
         "max_size": config.image_size,
         "size_divisible": config.image_size,
@@ -185,12 +157,12 @@ def build_model(config: Config, trunk: WindowedViT, inputs: Inputs, num_classes:
         "rpn_post_nms_top_n_train": config.proposals,
         "rpn_post_nms_top_n_test": config.proposals,
         "box_batch_size_per_image": config.regions,
-        "box_head": FastRCNNConvFCHead((width, 7, 7), convs, [config.fc_width], norm),
+        "box_head": FastRCNNConvFCHead((width, 7, 7), convs, [config.fc_width], group_norm),
         "box_predictor": BoxPredictor(config.fc_width, num_classes + 1),
     }
     if not with_masks:
         return FasterRCNN(**options)
-    head, predictor = MaskRCNNHeads(width, convs, 1, norm), MaskRCNNPredictor(width, width, num_classes + 1)
+    head, predictor = MaskRCNNHeads(width, convs, 1, group_norm), MaskRCNNPredictor(width, width, num_classes + 1)
     return MaskRCNN(**options, mask_head=head, mask_predictor=predictor)
 
 
@@ -246,7 +218,7 @@ def main(config: Config) -> None:
     """Train unless only evaluation is asked for, then detect, measure and draw."""
     ranks = start_ranks(config.device)
     folder, root = Path(config.output_dir), data_folder(config, ranks)
-    trunk, inputs = build_trunk(config, split_folder(root, "train"), positions=config.positions)
+    trunk, inputs = build_trunk(config, split_folder(root, "train"), rebuild=True)
 
     data = CocoData(root, "train", side=config.image_size, scale=config.scale, seed=config.seed, inputs=inputs)
     val = CocoData(root, "val", inputs=inputs, names=data.names)

@@ -33,7 +33,7 @@ from engine.options import option, run
 from mvmae.dense import FCNHead, UPerHead, ViTPyramid, WindowedViT
 from mvmae.visualize import contact_sheet
 from mvmae.weights import write_json
-from tasks.ade20k import IGNORE, Augment, LabelMaps, confusion, find_classes, fitting_size, read_split, scores, split_folder
+from tasks.ade20k import IGNORE, LabelMaps, augment, confusion, find_classes, fitting_size, read_split, scores, split_folder
 from tasks.dense import DenseConfig, build_trunk, data_folder, data_record, fit
 
 Prepare = Callable[[Tensor], Tensor]
@@ -55,7 +55,6 @@ class Config(DenseConfig):
 BEIT: dict[str, Any] = {
     "help": "BEiT's recipe, which the paper follows: 160 000 steps on ADE20K",
     "output_dir": "runs/segment",
-    "model": "mvmae_vit_base_patch16",
     "image_size": 512,
     "window_size": 0,
     "drop_path": 0.1,
@@ -161,6 +160,9 @@ def evaluate(config: Config, model: nn.Module, data: LabelMaps, prepare: Prepare
 def draw_predictions(path: Path, config: Config, model: nn.Module, data: LabelMaps, prepare: Prepare) -> None:
     """Draw the first images, the truth, and the prediction; below, the colours of the classes that occur."""
     colours = torch.randint(48, 256, (256, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for label, name in enumerate(data.names):
+        if name.lower() == "background":
+            colours[label] = 128
     colours[IGNORE] = 0
     columns: tuple[list[Tensor], ...] = ([], [], [])
     occurring: set[int] = set()
@@ -186,8 +188,9 @@ def main(config: Config) -> None:
     left_out |= {255: "--no-ignore-255 makes it a class"} if config.ignore_255 else {}
     left_out |= {0: "--no-reduce-zero-label makes it a class"} if config.reduce_zero_label else {}
     classes = find_classes(root, splits, left_out)
-    augment = Augment(config.image_size, ratio=config.ratio, fill=tuple(round(255 * value) for value in inputs.mean))
-    data = LabelMaps(splits["train"], classes, augment=augment, seed=config.seed, inputs=inputs)
+    fill = tuple(round(255 * value) for value in inputs.mean)
+    transform = partial(augment, side=config.image_size, ratio=config.ratio, fill=fill)
+    data = LabelMaps(splits["train"], classes, transform=transform, seed=config.seed, inputs=inputs)
     val = LabelMaps(splits["val"], classes, inputs=inputs)
     model: nn.Module = UPerNet(trunk, len(data.names), config)
     if ranks.world_size > 1 and ranks.device.type == "cuda":

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 import mvmae
 from mvmae import hub
+from mvmae.dense import WindowedViT
 from mvmae.inputs import inputs_of
 from mvmae.weights import WeightsError
 
 sys.path.append(str(EXAMPLES))
+import segment
 from tasks.models import check_plain, load_backbone, start_encoder, summary
 
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
@@ -579,3 +581,38 @@ def test_adapting_starts_from_the_tokens_of_a_peer_that_is_a_plain_vit(name, tmp
     arguments = " ".join(f"{key}={value!r}" for key, value in peer.size.items())
     encoder = start_encoder(str(file), arguments, pretrained=True, arch=peer.arch, image_size=(32,))
     assert difference(encoder, peer) < 2e-5 and inputs_of(encoder).mean == pytest.approx(peer.mean)
+
+
+DENSE = ["--preset", "toy", "--image-size", 32, "--channels", 16, "--toy-images", 8, "--batch-size", 4, "--steps", 2, "--lr", 0]
+DENSE += ["--workers", 0, "--device", "cpu", "--pictures", 0, "--output-dir", "run"]
+
+
+@pytest.mark.parametrize("name", ["MAE", "MAE with its decoder", "DINO", "MoCo v3"])
+@torch.no_grad()
+def test_segmentation_starts_from_a_peer_s_file_with_timm_s_features(name, tmp_path):
+    """A rate of 0 leaves the encoder in the checkpoint as it was loaded. The trunk has no class token, as Li et al. (2021)."""
+    peer = PEERS[name]()
+    file = save(peer, tmp_path / "file.pth")
+    size = " ".join(f"{key}={value}" for key, value in {**SMALL, "img_size": 32}.items())
+    result = run_script("segment.py", *DENSE, "--model", file, "--arch", VIT, "--model-args", size, folder=tmp_path)
+    assert result.code == 0 and "mean 0.485 0.456 0.406" in result.out, result
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=False)["model"]
+    trunk = WindowedViT(vit(), 32, window_size=None, taps=segment.taps(2)).eval()
+    trunk.load_state_dict({key.removeprefix("backbone.trunk."): x for key, x in saved.items() if "backbone.trunk." in key})
+    loaded: Any = load_backbone(str(file), arch=VIT, img_size=32, **SMALL)
+    plain = vit(class_token=False, global_pool="avg", fc_norm=False)
+    weights = {key: value for key, value in loaded.state_dict().items() if key != "cls_token"}
+    plain.load_state_dict(weights | {"pos_embed": loaded.pos_embed[:, 1:]})
+    images = torch.rand(2, 3, 32, 32)
+    expected = plain.forward_intermediates(images, indices=segment.taps(2), intermediates_only=True)
+    for ours, timms in zip(trunk(images)[-2:], expected[-2:], strict=True):
+        assert (ours - timms).abs().max() < 2e-5 * timms.abs().max()  # some are above 50
+
+
+@pytest.mark.parametrize(("script", "name"), [("segment.py", "BEiT"), ("segment.py", "MoCo v3 ResNet"), ("detect.py", "Swin")])
+def test_detection_and_segmentation_refuse_a_peer_s_file_of_another_kind_in_one_line(script, name, tmp_path):
+    peer = PEERS[name]()
+    arguments = ["--model", save(peer, tmp_path / "file.pth"), "--arch", peer.arch, "--model-args", "", "--data", "nowhere"]
+    result = run_script(script, *DENSE, *arguments, folder=tmp_path)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "must be a timm VisionTransformer or Eva, got" in result.err and not result.out

@@ -92,15 +92,10 @@ def read_labels(path: str, max_pixels: int | None = None) -> NDArray[np.uint8]:
 
 
 def find_classes(root: Path, splits: Mapping[str, Split], left_out: Mapping[int, str]) -> tuple[list[str], Tensor]:
-    """Return the names of the classes, from ``classes.txt``, else the labels that occur in training, and the class of each.
+    """Return the names of the classes, and the class of each label from 0 to 255 as uint8, `IGNORE` for what is left out.
 
-    Args:
-        root: the folder, perhaps with ``classes.txt``, whose lines name the labels from 0 on, or from 1 on where 0 is left out.
-        splits: ``train`` and ``val``.
-        left_out: labels that are neither learnt nor counted, each with the option that makes it a class.
-
-    Returns:
-        the names, and (256,) uint8, in which `IGNORE` stands for a label that is left out.
+    The lines of ``root/classes.txt`` name the labels from 0 on, or from 1 on where 0 is left out; without it, those that occur
+    in training are the classes. ``left_out`` has labels that are neither learnt nor counted, and the options that change that.
 
     Raises:
         ValueError: if a split has pixels of labels that are no class, or of fewer than two classes.
@@ -134,13 +129,12 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         split: the files.
-        classes: of their labels, from `find_classes`.
-        augment: (image, classes) -> (image, classes), for training, with numbers from torch's global generator.
-        seed: seed of the augmentation, which depends on (seed, epoch, index) alone.
+        classes: ``names`` of the classes and the class of each label, from `find_classes`.
+        transform: (image, classes) -> (image, classes), for training, with numbers from torch's global generator.
+        seed: seed of the transform, which depends on (seed, epoch, index) alone.
         inputs: how images are read.
 
     Attributes:
-        names: of the classes.
         counts: pixels of each class.
         note: how many images there are, and what is left out.
     """
@@ -150,12 +144,12 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
         split: Split,
         classes: tuple[list[str], Tensor],
         *,
-        augment: Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]] | None = None,
+        transform: Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]] | None = None,
         seed: int = 0,
         inputs: Inputs = RGB,
     ) -> None:
         self.split, (self.names, self.table) = split, classes
-        self.augment, self.seed, self.inputs = augment, seed, inputs
+        self.transform, self.seed, self.inputs = transform, seed, inputs
         classed = self.table != IGNORE
         self.counts = torch.from_numpy(split.counts)[classed].tolist()
         share = 1 - sum(self.counts) / split.counts.sum()
@@ -173,49 +167,49 @@ class LabelMaps(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return an image (C, H, W) uint8 and its classes (H, W) long."""
         epoch, index = key
-        file = self.split.labels[index]
-        labels = torch.from_numpy(self.table.numpy()[read_labels(file, self.inputs.max_pixels)])
-        pixels = read_image(self.name(index), self.inputs, labels.shape, file)
-        if self.augment is not None:
+        labels = torch.from_numpy(self.table.numpy()[read_labels(self.split.labels[index], self.inputs.max_pixels)])
+        pixels = read_image(self.name(index), self.inputs)
+        if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
-                pixels, labels = self.augment(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
+                pixels, labels = self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
         return pixels.as_subclass(Tensor), labels.as_subclass(Tensor).long()
 
 
-class Augment:
-    """The augmentation of BEiT's code: resize, crop, flip, distort the colours, fill up.
+def augment(
+    image: tv_tensors.Image,
+    labels: tv_tensors.Mask,
+    *,
+    side: int,
+    ratio: tuple[float, float] = (0.5, 2.0),
+    max_share: float = 0.75,
+    fill: tuple[int, ...] = (0, 0, 0),
+) -> tuple[Tensor, Tensor]:
+    """Resize, crop, flip, distort the colours, fill up, as BEiT's code does: to (3, side, side) and (side, side).
 
     torchvision's `RandomResize` and `RandomCrop` do not fit: the one has no limit for the longer side, the other does not look
     at the classes in a crop, and fills up on all four sides.
 
     Args:
+        image: (3, H, W).
+        labels: (H, W).
         side: side of the crop in pixels (BEiT: 512).
         ratio: range of the factor on the size at which an image fits 4 sides x 1 side.
         max_share: a crop of which one class fills more is drawn again, up to ten times.
         fill: colour of what the crop lacks, at its right and at its bottom.
     """
-
-    def __init__(
-        self, side: int, *, ratio: tuple[float, float] = (0.5, 2.0), max_share: float = 0.75, fill: tuple[int, ...] = (0, 0, 0)
-    ) -> None:
-        self.side, self.ratio, self.max_share, self.fill = side, ratio, max_share, fill
-
-    def __call__(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
-        """Return (3, side, side) and (side, side): an image and its labels, augmented alike."""
-        ratio = torch.empty(()).uniform_(*self.ratio).item()
-        height, width = fitting_size((image.shape[1], image.shape[2]), self.side, ratio)
-        image, labels = v2.Resize((height, width))(image, labels)
-        rows, columns = min(height, self.side), min(width, self.side)
-        for _ in range(11):
-            cut = (int(torch.randint(height - rows + 1, ())), int(torch.randint(width - columns + 1, ())), rows, columns)
-            counts = F.crop(labels, *cut).flatten().bincount(minlength=256)[:IGNORE]
-            if (counts > 0).sum() > 1 and counts.max() < self.max_share * counts.sum():
-                break
-        image, labels = v2.RandomHorizontalFlip()(F.crop(image, *cut), F.crop(labels, *cut))
-        fill = {tv_tensors.Image: self.fill, tv_tensors.Mask: IGNORE}
-        image, labels = v2.Pad([0, 0, self.side - columns, self.side - rows], fill)(tv_tensors.Image(distort(image)), labels)
-        return image, labels
+    size = fitting_size((image.shape[1], image.shape[2]), side, torch.empty(()).uniform_(*ratio).item())
+    image, labels = v2.Resize(size)(image, labels)
+    rows, columns = (min(length, side) for length in size)
+    for _ in range(11):
+        cut = (int(torch.randint(size[0] - rows + 1, ())), int(torch.randint(size[1] - columns + 1, ())), rows, columns)
+        counts = F.crop(labels, *cut).flatten().bincount(minlength=256)[:IGNORE]
+        if (counts > 0).sum() > 1 and counts.max() < max_share * counts.sum():
+            break
+    image, labels = v2.RandomHorizontalFlip()(F.crop(image, *cut), F.crop(labels, *cut))
+    fills = {tv_tensors.Image: fill, tv_tensors.Mask: IGNORE}
+    image, labels = v2.Pad([0, 0, side - columns, side - rows], fills)(tv_tensors.Image(distort(image)), labels)
+    return image, labels
 
 
 def fitting_size(size: tuple[int, int], side: int, ratio: float = 1.0) -> tuple[int, int]:
@@ -227,8 +221,7 @@ def fitting_size(size: tuple[int, int], side: int, ratio: float = 1.0) -> tuple[
 def distort(image: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and hue of (C, H, W) uint8, each in one of two cases; colours of three channels.
 
-    The photometric distortion of mmsegmentation. torchvision's `RandomPhotometricDistort` is another: it scales the brightness,
-    mixes with grey for contrast and saturation, and swaps channels.
+    The photometric distortion of mmsegmentation. torchvision's `RandomPhotometricDistort` is another.
     """
     drawn = torch.rand(4) * torch.tensor([64, 1, 1, 0.2]) - torch.tensor([32, -0.5, -0.5, 0.1])
     shift, contrast, saturation, hue = drawn.where(torch.rand(4) < 0.5, torch.tensor([0.0, 1, 1, 0])).tolist()

@@ -33,8 +33,7 @@ METRICS = [f"AP{kind}" for kind in ("", "50", "75", *SIZES)] + [f"AR{kind}" for 
 class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Images and objects in COCO's format: polygons or run lengths, any ids, crowd regions, images without objects.
 
-    Classes are those of the training split, in the order of their ids; the other split's are matched to them by name. Where no
-    object of the split has an outline, ``with_masks`` is false and the objects are boxes alone.
+    Where no object of the split has an outline, ``with_masks`` is false and the objects are boxes alone.
 
     Args:
         root: folder with ``train2017``, ``val2017`` and ``annotations/instances_*.json``.
@@ -43,12 +42,11 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         scale: range of the jitter.
         seed: seed of the jitter, which depends on (seed, epoch, index) alone.
         inputs: how images are read.
-        names: of the classes; None: read from the training split.
+        names: of the training split's classes, to which this split's are matched; None: its own, in the order of their ids.
 
     Attributes:
         truth: pycocotools' index of the annotations.
-        names: of the classes.
-        category_ids: of the classes in the file of this split.
+        category_ids: of the classes ``names`` in the file of this split.
         counts: objects of each class.
         note: how many images and objects there are, and what is left out.
 
@@ -69,10 +67,8 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     ) -> None:
         self.side, self.scale, self.seed, self.inputs = side, scale, seed, inputs
         self.file, self.truth = read_split(root, split, inputs.max_pixels)
-        if names is None:
-            known = (self.truth if split == "train" else read_split(root, "train", inputs.max_pixels)[1]).cats
-            names = [known[number]["name"] for number in sorted(known)]
-        own = {category["name"]: number for number, category in self.truth.cats.items()}
+        own = {category["name"]: number for number, category in sorted(self.truth.cats.items())}
+        names = list(own) if names is None else names
         if unknown := own.keys() - set(names):
             raise ValueError(f"{self.file} must have classes of training images alone, got {', '.join(sorted(unknown))} too")
         self.names, free = list(names), itertools.count(1 + max(own.values(), default=0))
@@ -113,7 +109,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         number = self.image_ids[index]
         objects, known = list(filter(self._is_learnt, self.truth.imgToAnns[number])), self.truth.imgs[number]
         size = (known["height"], known["width"])
-        pixels = read_image(self.name(index), self.inputs, size, self.file)
+        pixels = read_image(self.name(index), self.inputs)
         masks = torch.zeros(len(objects) * self.with_masks, *size, dtype=torch.uint8)
         for mask, item in zip(masks, objects, strict=self.with_masks):
             mask.copy_(torch.from_numpy(self.truth.annToMask(item)))
@@ -135,8 +131,8 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 def jitter(image: Tensor, masks: Tensor, boxes: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
     """Scale an image to fit a square, times a random factor, cut out at most that square, and flip it in one of two cases.
 
-    Large-scale jitter (Ghiasi et al. 2021); the caller fills up what is smaller than the square. torchvision's `ScaleJitter`
-    and `RandomCrop` enlarge the whole image before they cut it, shrink a narrow one to 0 pixels, and fill up on all four sides.
+    Large-scale jitter (Ghiasi et al. 2021). torchvision's `ScaleJitter` and `RandomCrop` enlarge the whole image before they
+    cut it, shrink a narrow one to 0 pixels, and fill up on all four sides.
 
     Args:
         image: (3, H, W) uint8.
@@ -183,9 +179,8 @@ def evaluate(
         known = [item for item in truth.dataset["annotations"] if item[field]]  # an object may have a box alone
         with contextlib.redirect_stdout(io.StringIO()):
             true = coco_index(truth.dataset | {"annotations": known})
-            detected = (
-                true.loadRes(results) if results else coco_index(truth.dataset | {"annotations": []})
-            )  # loadRes([]) raises
+            none = truth.dataset | {"annotations": []}
+            detected = true.loadRes(results) if results else coco_index(none)  # loadRes([]) raises
             evaluation = COCOeval(true, detected, kind)
             evaluation.params.imgIds = list(image_ids)
             evaluation.evaluate()

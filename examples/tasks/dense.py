@@ -41,7 +41,7 @@ from mvmae.inputs import INPUTS, Inputs, set_inputs
 from mvmae.patches import sincos_table
 from mvmae.weights import read_json, write_json
 from tasks.inputs import InputOptions, describe_inputs, read_inputs
-from tasks.models import check_plain, load_backbone, summary, timm_arguments
+from tasks.models import SHIPPED, check_plain, load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
 
@@ -62,7 +62,7 @@ class DenseConfig(InputOptions, RunConfig):
     steps: int = option(REQUIRED, "training steps", at_least=1, section="Length")
     warmup_steps: int = option(0, "steps of linear warm-up of the learning rate; 0: the preset's share of --steps", at_least=0)
     model: str = option(
-        REQUIRED,
+        SHIPPED,
         "encoder, a plain ViT: timm name, hf-hub:ID, folder of a run or export, file of weights; random:NAME is untrained",
         path=True,
         section="Model",
@@ -85,35 +85,27 @@ class DenseConfig(InputOptions, RunConfig):
     )
     weight_decay: float
     decay_biases: bool  # detectron2 does, BEiT does not
-    schedule: str  # a key of SCHEDULES
+    schedule: str  # cosine or linear, to 0
     warmup: float  # share of the steps
     warmup_start: float  # share of the learning rate
 
 
-SCHEDULES: Mapping[str, Callable[[float], float]] = {
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "linear": lambda done: 1 - done,
-    # ViTDet: a tenth from step 163 889 of 184 375 on, a hundredth from 177 546 on
-    "steps": lambda done: 0.1 ** ((done >= 163_889 / 184_375) + (done >= 177_546 / 184_375)),
-}
-"""Learning rate, as a share of its peak, after a share of the steps."""
-
-
 def lr_factor(step: int, config: DenseConfig) -> float:
     """Return the learning rate after ``step`` steps as a share of ``config.lr``: the schedule times a linear warm-up."""
-    factor, warmup = SCHEDULES[config.schedule](step / config.steps), config.warmup_steps or round(config.warmup * config.steps)
+    done, warmup = step / config.steps, config.warmup_steps or round(config.warmup * config.steps)
+    factor = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     if step < warmup:
         factor *= config.warmup_start + (1 - config.warmup_start) * step / warmup
     return factor
 
 
 def build_trunk(
-    config: DenseConfig, images: Path, *, positions: Any = "interpolate", taps: Callable[[int], Sequence[int]] | None = None
+    config: DenseConfig, images: Path, *, rebuild: bool = False, taps: Callable[[int], Sequence[int]] | None = None
 ) -> tuple[WindowedViT, Inputs]:
     """Return the encoder with attention in windows, and how its images are read: in an evaluation, as in training.
 
     ``images`` is the folder of those that decide the range of pixels, and are measured where ``--mean`` or ``--std`` is auto;
-    ``taps`` gives, for a number of blocks, those whose output is used.
+    ``rebuild`` is that of `WindowedViT`; ``taps`` gives, for a number of blocks, those whose output is used.
     """
     torch.manual_seed(config.seed)
     arguments = timm_arguments(config.model_args)
@@ -121,14 +113,13 @@ def build_trunk(
         raise Stop(f"--model-args: a plain ViT of timm has no {', '.join(sorted(unknown))}")
     name = f"random:{config.model.removeprefix('random:')}" if config.evaluate else config.model
     vit: Any = load_backbone(name, arch=config.arch, drop_path_rate=config.drop_path, **arguments)
-    if name.startswith("random:") and positions == "rebuild" and vit.pos_embed is not None:
-        with torch.no_grad():  # what timm drew at random is no table to build anew for another size
+    if name.startswith("random:") and rebuild and vit.pos_embed is not None:
+        with torch.no_grad():  # as the encoder that it is compared with, where that has the table
             vit.pos_embed[:, -vit.patch_embed.num_patches :] = sincos_table(vit.embed_dim, vit.patch_embed.grid_size)
     options: Any = {"window_size": config.window_size or None, "grad_checkpointing": config.grad_checkpointing}
-    trunk = WindowedViT(vit, config.image_size, positions=positions, taps=taps and taps(len(vit.blocks)), **options)
+    trunk = WindowedViT(vit, config.image_size, rebuild=rebuild, taps=taps and taps(len(vit.blocks)), **options)
 
-    file = Path(config.output_dir) / "config.json"
-    saved = read_json(file, optional=True) if config.evaluate else {}
+    saved = read_json(Path(config.output_dir, "config.json"), optional=True) if config.evaluate else {}
     if INPUTS in saved:
         set_inputs(vit, Inputs.from_config(saved))
     source = open_images(images if images.is_dir() else images.parent)  # file_name of COCO may begin at the data's folder
@@ -166,8 +157,7 @@ def fit(
 ) -> None:
     """Train, or with ``--evaluate`` load the newest checkpoint, and leave the model ready for evaluation.
 
-    ``dataset`` has samples by (epoch, index); ``losses`` returns those of a batch by name, whose sum is minimised; ``record``,
-    from `data_record`, is printed and saved in config.json.
+    ``losses`` returns those of a batch by name, whose sum is minimised; ``record`` is that of `data_record`.
     """
     folder, last = Path(config.output_dir), min(config.steps, config.max_steps or config.steps)
     if ranks.rank == 0:
@@ -225,11 +215,12 @@ def fit(
 def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     """Return the folder of the images: the user's, or ``toy/`` in the run's, with drawn shapes in it."""
     check_plain(config.model, config.arch)  # before the data, whose check takes a minute
-    toy = config.data == "toy"
-    root = Path(config.output_dir, "toy") if toy else Path(config.data)
-    if ranks.rank == 0 and toy:
-        write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
-    ranks.any(False)  # the others wait for the drawings
+    root = Path(config.data)
+    if config.data == "toy":
+        root = Path(config.output_dir, "toy")
+        if ranks.rank == 0:
+            write_toy(root, side=config.image_size, train=config.toy_images, val=max(config.toy_images // 6, 4))
+        ranks.any(False)  # the others wait for the drawings
     if not root.is_dir():
         raise Stop(f"--data: no such folder: {config.data} (the current folder is {Path.cwd()})")
     if ranks.rank == 0:
@@ -237,11 +228,9 @@ def data_folder(config: DenseConfig, ranks: Ranks) -> Path:
     return root
 
 
-def read_image(path: str, inputs: Inputs, size: Sequence[float], source: str | Path) -> Tensor:
-    """Read an image upright by EXIF, as labelling tools show it: (C, H, W) uint8, of the size that ``source`` says."""
-    pixels = read_pixels(path, **pixel_options(inputs))
-    require_size(path, pixels.shape[:2], size, source)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+def read_image(path: str, inputs: Inputs) -> Tensor:
+    """Read an image upright by EXIF, as labelling tools show it: (C, H, W) uint8."""
+    return torch.from_numpy(np.ascontiguousarray(read_pixels(path, **pixel_options(inputs)).transpose(2, 0, 1)))
 
 
 def check_size(path: str, stated: Sequence[float], *, source: str | Path, max_pixels: int | None) -> tuple[int, int]:
@@ -255,24 +244,16 @@ def check_size(path: str, stated: Sequence[float], *, source: str | Path, max_pi
         if image.width * image.height <= (max_pixels or MAX_PIXELS) and (tuple(stated) == size or 0 in stated):
             return size
     size = open_image(path, max_pixels=max_pixels or MAX_PIXELS).upright_size
-    require_size(path, size, stated if all(stated) else size, source)
+    if tuple(stated) != size and all(stated):
+        raise ValueError(f"{path} must have {stated[1]:g}x{stated[0]:g} pixels, as {source} says, got {size[1]}x{size[0]}")
     return size
 
 
-def require_size(path: str, size: Sequence[float], stated: Sequence[float], source: str | Path) -> None:
-    """Refuse an image that is seen in another size, height and width, than ``source`` says."""
-    if tuple(size) != tuple(stated):
-        raise ValueError(f"{path} must have {stated[1]:g}x{stated[0]:g} pixels, as {source} says, got {size[1]}x{size[0]}")
-
-
 def data_record(root: Path, data: Any, val: Any, files: Iterable[str | Path], unit: str) -> dict[str, Any]:
-    """Return what a run decides about its data: fingerprint of the ``images``, ``classes``, ``inputs``, ``notes`` to print.
-
-    ``data`` and ``val`` have ``names`` of classes, ``counts`` of each in a unit, and a ``note``; training depends on ``files``.
-    """
+    """Return what a run decides about its data: fingerprint of the ``images``, ``classes``, ``inputs``, ``notes`` to print."""
     amounts = list(zip(data.names, data.counts, val.counts, strict=True))
-    notes = [f"training: {data.note}", f"validation: {val.note}"]
     listed = ", ".join(f"{name} {one} and {other}" for name, one, other in amounts)
+    notes = [f"training: {data.note}", f"validation: {val.note}"]
     notes += [f"{len(amounts)} classes, {unit} in training and validation: {listed}"]
     if missing := [name for name, _, count in amounts if not count]:
         notes += [f"not in validation: {', '.join(missing)}"]

@@ -6,30 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from mvmae.data import sample_seed
 
-Mask = np.ndarray[Any, np.dtype[np.uint8]]
 CIRCLE = [(math.cos(math.tau * corner / 48), math.sin(math.tau * corner / 48)) for corner in range(48)]
 CROSS = [(1, 0.35), (0.35, 0.35), (0.35, 1), (-0.35, 1), (-0.35, 0.35), (-1, 0.35)]
 CROSS += [(-x, -y) for x, y in CROSS]
 TRIANGLE = [(0, -1), (0.87, 0.5), (-0.87, 0.5)]
 SHAPES = {2: ("circle", CIRCLE), 5: ("cross", CROSS), 9: ("triangle", TRIANGLE)}
 """The drawn categories: name and corners by id. The ids leave gaps, as COCO's do."""
-STRIPE = 4
-"""Width in pixels of the stripes of a cross and of the squares of a triangle; a circle is plain."""
+STRIPE = 4  # pixels of the stripes of a cross and of the squares of a triangle; a circle is plain
 
 
-def draw_shapes(side: int, rng: np.random.Generator) -> tuple[Image.Image, list[tuple[int, Mask]]]:
-    """Draw up to three shapes, of any two colours, on a noisy gradient; on one image in ten none.
-
-    Returns:
-        the image, and for each shape its category id and the mask of what is seen of it, (H, W).
-    """
+def draw_shapes(side: int, rng: np.random.Generator) -> tuple[Image.Image, list[tuple[int, NDArray[np.uint8]]]]:
+    """Draw up to three shapes on a noisy gradient: the image, and the category id of each and the mask of what is seen."""
     ramp = np.linspace(0, 1, side)[:, None, None] * rng.uniform(-60, 60, 3) + rng.uniform(60, 195, 3)
     image = Image.fromarray((ramp + rng.normal(0, 12, (side, side, 3))).clip(0, 255).astype(np.uint8))
-    shapes: list[tuple[int, Mask]] = []
+    shapes: list[tuple[int, NDArray[np.uint8]]] = []
     for _ in range(rng.integers(1, 4) if rng.random() < 0.9 else 0):
         category, radius, turn = int(rng.choice(list(SHAPES))), rng.uniform(0.15, 0.28) * side, rng.uniform(-0.3, 0.3)
         x, y = rng.uniform(radius, side - radius, 2)
@@ -46,7 +41,7 @@ def draw_shapes(side: int, rng: np.random.Generator) -> tuple[Image.Image, list[
     return image, [(number, shape) for number, shape in shapes if shape.sum() >= 20]
 
 
-def coco_object(mask: Mask) -> dict[str, Any]:
+def coco_object(mask: NDArray[np.uint8]) -> dict[str, Any]:
     """Describe a mask as COCO does: run lengths of its columns, of zeros first; box (left, top, width, height); area."""
     flat = mask.T.reshape(-1)
     changes = np.flatnonzero(np.diff(flat, prepend=0))
@@ -59,8 +54,8 @@ def coco_object(mask: Mask) -> dict[str, Any]:
 def write_toy(root: Path, *, side: int, train: int, val: int, seed: int = 0) -> Path:
     """Draw a data set of shapes, both in COCO's format and, as label maps, in ADE20K's layout; the same for the same seed."""
     for coco, ade, count in (("train2017", "training", train), ("val2017", "validation", val)):
-        content: dict[str, list[Any]] = {"images": [], "annotations": []}
-        content["categories"] = [{"id": number, "name": name} for number, (name, _) in SHAPES.items()]
+        categories = [{"id": number, "name": name} for number, (name, _) in SHAPES.items()]
+        content: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": categories}
         for folder in (coco, f"images/{ade}", f"annotations/{ade}"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         for number in range(count):

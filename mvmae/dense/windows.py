@@ -32,9 +32,7 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         if type(attn) is not Attention:
-            raise TypeError(
-                f"{type(attn).__name__} is not timm's Attention: use a plain ViT, such as timm's vit_* or mvmae_vit_*"
-            )
+            raise TypeError(f"{type(attn).__name__} is not timm's Attention: use a plain ViT, such as vit_* or mvmae_vit_*")
         self.window, self.num_heads, self.scale = window, attn.num_heads, attn.scale
         self.qkv, self.q_norm, self.k_norm, self.attn_drop = attn.qkv, attn.q_norm, attn.k_norm, attn.attn_drop
         self.norm, self.gate = getattr(attn, "norm", nn.Identity()), getattr(attn, "gate", None)
@@ -54,7 +52,10 @@ class WindowAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         head_dim, scale, dropout = v.shape[-1], self.scale, self.attn_drop.p if self.training else 0.0
         if self.rel_pos_h is not None and self.rel_pos_w is not None:
-            q = torch.cat([q * scale, *_project(q, self.rel_pos_h, self.rel_pos_w, window)], -1)
+            grid = q.unflatten(2, window)
+            rel_h = torch.einsum("bnhwd,hkd->bnhwk", grid, _vectors(self.rel_pos_h, window[0]).to(q.dtype))
+            rel_w = torch.einsum("bnhwd,wkd->bnhwk", grid, _vectors(self.rel_pos_w, window[1]).to(q.dtype))
+            q = torch.cat([q * scale, rel_h.flatten(2, 3), rel_w.flatten(2, 3)], -1)
             k = torch.cat([k, _places(window, k).expand(*k.shape[:2], -1, -1)], -1)
             v, scale = F.pad(v, (0, sum(window))), 1.0  # the fast kernels want q, k and v of one width
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)[..., :head_dim]
@@ -81,14 +82,6 @@ def join_windows(windows: Tensor, size: tuple[int, int]) -> Tensor:
     x = windows.unflatten(0, (-1, down, across)).transpose(2, 3)  # (B, down, rows, across, columns, D)
     joined: Tensor = x.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
     return joined
-
-
-def _project(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Compute q R_h, (..., N, rows), and q R_w, (..., N, columns)."""
-    grid = q.unflatten(2, window)
-    rel_h = torch.einsum("bnhwd,hkd->bnhwk", grid, _vectors(rel_pos_h, window[0]).to(q.dtype))
-    rel_w = torch.einsum("bnhwd,wkd->bnhwk", grid, _vectors(rel_pos_w, window[1]).to(q.dtype))
-    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
 
 
 def _vectors(table: Tensor, size: int) -> Tensor:
