@@ -32,9 +32,32 @@ Presets = Mapping[str, Mapping[str, Any]]
 REQUIRED = dataclasses.MISSING
 MOST_USED = "Most used"
 """Title of the first section of ``--help``, which holds `COMMON`, whatever their own sections."""
-COMMON = ("data", "encoder", "model", "models", "run", "image_size", "output_dir", "resume", "epochs", "minutes", "batch_size")
+COMMON: tuple[str, ...] = (
+    "data",
+    "encoder",
+    "model",
+    "models",
+    "run",
+    "image_size",
+    "output_dir",
+    "resume",
+    "epochs",
+    "minutes",
+    "batch_size",
+)
 COMMON += ("base_lr", "workers")
-SECTIONS = (MOST_USED, "Data", "Run", "Length", "Method", "Model", "Optimizer", "Evaluation", "Pictures", "Card and upload")
+SECTIONS: tuple[str, ...] = (
+    MOST_USED,
+    "Data",
+    "Run",
+    "Length",
+    "Method",
+    "Model",
+    "Optimizer",
+    "Evaluation",
+    "Pictures",
+    "Card and upload",
+)
 SECTIONS += ("Speed",)
 BOUNDS: dict[str, Any] = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 LARGEST = 2**31
@@ -182,6 +205,9 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
             raise ValueError(f"{flag(name)} must be {' or '.join(map(str, lengths))} values, got {len(value)}")
         if lengths == (2,) and value[0] > value[1]:
             raise ValueError(f"{flag(name)} must be two numbers, low and high, got {shown(value)}")
+    for name in ("epochs", "steps"):
+        if typed.get("minutes") and typed.get(name):
+            raise ValueError(f"the length is given twice, by --minutes and {flag(name)}: leave one out")
     for name in ("encoder", "model"):  # a preset's arguments are for its own model
         if typed.get(name, preset.get(name)) != preset.get(name) and f"{name}_args" in preset:
             defaults[f"{name}_args"] = ""
