@@ -135,12 +135,12 @@ def test_a_run_of_minutes_is_one_of_its_steps_to_the_bit_and_goes_on_with_their_
     printed = [
         pretrain(tmp_path / name, images, *given, *length)
         for name, *length in (
-            ("minutes", "--minutes", 0.05, "--max-steps", 2),
-            ("minutes", "--minutes", 0.05, "--resume"),
+            ("minutes", "--minutes", 0.03, "--max-steps", 2),
+            ("minutes", "--minutes", 0.03, "--resume"),
         )
     ]
     assert [result.code for result in printed] == [0, 0], printed
-    told = [re.search(r"(\d+) steps of 8 images .*; as many as fit into 0.05 minutes", result.out) for result in printed]
+    told = [re.search(r"(\d+) steps of 8 images .*; as many as fit into 0.03 minutes", result.out) for result in printed]
     assert told[0] and told[1] and told[0][1] == told[1][1] and int(told[0][1]) > 2
     assert f"stopped at step 2 of {told[0][1]}; " in printed[0].out and "not finished" not in printed[1].out
     assert pretrain(tmp_path / "steps", images, *given, "--steps", told[0][1]).code == 0

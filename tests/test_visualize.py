@@ -232,7 +232,7 @@ def test_curves_have_units_and_no_axis_is_zoomed_into_noise(monkeypatch, tmp_pat
     assert set(axes) == set(units.values()) and all(axis.get_xlabel() == "optimizer steps" for axis in axes.values())
     axes = {name: axes[title] for name, title in units.items()}
     marks = {name: [list(line.get_xdata()) for line in axis.lines[1:]] for name, axis in axes.items()}
-    assert marks == dict.fromkeys(units, [[3, 3]])  # where contrast begins
+    assert marks == {name: [[3, 3]] for name in units}  # where contrast begins
     ends = {name: axis.get_ylim() for name, axis in axes.items()}
     assert ends["loss"][1] - ends["loss"][0] >= 0.2 and ends["knn"][0] <= 90 and ends["knn"][1] == 100
     assert ends["top1"][0] == 0 and ends["top1"][1] >= 10 and ends["uniformity"][0] < -1 and ends["uniformity"][1] > -0.4
