@@ -574,21 +574,9 @@ def test_drift_of_what_stays_turns_and_is_lost():
         mean_cosine(x, x[:, :5])
 
 
-def noisy(view):
-    return (view.float() + torch.randn(view.shape) + np.random.rand()).clamp(0, 255).to(torch.uint8)
-
-
-def test_an_own_augmentation_repeats_and_leaves_the_generators_alone():
-    image = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
-    views = AugmentedViews(MultiViewTransform(16), noisy)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first, again, other = (views(image, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert first.shape == (2, 3, 16, 16) and torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
-    plain = MultiViewTransform(16)(image, generator=torch.Generator().manual_seed(1))
-    assert not torch.equal(plain, first) and (plain.float() - first.float()).abs().mean() < 3
+def test_an_augmentation_of_ones_own_must_return_bytes():
     with pytest.raises(TypeError, match="torch.uint8"):
-        AugmentedViews(MultiViewTransform(16), torch.Tensor.float)(image)
+        AugmentedViews(MultiViewTransform(16), torch.Tensor.float)(np.zeros((40, 50, 3), dtype=np.uint8))
 
 
 def test_jitter_of_the_command_line_changes_the_views_and_one_of_zeros_none():
