@@ -160,9 +160,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_takes_the_place_of_the_good
     again = checkpoint_of(tmp_path, *trained(), silence(), resume=True)
     assert again.step == 1 and (tmp_path / "checkpoint-damaged.pt").exists()
     replace = os.replace
-    monkeypatch.setattr(
-        os, "replace", lambda source, target: replace(source, target) if ".part" not in str(source) else kill()
-    )
+    monkeypatch.setattr(os, "replace", lambda source, target: replace(source, target) if ".part" not in str(source) else kill())
     with pytest.raises(Killed):
         again.save(2)
     assert read_newest(tmp_path)[0]["step"] == 1
