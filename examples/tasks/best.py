@@ -70,9 +70,9 @@ class Best:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run and export.py read."""
         weights = self.chosen() if self.metrics else {}
-        return {"step": self.step, "top": self.top, "metrics": self.metrics, "weights": weights}
+        return {"step": self.step, "top": self.top, "slack": self.slack, "metrics": self.metrics, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore that."""
-        self.step, self.top = state["step"], state["top"]
+        self.step, self.top, self.slack = state["step"], state["top"], state.get("slack", 0.0)
         self.metrics, self.weights = dict(state["metrics"]), dict(state["weights"])
