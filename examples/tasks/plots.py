@@ -75,7 +75,8 @@ def draw_curves(path: Path, records: Iterable[Mapping[str, Any]], names: Iterabl
     last = max((record.get("step", 0) for record in records), default=0) or 1
     with plot(path, figsize=(4.2 * min(len(names), 3) or 4, 3.0 * -(-len(names) // 3) + 0.4)) as (figure, _):
         panels = fill(figure, len(names))
-        figure.suptitle(path.absolute().parent.name)
+        run = path.absolute().parent.name.encode(errors="backslashreplace").decode()  # names of files are any bytes
+        figure.suptitle(run, parse_math=False)
         for axis, name in zip(panels, names, strict=True):
             points = [(record["step"], record[name]) for record in records if name in record]
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else "", markersize=3)
