@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from engine.distributed import Ranks
 from engine.log import Log
 from engine.signals import NOTHING_SAVED, Signals, Stop
-from mvmae.weights import check_weights, first_line
+from mvmae.weights import check_weights, first_line, replace_file
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 SAVE_MINUTES = 15.0  # after which a checkpoint is due, however few steps were done
@@ -94,13 +94,11 @@ class Checkpoint:
         self.objects = {"model": model, "optimizer": optimizer, **more}
         if self.state:
             check_fit(self.folder, self.state, self.objects)
-            saved, own = self.state["optimizer"], optimizer.state_dict()["param_groups"]
-            sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], own)]
-            if sizes[0] != sizes[1]:
-                raise Stop(f"the checkpoint in {self.folder} has groups of {sizes[0]} parameters instead of {sizes[1]}")
-            saved["param_groups"] = own
+            options = [{**group} for group in optimizer.param_groups]
             for name, thing in self.objects.items():
                 (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.state[name])
+            for group, own in zip(optimizer.param_groups, options, strict=True):
+                group.update(own)
         self.state = None  # free its memory
         self._buffers = [buffer for norm in model.modules() if isinstance(norm, _BatchNorm) for buffer in norm.buffers()]
         self._whole(self.step)
@@ -213,23 +211,17 @@ def write(folder: Path, state: Mapping[str, Any]) -> str:
 
     Whatever ends the process, the new checkpoint or the one before, ``checkpoint-previous.pt``, is whole.
     """
-    newest, unfinished = folder / NEWEST, folder / (NEWEST + ".unfinished")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
+    newest = folder / NEWEST
+
+    def save(part: Path) -> None:
+        with part.open("wb") as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
         if newest.exists():
             os.replace(newest, folder / PREVIOUS)
-        os.replace(unfinished, newest)
-        if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+
+    try:
+        replace_file(newest, save)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that fails
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
         return f"cannot write {newest}: {getattr(cause, 'strerror', None) or 'torch could not write all of it'}; make room"
     return ""
@@ -264,17 +256,14 @@ def read(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged!r}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"step", "settings", "optimizer"} - set(state):
+            raise ValueError(f"it holds no {', '.join(sorted(missing))}")
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values, and is not opened: it could run code") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what torch makes of damaged bytes can be anything
-        raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
-    missing = {"step", "settings", "optimizer"} - set(state) if isinstance(state, dict) else {"dictionary"}
-    if missing:
-        raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
-    return state  # type: ignore[no-any-return]
+        raise ValueError(f"{path} is damaged, or no checkpoint of a run ({first_line(error)})") from error
+    return state
 
 
 def check_fit(folder: Path, state: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
@@ -300,6 +289,8 @@ def lock(folder: Path) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=6)  # the workers of a killed run, which hold its lock too, end within 5 s
+        for part in folder.glob(f".{NEWEST}.*.part"):  # of a run that was killed in a save
+            part.unlink()
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
         holder = owner.read_text() if owner.exists() else "another process"
