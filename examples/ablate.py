@@ -64,7 +64,7 @@ class Config:
     )
     budget: str = option(
         "flops",
-        "what is equal for all variants; flops: the operations, so that one view is trained for twice as many epochs; images: the "
+        "what is equal for all variants; flops: operations, so that one view is trained for twice as many epochs; images: "
         "epochs, as in the paper",
         ["flops", "images"],
     )
