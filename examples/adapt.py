@@ -40,7 +40,6 @@ class Config(shared.Config):
     arch: str = option(
         "", "timm name of the encoder, if it is a file of weights without a config.json beside it", section="Model"
     )
-    pretrained: bool = option(True, "start from the weights of --encoder; --no-pretrained: from random ones, to compare")
     freeze: float = option(
         0.05,
         "share of the run in which the encoder is frozen; its learning rate then warms up for as long (LP-FT)",
@@ -72,6 +71,7 @@ class Config(shared.Config):
     epochs: float = redefine(shared.Config, "epochs", 0)
     batch_size: int = redefine(shared.Config, "batch_size", 0)
     lr_batch: int = 0
+    pretrained: bool = True
     optimizer: str = redefine(shared.Config, "optimizer", "muon")
     base_lr: float = redefine(shared.Config, "base_lr", 4e-3)
 

@@ -26,8 +26,11 @@ from engine.checkpoint import read_newest
 from engine.options import REQUIRED, option, run
 from engine.signals import Stop
 from mvmae import MultiViewMAE, hub
+from mvmae.hub.export import PRETRAINED
 from mvmae.inputs import Inputs
 from mvmae.weights import replace_file
+from tasks.best import MEASURES
+from tasks.outcome import unfinished
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,9 @@ def measured(folder: Path, step: int) -> dict[str, float]:
     metrics, log, results = {}, folder / "log.jsonl", folder / "results.json"
     for line in log.read_text().splitlines() if log.exists() else ():
         record = json.loads(line)
-        if record.get("step") == step and isinstance(record.get("knn"), float):
-            metrics["k-NN accuracy on held-out images, %"] = record["knn"]
+        for name, words in MEASURES.items():
+            if record.get("step") == step and name in record:
+                metrics[f"{words}, %"] = record[name]
     found = json.loads(results.read_text()) if results.exists() else {}
     return metrics | {key: value for key, value in found.items() if isinstance(value, float)}
 
@@ -74,7 +78,9 @@ def main(config: Config) -> None:
 
     model = hub.build(about["description"])
     hub.load_weights(model, weights, source=source / "checkpoint.pt")
-    recorded = {name: about[name] for name in ("label_names", "training") if about.get(name) is not None}
+    early = unfinished(state["step"], about.get("steps", 0))
+    recorded = {"training": f"{PRETRAINED}; {early}"} if early else {}
+    recorded |= {name: about[name] for name in ("label_names", "training") if about.get(name) is not None}
     hub.export(model, folder, license=license, started_from=start, inputs=Inputs.from_config(about), **recorded)
 
     encoder: Any = model.encoder if isinstance(model, MultiViewMAE) else model

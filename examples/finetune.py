@@ -173,7 +173,7 @@ def main(config: Config) -> None:
         log.trackers.start(config.tracker, folder, settings, checkpoint.step, log.say)
     log.say(f"model  {models.summary(model, name=config.model)}")
     log.say(f"inputs  {describe_inputs(config, inputs)}")
-    log.say(f"weights  {models.describe_start(about['start'])}\nimages  {data.note}")
+    log.say(f"start  {models.describe_start(config.model, about['start'])}\nimages  {data.note}")
     warmup = describe_warmup(round(config.warmup_epochs * per_epoch), steps)
     log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}; {warmup}")
 

@@ -15,6 +15,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from engine.optim import build_optimizer, set_learning_rate
 from engine.options import changeable
 from engine.options import run as run_script
 from engine.signals import Signals
-from mvmae.data import normalize, sample_seed
+from mvmae.data import Batch, normalize, sample_seed
 from mvmae.hub import describe
 from tasks.best import Best
 from tasks.config import Config as Config
@@ -41,6 +42,7 @@ from tasks.pretraining import (
     build_evaluation,
     describe_schedule,
     describe_views,
+    fit_minutes,
     fit_schedule,
     load_run,
     open_data,
@@ -112,7 +114,6 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     trained_part = train_last_blocks(encoder, config.train_blocks)
     inputs = read_inputs(config, encoder, images.train)  # recorded on the encoder, and exported with it
     schedule = fit_schedule(config, images.length, ranks)
-    last = min(schedule.steps, config.max_steps or schedule.steps)
     evaluation = build_evaluation(config, encoder, images.splits, ranks)
     pictures = Pictures(evaluation, inputs, config.seed)
 
@@ -120,9 +121,29 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     optimizer = build_optimizer(groups, config.optimizer, lr=schedule.lr, precision=config.precision, device=device)
 
+    # step; wrapped once: a frozen encoder is a learning rate of 0, and a late contrastive loss a weight of 0
+    late = schedule.contrast_after > 0
+    trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=late)  # type: ignore[arg-type]
+
+    def backward(step: int, batch: Batch, weight: float) -> mvmae.Losses:
+        """Compute the losses of a batch, Eqs. 1-7, the contrastive one times ``weight``, and their gradients."""
+        views = normalize(to_device(batch.views, device), inputs.mean, inputs.std)  # (B, V, C, H, W)
+        mask = step_mask(config, encoder, schedule.batch_size, step, ranks)  # this rank's rows of the global mask
+        torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
+        with autocast(config.precision, device):  # one part is a plain backward
+            return mvmae.backward_in_parts(trained, views, config.accumulate, mask=mask, loss_weight=weight)
+
     # resume
     settings = {**dataclasses.asdict(config), "images": images.fingerprint, "inputs": inputs.to_dict()}
     checkpoint = Checkpoint(Path(config.output_dir), settings, ranks, may_change=changeable(Config), resume=config.resume)
+    if config.minutes:
+        steps = checkpoint.state["about"].get("steps", 0) if checkpoint.state else 0  # a resumed run has measured already
+        if not steps:
+            first = view_loader(config, encoder, images, schedule, 0, 4 * max(config.workers, 5), ranks)
+            whole = partial(backward, weight=config.loss_weight)
+            steps = fit_minutes(config, schedule, model, optimizer, whole, first, evaluation, ranks)
+        schedule = fit_schedule(config, images.length, ranks, steps)
+    last = min(schedule.steps, config.max_steps or schedule.steps)
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     best, before = Best(encoder), dict[str, float]()
     record: dict[str, Any] = {"description": describe(model), "inputs": inputs.to_dict(), "start": start}  # for export.py
@@ -130,6 +151,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, schedule.batch_size), Signals()
     more = {"best": best} if config.pretrained else {}
     checkpoint.restore(log, signals, model=model, optimizer=optimizer, before=before, about=record, **more)
+    record["steps"] = schedule.steps
     if ranks.rank == 0:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
     loader = view_loader(config, encoder, images, schedule, checkpoint.step, last, ranks)
@@ -138,7 +160,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
         config,
         model,
         settings,
-        start=f"{describe_start(start)}{loaded}" if start else "random",
+        start=f"{describe_start(config.encoder, start)}{loaded}",
         trained=trained_part,
         images=images.listed,
         split=images.splits.note,
@@ -152,20 +174,12 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
         if config.pretrained:
             best.consider(0, before, evaluation.images)
 
-    # wrapped once: a frozen encoder is a learning rate of 0, and a late contrastive loss a weight of 0
-    late = schedule.contrast_after > 0
-    trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=late)  # type: ignore[arg-type]
     with checkpoint.saved_on_error():
         for step, batch in enumerate(log.timed(signals.batches(loader)), checkpoint.step + 1):
             rates = schedule.learning_rates(step)  # the encoder's own while it is frozen and warms up
             set_learning_rate(optimizer, **rates)
             weight = config.loss_weight if step > schedule.contrast_after else 0.0  # lambda
-            views = normalize(to_device(batch.views, device), inputs.mean, inputs.std)  # (B, V, C, H, W)
-            mask = step_mask(config, encoder, schedule.batch_size, step, ranks)  # this rank's rows of the global mask
-            torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
-            with autocast(config.precision, device):
-                # Eqs. 1-7 and their gradients; one part is a plain backward
-                losses = mvmae.backward_in_parts(trained, views, config.accumulate, mask=mask, loss_weight=weight)
+            losses = backward(step, batch, weight)
             checkpoint.require_finite(step, losses._asdict(), batch.names)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -189,10 +203,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
             lines += compare(config, best, evaluation)
         encoder.load_state_dict(best.chosen())
     if ranks.rank == 0:
-        if last < schedule.steps:
-            unfinished = f"stopped at step {last} of {schedule.steps}: the schedule was not finished"
-            lines = [f"{unfinished}, this encoder is for trying out", *lines]
-        finish(log, config, model, pictures, summary, before, after, start, lines)
+        finish(log, config, model, pictures, summary, schedule, before, after, start, lines)
 
 
 if __name__ == "__main__":

@@ -94,13 +94,11 @@ class Checkpoint:
         self.objects = {"model": model, "optimizer": optimizer, **more}
         if self.state:
             check_fit(self.folder, self.state, self.objects)
-            saved, own = self.state["optimizer"], optimizer.state_dict()["param_groups"]
-            sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], own)]
-            if sizes[0] != sizes[1]:
-                raise Stop(f"the checkpoint in {self.folder} has groups of {sizes[0]} parameters instead of {sizes[1]}")
-            saved["param_groups"] = own
+            options = [{**group} for group in optimizer.param_groups]
             for name, thing in self.objects.items():
                 (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.state[name])
+            for group, own in zip(optimizer.param_groups, options, strict=True):
+                group.update(own)
         self.state = None  # free its memory
         self._buffers = [buffer for norm in model.modules() if isinstance(norm, _BatchNorm) for buffer in norm.buffers()]
         self._whole(self.step)
@@ -264,17 +262,14 @@ def read(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged!r}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"step", "settings", "optimizer"} - set(state):
+            raise ValueError(f"it holds no {', '.join(sorted(missing))}")
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values, and is not opened: it could run code") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what torch makes of damaged bytes can be anything
-        raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
-    missing = {"step", "settings", "optimizer"} - set(state) if isinstance(state, dict) else {"dictionary"}
-    if missing:
-        raise ValueError(f"{path} is not the checkpoint of a run: it holds no {', '.join(sorted(missing))}")
-    return state  # type: ignore[no-any-return]
+        raise ValueError(f"{path} is damaged, or no checkpoint of a run ({first_line(error)})") from error
+    return state
 
 
 def check_fit(folder: Path, state: Mapping[str, Any], objects: Mapping[str, Any]) -> None:

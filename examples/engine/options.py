@@ -15,7 +15,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,9 +30,25 @@ from mvmae.weights import first_line
 Config = TypeVar("Config")
 Presets = Mapping[str, Mapping[str, Any]]
 REQUIRED = dataclasses.MISSING
-SECTIONS = (
+MOST_USED = "Most used"
+"""Title of the first section of ``--help``, which holds `COMMON`, whatever their own sections."""
+COMMON: tuple[str, ...] = (
+    "data",
+    "encoder",
+    "model",
+    "models",
+    "run",
+    "image_size",
+    "output_dir",
+    "resume",
+    "epochs",
+    "minutes",
+    "batch_size",
+)
+COMMON += ("base_lr", "workers")
+SECTIONS: tuple[str, ...] = (
+    MOST_USED,
     "Data",
-    "Inputs",
     "Run",
     "Length",
     "Method",
@@ -41,14 +57,9 @@ SECTIONS = (
     "Evaluation",
     "Pictures",
     "Card and upload",
-    "Speed",
 )
-BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
-    "at_least": operator.ge,
-    "above": operator.gt,
-    "at_most": operator.le,
-    "below": operator.lt,
-}
+SECTIONS += ("Speed",)
+BOUNDS: dict[str, Any] = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 LARGEST = 2**31
 MEMORY = "the memory is used up ({}): use a smaller model, a smaller --batch-size, or fewer --workers"
 LOST = ("peer", "gloo", "nccl", "socket", "tcpstore")  # words in torch's errors when another process has ended
@@ -109,10 +120,7 @@ class RunConfig:
     log_every: int = option(20, "steps between two lines of the log", at_least=1, may_change=True)
     tracker: tuple[str, ...] = option((), "trackers that also get numbers, options and pictures", TRACKERS, may_change=True)
     max_steps: int = option(
-        0,
-        "stop after this many steps of the schedule, for tests; 0: train to the end; a shorter run has fewer epochs or steps",
-        at_least=0,
-        may_change=True,
+        0, "stop after this many steps, for tests; 0: at the end; for a shorter run use --epochs", at_least=0, may_change=True
     )
     device: str = option("auto", "device; auto: CUDA if there is one, else CPU", DEVICES, may_change=True, section="Speed")
     precision: str = option("auto", "precision; auto: bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
@@ -184,7 +192,7 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
     preset = dict(presets.get(getattr(chooser.parse_known_args(arguments)[0], "preset", ""), {}))
     preset.pop("help", None)
     defaults = {name: preset.get(name, field.default) for name, field in fields.items()}
-    known, unknown = _parser(config, fields, defaults, chooser, about).parse_known_args(arguments)
+    known, unknown = _parser(fields, defaults, chooser, about).parse_known_args(arguments)
     if unknown:
         name, options = unknown[0].split("=")[0], [*(["--preset"] if presets else []), *map(flag, fields)]
         near = [one for one in options if one.startswith(name)] or difflib.get_close_matches(name, options)
@@ -197,6 +205,9 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
             raise ValueError(f"{flag(name)} must be {' or '.join(map(str, lengths))} values, got {len(value)}")
         if lengths == (2,) and value[0] > value[1]:
             raise ValueError(f"{flag(name)} must be two numbers, low and high, got {shown(value)}")
+    for name in ("epochs", "steps"):
+        if typed.get("minutes") and typed.get(name):
+            raise ValueError(f"the length is given twice, by --minutes and {flag(name)}: leave one out")
     for name in ("encoder", "model"):  # a preset's arguments are for its own model
         if typed.get(name, preset.get(name)) != preset.get(name) and f"{name}_args" in preset:
             defaults[f"{name}_args"] = ""
@@ -216,9 +227,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _parser(
-    config: type[Any], fields: Mapping[str, Any], defaults: Mapping[str, Any], chooser: _Parser, about: str | None
-) -> _Parser:
+def _parser(fields: Mapping[str, Any], defaults: Mapping[str, Any], chooser: _Parser, about: str | None) -> _Parser:
     """Build the parser of a script, with its options in sections."""
     needed = [f"{flag(name)} ..." for name, value in defaults.items() if value is REQUIRED]
     parser = _Parser(
@@ -229,38 +238,38 @@ def _parser(
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    hints, section, sections = typing.get_type_hints(config), SECTIONS[0], dict[str, list[str]]()
+    sections: dict[str, list[str]] = {MOST_USED: [name for name in COMMON if name in fields]}
+    section = SECTIONS[1]
     for name, field in fields.items():  # an option that is declared again below keeps its place
         section = field.metadata["section"] or section
-        sections.setdefault(section, []).append(name)
+        if name not in COMMON:
+            sections.setdefault(section, []).append(name)
     for section in sorted(sections, key=SECTIONS.index):
         group = parser.add_argument_group(section)
         for name in sections[section]:
-            group.add_argument(flag(name), **_argument(fields[name], hints[name], defaults[name]))
+            group.add_argument(flag(name), **_argument(fields[name], defaults[name]))
     return parser
 
 
-def _argument(field: "dataclasses.Field[Any]", hint: Any, default: Any) -> dict[str, Any]:
+def _argument(field: "dataclasses.Field[Any]", default: Any) -> dict[str, Any]:
     """Return what argparse takes for a field."""
-    about, several, types = field.metadata, typing.get_origin(hint) is tuple, _types(hint)
+    about, several, types = field.metadata, typing.get_origin(field.type) is tuple, _types(field.type)
     notes = [f"any of {', '.join(about['choices'])}"] if about["choices"] and several else []
     notes += [stated(about["bounds"])] if about["bounds"] not in ({}, {"at_least": 0}) else []
     notes += [f"default: {shown(default)}"] if default not in ("", (), None, REQUIRED) else []
     text = sourced(about["help"], field.default, default) + (f" [{'; '.join(notes)}]" if notes else "")
-    settings: dict[str, Any] = {"help": text.replace("%", "%%")} | ({"nargs": "+"} if several else {})
-    if hint is bool:
+    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if field.type is bool:
         return settings | {"action": argparse.BooleanOptionalAction}
     if about["choices"]:
-        return settings | {"choices": about["choices"], "metavar": "NAME" if several else None}
-    word, read = field.name.rpartition("_")[2].upper(), cast(Any, os.path.expanduser if about["path"] else str)
-    if types & {int, float}:
-        word, read = "N" if int in types else "X", partial(_number, types=types, bounds=about["bounds"])
+        settings |= {"choices": about["choices"], "metavar": "NAME" if several else None}
+    elif types & {int, float}:
+        settings |= {"type": partial(_number, types=types, bounds=about["bounds"]), "metavar": "N" if int in types else "X"}
+    else:
+        settings |= {"type": os.path.expanduser if about["path"] else str, "metavar": field.name.rpartition("_")[2].upper()}
     if about["lengths"] == (2,):
-        word = "LOW HIGH"
-    elif about["lengths"]:  # N [N], X X [X X]
-        fewest, most = about["lengths"]
-        word = f"{' '.join([word] * fewest)} [{' '.join([word] * (most - fewest))}]"
-    return settings | {"type": read, "metavar": word}
+        return settings | {"nargs": 2, "metavar": ("LOW", "HIGH")}
+    return settings | ({"nargs": "+"} if several else {})
 
 
 def _types(hint: Any) -> set[Any]:
@@ -277,7 +286,7 @@ def _number(text: str, *, types: set[Any], bounds: Mapping[str, float]) -> float
             return text
         value = math.nan
     bounds = bounds if {"at_most", "below"} & bounds.keys() else {**bounds, "below": LARGEST}
-    if abs(value) <= sys.float_info.max and all(BOUNDS[name](value, limit) for name, limit in bounds.items()):
+    if abs(value) < math.inf and all(BOUNDS[name](value, limit) for name, limit in bounds.items()):
         return value
     expected = f"a {'whole' if int in types else 'finite'} number {stated(bounds)}"
     raise argparse.ArgumentTypeError(f"must be {expected}, got {text[:40]!r}")
@@ -301,10 +310,6 @@ class _Formatter(argparse.HelpFormatter):
 
     def __init__(self, prog: str, **_: Any) -> None:
         super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns - 2, 120))
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        words = str(action.metavar)
-        return words if " " in words else super()._format_args(action, default_metavar)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

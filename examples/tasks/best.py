@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-MEASURES = {"knn": "k-NN accuracy", "retrieval": "view retrieval"}
+MEASURES = {"knn": "k-NN accuracy on held-out images", "retrieval": "view retrieval"}
 
 
 class Best:
@@ -24,7 +24,8 @@ class Best:
     def __init__(self, encoder: nn.Module) -> None:
         self.encoder = encoder
         self.start = self._copy()
-        self.step, self.top, self.metrics, self.weights = 0, -math.inf, dict[str, float](), dict[str, Tensor]()
+        self.step, self.top, self.slack = 0, -math.inf, 0.0
+        self.metrics, self.weights = dict[str, float](), dict[str, Tensor]()
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: value.detach().to("cpu", copy=True) for name, value in self.encoder.state_dict().items()}
@@ -34,10 +35,10 @@ class Best:
         name = "knn" if "knn" in metrics else "retrieval"
         if name not in metrics:
             return
-        slack = 50 / math.sqrt(images) if name == "retrieval" else 0.0
+        self.slack = 50 / math.sqrt(images) if name == "retrieval" else 0.0
         value, before = metrics[name], self.top
         self.top = max(self.top, value)
-        if value > before or (slack and value >= before - slack):
+        if value > before or (self.slack and value >= before - self.slack):
             self.step, self.metrics = step, dict(metrics)
             self.weights = self._copy() if step else {}
 
@@ -60,10 +61,11 @@ class Best:
         name = next((name for name in MEASURES if name in self.metrics), "")
         if not name:
             return f"exported: the encoder after step {last}; nothing was measured to choose by"
-        value = f"{MEASURES[name]} {self.metrics[name]:.2f} %"
+        value = f"{MEASURES[name]} {self.metrics[name]:.1f} %"
         if self.step == 0:
             return f"exported: the starting encoder, unchanged: no evaluation was better ({value})"
-        return f"exported: the encoder after step {self.step} of {last}, the best by {value}"
+        chosen = "the best evaluation" if name == "knn" else f"the latest evaluation within {self.slack:.1f} points of the best"
+        return f"exported: step {self.step} of {last}, {chosen} ({value})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run and export.py read."""

@@ -47,6 +47,11 @@ class Config(InputOptions, RunConfig):
         section="Length",
     )
     steps: int = option(0, "steps of the run, in place of --epochs; 0: by --epochs", at_least=0, may_change=True)
+    minutes: float = option(
+        0,
+        "minutes of the run, in place of --epochs: as many steps as fit, timed in the first ones; 0: by --epochs",
+        at_least=0,
+    )
     warmup_epochs: float | None = option(
         None,
         "epochs of linear warm-up; if not given 5 % of the run, --preset paper 2.5 % (40 of 1600), --preset quick 10 %",
@@ -108,7 +113,6 @@ class Config(InputOptions, RunConfig):
         "it is scaled with the batch (paper and MAE)",
         at_least=0,
     )
-    weight_decay: float = option(0.05, "weight decay; 1-D parameters have none (MAE)", at_least=0)
     eval_every: float | None = option(
         None,
         "epochs between two evaluations on held-out images; a tenth of the run if not given; 0: only before and after",
@@ -127,6 +131,7 @@ class Config(InputOptions, RunConfig):
         section="Speed",
     )
     compile: bool = option(False, "compile the model with torch.compile", may_change=True)
+    weight_decay: float = 0.05  # MAE's; parameters of one dimension have none
     warmup: float = 0.05  # share of the run, where --warmup-epochs is not given
     lr_batch: int = 256  # that --base-lr is for; 0: the batch that is chosen from the number of images
     # pretrain.main reads these too; adapt.py declares them again as options

@@ -9,7 +9,7 @@ import torch
 from mvmae.metrics import effective_rank, linear_cka, mean_cosine
 from tasks.best import Best
 from tasks.evaluation import Evaluation
-from tasks.plots import limits, plot
+from tasks.plots import fill, limits, plot
 from tasks.probe import cell, linear_accuracy, measure
 
 COLUMNS = {
@@ -62,10 +62,9 @@ def table(rows: Rows) -> list[str]:
 def draw(path: Path, rows: Rows) -> None:
     """Draw the rows of `compare` into a PNG: a panel for each measure, in it a line from before to after for each set."""
     keys = _measured(rows)
-    columns = min(4, len(keys))
-    lines = -(-len(keys) // columns)
-    with plot(path, lines, columns, figsize=(3.0 * columns, 3.0 * lines)) as (_, axes):
-        for axis, key in zip(axes.flat, keys, strict=False):
+    with plot(path, figsize=(3.4 * min(len(keys), 3), 3.0 * -(-len(keys) // 3))) as (figure, _):
+        panels = fill(figure, len(keys))
+        for axis, key in zip(panels, keys, strict=True):
             title, unit = COLUMNS[key]
             values: list[float] = []
             for name in dict.fromkeys(row["set"] for row in rows if key in row):
@@ -74,9 +73,7 @@ def draw(path: Path, rows: Rows) -> None:
                 values += pair
             axis.set(title=title, ylabel=unit, xlim=(-0.5, 1.5), ylim=limits(values, unit))
             axis.grid(alpha=0.3)
-        axes.flat[0].legend(fontsize=8)
-        for axis in axes.flat[len(keys) :]:
-            axis.axis("off")
+        panels[0].legend(fontsize=8)
 
 
 def _measured(rows: Rows) -> list[str]:

@@ -30,11 +30,7 @@ class InputOptions:
     """Options on how images are read; what is not given is the model's own (`mvmae.inputs.Inputs`)."""
 
     mean: tuple[float | str, ...] = option(
-        (),
-        "mean of each channel, 0 to 1; auto: measured; the model's own if not given",
-        at_least=0,
-        at_most=1,
-        section="Inputs",
+        (), "mean of each channel, 0 to 1; auto: measured; the model's own if not given", at_least=0, at_most=1, section="Data"
     )
     std: tuple[float | str, ...] = option(
         (), "standard deviation of each channel; auto: measured; the model's own if not given", above=0, at_most=1

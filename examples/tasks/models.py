@@ -197,12 +197,13 @@ def starting_weights(model: Any, name: str, arch: str = "") -> dict[str, str]:
     return start | ({"training": training} if training else {})
 
 
-def describe_start(start: Mapping[str, str]) -> str:
-    """Return a line about the origin of a run's weights and what their licence asks, of what `starting_weights` returns."""
+def describe_start(name: str, start: Mapping[str, str]) -> str:
+    """Return a line about the weights that a run starts from, of their name and of what `starting_weights` returns."""
     if not start:
-        return "from random weights"
-    about = start.get("weights") or f"weights {start.get('training', '')}"
-    return f"from {about}: {hub.license_warning(start) or 'licence ' + (start.get('license') or 'of their owner')}"
+        return "random"
+    warning, license = hub.license_warning(start), start.get("license", "")
+    terms = filter(None, ["" if "weights" in start else "yours", license])
+    return f"{start.get('weights', name)} ({', '.join(terms)})" + (f": {warning}" if warning else "")
 
 
 def _config_beside(name: str, arch: str) -> dict[str, Any]:

@@ -19,15 +19,18 @@ from engine.log import Log
 from engine.signals import Stop
 from mvmae.data import normalize, pixel_options
 from mvmae.hub import export
+from mvmae.hub.export import PRETRAINED
 from mvmae.inputs import Inputs
 from mvmae.metrics import collapse_warning
 from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
 from mvmae.weights import write_json, write_text
+from tasks.best import MEASURES
 from tasks.config import Config
 from tasks.drawn_images import varied
 from tasks.evaluation import Evaluation
 from tasks.models import summary
 from tasks.plots import draw_curves
+from tasks.pretraining import Schedule
 
 CURVES = ("loss", "loss_rec", "loss_con", "knn", "retrieval", "effective_rank", "uniformity", "lr")
 
@@ -101,12 +104,20 @@ class Pictures:
         return contact_sheet([shown, enlarged], ["image", "features, three main directions"], note, min_width=240)
 
 
+def unfinished(step: int, steps: int) -> str:
+    """Return a line about a run that ended before its schedule did; nothing where it did not."""
+    if step >= steps:
+        return ""
+    return f"stopped at step {step} of {steps}; the schedule was not finished: this encoder is for trying out"
+
+
 def finish(
     log: Log,
     config: Config,
     model: mvmae.MultiViewMAE,
     pictures: Pictures,
     about: Mapping[str, str],
+    schedule: Schedule,
     before: Mapping[str, float],
     after: Mapping[str, float],
     start: Mapping[str, str],
@@ -118,12 +129,14 @@ def finish(
     ``after`` that of the model, which is exported as it is; ``lines`` are more of ``summary.md``, which are printed too.
     """
     folder = log.folder
-    export(model, folder / "encoder", started_from=start, license=start.get("license", ""))
+    early = unfinished(log.last, schedule.steps)
+    training = f"{PRETRAINED}; {early}" if early else PRETRAINED
+    export(model, folder / "encoder", started_from=start, license=start.get("license", ""), training=training)
     records = [{k: v for k, v in record.items() if k != "loss_con" or v} for record in log.records()]  # 0: not computed
-    draw_curves(folder / "curves.png", records, CURVES)
+    draw_curves(folder / "curves.png", records, CURVES, contrast_from=schedule.contrast_after)
     pictures.reconstructions(model.eval()).save(folder / "reconstructions.png")
-    results = list[str]()
-    for name, words in (("knn", "k-NN accuracy on held-out images"), ("retrieval", "view retrieval")):
+    results = [early] if early else []
+    for name, words in MEASURES.items():
         if name in before and name in after:
             results.append(f"{words}: {before[name]:.1f} % before, {after[name]:.1f} % after")
     results += lines

@@ -38,6 +38,8 @@ LABELS = {
     "uniformity": "uniformity, nats",
 }
 """What numbers of ``log.jsonl`` are, with their units; others are drawn under their names."""
+BETTER = {"↓": ("loss", "loss_rec", "loss_con", "val_loss"), "↑": ("knn", "linear", "top1", "top5", "retrieval")}
+"""Which way is better, where that is certain."""
 
 
 def limits(values: Iterable[float], label: str) -> tuple[float, float]:
@@ -53,19 +55,34 @@ def limits(values: Iterable[float], label: str) -> tuple[float, float]:
     return (min(max(low, 0.0), 90.0), max(min(high, 100.0), 10.0)) if percent else (low, high)
 
 
-def draw_curves(path: Path, records: Iterable[Mapping[str, Any]], names: Iterable[str]) -> None:
-    """Draw numbers of ``log.jsonl`` over the step, a panel for each name that occurs, into a PNG."""
+def fill(figure: Any, number: int) -> list[Any]:
+    """Return axes for so many panels, in rows of at most three, in place of a figure's own: no cell is empty."""
+    figure.clear()
+    rows = max(-(-number // 3), 1)
+    grid = figure.add_gridspec(rows, 6)
+    counts = [number // rows + (row < number % rows) for row in range(rows)]
+    spans = [(row, slice(6 // count * i, 6 // count * (i + 1))) for row, count in enumerate(counts) for i in range(count)]
+    return [figure.add_subplot(grid[span]) for span in spans]
+
+
+def draw_curves(path: Path, records: Iterable[Mapping[str, Any]], names: Iterable[str], *, contrast_from: int = 0) -> None:
+    """Draw numbers of ``log.jsonl`` over the step, a panel for each name that occurs, into a PNG in the run's folder.
+
+    ``contrast_from`` is the step after which the contrastive loss is added, if later than the first: a line marks it.
+    """
     records = list(records)
     names = [name for name in names if any(name in record for record in records)]
-    columns = min(3, max(len(names), 1))
-    rows = math.ceil(max(len(names), 1) / columns)
-    with plot(path, rows, columns, figsize=(4.2 * columns, 3.0 * rows)) as (_, axes):
-        for axis, name in zip(axes.flat, names, strict=False):
+    with plot(path, figsize=(4.2 * min(len(names), 3) or 4, 3.0 * -(-len(names) // 3) + 0.4)) as (figure, _):
+        panels = fill(figure, len(names))
+        figure.suptitle(path.absolute().parent.name)
+        for axis, name in zip(panels, names, strict=True):
             points = [(record["step"], record[name]) for record in records if name in record]
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else "", markersize=3)
+            if 0 < contrast_from < max(step for step, _ in points):
+                axis.axvline(contrast_from, color="grey", linestyle="--", label="contrast from here")
+                axis.legend(fontsize=8)
             label = LABELS.get(name, name)
-            axis.set(title=name, xlabel="optimizer steps", ylabel=label, ylim=limits([y for _, y in points], label))
+            better = next((f" ({arrow} better)" for arrow, which in BETTER.items() if name in which), "")
+            axis.set(title=f"{label}{better}", xlabel="optimizer steps", ylim=limits([y for _, y in points], label))
             axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
             axis.grid(alpha=0.3)
-        for axis in axes.flat[len(names) :]:
-            axis.axis("off")

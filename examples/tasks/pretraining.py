@@ -3,8 +3,11 @@
 Shapes: B images, V views, C channels, H x W pixels.
 """
 
+import copy
 import dataclasses
 import math
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from engine.optim import cosine, describe_warmup
 from engine.signals import Stop
 from mvmae.architecture import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
 from mvmae.data import (
+    Batch,
     ImageSource,
     ImageStream,
     Loader,
@@ -118,17 +122,20 @@ def open_data(config: Config) -> Images:
     return Images(splits, train, len(train), "; ".join([f"{len(splits.train)} images{more}", *train.problems]))
 
 
-def fit_schedule(config: Config, number: int, ranks: Ranks) -> Schedule:
+def fit_schedule(config: Config, number: int, ranks: Ranks, steps: int = 0) -> Schedule:
     """Return the length of a run on ``number`` images, 0 where it is not known; what is not given is chosen from that number.
+
+    ``steps`` is what `fit_minutes` has found; without it, epochs or steps are the length.
 
     Batch: about a 16th of the images, a power of two from 16 to 256, of which ``lr_batch`` 0 says that --base-lr is for it: a
     small set needs steps more than negatives. Epochs: as the inverse square root of the number, so that a larger set is passed
     fewer times, though more images are seen in all; twice as many with one view instead of two.
     """
+    steps = steps or config.steps
     if not number:
-        if not config.steps:
-            raise Stop(f"--data {config.data} has a length that is not known: add --steps N")
-        number = config.steps * (config.batch_size or 256)  # one epoch
+        if not steps and not config.minutes:
+            raise Stop(f"--data {config.data} has a length that is not known: add --steps N or --minutes N")
+        number = max(steps, 1) * (config.batch_size or 256)  # one epoch
     chosen = min(max(2 ** int(math.log2(max(number / 16, 1))), 16), 256)
     batch, multiple = config.batch_size or chosen, ranks.world_size * config.accumulate
     if batch > number >= multiple:
@@ -138,11 +145,54 @@ def fit_schedule(config: Config, number: int, ranks: Ranks) -> Schedule:
         raise Stop(f"--batch-size {batch} leaves the contrastive loss no negatives: use more, or --loss-weight 0")
     epochs = config.epochs or max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
     per_epoch = max(number // batch, 1)
-    steps = config.steps or max(round(epochs * per_epoch), 1)
+    steps = steps or max(round(epochs * per_epoch), 1)
     warmup = round(config.warmup * steps if config.warmup_epochs is None else config.warmup_epochs * per_epoch)
     every = round(0.1 * steps if config.eval_every is None else config.eval_every * per_epoch)
     frozen, late = round(config.freeze * steps), round(config.contrast_from * steps) if config.loss_weight else 0
     return Schedule(batch, lr, steps, warmup, frozen, late, every, per_epoch)
+
+
+def fit_minutes(
+    config: Config,
+    schedule: Schedule,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[int, Batch], Any],
+    loader: Iterable[Batch],
+    evaluation: Evaluation,
+    ranks: Ranks,
+) -> int:
+    """Return how many steps fit into ``--minutes`` from now on, by the time of the first ones and of an evaluation.
+
+    These steps are then undone. All ranks must call it, and get the same number; a `Stop` where none fits.
+    """
+    fresh, marks = copy.deepcopy((model.state_dict(), optimizer.state_dict())), [time.monotonic()]
+    for step, batch in enumerate(loader, 1):
+        backward(step, batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.monotonic())
+        if ranks.any(step >= 3 and marks[-1] - marks[0] > 6 * config.minutes):  # a tenth of the time
+            break
+    model.load_state_dict(fresh[0])
+    optimizer.load_state_dict(fresh[1])
+    half = (len(marks) - 1) // 2  # the first ones start workers, compile, and find batches that are loaded already
+    seconds = (marks[-1] - marks[half]) / (len(marks) - 1 - half)
+    evaluation()
+    once, times = time.monotonic() - marks[-1], 11  # before, at each tenth and after
+    if config.eval_every is not None:
+        seconds, times = seconds + (once / schedule.eval_every if schedule.eval_every else 0.0), 2
+    times += 4 if config.pretrained else 0  # adapt.py's table of gains
+    left = 60 * config.minutes - (time.monotonic() - marks[0]) - times * once
+    steps = min(ranks.gather(int(left / seconds)))
+    if steps < 1:
+        cost = f"{times} evaluations take {times * once:.0f} s and a step {seconds:.2g} s"
+        raise Stop(
+            f"--minutes {config.minutes:g} is too short: {cost}; use more, or evaluate less (--eval-every, --eval-images)"
+        )
+    return steps
 
 
 def describe_schedule(schedule: Schedule, config: Config) -> str:
@@ -151,6 +201,7 @@ def describe_schedule(schedule: Schedule, config: Config) -> str:
     parts = [
         f"{schedule.steps} steps of {schedule.batch_size} images ({epochs:g} epochs), peak learning rate {schedule.lr:.3g}"
     ]
+    parts += [f"as many as fit into {config.minutes:g} minutes"] if config.minutes else []
     parts += [describe_warmup(schedule.warmup, schedule.steps)]
     parts += [f"encoder frozen for {schedule.frozen}"] if schedule.frozen else []
     parts += [f"contrast from step {schedule.contrast_after + 1}"] if schedule.contrast_after else []
