@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import timm
+import torch
 from PIL import Image
 from running import run_script
 
@@ -43,6 +44,16 @@ def test_a_block_of_python_runs(code, tmp_path, monkeypatch):
     exec(code, namespace)
     if "runs/quick/encoder" in code:
         assert namespace["features"].shape == (1, 192)
+
+
+@pytest.mark.filterwarnings("default")  # Lightning's own
+def test_the_loop_of_lightning_trains_with_a_loss_of_ones_own(tmp_path, monkeypatch):
+    pytest.importorskip("pytorch_lightning", reason="Lightning is no dependency: pip install pytorch-lightning")
+    monkeypatch.chdir(tmp_path)
+    code = (ROOT / "tests" / "lightning_loop.py").read_text()
+    assert len(code.splitlines()) <= 42
+    exec(code.replace("max_epochs=1", "max_steps=2").replace("num_workers=2", "num_workers=0"), {"__name__": "__main__"})
+    assert timm.create_model("local-dir:runs/lightning/encoder", pretrained=True)(torch.zeros(1, 3, 64, 64)).shape == (1, 192)
 
 
 class Command(NamedTuple):
@@ -164,6 +175,46 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other_on_200_pictures(tm
     assert best.pretrained_cfg["label_names"] == ["crack", "ok"]
 
 
+PAPER = [command for command in commands_of_page(TUTORIAL) if re.search("path/to|runs/(paper|depth)", " ".join(command.words))]
+STEPS = "--max-steps 2 --workers 0 --device cpu --batch-size 4"
+TINY = '--encoder-args "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2" --image-size 32 --decoder-dim 16'
+TWO_STEPS = {  # behind what is typed: small models on small images, and two steps
+    "pretrain.py": f"{TINY} --eval-images 0 {STEPS}",
+    "finetune.py": STEPS,
+    "linear_probe.py": f"{STEPS} --few-shot 0",
+    "detect.py": f"{STEPS} --image-size 64 --window-size 4 --channels 16 --pictures 1",
+    "segment.py": f"{STEPS} --image-size 64 --channels 16 --pictures 1",
+    "ablate.py": f"--seeds 0 --tables contrast --pretrain '{TINY} --epochs 2 --eval-images 0 {STEPS}' --finetune '{STEPS}'",
+    "visualize.py": "--count 2 --bank 2 --device cpu",
+}
+
+
+def test_the_commands_that_reproduce_the_paper_start(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from tasks.shapes import write_toy
+
+    for name in ("red", "blue"):
+        (tmp_path / "path/to/imagenet" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.effect_noise((40, 36), 20 + 2 * i).convert("RGB").save(tmp_path / f"path/to/imagenet/{name}/{i}.png")
+    for name in ("coco", "ADEChallengeData2016"):
+        write_toy(tmp_path / "path/to" / name, side=64, train=8, val=2)
+    assert {Path(command.script).name for command in PAPER} == TWO_STEPS.keys()
+    for command in PAPER:
+        script = Path(command.script).name
+        words = [*command.arguments, *shlex.split(TWO_STEPS[script])]
+        done = run_script(script, *words, folder=tmp_path)
+        assert done.code == 0, f"{script} {shlex.join(words)}\n{done.out}\n{done.err}"
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {
+        "table1",
+        "table2",
+        "table3",
+        "table4",
+        "figure2",
+        "figure8",
+    }
+
+
 def prose_of(page: Path) -> str:
     """A page without its code, whose brackets are no links; of a notebook, its text."""
     text = page.read_text()
@@ -183,7 +234,9 @@ def anchors_of(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", [*PAGES, NOTEBOOK], ids=lambda page: page.name)
 def test_a_relative_link_points_at_something(page):
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose_of(page))
-    if page in (README, TUTORIAL, NOTEBOOK):
+    if page == README:  # as PyPI shows it, where no file lies beside it
+        assert all(inline.startswith("https://") for inline, _ in links) and "](" in page.read_text()
+    if page in (TUTORIAL, NOTEBOOK):
         assert len(links) > 3
     for name, _, anchor in [(inline or html).partition("#") for inline, html in links]:
         if re.match(r"[a-z]+:", name):

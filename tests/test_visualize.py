@@ -236,14 +236,14 @@ def test_curves_have_units_and_no_axis_is_zoomed_into_noise(monkeypatch, tmp_pat
     records = [{"step": i, **{name: start + i * slope for name, (start, slope) in rising.items()}} for i in range(4)]
     records += [{"step": 5, "odd": float("nan")}, {"step": 6, "lr": 0.0}]
     axes = drawn_axes(monkeypatch, tmp_path, records, ["loss", "knn", "top1", "uniformity", "odd", "lr", "absent"])
-    units = {"loss": "loss", "knn": "k-NN accuracy, %", "top1": "top-1 accuracy, %", "uniformity": "uniformity, nats"}
-    units |= {"odd": "odd", "lr": "learning rate"}
-    assert {name: axis.get_ylabel() for name, axis in axes.items() if name} == units
-    assert all(axis.get_xlabel() == "optimizer steps" for name, axis in axes.items() if name)
-    ends = {name: axis.get_ylim() for name, axis in axes.items()}
+    titles = {"loss": "loss (↓ better)", "knn": "k-NN accuracy, % (↑ better)", "top1": "top-1 accuracy, % (↑ better)"}
+    titles |= {"uniformity": "uniformity, nats", "odd": "odd", "lr": "learning rate"}
+    assert list(axes) == list(titles.values())  # and no empty panel
+    assert all(axis.get_xlabel() == "optimizer steps" for axis in axes.values())
+    ends = {name: axes[title].get_ylim() for name, title in titles.items()}
     assert ends["loss"][1] - ends["loss"][0] >= 0.2 and ends["knn"][0] <= 90 and ends["knn"][1] == 100
     assert ends["top1"][0] == 0 and ends["top1"][1] >= 10 and ends["uniformity"][0] < -1 and ends["uniformity"][1] > -0.4
-    assert not axes["loss"].yaxis.get_major_formatter().get_useOffset()
+    assert not axes[titles["loss"]].yaxis.get_major_formatter().get_useOffset()
 
 
 @pytest.fixture(scope="module")
