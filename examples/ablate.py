@@ -4,7 +4,7 @@ r"""Measure what each part of the method is worth: Tables 5 and 6 of the paper, 
       Table 6 on Fashion-MNIST with three seeds: pretraining, fine-tuning, probing; about 55 minutes on two CPU cores
   torchrun --nproc-per-node 8 examples/ablate.py --preset paper --data path/to/imagenet \
     --tables table6 mask_ratio loss_weight decoder_depth --seeds 0
-      the paper's protocol: 16 variants, 200 epochs of pretraining and 100 of fine-tuning each; estimated at PAPER_HOURS
+      the paper's protocol: 16 variants, 200 epochs of pretraining and 100 of fine-tuning each; estimated at 421 to 736
       hours of one H100 for each seed (not measured); the tables show the paper's numbers beside ours
 
 Each variant is trained with pretrain.py and measured with finetune.py and linear_probe.py. The first line says how many runs

@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 from running import run_script
 
-from mvmae import hub
-
 ROOT = Path(__file__).parents[1]
 README, TUTORIAL, NOTEBOOK = ROOT / "README.md", ROOT / "examples" / "README.md", ROOT / "examples" / "tour.ipynb"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / ".github/CONTRIBUTING.md", *sorted((ROOT / "examples").glob("*.md"))]
@@ -36,13 +34,11 @@ def blocks_of(page: Path, language: str) -> list[str]:
 @pytest.mark.parametrize("code", [*blocks_of(README, "python"), *blocks_of(TUTORIAL, "python")])
 def test_a_block_of_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "img_size": 48}  # as `--preset quick` leaves it
-    hub.export(timm.create_model("mvmae_vit_tiny_patch16", **made), "runs/quick/encoder")
     for name in re.findall(r'"([\w/-]+\.(?:jpg|png))"', code):
         Image.radial_gradient("L").resize((300, 260)).convert("RGB").save(name)
     namespace = {"__name__": "__main__"}
     exec(code, namespace)
-    if "runs/quick/encoder" in code:
+    if "photograph.jpg" in code:
         assert namespace["features"].shape == (1, 192)
 
 
@@ -126,7 +122,10 @@ def is_on_sample(command: Command) -> bool:
 @pytest.mark.slow
 def test_the_commands_on_the_sample_run_one_after_the_other(tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    on_sample = [command for page in (README, TUTORIAL) for command in commands_of_page(page) if is_on_sample(command)]
+    commands = [command for page in (README, TUTORIAL) for command in commands_of_page(page)]
+    for name in ("linear_probe", "finetune", "visualize"):
+        commands += commands_of_docstring(ROOT / f"examples/{name}.py")
+    on_sample = [command for command in commands if is_on_sample(command)]
     scripts = {Path(command.script).stem for command in on_sample}
     assert scripts >= {"pretrain", "adapt", "linear_probe", "finetune", "visualize"}
     for command in on_sample:
@@ -141,6 +140,8 @@ ENDS = {  # behind what is typed: a short course of small models on small views
     "adapt.py": "--epochs 1 --workers 0 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --eval-images 60",
     "finetune.py": "--epochs 1 --warmup-epochs 0 --workers 0",
     "linear_probe.py": "--epochs 2 --workers 0",
+    "pretrain.py": "--minutes 0 --steps 2 --workers 0 --eval-images 20 --device cpu",
+    "visualize.py": "--count 2 --device cpu",
 }
 
 
@@ -155,9 +156,10 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other_on_200_pictures(tm
     timm.models.save_for_hf(public, tmp_path / "public", model_config={}, safe_serialization=True)
     printed = {}
     text = re.sub(r"`(python examples/[^`]+)`", r"\n\1\n", re.sub(r"^```.*", "", TUTORIAL.read_text(), flags=re.MULTILINE))
-    for command in commands_of(text, "the tutorial's blocks and lines"):
+    five_minutes = [command for command in commands_of_page(README) if "runs/mine" in command.words]
+    for command in [*five_minutes, *commands_of(text, "the tutorial's blocks and lines")]:
         words = shlex.join(command.arguments)
-        if is_on_sample(command) or not re.search(r"my-images|runs/", words):
+        if is_on_sample(command) or not re.search("my-images|runs/adapted", words):
             continue
         for typed, taken in LEAVE_OUT.items():
             words = words.replace(typed, taken)
@@ -166,7 +168,8 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other_on_200_pictures(tm
         done = run_script(script, *shlex.split(words), folder=tmp_path)
         assert done.code == 0, f"{script} {words}\n{done.out}\n{done.err}"
         printed[script] = done.out
-    assert printed.keys() == {"adapt.py", "linear_probe.py", "finetune.py", "export.py"}
+    assert printed.keys() == {"pretrain.py", "visualize.py", "adapt.py", "linear_probe.py", "finetune.py", "export.py"}
+    assert (tmp_path / "runs/mine/pictures/neighbours.png").is_file()
     assert "180 images" in printed["adapt.py"] and "k-NN accuracy on held-out images" in printed["adapt.py"]
     assert all(
         "trained on 180 images, tested on 20, of 2 classes" in printed[one] for one in ("linear_probe.py", "finetune.py")
