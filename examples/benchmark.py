@@ -112,8 +112,7 @@ def measure_loader(config: Config, folder: Path) -> dict[str, Any]:
 
     loads: dict[str, Callable[[Path], Tensor]] = {
         "two decodes, torchvision": decode_twice,
-        "one decode, fast": mvmae.MultiViewTransform(config.image_size),
-        "one decode, Pillow alone": mvmae.MultiViewTransform(config.image_size, decoder="pillow"),
+        "one decode": mvmae.MultiViewTransform(config.image_size),
     }
     results, threads = {}, torch.get_num_threads()
     torch.set_num_threads(1)  # as in each process of a DataLoader

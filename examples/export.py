@@ -38,7 +38,7 @@ class Config:
     run: str = option(REQUIRED, "folder of the run", path=True, section="Run")
     output_dir: str = option("", "folder to write; default: encoder/ in the folder of the run", path=True)
     onnx: bool = option(False, "write encoder.onnx too: features, or a fine-tuned model's logits, by ONNX Runtime")
-    push: str = option("", "repository on the Hub to upload to, as owner/name", section="Card and upload")
+    push: str = option("", "repository on the Hub to upload to, as owner/name", section="Upload")
     private: bool = option(False, "create the repository as a private one")
     datasets: tuple[str, ...] = option((), "names of the data sets, as on the Hub, for the card")
     license: str = option("", "licence of the weights; default: that of the weights the run started from, else apache-2.0")

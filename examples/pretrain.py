@@ -184,7 +184,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             log.add(losses._asdict())
-            if step % config.log_every == 0 or step == last:
+            if step % config.log_every == 0 or step in (schedule.contrast_after, last):  # no mean of both stages
                 log.write_step(step, epoch=round(step / schedule.per_epoch, 3), **rates)
             if schedule.eval_every and step % schedule.eval_every == 0 and 2 * (last - step) >= schedule.eval_every:
                 metrics = evaluate(log, evaluation, model, pictures, step)

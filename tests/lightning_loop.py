@@ -5,7 +5,7 @@ import timm
 import torch
 
 import mvmae
-from mvmae.data import MultiViewDataset, StepSampler, make_loader, normalize, open_images
+from mvmae.data import Loader, MultiViewDataset, StepSampler, normalize, open_images
 from mvmae.inputs import inputs_of
 
 
@@ -35,6 +35,6 @@ class Pretraining(lightning.LightningModule):
 
 images, training = open_images("sample"), Pretraining()
 dataset = MultiViewDataset(images, mvmae.MultiViewTransform(64), seed=0)
-batches = make_loader(dataset, StepSampler(len(images), 64, seed=0, num_steps=100), num_workers=2)
+batches = Loader(dataset, StepSampler(len(images), 64, seed=0, num_steps=100), num_workers=2)
 lightning.Trainer(max_epochs=1).fit(training, batches)
 mvmae.hub.export(training.model, "runs/lightning/encoder")

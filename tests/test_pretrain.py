@@ -8,6 +8,8 @@ import shutil
 import struct
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from engine.optim import build_optimizer
 from engine.options import parse
 from engine.signals import Stop
 from tasks.config import Config, build_model
-from tasks.pretraining import Schedule, describe_schedule, fit_schedule, random_views, step_mask
+from tasks.pretraining import Schedule, describe_schedule, fit_minutes, fit_schedule, random_views, step_mask
 from tasks.splits import open_splits
 
 CPU = torch.device("cpu")
@@ -98,6 +100,54 @@ def test_fewer_images_than_a_batch_cut_it_and_its_rate(processes, parts, batch):
     length = fit_schedule(config_of(*given), 32, Ranks(0, processes, CPU, None))
     assert (length.batch_size, length.lr) == (batch, pytest.approx(4e-3 * batch / 256))
     assert "cut from --batch-size 256, which is more than there are images" in describe_schedule(length, config_of(*given))
+
+
+def test_minutes_are_as_many_steps_as_fit_beside_the_evaluations_by_the_slowest_rank(monkeypatch):
+    """Steps of 2 s, the first ones quicker; evaluations of 3 s: 20 steps and one evaluation are spent, 11 are to come."""
+    now, config = [0.0], config_of("--data", "x", "--preset", "quick", "--minutes", 10)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def wait(seconds):
+        now[0] += seconds
+
+    def step(number, batch):
+        wait(2 if number > 10 else 1)
+        model(torch.ones(1)).backward()
+
+    def fitted(config, other=10**9):
+        ranks = SimpleNamespace(device=CPU, any=bool, gather=lambda number: [number, other])
+        schedule = fit_schedule(config, 1000, ALONE)
+        return fit_minutes(config, schedule, model, optimizer, step, range(20), lambda: wait(3), ranks)
+
+    before = [value.clone() for value in model.parameters()]
+    assert fitted(config) == (600 - 30 - 3 - 11 * 3) // 2 and fitted(config, 7) == 7
+    assert all(map(torch.equal, before, model.parameters())) and not optimizer.state
+    every = config_of("--data", "x", "--preset", "quick", "--minutes", 10, "--eval-every", 2)  # 30 steps: 0.1 s a step
+    assert fitted(every) == int((600 - 30 - 3 - 2 * 3) / 2.1)
+    with pytest.raises(Stop, match="--minutes 0.5 is too short: 11 evaluations take 33 s"):
+        fitted(config_of("--data", "x", "--preset", "quick", "--minutes", 0.5))
+
+
+def test_a_run_of_minutes_is_one_of_its_steps_to_the_bit_and_goes_on_with_their_number(images, tmp_path):
+    given = ["--epochs", 0, "--warmup-epochs", 1, *LATE, "--save-every", 10**6, "--log-every", 30, "--contrast-from", 0.5]
+    printed = [
+        pretrain(tmp_path / name, images, *given, *length)
+        for name, *length in (
+            ("minutes", "--minutes", 0.03, "--max-steps", 2),
+            ("minutes", "--minutes", 0.03, "--resume"),
+        )
+    ]
+    assert [result.code for result in printed] == [0, 0], printed
+    told = [re.search(r"(\d+) steps of 8 images .*; as many as fit into 0.03 minutes", result.out) for result in printed]
+    assert told[0] and told[1] and told[0][1] == told[1][1] and int(told[0][1]) > 2
+    assert f"stopped at step 2 of {told[0][1]}; " in printed[0].out and "not finished" not in printed[1].out
+    assert pretrain(tmp_path / "steps", images, *given, "--steps", told[0][1]).code == 0
+    assert_identical(end_of(tmp_path / "minutes"), end_of(tmp_path / "steps"))
+    late = [line for line in records(tmp_path / "steps") if "loss" in line]
+    half = round(int(told[0][1]) / 2)  # no line is a mean of steps with and without the contrastive loss
+    assert half in [line["step"] for line in late] and all((line["loss_con"] > 0.5) == (line["step"] > half) for line in late)
 
 
 # ---------------------------------------------------------------------------------------------------------- model and step
@@ -193,7 +243,9 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     for name, text in config["chosen"].items():  # printed, saved, and on the page
         assert re.search(f"^{name} +{re.escape(text)}$", printed, re.MULTILINE) and f"- {name}: {text}\n" in page
     assert "20 steps of 8 images (5 epochs)" in config["chosen"]["training"] and config["chosen"]["start"] == "random"
-    assert "stopped at step 12 of 20: the schedule was not finished" in printed and "the schedule was not finished" in page
+    ended = "stopped at step 12 of 20; the schedule was not finished: this encoder is for trying out"
+    assert ended in printed and f"- {ended}\n" in page
+    assert json.loads((whole / "run" / "encoder" / "config.json").read_text())["training"].endswith(f"; {ended}")
     assert list(losses(whole)) == list(range(1, 13))
     for picture in ("curves.png", "reconstructions.png"):
         with Image.open(whole / "run" / picture) as image:

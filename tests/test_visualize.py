@@ -227,7 +227,7 @@ def drawn_axes(monkeypatch, tmp_path, records, names):
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *given, **more: (figures.append(figure), savefig(figure, *given, **more))
     )
-    plots.draw_curves(tmp_path / "curves.png", records, names)
+    plots.draw_curves(tmp_path / "curves.png", records, names, contrast_from=3)
     return {axis.get_title(): axis for figure in figures for axis in figure.axes}
 
 
@@ -236,14 +236,16 @@ def test_curves_have_units_and_no_axis_is_zoomed_into_noise(monkeypatch, tmp_pat
     records = [{"step": i, **{name: start + i * slope for name, (start, slope) in rising.items()}} for i in range(4)]
     records += [{"step": 5, "odd": float("nan")}, {"step": 6, "lr": 0.0}]
     axes = drawn_axes(monkeypatch, tmp_path, records, ["loss", "knn", "top1", "uniformity", "odd", "lr", "absent"])
-    titles = {"loss": "loss (↓ better)", "knn": "k-NN accuracy, % (↑ better)", "top1": "top-1 accuracy, % (↑ better)"}
-    titles |= {"uniformity": "uniformity, nats", "odd": "odd", "lr": "learning rate"}
-    assert list(axes) == list(titles.values())  # and no empty panel
-    assert all(axis.get_xlabel() == "optimizer steps" for axis in axes.values())
-    ends = {name: axes[title].get_ylim() for name, title in titles.items()}
+    units = {"loss": "loss (↓ better)", "knn": "k-NN accuracy, % (↑ better)", "top1": "top-1 accuracy, % (↑ better)"}
+    units |= {"uniformity": "uniformity, nats", "odd": "odd", "lr": "learning rate"}
+    assert set(axes) == set(units.values()) and all(axis.get_xlabel() == "optimizer steps" for axis in axes.values())
+    axes = {name: axes[title] for name, title in units.items()}
+    marks = {name: [list(line.get_xdata()) for line in axis.lines[1:]] for name, axis in axes.items()}
+    assert marks == {name: [[3, 3]] for name in units}  # where contrast begins
+    ends = {name: axis.get_ylim() for name, axis in axes.items()}
     assert ends["loss"][1] - ends["loss"][0] >= 0.2 and ends["knn"][0] <= 90 and ends["knn"][1] == 100
     assert ends["top1"][0] == 0 and ends["top1"][1] >= 10 and ends["uniformity"][0] < -1 and ends["uniformity"][1] > -0.4
-    assert not axes[titles["loss"]].yaxis.get_major_formatter().get_useOffset()
+    assert not axes["loss"].yaxis.get_major_formatter().get_useOffset()
 
 
 @pytest.fixture(scope="module")

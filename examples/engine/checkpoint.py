@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from engine.distributed import Ranks
 from engine.log import Log
 from engine.signals import NOTHING_SAVED, Signals, Stop
-from mvmae.weights import check_weights, first_line
+from mvmae.weights import check_weights, first_line, replace_file
 
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint-previous.pt", "checkpoint-damaged.pt"
 SAVE_MINUTES = 15.0  # after which a checkpoint is due, however few steps were done
@@ -211,23 +211,17 @@ def write(folder: Path, state: Mapping[str, Any]) -> str:
 
     Whatever ends the process, the new checkpoint or the one before, ``checkpoint-previous.pt``, is whole.
     """
-    newest, unfinished = folder / NEWEST, folder / (NEWEST + ".unfinished")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
+    newest = folder / NEWEST
+
+    def save(part: Path) -> None:
+        with part.open("wb") as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
         if newest.exists():
             os.replace(newest, folder / PREVIOUS)
-        os.replace(unfinished, newest)
-        if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+
+    try:
+        replace_file(newest, save)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that fails
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
         return f"cannot write {newest}: {getattr(cause, 'strerror', None) or 'torch could not write all of it'}; make room"
     return ""
@@ -295,6 +289,8 @@ def lock(folder: Path) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=6)  # the workers of a killed run, which hold its lock too, end within 5 s
+        for part in folder.glob(f".{NEWEST}.*.part"):  # of a run that was killed in a save
+            part.unlink()
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
         holder = owner.read_text() if owner.exists() else "another process"

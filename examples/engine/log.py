@@ -1,6 +1,7 @@
 """What a run prints and writes down: ``log.jsonl``, a bar on a terminal, lines elsewhere, trackers; nothing but on rank 0."""
 
 import datetime
+import io
 import json
 import os
 import sys
@@ -153,32 +154,34 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Output:
-    """A stream that cannot end a run: where it is closed or full, the text is lost; what it cannot encode is escaped."""
+    """A stream that cannot end a run: where it is closed or full, the text is lost."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError, AttributeError):
-            encoding = self.stream.encoding or "utf-8"
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError):
             self.stream.flush()
-
-    def isatty(self) -> bool:
-        return self.stream is not None and bool(self.stream.isatty())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
 def open_outputs() -> None:
-    """Print through `Output` from now on; no file that is opened later takes the place of a closed standard stream."""
+    """Print through `Output` from now on, with escapes for what the stream cannot encode.
+
+    No file that is opened later takes the place of a closed standard stream.
+    """
     with suppress(OSError):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(number, True)
         os.close(number)
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name) or io.TextIOWrapper(io.BytesIO())
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Output(stream))

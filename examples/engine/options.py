@@ -32,33 +32,9 @@ Presets = Mapping[str, Mapping[str, Any]]
 REQUIRED = dataclasses.MISSING
 MOST_USED = "Most used"
 """Title of the first section of ``--help``, which holds `COMMON`, whatever their own sections."""
-COMMON: tuple[str, ...] = (
-    "data",
-    "encoder",
-    "model",
-    "models",
-    "run",
-    "image_size",
-    "output_dir",
-    "resume",
-    "epochs",
-    "minutes",
-    "batch_size",
-)
-COMMON += ("base_lr", "workers")
-SECTIONS: tuple[str, ...] = (
-    MOST_USED,
-    "Data",
-    "Run",
-    "Length",
-    "Method",
-    "Model",
-    "Optimizer",
-    "Evaluation",
-    "Pictures",
-    "Card and upload",
-)
-SECTIONS += ("Speed",)
+COMMON = ["data", "encoder", "model", "models", "run", "image_size", "output_dir", "resume"]
+COMMON += ["epochs", "minutes", "batch_size", "base_lr", "workers"]
+SECTIONS = [MOST_USED, "Data", "Run", "Length", "Method", "Model", "Optimizer", "Evaluation", "Pictures", "Upload", "Speed"]
 BOUNDS: dict[str, Any] = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 LARGEST = 2**31
 MEMORY = "the memory is used up ({}): use a smaller model, a smaller --batch-size, or fewer --workers"

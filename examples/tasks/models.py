@@ -68,8 +68,7 @@ def start_encoder(
     ``image_size`` is that of `load_backbone`, ``arguments`` are those of `create_encoder`.
     """
     if name.startswith("random:"):
-        cure = "leave it out: pretrain.py starts from random weights, adapt.py with --no-pretrained"
-        raise Stop(f"--encoder takes no 'random:', got {name!r}: {cure}")
+        raise Stop(f"--encoder takes no 'random:', got {name!r}: pretrain.py starts from random weights, adapt.py does not")
     options: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
     if image_size:
         options["img_size"] = image_size[0] if len(image_size) == 1 else tuple(image_size)

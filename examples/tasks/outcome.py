@@ -22,7 +22,7 @@ from mvmae.hub import export
 from mvmae.hub.export import PRETRAINED
 from mvmae.inputs import Inputs
 from mvmae.metrics import collapse_warning
-from mvmae.visualize import contact_sheet, pca_colours, reconstruction_picture, to_unit_range
+from mvmae.visualize import reconstruction_picture
 from mvmae.weights import write_json, write_text
 from tasks.best import MEASURES
 from tasks.config import Config
@@ -65,7 +65,6 @@ def evaluate(log: Log, evaluation: Evaluation, model: mvmae.MultiViewMAE, pictur
         if log.trackers:
             model.eval()
             log.trackers.picture(step, "reconstructions", pictures.reconstructions(model))
-            log.trackers.picture(step, "features", pictures.features(model))
             model.train()
     return metrics
 
@@ -91,17 +90,6 @@ class Pictures:
         generator = torch.Generator().manual_seed(self.seed)
         mean, std = self.inputs.mean, self.inputs.std
         return reconstruction_picture(model, self.images[:, None], mean=mean, std=std, generator=generator)
-
-    @torch.no_grad()
-    def features(self, model: mvmae.MultiViewMAE) -> Image.Image:
-        """Draw the images beside the three main directions of their patches' features, as red, green and blue."""
-        images, encoder = self.images, model.encoder
-        tokens = encoder.forward_features(images)[:, encoder.num_prefix_tokens :]  # (B, L, D)
-        colours = pca_colours(tokens.float(), encoder.patch_embed.grid_size)
-        enlarged = torch.nn.functional.interpolate(colours, images.shape[2:], mode="nearest")
-        note = "Similar colours: similar features, among these images, at this step."
-        shown = to_unit_range(images, self.inputs.mean, self.inputs.std)
-        return contact_sheet([shown, enlarged], ["image", "features, three main directions"], note, min_width=240)
 
 
 def unfinished(step: int, steps: int) -> str:

@@ -72,17 +72,23 @@ def draw_curves(path: Path, records: Iterable[Mapping[str, Any]], names: Iterabl
     """
     records = list(records)
     names = [name for name in names if any(name in record for record in records)]
+    last = max((record.get("step", 0) for record in records), default=0) or 1
     with plot(path, figsize=(4.2 * min(len(names), 3) or 4, 3.0 * -(-len(names) // 3) + 0.4)) as (figure, _):
         panels = fill(figure, len(names))
         figure.suptitle(path.absolute().parent.name)
         for axis, name in zip(panels, names, strict=True):
             points = [(record["step"], record[name]) for record in records if name in record]
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else "", markersize=3)
-            if 0 < contrast_from < max(step for step, _ in points):
+            if 0 < contrast_from < last:
                 axis.axvline(contrast_from, color="grey", linestyle="--", label="contrast from here")
-                axis.legend(fontsize=8)
+                panels[0].legend(fontsize=8)
             label = LABELS.get(name, name)
             better = next((f" ({arrow} better)" for arrow, which in BETTER.items() if name in which), "")
-            axis.set(title=f"{label}{better}", xlabel="optimizer steps", ylim=limits([y for _, y in points], label))
+            axis.set(
+                title=f"{label}{better}",
+                xlabel="optimizer steps",
+                xlim=(-last / 50, last * 1.02),
+                ylim=limits([y for _, y in points], label),
+            )
             axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
             axis.grid(alpha=0.3)
