@@ -31,7 +31,14 @@ def blocks_of(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # open files
-@pytest.mark.parametrize("code", [*blocks_of(README, "python"), *blocks_of(TUTORIAL, "python")])
+@pytest.mark.parametrize(
+    "code",
+    [
+        *blocks_of(README, "python"),
+        blocks_of(README, "python")[1].replace("img_size=96", "img_size=96, in_chans=1"),
+        *blocks_of(TUTORIAL, "python"),
+    ],
+)
 def test_a_block_of_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in re.findall(r'"([\w/-]+\.(?:jpg|png))"', code):
