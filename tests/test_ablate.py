@@ -46,7 +46,7 @@ def photographs(tmp_path_factory):
 
 
 def arguments(photographs, *more):
-    given = ["--data", photographs, "--output-dir", "ablation", "--seeds", 0]
+    given = ["--data", photographs, "--output-dir", "ablation", "--budget", "flops", "--seeds", 0]
     given += ["--pretrain", TINY, "--finetune", "", "--probe", PROBE, *more]
     return list(map(str, given))
 
