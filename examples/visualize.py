@@ -1,16 +1,15 @@
 r"""Draw what models attend to (Fig. 2), what they reconstruct (Fig. 8), and what their features tell apart, side by side.
 
   python examples/visualize.py --data sample --models runs/quick random:runs/quick
-      attention; PCA of patch features; nearest neighbours; for runs of pretrain.py and adapt.py reconstructions; and shares of
-      the features' variance that brightness, contrast, lit area (pixels above a tenth of white) and class explain, which
-      reveal shortcuts of the contrastive loss; under a minute on two CPU cores
+      attention, principal components of patch features, nearest neighbours, and for runs of pretrain.py and adapt.py
+      reconstructions; under a minute on two CPU cores
   python examples/visualize.py --data path/to/images \
     --models vit_small_patch14_dinov2.lvd142m --image-size 448
       any plain ViT of timm, at any size
-  python examples/visualize.py --data sample --models runs/depth4 runs/depth8 --draw reconstructions
+  python examples/visualize.py --data path/to/images --models runs/depth4 runs/depth8 --draw reconstructions
       decoders of several depths
 
-The output folder then holds a PNG for each kind of picture, and shares.json.
+The output folder then holds a PNG for each kind of picture.
 """
 
 import dataclasses
@@ -27,11 +26,11 @@ from engine.distributed import start_ranks
 from engine.options import REQUIRED, RunConfig, option, redefine, run
 from mvmae.data import EvalTransform, ImageSource
 from mvmae.masked_vit import check_encoder
-from mvmae.metrics import variance_explained
 from mvmae.visualize import (
     GREY,
     attention_maps,
     contact_sheet,
+    masked_title,
     nearest,
     overlay,
     patch_heat,
@@ -41,16 +40,15 @@ from mvmae.visualize import (
     rollout,
     to_unit_range,
 )
-from mvmae.weights import write_json
-from tasks.drawn_images import properties, spread, take
+from tasks.drawn_images import take
 from tasks.features import Pooled, extract
 from tasks.inputs import InputOptions, read_inputs
 from tasks.labelled import LabelledConfig
 from tasks.models import SHIPPED, load_backbone
 from tasks.splits import Part, named_images
 
-DRAWINGS = ("attention", "pca", "neighbours", "shares", "reconstructions")
-NEIGHBOURS = 5
+DRAWINGS = ("attention", "pca", "neighbours", "reconstructions")
+NEIGHBOURS = 4
 Sheet = dict[str, Any]
 """The arguments of `contact_sheet`."""
 
@@ -74,7 +72,7 @@ class Config(InputOptions):
     arch: str = redefine(LabelledConfig, "arch", "")
     draw: tuple[str, ...] = option(DRAWINGS, "kinds of pictures", DRAWINGS, section="Pictures")
     count: int = option(6, "images to draw", at_least=1)
-    bank: int = option(500, "images that neighbours and shares of variance are found among, at most", at_least=2)
+    bank: int = option(500, "images that neighbours are found among, at most", at_least=2)
     device: str = redefine(RunConfig, "device", "auto")
 
 
@@ -100,9 +98,8 @@ class Model(NamedTuple):
 
 
 def short(name: str) -> str:
-    """Shorten the name of a model so that it fits over a picture."""
-    shown = ("random:" if name.startswith("random:") else "") + Path(name.removeprefix("random:")).name
-    return shown if len(shown) <= 24 else shown[:21] + "..."
+    """Return the name of a model as it stands on a picture, without the folders that lead to it."""
+    return ("random:" if name.startswith("random:") else "") + Path(name.removeprefix("random:")).name
 
 
 def load(config: Config, name: str, source: ImageSource, device: torch.device) -> Model:
@@ -114,22 +111,20 @@ def load(config: Config, name: str, source: ImageSource, device: torch.device) -
 
 
 def draw_attention(models: Sequence[Model], drawn: ImageSource) -> Sheet:
-    """Draw attention rollout and the last block's attention: of the class token where the model uses it, else the mean."""
-    columns, titles = [models[0].shown(models[0].read(drawn))], ["image"]
-    bars: list[tuple[str, str] | None] = [None]
+    """Draw attention rollout: of the class token where the model uses it, else of the mean patch; one scale for all."""
+    heats, titles = list[Tensor](), ["image"]
     for model in models:
-        images, query = model.read(drawn), "token" if model.vit.global_pool == "token" else "mean"
-        maps = attention_maps(model.vit, images)
-        for kind, weights in (("rollout", rollout(maps)), ("last block", maps[-1].mean(dim=1))):
-            heat = patch_heat(weights, model.vit.patch_embed.grid_size, query=query)
-            heat = heat / heat.mean(dim=(1, 2), keepdim=True)
-            limits = heat.min().item(), heat.quantile(0.98).item()  # a few patches take most of it
-            columns.append(overlay(model.shown(images), heat, limits=limits))
-            titles.append(f"{short(model.name)}\n{kind}, {'class token' if query == 'token' else 'mean patch'}")
-            bars.append((f"{limits[0]:.2f}", f"{limits[1]:.2f}+"))
-    note = "Colours: the attention that a patch receives, divided by that of an average patch of the image; +: or more. "
-    note += "Each column has its own scale."
-    return {"columns": columns, "titles": titles, "bars": bars, "note": note}
+        token = model.vit.global_pool == "token"
+        weights = rollout(attention_maps(model.vit, model.read(drawn)))
+        heat = patch_heat(weights, model.vit.patch_embed.grid_size, query="token" if token else "mean")
+        heats.append(heat / heat.mean(dim=(1, 2), keepdim=True))
+        titles.append(f"{short(model.name)}\nattention of the {'class token' if token else 'mean patch'}")
+    every = torch.cat([heat.flatten() for heat in heats])
+    limits = every.min().item(), every.quantile(0.98).item()  # a few patches take most of it
+    shown = [model.shown(model.read(drawn)) for model in models]
+    columns = [shown[0], *(overlay(images, heat, limits=limits) for images, heat in zip(shown, heats, strict=True))]
+    note = "Attention rollout over all blocks, as a multiple of what an average patch of the image receives."
+    return {"columns": columns, "titles": titles, "bar": (f"{limits[0]:.2f}", f"{limits[1]:.2f} or more"), "note": note}
 
 
 @torch.no_grad()
@@ -149,44 +144,34 @@ def draw_neighbours(features: dict[str, Tensor], pictures: Tensor, labels: Tenso
 
     Where all images have a class, neighbours of the right class and of a wrong one are marked and counted.
     """
-    columns, titles, counts = [pictures[:count] / 255], ["image"], []
-    marks: list[list[bool] | None] = [None]
+    columns, titles, counts = [pictures[:count] / 255], ["image"], list[str]()
+    captions, marks = [["cosine:"] * count], list[list[bool] | None]([None])
     for name, own in features.items():
         cosines, rows = (x.cpu() for x in nearest(own[:count], own[count:], min(NEIGHBOURS, len(own) - count)))
         right = labels[count:][rows] == labels[:count, None]
         counts.append(f"{short(name)} {int(right.sum())} of {right.numel()}")
-        for rank in range(rows.shape[1]):
-            columns.append(pictures[count:][rows[:, rank]] / 255)
-            low, high = cosines[:, rank].min(), cosines[:, rank].max()
-            titles.append(f"{short(name)}\nneighbour {rank + 1}\ncosine\n{low:.2f} to {high:.2f}")
-            marks.append(right[:, rank].tolist())
+        columns += [pictures[count:][column] / 255 for column in rows.T]
+        titles += [short(name), *[""] * (rows.shape[1] - 1)]
+        captions += [[f"{cosine:.2f}" for cosine in column] for column in cosines.T.tolist()]
+        marks += right.T.tolist()
+    sheet: Sheet = {"columns": columns, "titles": titles, "captions": captions}
     if (labels < 0).any():
-        return {"columns": columns, "titles": titles}
+        return sheet
     note = f"Tick: a neighbour of the image's own class; cross: of another class. Of the own class: {', '.join(counts)}."
-    return {"columns": columns, "titles": titles, "marks": marks, "note": note}
-
-
-def write_shares(folder: Path, features: dict[str, Tensor], groups: dict[str, Tensor]) -> None:
-    """Print and write which share of the variance of each model's features goes with each property of the images."""
-    print("share of the features' variance  " + "".join(f"{name:>12}" for name in groups))
-    shares = {}
-    for name, own in features.items():
-        shares[name] = {group: variance_explained(own.cpu(), members) for group, members in groups.items()}
-        print(f"  {short(name):31}" + "".join(f"{share:12.0%}" for share in shares[name].values()))
-    write_json(folder / "shares.json", shares)
+    return sheet | {"marks": marks, "note": note}
 
 
 def draw_reconstructions(models: Sequence[Model], maes: Sequence[mvmae.MultiViewMAE], drawn: ImageSource, seed: int) -> Sheet:
-    """Draw visible patches, and the masked patches as each run rebuilds them, with the same masks where sizes are the same."""
+    """Draw what is masked, and the masked patches as each run rebuilds them, with the same masks where sizes are the same."""
     columns, titles, notes, before = list[Tensor](), list[str](), dict[str, str](), None
     for model, mae in zip(models, maes, strict=True):
         images = model.read(drawn)
         rebuilt, masked = reconstruct(mae, images[:, None], generator=torch.Generator().manual_seed(seed))
         if before is None or not torch.equal(before, masked):
             columns += [model.shown(images), torch.where(masked, GREY, model.shown(images))]
-            titles += ["image", "visible patches"]
+            titles += ["image", masked_title(masked)]
         columns.append(torch.where(masked, model.shown(rebuilt), model.shown(images)))
-        titles.append(f"{short(model.name)}\nrebuilt, {len(mae.decoder.blocks)} decoder blocks")
+        titles.append(f"reconstruction\n{short(model.name)}, {len(mae.decoder.blocks)} decoder blocks")
         notes[model.name], before = reconstruction_note(mae), masked
     same = len(set(notes.values())) == 1
     note = next(iter(notes.values())) if same else "\n".join(f"{short(name)}: {text}" for name, text in notes.items())
@@ -201,9 +186,7 @@ def main(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     pictures, labels, indices = take(source, config.bank, models[0].picture, config.seed)
-    order = spread(pictures, labels)
-    pictures, labels, bank = pictures[order], labels[order], Part(source, indices[order])
-    drawn = Part(source, indices[order[: config.count]])
+    bank, drawn = Part(source, indices), Part(source, indices[: config.count])
 
     def write(kind: str, sheet: Sheet) -> None:
         contact_sheet(**sheet).save(folder / f"{kind}.png")
@@ -213,14 +196,11 @@ def main(config: Config) -> None:
         write("attention", draw_attention(models, drawn))
     if "pca" in config.draw:
         write("pca", draw_pca(models, drawn))
-    if {"neighbours", "shares"} & set(config.draw):
+    if "neighbours" in config.draw and len(bank) <= config.count:
+        print(f"no neighbours: all {len(bank)} images are drawn; give more, or a smaller --count")
+    elif "neighbours" in config.draw:
         features = {model.name: extract(Pooled(model.vit), bank, model.transform, ranks)[0] for model in models}
-        if "shares" in config.draw:
-            write_shares(folder, features, properties(pictures, labels))
-        if "neighbours" in config.draw and len(bank) > config.count:
-            write("neighbours", draw_neighbours(features, pictures, labels, config.count))
-        elif "neighbours" in config.draw:
-            print(f"no neighbours: all {len(bank)} images are drawn; give more, or a smaller --count")
+        write("neighbours", draw_neighbours(features, pictures, labels, config.count))
     if "reconstructions" in config.draw:
         runs = [name for name in config.models if (Path(name) / "encoder" / "pretraining").is_dir()]
         own = [load(dataclasses.replace(config, image_size=()), name, source, ranks.device) for name in runs]

@@ -12,28 +12,28 @@ sys.path.insert(0, str(EXAMPLES))
 import benchmark
 from engine.options import parse
 
-TINY = ["--encoders", "vit_tiny_patch16_224", "--image-size", 32, "--rounds", 1, "--device", "cpu"]
-
 
 def test_it_measures_every_part_and_writes_the_figures(tmp_path, capsys):
     pytest.importorskip("transformers")
-    typed = [*TINY, "--parts", *benchmark.PARTS, "--batch-sizes", 2, 4, "--output-dir", tmp_path]
-    config = parse(benchmark.Config, {}, None, list(map(str, typed)))
-    benchmark.main(config)
+    typed = [
+        "--encoder",
+        "vit_tiny_patch16_224",
+        "--image-size",
+        32,
+        "--rounds",
+        1,
+        "--device",
+        "cpu",
+        "--output-dir",
+        tmp_path,
+    ]
+    benchmark.main(parse(benchmark.Config, {}, None, list(map(str, typed))))
     figures = json.loads((tmp_path / "benchmark.json").read_text())
     assert figures.keys() == {"config", "torch", "device", *benchmark.PARTS}
     assert figures["loader"].keys() == {"500x375", "3000x2000"}
     tables = [*figures["loader"].values(), figures["step"]]
     assert all(next(iter(table.values()))["ratio"] == 1.0 for table in tables)
     assert all(row["per_second"] > 0 for table in tables for row in table.values())
-    vit, decoder = (depth * (24 * n * w**2 + 4 * n**2 * w) for depth, n, w in ((12, 2, 192), (4, 5, 512)))
-    layers = 2 * 2 * 192 * 512 + 2 * 4 * 512 * 768  # into the decoder, and out of it
-    embedding = 2 * 2 * 768 * 192  # of the one visible patch, forward and the weights' gradient
-    mfu = figures["mfu"]
-    assert len(mfu["steps"]) == 2
-    for row in mfu["steps"].values():
-        assert row["flops"] == pytest.approx(2 * (3 * (vit + decoder + layers) + embedding), rel=1e-4)  # and the contrast
-        assert row["mfu"] == pytest.approx(row["flops"] * row["per_second"] / mfu["product_flops_per_second"])
     assert "written to" in capsys.readouterr().out
 
 

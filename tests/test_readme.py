@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import pytest
 import timm
+import torch
 from PIL import Image
 from running import run_script
-
-from mvmae import hub
 
 ROOT = Path(__file__).parents[1]
 README, TUTORIAL, NOTEBOOK = ROOT / "README.md", ROOT / "examples" / "README.md", ROOT / "examples" / "tour.ipynb"
@@ -32,17 +31,32 @@ def blocks_of(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # open files
-@pytest.mark.parametrize("code", [*blocks_of(README, "python"), *blocks_of(TUTORIAL, "python")])
+@pytest.mark.parametrize(
+    "code",
+    [
+        *blocks_of(README, "python"),
+        blocks_of(README, "python")[1].replace("img_size=96", "img_size=96, in_chans=1"),
+        *blocks_of(TUTORIAL, "python"),
+    ],
+)
 def test_a_block_of_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "img_size": 48}  # as `--preset quick` leaves it
-    hub.export(timm.create_model("mvmae_vit_tiny_patch16", **made), "runs/quick/encoder")
     for name in re.findall(r'"([\w/-]+\.(?:jpg|png))"', code):
         Image.radial_gradient("L").resize((300, 260)).convert("RGB").save(name)
     namespace = {"__name__": "__main__"}
     exec(code, namespace)
-    if "runs/quick/encoder" in code:
+    if "photograph.jpg" in code:
         assert namespace["features"].shape == (1, 192)
+
+
+@pytest.mark.filterwarnings("default")  # Lightning's own
+def test_the_loop_of_lightning_trains_with_a_loss_of_ones_own(tmp_path, monkeypatch):
+    pytest.importorskip("pytorch_lightning", reason="Lightning is no dependency: pip install pytorch-lightning")
+    monkeypatch.chdir(tmp_path)
+    code = (ROOT / "tests" / "lightning_loop.py").read_text()
+    assert len(code.splitlines()) <= 42
+    exec(code.replace("max_epochs=1", "max_steps=2").replace("num_workers=2", "num_workers=0"), {"__name__": "__main__"})
+    assert timm.create_model("local-dir:runs/lightning/encoder", pretrained=True)(torch.zeros(1, 3, 64, 64)).shape == (1, 192)
 
 
 class Command(NamedTuple):
@@ -115,7 +129,10 @@ def is_on_sample(command: Command) -> bool:
 @pytest.mark.slow
 def test_the_commands_on_the_sample_run_one_after_the_other(tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    on_sample = [command for page in (README, TUTORIAL) for command in commands_of_page(page) if is_on_sample(command)]
+    commands = [command for page in (README, TUTORIAL) for command in commands_of_page(page)]
+    for name in ("linear_probe", "finetune", "visualize"):
+        commands += commands_of_docstring(ROOT / f"examples/{name}.py")
+    on_sample = [command for command in commands if is_on_sample(command)]
     scripts = {Path(command.script).stem for command in on_sample}
     assert scripts >= {"pretrain", "adapt", "linear_probe", "finetune", "visualize"}
     for command in on_sample:
@@ -130,6 +147,8 @@ ENDS = {  # behind what is typed: a short course of small models on small views
     "adapt.py": "--epochs 1 --workers 0 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --eval-images 60",
     "finetune.py": "--epochs 1 --warmup-epochs 0 --workers 0",
     "linear_probe.py": "--epochs 2 --workers 0",
+    "pretrain.py": "--minutes 0 --steps 2 --workers 0 --eval-images 20 --device cpu",
+    "visualize.py": "--count 2 --device cpu",
 }
 
 
@@ -144,9 +163,10 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other_on_200_pictures(tm
     timm.models.save_for_hf(public, tmp_path / "public", model_config={}, safe_serialization=True)
     printed = {}
     text = re.sub(r"`(python examples/[^`]+)`", r"\n\1\n", re.sub(r"^```.*", "", TUTORIAL.read_text(), flags=re.MULTILINE))
-    for command in commands_of(text, "the tutorial's blocks and lines"):
+    five_minutes = [command for command in commands_of_page(README) if "runs/mine" in command.words]
+    for command in [*five_minutes, *commands_of(text, "the tutorial's blocks and lines")]:
         words = shlex.join(command.arguments)
-        if is_on_sample(command) or not re.search(r"my-images|runs/", words):
+        if is_on_sample(command) or not re.search("my-images|runs/adapted", words):
             continue
         for typed, taken in LEAVE_OUT.items():
             words = words.replace(typed, taken)
@@ -155,13 +175,54 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other_on_200_pictures(tm
         done = run_script(script, *shlex.split(words), folder=tmp_path)
         assert done.code == 0, f"{script} {words}\n{done.out}\n{done.err}"
         printed[script] = done.out
-    assert printed.keys() == {"adapt.py", "linear_probe.py", "finetune.py", "export.py"}
+    assert printed.keys() == {"pretrain.py", "visualize.py", "adapt.py", "linear_probe.py", "finetune.py", "export.py"}
+    assert (tmp_path / "runs/mine/pictures/neighbours.png").is_file()
     assert "180 images" in printed["adapt.py"] and "k-NN accuracy on held-out images" in printed["adapt.py"]
     assert all(
         "trained on 180 images, tested on 20, of 2 classes" in printed[one] for one in ("linear_probe.py", "finetune.py")
     )
     best = timm.create_model(f"local-dir:{tmp_path}/runs/classifier/best", pretrained=True)
     assert best.pretrained_cfg["label_names"] == ["crack", "ok"]
+
+
+PAPER = [command for command in commands_of_page(TUTORIAL) if re.search("path/to|runs/(paper|depth)", " ".join(command.words))]
+STEPS = "--max-steps 2 --workers 0 --device cpu --batch-size 4"
+TINY = '--encoder-args "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2" --image-size 32 --decoder-dim 16'
+TWO_STEPS = {  # behind what is typed: small models on small images, and two steps
+    "pretrain.py": f"{TINY} --eval-images 0 {STEPS}",
+    "finetune.py": STEPS,
+    "linear_probe.py": f"{STEPS} --few-shot 0",
+    "detect.py": f"{STEPS} --image-size 64 --window-size 4 --channels 16 --pictures 1",
+    "segment.py": f"{STEPS} --image-size 64 --channels 16 --pictures 1",
+    "ablate.py": f"--seeds 0 --tables contrast --pretrain '{TINY} --epochs 2 --eval-images 0 {STEPS}' --finetune '{STEPS}'",
+    "visualize.py": "--count 2 --bank 2 --device cpu",
+}
+
+
+def test_the_commands_that_reproduce_the_paper_start(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from tasks.shapes import write_toy
+
+    for name in ("red", "blue"):
+        (tmp_path / "path/to/imagenet" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.effect_noise((40, 36), 20 + 2 * i).convert("RGB").save(tmp_path / f"path/to/imagenet/{name}/{i}.png")
+    for name in ("coco", "ADEChallengeData2016"):
+        write_toy(tmp_path / "path/to" / name, side=64, train=8, val=2)
+    assert {Path(command.script).name for command in PAPER} == TWO_STEPS.keys()
+    for command in PAPER:
+        script = Path(command.script).name
+        words = [*command.arguments, *shlex.split(TWO_STEPS[script])]
+        done = run_script(script, *words, folder=tmp_path)
+        assert done.code == 0, f"{script} {shlex.join(words)}\n{done.out}\n{done.err}"
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {
+        "table1",
+        "table2",
+        "table3",
+        "table4",
+        "figure2",
+        "figure8",
+    }
 
 
 def prose_of(page: Path) -> str:
@@ -183,7 +244,9 @@ def anchors_of(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", [*PAGES, NOTEBOOK], ids=lambda page: page.name)
 def test_a_relative_link_points_at_something(page):
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose_of(page))
-    if page in (README, TUTORIAL, NOTEBOOK):
+    if page == README:  # as PyPI shows it, where no file lies beside it
+        assert all(inline.startswith("https://") for inline, _ in links) and "](" in page.read_text()
+    if page in (TUTORIAL, NOTEBOOK):
         assert len(links) > 3
     for name, _, anchor in [(inline or html).partition("#") for inline, html in links]:
         if re.match(r"[a-z]+:", name):

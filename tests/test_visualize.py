@@ -1,4 +1,3 @@
-import json
 import sys
 
 import numpy as np
@@ -12,11 +11,9 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from mvmae import MultiViewMAE, hub
-from mvmae.metrics import variance_explained
 from mvmae.visualize import (
     attention_maps,
     contact_sheet,
-    heat_colours,
     nearest,
     overlay,
     pca_colours,
@@ -43,9 +40,11 @@ def test_reconstructions_show_predictions_of_masked_patches_only(tiny_vit, monke
     monkeypatch.setattr(pictures, "contact_sheet", lambda *given, **more: drawn.append(given))
     draw = {"mean": [0.5] * channels, "std": [0.25] * channels, "generator": torch.Generator().manual_seed(0)}
     reconstruction_picture(model, (pixels - 0.5) / 0.25, **draw)
-    ((original, seen, rebuilt), titles, note) = drawn[0]
-    assert titles[0] == "view" and "visible" in titles[1] and "rebuilt" in titles[2]
-    assert ("mean and contrast, which this model does not predict" in note) == norm_pix
+    (columns, titles, note) = drawn[0]  # four views: two columns of two
+    masked = titles[1]
+    assert titles == ["image", masked, "reconstruction"] * 2 and 75 <= float(masked.removesuffix(" % masked")) <= 88
+    assert ("the model predicts the pattern" in note) == norm_pix
+    original, seen, rebuilt = (torch.cat([columns[part], columns[part + 3]]) for part in range(3))
     torch.testing.assert_close(original, pixels.flatten(0, 1))
     visible = ~(seen == 0.5).all(1).reshape(4, size[0] // 8, 8, size[1] // 8, 8).all(4).all(2)
     assert ((visible.sum((1, 2)) > 0) & (visible.sum((1, 2)) < visible[0].numel())).all()
@@ -123,15 +122,20 @@ def dark_rows(pixels):
 
 def test_a_sheet_holds_tiles_of_any_size_under_their_titles():
     columns = [[torch.rand(3, 20, 100), torch.rand(1, 300, 200)], [torch.ones(3, 10, 400), torch.zeros(4, 30, 30)]]
-    bare = contact_sheet(columns, ["", ""])
-    picture = contact_sheet(columns, ["", "two\nlines"], "note")
-    assert bare.width == picture.width == 4 + 200 + 4 + 400 + 4
-    line = (picture.height - bare.height - 4) // 2  # one line more over the tiles, and a note of one line below
+    bare = contact_sheet(columns, ["a", "b"])
+    picture = contact_sheet(
+        [*columns, [torch.zeros(3, 40, 200)]], ["a", "two\nlines", "c"], "note", captions=[["x", ""], [], []]
+    )
+    assert bare.width == 4 + 200 + 4 + 400 + 4 and picture.width == bare.width + 204
+    line = bare.height - (4 + 40 + 4 + 300 + 4)
     top = 4 + 2 * line
-    assert picture.height == top + 40 + 4 + 300 + 4 + 4 + line
+    assert picture.height == top + 40 + line + 4 + 300 + line + 4 + line + 4
     pixels = np.array(picture)
-    assert (pixels[top : top + 10, 208:608] == 255).all() and (pixels[top + 44 : top + 44 + 180, 208 : 208 + 180] == 0).all()
-    assert (pixels[:top, :204] == 255).all() and (pixels[:top, 208:] < 100).any() and len(dark_rows(pixels[-line:]))
+    assert (pixels[top : top + 10, 208:608] == 255).all()
+    below = top + 40 + line + 4  # the second row, in which one column has no image
+    assert (pixels[below : below + 180, 208 : 208 + 180] == 0).all() and (pixels[below : below + 300, 612:] == 255).all()
+    assert (pixels[top + 40 : below - 4, :204] < 100).any() and (pixels[top + 40 : below - 4, 204:] == 255).all()
+    assert len(dark_rows(pixels[-line:]))
 
 
 def test_captions_can_be_read_on_a_sheet_that_a_browser_shrinks_to_800_pixels():
@@ -141,12 +145,13 @@ def test_captions_can_be_read_on_a_sheet_that_a_browser_shrinks_to_800_pixels():
 
 
 def test_long_titles_and_notes_stay_within_their_column_and_the_sheet():
-    plain = drawn([TILE] * 2, ["title", ""])
+    plain = drawn([TILE] * 2, ["title", "b"])
     for title in ("a title of many words, far wider than 160 pixels", "a-name-without-any-space-wider-than-160-pixels"):
-        picture = drawn([TILE] * 2, [title, ""])
-        assert (picture[:, 166:] == 255).all() and len(dark_rows(picture)) > 1.5 * len(dark_rows(plain))
-    noted = drawn([TILE] * 2, ["title", ""], "a note of so many words that it takes two lines or more below the tiles")
-    assert len(noted) - len(plain) > 40 and (noted[:, -2:] == 255).all()
+        picture = drawn([TILE] * 2, [title, "b"])
+        assert (picture[30:, 166:] == 255).all() and len(dark_rows(picture)) > 1.5 * len(dark_rows(plain))
+        assert len(drawn([TILE] * 4, [title, "", "", ""])) < len(picture)  # a title reaches over those without one
+    noted = drawn([TILE] * 2, ["title", "b"], "a note of so many words that it takes two lines or more below the tiles")
+    assert len(noted) - len(plain) > 36 and (noted[:, -2:] == 255).all()
 
 
 def test_right_and_wrong_tiles_differ_in_colour_and_without_it():
@@ -164,12 +169,11 @@ def test_right_and_wrong_tiles_differ_in_colour_and_without_it():
     assert ticks.any() and crosses.any() and not np.array_equal(ticks, crosses)
 
 
-def test_a_colour_bar_below_its_column_goes_from_black_to_white_between_two_words():
-    below = drawn([TILE] * 2, bars=[None, ("0.50", "1.50+")])[len(drawn([TILE] * 2)) :]
-    assert len(below) >= 30 and (below[:, :166] == 255).all()
-    expected = heat_colours(torch.linspace(0, 1, 160)[None])[:, 0].T.numpy()
-    np.testing.assert_allclose(below[8, 169:327] / 255, expected[1:-1], atol=0.01)
-    assert (below[20:, 168:220] < 100).any() and (below[20:, 270:] < 100).any()
+def test_a_colour_bar_goes_from_black_to_white_between_two_words():
+    below = drawn([TILE] * 2, bar=("0.50", "1.50"))[len(drawn([TILE] * 2)) :]
+    middle = below[8, 60:270] / 255
+    assert (np.diff(middle.sum(1)) >= 0).all() and middle[0].sum() < 0.9 and middle[-1].sum() > 2.1
+    assert (below[:, 4:40] < 100).any() and (below[:, -40:-4] < 100).any()
 
 
 def test_a_legend_names_its_colours_in_as_many_lines_as_it_takes():
@@ -183,33 +187,38 @@ def test_neighbours_of_the_right_class_are_marked_and_counted():
     colours = torch.tensor([[200, 20, 20], [20, 200, 20], [190, 20, 20], [180, 20, 30], [20, 190, 20], [30, 180, 20]])
     bank, features = colours.byte()[:, :, None, None].expand(-1, -1, 8, 8), {"runs/mean": colours.float()}
     picture = visualize.draw_neighbours(features, bank, torch.tensor([0, 1, 0, 1, 1, 1]), 2)
+    assert picture["titles"] == ["image", "mean", "", "", ""]
+    cosine = torch.nn.functional.cosine_similarity(colours[[0, 1]].float(), colours[[2, 4]].float())
+    assert picture["captions"][1] == [f"{value:.2f}" for value in cosine]
     right = [[True, True], [False, True], [False, True], [False, False]]  # of both images, from the nearest on
     assert picture["marks"] == [None, *right] and "mean 4 of 8" in picture["note"]
     assert torch.equal(picture["columns"][1], bank[[2, 4]] / 255)
     without = visualize.draw_neighbours(features, bank, torch.tensor([0, 1, 0, 1, 1, -1]), 2)
-    assert "marks" not in without and "note" not in without
+    assert "marks" not in without and "note" not in without and "captions" in without
 
 
-def test_attention_is_drawn_with_the_numbers_that_its_colours_stand_for(tiny_vit):
-    vit = tiny_vit(class_token=False, global_pool="avg").eval()
-    pictures = [Image.effect_noise((40, 36), 30 + 20 * i).convert("RGB") for i in range(3)]
-    model, source = visualize.Model("tiny", vit, EvalTransform(vit)), DatasetSource(pictures)
-    picture = visualize.draw_attention([model], source)
-    maps = attention_maps(vit, model.read(source))
-    assert picture["bars"][0] is None and "average patch" in picture["note"]
-    for bar, weights in zip(picture["bars"][1:], (rollout(maps), maps[-1].mean(1)), strict=True):
-        received = weights.mean(1)
-        received = received / received.mean(1, keepdim=True)
-        assert bar == (f"{received.min():.2f}", f"{np.quantile(received.numpy(), 0.98):.2f}+")
+def test_attention_of_all_models_is_drawn_on_one_scale(tiny_vit):
+    vits = [tiny_vit(class_token=False, global_pool="avg").eval(), tiny_vit(depth=1).eval()]
+    noise = DatasetSource([Image.effect_noise((40, 36), 30 + 20 * i).convert("RGB") for i in range(3)])
+    models = [visualize.Model(name, vit, EvalTransform(vit)) for name, vit in zip("ab", vits, strict=True)]
+    picture, received = visualize.draw_attention(models, noise), []
+    for model, rows in zip(models, (slice(None), slice(1)), strict=True):  # of the mean patch, of the class token
+        weights = rollout(attention_maps(model.vit, model.read(noise)))[:, rows, -16:].mean(1)
+        received.append(weights / weights.mean(1, keepdim=True))
+    low, high = torch.cat(received).min(), np.quantile(torch.cat(received).numpy(), 0.98)
+    assert picture["bar"] == (f"{low:.2f}", f"{high:.2f} or more") and "average patch" in picture["note"]
+    assert ["mean patch" in picture["titles"][1], "class token" in picture["titles"][2]] == [True, True]
 
 
 def test_drawn_images_are_of_all_classes_in_turn_and_no_grey_texture_comes_first():
     grey, flat, coloured = torch.randint(0, 256, (1, 8, 8)).expand(3, -1, -1), torch.full((3, 8, 8), 90), torch.zeros(3, 8, 8)
     flat[0], coloured[0, :4] = 200, 200
-    images = torch.stack([grey, grey, flat, coloured, coloured, grey]).byte()
-    labels = torch.tensor([0, 0, 1, 2, 2, 2])
-    assert drawn_images.spread(images, labels).tolist() == [3, 2, 0, 4, 1, 5]
-    assert drawn_images.spread(images, torch.full((6,), -1)).tolist() == list(range(6))
+    images = [grey, grey, flat, coloured, coloured, grey]
+    source = [(image.byte(), label) for image, label in zip(images, [0, 0, 1, 2, 2, 2], strict=True)]
+    chosen, labels, places = drawn_images.take(source, 6, lambda image: image, seed=0)
+    assert labels.tolist()[:3] == [2, 0, 1] and sorted(places.tolist()) == list(range(6))
+    assert all(torch.equal(image, images[place]) for image, place in zip(chosen, places.tolist(), strict=True))
+    assert torch.equal(drawn_images.varied(source, lambda image: image, count=2), chosen[:2])
 
 
 def drawn_axes(monkeypatch, tmp_path, records, names):
@@ -260,12 +269,10 @@ def test_every_picture_of_oblong_images_with_four_channels(place):
     given = ["--data", "images", "--models", "depth1", "random:depth1", "depth2", "--count", 3, "--device", "cpu"]
     result = run_script("visualize.py", *given, folder=place)
     assert result.code == 0, result.err
-    columns = {"attention": 1 + 2 * 3, "pca": 1 + 3, "neighbours": 1 + 5 * 3, "reconstructions": 2 + 2}
+    columns = {"attention": 1 + 3, "pca": 1 + 3, "neighbours": 1 + 4 * 3, "reconstructions": 2 + 2}
     for kind, number in columns.items():
         with Image.open(place / "runs/pictures" / f"{kind}.png") as picture:
             assert picture.width == 4 + number * (192 + 4) and picture.height > 3 * 128
-    names = json.loads((place / "runs/pictures/shares.json").read_text()).keys()
-    assert list(names) == ["depth1", "random:depth1", "depth2"]
 
 
 def test_any_model_of_timm_at_any_size(place, tmp_path):
@@ -281,33 +288,7 @@ def test_any_model_of_timm_at_any_size(place, tmp_path):
     assert result.code == 0 and "no neighbours: all 6 images are drawn" in result.out, result.err
 
 
-def test_shares_of_the_variance_are_of_brightness_contrast_lit_area_and_class(tmp_path, capsys):
-    areas, lights = torch.randperm(20), torch.randperm(20)
-    images = torch.zeros(20, 1, 20, 20)
-    for image, area, light in zip(images, areas, lights, strict=True):
-        image[0, : area + 1] = 60 + 5 * light
-    labels = torch.arange(20) % 3
-    groups = drawn_images.properties(images.byte(), labels)
-    assert torch.equal(groups["lit area"], areas // 2) and torch.equal(groups["brightness"], lights // 2)
-    assert list(groups) == ["brightness", "contrast", "lit area", "class"] and torch.equal(groups["class"], labels)
-    assert groups["contrast"].bincount().tolist() == [2] * 10
-    assert "class" not in drawn_images.properties(images.byte(), labels - 1)  # where one image has none
-    features = torch.randn(20, 4) + lights[:, None] // 2
-    visualize.write_shares(tmp_path, {"runs/a": features}, groups)
-    shares = json.loads((tmp_path / "shares.json").read_text())["runs/a"]
-    assert shares == {name: pytest.approx(variance_explained(features, members)) for name, members in groups.items()}
-    assert f"{shares['class']:.0%}" in capsys.readouterr().out and shares["class"] < shares["brightness"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--draw", "atention"], "--draw: invalid choice"),
-        (["--models", "random:resnet18"], "plain ViT"),
-        (["--data", "nowhere"], "nowhere"),
-    ],
-)
-def test_bad_input_is_one_line(place, arguments, words):
-    given = ["--data", "images", "--models", "depth1", "--device", "cpu", "--output-dir", "other", *arguments]
+def test_a_model_that_is_no_plain_vit_is_refused_in_one_line(place):
+    given = ["--data", "images", "--models", "random:resnet18", "--device", "cpu", "--output-dir", "other"]
     result = run_script("visualize.py", *given, folder=place)
-    assert result.code == 2 and words in result.err and "Traceback" not in result.err, result.err
+    assert result.code == 2 and "plain ViT" in result.err and "Traceback" not in result.err, result.err

@@ -77,12 +77,17 @@ def summarise(runs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], me
     return summary
 
 
+def paper(row: dict[str, Any]) -> float | None:
+    """Return the paper's accuracy of a row, if there is one to compare with it: fine-tuning that has learned something."""
+    return row["paper"] if row["finetune"] and row["finetune"]["mean"] > 0 else None
+
+
 def markdown(results: dict[str, Any]) -> str:
     """Format the tables: for each measure mean and deviation over seeds, difference to ours with its 95 % interval."""
     lines = []
     for table, rows in results.items():
         columns = {table: [row["arm"] for row in rows]}
-        columns["the paper's"] = ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in rows]
+        columns["the paper's"] = [f"{paper(row):.2f}" if paper(row) else "" for row in rows]
         columns |= {title: [_cell(row[measure]) for row in rows] for measure, title in MEASURES.items()}
         shown = [(title, "---", *cells) for title, cells in columns.items() if any(cells)]
         lines += ["", *(" | ".join(line) for line in zip(*shown, strict=True))]
@@ -99,31 +104,31 @@ def _cell(summary: dict[str, Any] | None) -> str:
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
-    """Draw each arm's mean, deviation and single runs into a PNG: a panel for each measure, a row for each arm and table."""
+    """Draw mean, deviation and single runs into a PNG: a panel for each measure, a row for each arm, under its table's name."""
     rows: list[tuple[str, dict[str, Any]]] = []
     for table, arms in results.items():
         rows += [(table.replace("_", " "), {}), *((arm["arm"], arm) for arm in arms)]
-    places = list(enumerate(row for _, row in rows))
     with plot(path, 1, len(MEASURES), figsize=(9.5, 1.6 + 0.19 * len(rows)), sharey=True) as (figure, panels):
+        legend: dict[str, Any] = {}
         for axis, (measure, title) in zip(panels[0], MEASURES.items(), strict=True):
-            means = [(row[measure]["mean"], place, row[measure]["std"] or 0) for place, row in places if row.get(measure)]
-            x, y, spread = ([mean[i] for mean in means] for i in range(3))
-            label = "mean and standard deviation over seeds"
-            axis.errorbar(x, y, xerr=spread, fmt="o", markersize=4, capsize=2, label=label)
-            runs = [(run[measure], place) for place, row in places for run in row.get("runs", ()) if measure in run]
-            x, y = ([run[i] for run in runs] for i in range(2))
-            axis.scatter(x, y, marker="|", color="C1", zorder=3, label="run of one seed")
-            axis.set(title=title, xlabel="accuracy, %\n\n")  # room for the legend
-            axis.grid(alpha=0.3)
-            for place, row in places:
+            for place, (_, row) in enumerate(rows):
                 if not row:
-                    axis.axhspan(place - 0.5, place + 0.5, color="0.92", zorder=2)
-        axes, last = panels[0][0], panels[0][-1]
-        arms = {place: name for place, (name, row) in enumerate(rows) if row}
-        axes.set_yticks(list(arms), list(arms.values()), fontsize=9)
+                    axis.axhline(place, color="0.85", linewidth=1)
+                elif found := row[measure]:
+                    runs = [run[measure] for run in row["runs"] if measure in run]
+                    style = {"color": "C0", "fmt": "o", "markersize": 4, "capsize": 2}
+                    legend["mean and standard deviation over seeds"] = axis.errorbar(
+                        found["mean"], place, xerr=found["std"] or 0, **style
+                    )
+                    legend["run of one seed"] = axis.scatter(runs, [place] * len(runs), marker="|", color="C1", zorder=3)
+                    if measure == "finetune" and paper(row):
+                        mark = {"marker": "D", "color": "C2", "s": 16}
+                        legend["the paper's, on ImageNet"] = axis.scatter(paper(row), place, **mark)
+            axis.set(title=title, xlabel="accuracy, %\n\n")  # room for the legend
+            axis.grid(axis="x", alpha=0.3)
+        axes = panels[0][0]
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9)
+        for label, (_, row) in zip(axes.get_yticklabels(), rows, strict=True):
+            label.set_fontweight("normal" if row else "bold")
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        for place, (name, row) in enumerate(rows):
-            if not row:  # written on the last panel, so that no other covers it
-                words = last.annotate(name, (0.02, place), xycoords=(axes.transAxes, last.transData), va="center", fontsize=9)
-                words.set_in_layout(False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9)
+        figure.legend(legend.values(), legend, loc="lower center", ncols=3, fontsize=9)

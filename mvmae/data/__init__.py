@@ -26,6 +26,7 @@ from .open import is_stream as is_stream
 from .open import open_images as open_images
 from .pixels import colour as colour
 from .ranges import decide_range as decide_range
+from .sampling import Batch as Batch
 from .sampling import DataError as DataError
 from .sampling import MultiViewDataset as MultiViewDataset
 from .sampling import StepSampler as StepSampler

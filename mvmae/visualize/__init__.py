@@ -4,6 +4,7 @@ from .attention import attention_maps as attention_maps
 from .attention import patch_heat as patch_heat
 from .attention import rollout as rollout
 from .pictures import GREY as GREY
+from .pictures import masked_title as masked_title
 from .pictures import nearest as nearest
 from .pictures import overlay as overlay
 from .pictures import pca_colours as pca_colours

@@ -54,25 +54,32 @@ def reconstruction_picture(
     mask: Mask | None = None,
     generator: torch.Generator | None = None,
 ) -> Image.Image:
-    """Draw a row for each view: the view, its visible patches, and the view with its masked patches rebuilt.
+    """Draw each view beside what stays of it under its mask, and with its masked patches as the model rebuilds them.
 
-    What the decoder predicts for visible patches is not shown: unless ``loss_on="all"``, nothing trains it.
+    More than three views stand in two columns. What the decoder predicts for visible patches is not shown: unless
+    ``loss_on="all"``, nothing trains it.
 
     Views, (B, V, C, H, W), are normalised by ``mean`` and ``std``, in [0, 1]; three channels are shown, or the first. A mask
     over the B * V views is drawn, from ``generator``, where it is None.
     """
     rebuilt, masked = reconstruct(model, views, mask=mask, generator=generator)
     images, rebuilt = (to_unit_range(x, mean, std) for x in (views.flatten(0, 1), rebuilt))
-    shown = torch.where(masked, torch.full_like(images, GREY), images)
-    pasted = torch.where(masked, rebuilt, images)
-    titles = ["view", f"visible patches ({1 - masked.float().mean().item():.0%})", "masked patches rebuilt"]
-    return contact_sheet([images, shown, pasted], titles, reconstruction_note(model), min_width=240)
+    triple = images, torch.where(masked, GREY, images), torch.where(masked, rebuilt, images)
+    rows = len(images) if len(images) <= 3 else -(-len(images) // 2)
+    columns = [part[first : first + rows] for first in range(0, len(images), rows) for part in triple]
+    titles = ["image", masked_title(masked), "reconstruction"] * (len(columns) // 3)
+    return contact_sheet(columns, titles, reconstruction_note(model), min_width=192)
+
+
+def masked_title(masked: Tensor) -> str:
+    """Return the title over images without their masked pixels, of which ``masked`` says where they are."""
+    return f"{100 * masked.float().mean().item():.0f} % masked"
 
 
 def reconstruction_note(model: MultiViewMAE) -> str:
     """Return what to say on a picture of this model's reconstructions: what the model did not predict."""
-    lent = " Each rebuilt patch has the true patch's mean and contrast, which this model does not predict."
-    return "Visible patches are shown as they are." + lent * _predicts_normalised(model)
+    copied = "Brightness and contrast of each patch are copied from the original; the model predicts the pattern. "
+    return copied * _predicts_normalised(model) + "Visible patches are shown as they are."
 
 
 def _predicts_normalised(model: MultiViewMAE) -> bool:

@@ -25,45 +25,55 @@ def contact_sheet(
     note: str = "",
     *,
     min_width: int = 160,
+    captions: Sequence[Sequence[str]] = (),
     marks: Sequence[Sequence[bool] | None] = (),
-    bars: Sequence[tuple[str, str] | None] = (),
+    bar: tuple[str, str] | None = None,
     legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
 ) -> Image.Image:
-    """Put images into a grid with a title over each column, and colour bars, a legend and a note below.
+    """Put images into a grid with a title over each column, and a colour bar, a legend and a note below.
 
-    Text is broken into lines where it is wider than its column or the sheet.
+    Titles and note are broken into lines where they are wider than their place.
 
     Args:
-        columns: images (C, H, W) in [0, 1], as many in each column; those of a row may differ in size.
-        titles: one for each column.
+        columns: images (C, H, W) in [0, 1]; those of a row may differ in size.
+        titles: one for each column; it may reach over those after it whose own is empty.
         note: text at the bottom.
         min_width: small images are enlarged by a whole number until they are this wide, in pixels.
+        captions: for each column one line below each image.
         marks: for each column None, or for each image whether it is right: a tick and a green frame, a cross and a red one.
-        bars: for each column None, or what the darkest and the lightest colour of `heat_colours` stand for.
+        bar: what the darkest and the lightest colour of `heat_colours` stand for.
         legend: names and the colours, red, green and blue in [0, 255], that stand for them.
     """
-    nearest = Image.Resampling.NEAREST
-    tiles = [
-        [ImageOps.scale(tile, max(-(-min_width // tile.width), 1), nearest) for tile in map(to_pillow, column)]
-        for column in columns
-    ]
+    tiles = [[_enlarged(to_pillow(image), min_width) for image in column] for column in columns]
     widths = [max(tile.width for tile in column) for column in tiles]
-    lefts = _starts(widths, GAP)
+    lefts = list(accumulate((width + GAP for width in widths), initial=GAP))
     font: Any = ImageFont.load_default(size=max(MIN_TEXT, lefts[-1] // LETTERS))
-    headings = [_wrapped(title, font, width) for title, width in zip(titles, widths, strict=True)]
-    above = _words(headings, lefts, lefts[-1], font)
-    tops = _starts([max(tile.height for tile in row) for row in zip(*tiles, strict=True)], above.height)
-    below = [_bars(bars, lefts, widths, font), _legend(legend, lefts[-1], font)]
-    below += [_words([_wrapped(note, font, lefts[-1] - 2 * GAP)], [GAP], lefts[-1], font)] if note else []
-    ends = list(accumulate((part.height for part in below), initial=tops[-1]))
-    sheet = Image.new("RGB", (lefts[-1], ends[-1]), "white")
-    for part, top in zip([above, *below], [0, *ends], strict=False):
-        sheet.paste(part, (0, top))
-    for left, column, marked in zip_longest(lefts[:-1], tiles, marks):
-        for top, tile, right in zip_longest(tops[:-1], column, marked or ()):
-            sheet.paste(tile, (left, top))
+    line = int(sum(font.getmetrics())) + 1
+    rows = [max(tile.height for tile in row if tile) for row in zip_longest(*tiles)]
+
+    ends = [
+        next((left for left, title in zip(lefts[n:], titles[n:], strict=False) if title), lefts[-1])
+        for n in range(1, len(tiles) + 1)
+    ]
+    headings = [_wrapped(title, font, end - left - GAP) for title, left, end in zip(titles, lefts[:-1], ends, strict=True)]
+    below = [_bar(*bar, lefts[-1], font)] if bar else []
+    below += [_legend(legend, lefts[-1], font)] if legend else []
+    below += [_written(_wrapped(note, font, lefts[-1] - 2 * GAP), lefts[-1], font)] if note else []
+    top = GAP + line * max(map(len, headings))
+    tops = list(accumulate((height + line * bool(captions) + GAP for height in rows), initial=top))
+    sheet = Image.new("RGB", (lefts[-1], tops[-1] + sum(part.height for part in below)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for left, lines, column, said, marked in zip_longest(lefts[:-1], headings, tiles, captions, marks):
+        for number, text in enumerate(lines):
+            draw.text((left, GAP // 2 + number * line), text, fill="black", font=font)
+        for y, tile, text, right in zip_longest(tops[: len(column)], column, said or (), marked or ()):
+            sheet.paste(tile, (left, y))
+            if text:
+                draw.text((left, y + tile.height), text, fill="black", font=font)
             if right is not None:
-                _mark(ImageDraw.Draw(sheet), (left, top, left + tile.width - 1, top + tile.height - 1), right, font.size)
+                _mark(draw, (left, y, left + tile.width - 1, y + tile.height - 1), right, font.size)
+    for part, y in zip(below, accumulate((part.height for part in below), initial=tops[-1]), strict=False):
+        sheet.paste(part, (0, y))
     return sheet
 
 
@@ -74,15 +84,13 @@ def heat_colours(heat: Tensor) -> Tensor:
 
 def to_pillow(image: Tensor) -> Image.Image:
     """Turn one image (C, H, W) in [0, 1] into a Pillow one: RGB from three or more channels, grey from fewer."""
-    channels = image[:3] if len(image) >= 3 else image[:1]
+    channels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     pixels = channels.mul(255).round().byte().permute(1, 2, 0).contiguous().cpu()
-    mode = "RGB" if pixels.shape[2] == 3 else "L"
-    return Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist())).convert("RGB")
+    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist()))
 
 
-def _starts(sizes: Sequence[int], first: int) -> list[int]:
-    """Return where things of these sizes start, one after the other, and where the next would."""
-    return list(accumulate((size + GAP for size in sizes), initial=first))
+def _enlarged(tile: Image.Image, min_width: int) -> Image.Image:
+    return ImageOps.scale(tile, max(-(-min_width // tile.width), 1), Image.Resampling.NEAREST)
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
@@ -98,47 +106,41 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def _line(font: Any) -> int:
-    return int(sum(font.getmetrics())) + 1
+def _strip(width: int, lines: int, font: Any) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """Return white paper for lines of text, what draws on it, and the height of a line."""
+    line = int(sum(font.getmetrics())) + 1
+    strip = Image.new("RGB", (width, lines * line + GAP), "white")
+    return strip, ImageDraw.Draw(strip), line
 
 
-def _words(texts: Sequence[Sequence[str]], lefts: Sequence[int], width: int, font: Any) -> Image.Image:
-    """Write texts side by side."""
-    strip = Image.new("RGB", (width, GAP + _line(font) * max(map(len, texts))), "white")
-    draw = ImageDraw.Draw(strip)
-    for left, lines in zip(lefts, texts, strict=False):
-        for number, line in enumerate(lines):
-            draw.text((left, GAP // 2 + number * _line(font)), line, fill="black", font=font)
+def _written(lines: Sequence[str], width: int, font: Any) -> Image.Image:
+    strip, draw, line = _strip(width, len(lines), font)
+    for number, text in enumerate(lines):
+        draw.text((GAP, GAP // 2 + number * line), text, fill="black", font=font)
     return strip
 
 
-def _bars(bars: Sequence[tuple[str, str] | None], lefts: Sequence[int], widths: Sequence[int], font: Any) -> Image.Image:
-    """Draw the colours of `heat_colours` below columns, dark at the left, with what both ends stand for."""
-    strip = Image.new("RGB", (lefts[-1], font.size + _line(font) + GAP if any(bars) else 0), "white")
-    draw = ImageDraw.Draw(strip)
-    for bar, left, width in zip(bars, lefts, widths, strict=False):
-        if bar:
-            colours = heat_colours(torch.linspace(0, 1, width).expand(font.size, -1))
-            strip.paste(to_pillow(colours), (left, 0))
-            draw.rectangle((left, 0, left + width - 1, font.size - 1), outline="black")
-            draw.text((left, font.size), bar[0], fill="black", font=font)
-            draw.text((left + width, font.size), bar[1], fill="black", font=font, anchor="ra")
+def _bar(low: str, high: str, width: int, font: Any) -> Image.Image:
+    """Draw the colours of `heat_colours`, dark at the left, between what both ends stand for."""
+    strip, draw, line = _strip(width, 1, font)
+    left, right = round(font.getlength(low)) + 2 * GAP, width - round(font.getlength(high)) - 2 * GAP
+    colours = heat_colours(torch.linspace(0, 1, max(right - left, 1)).expand(line, -1))
+    strip.paste(to_pillow(colours), (left, 0))
+    draw.rectangle((left, 0, right - 1, line - 1), outline="black")
+    draw.text((GAP, 0), low, fill="black", font=font)
+    draw.text((width - GAP, 0), high, fill="black", font=font, anchor="ra")
     return strip
 
 
 def _legend(legend: Sequence[tuple[str, tuple[int, int, int]]], width: int, font: Any) -> Image.Image:
-    """Draw a square of each colour with its name, in as many lines as it takes."""
-    places, left, top = [], GAP, 0
-    for name, _ in legend:
-        taken = round(1.5 * font.size + font.getlength(name)) + font.size
-        left, top = (GAP, top + _line(font)) if left > GAP and left + taken > width else (left, top)
-        places.append((left, top))
-        left += taken
-    strip = Image.new("RGB", (width, top + _line(font) + GAP if legend else 0), "white")
-    draw = ImageDraw.Draw(strip)
-    for (name, colour), (left, top) in zip(legend, places, strict=True):
-        draw.rectangle((left, top + 3, left + font.size, top + 3 + font.size), fill=colour, outline="black")
-        draw.text((left + 1.5 * font.size, top), name, fill="black", font=font)
+    """Draw a square of each colour with its name, in columns of the width of the longest name."""
+    wide = round(2 * font.size + max(font.getlength(name) for name, _ in legend)) + GAP
+    across = max((width - GAP) // wide, 1)
+    strip, draw, line = _strip(width, -(-len(legend) // across), font)
+    for number, (name, colour) in enumerate(legend):
+        x, y = GAP + number % across * wide, number // across * line
+        draw.rectangle((x, y + 3, x + font.size, y + 3 + font.size), fill=colour, outline="black")
+        draw.text((x + 1.5 * font.size, y), name, fill="black", font=font)
     return strip
 
 
