@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.layers import LayerScale
 from timm.models import get_model_args
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -31,6 +32,7 @@ from .weights import (
     write_weights,
 )
 
+DEFAULT_NAME = "vit_base_patch16_224"
 PRETRAINING_FOLDER = "pretraining"  # in an exported folder, where timm looks for one .safetensors alone
 PRETRAINING_FILE = "pretraining.safetensors"
 PRETRAINING_CONFIG = "pretraining.json"
@@ -45,8 +47,9 @@ LOSSES: dict[str, tuple[Any, tuple[str, ...]]] = {
 def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
     """Return what ``timm.create_model`` needs to build a ViT like this one, in types that JSON can hold.
 
-    timm records the arguments of a model that it builds by name, and later changes of size, pooling and classes. ``plain``:
-    by a name that timm has without this package; else by its own, with its dropout rates and how images are read.
+    timm records the arguments of a model that it builds by name, and later changes of size, pooling and classes; those of one
+    that was built by hand are read off its modules. ``plain``: by a name that timm has without this package; else by its own,
+    with its dropout rates and how images are read.
 
     Returns:
         ``architecture``, a name, ``model_args``, keyword arguments, and ``num_classes``.
@@ -55,13 +58,13 @@ def describe_encoder(vit: PlainViT, *, plain: bool = True) -> dict[str, Any]:
         WeightsError: if no arguments that JSON can hold rebuild it.
     """
     cfg = getattr(vit, "pretrained_cfg", None) or {}
-    recorded, name = getattr(vit, "_model_args", None), cfg.get("architecture", "")
-    if recorded is None or not timm.is_model(name):
-        raise WeightsError("the encoder was built by hand, which no file describes: build it by timm.create_model")
+    recorded, name = getattr(vit, "_model_args", None), cfg.get("architecture") or DEFAULT_NAME
     own = {theirs: ours for ours, theirs in reversed(TIMM_NAMES.items())} if isinstance(vit, SinCosVisionTransformer) else {}
     name = TIMM_NAMES.get(name, name) if plain else own.get(name, name)
-    args = get_model_args(vit)
-    if not plain:  # which timm leaves out of exports
+    if not timm.is_model(name):
+        name = DEFAULT_NAME
+    args = get_model_args(vit) if recorded is not None else _shown_arguments(vit)
+    if recorded is not None and not plain:  # which timm leaves out of exports
         args |= {key: value for key, value in recorded.items() if key.endswith(("drop_rate", "drop_path_rate"))}
     args["use_fc_norm" if isinstance(vit, Eva) else "fc_norm"] = not isinstance(vit.fc_norm, nn.Identity)
     args = {key: list(value) if isinstance(value, tuple) else value for key, value in args.items() if key in _parameters(vit)}
@@ -106,6 +109,34 @@ def _parameters(vit: Any) -> set[str]:
     kind: Any = Eva if isinstance(vit, Eva) else VisionTransformer
     others = {"self", "num_classes", "device", "dtype", "weight_init", "fix_init"}
     return set(inspect.signature(kind.__init__).parameters) - others
+
+
+def _shown_arguments(vit: Any) -> dict[str, Any]:
+    """Derive the arguments of a ViT that was built by hand from its modules."""
+    if isinstance(vit, Eva):
+        raise WeightsError("an Eva that was built by hand cannot be described: build it by timm.create_model")
+    embed, block = vit.patch_embed, vit.blocks[0]
+    return {
+        "img_size": tuple(embed.img_size),
+        "patch_size": tuple(embed.patch_size),
+        "in_chans": vit.in_chans,
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / vit.embed_dim,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,  # weights that are loaded replace it
+        "class_token": vit.cls_token is not None,
+        "reg_tokens": vit.num_reg_tokens,
+        "no_embed_class": vit.no_embed_class,
+        "pos_embed": "none" if vit.pos_embed is None else "learn",
+        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "global_pool": vit.global_pool,
+        "pool_include_prefix": vit.pool_include_prefix,
+        "dynamic_img_size": vit.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+    }
 
 
 def _structure(vit: Any, *, drops: bool) -> dict[str, str]:

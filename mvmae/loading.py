@@ -211,7 +211,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         run = folder / "encoder"  # a run's own config.json holds its options
         model_name = f"local-dir:{run if (run / CONFIG_FILE).is_file() else folder}"
     file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
-    own_loader = model_name.startswith(("local-dir:", "hf-hub:", "mvmae_")) or {"features_only", "use_naflex"} & kwargs.keys()
+    own_loader = model_name.startswith(("local-dir:", "hf-hub:")) or {"features_only", "use_naflex"} & kwargs.keys()
     if pretrained and file and not own_loader:
         weights = read_weights(file)
         model: nn.Module = timm.create_model(model_name, **{**arguments_of(model_name, weights), **kwargs})

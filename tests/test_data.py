@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from functools import partial
 from pathlib import Path
 
@@ -267,6 +268,15 @@ def test_a_dead_worker_and_memory_that_is_full_are_one_line_with_the_cure(fault,
     with pytest.raises(DataError, match=message) as caught:
         list(batches)
     assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_hangs_is_a_line_and_then_the_end(monkeypatch, caplog):
+    for name, seconds in (("TURN", 1), ("NOTICE", 1), ("TIMEOUT", 2)):
+        monkeypatch.setattr(f"mvmae.data.loader.{name}", seconds)
+    batches = loader(Arrays(hook=partial(at_seven, partial(time.sleep, 60))), num_workers=1)
+    with pytest.raises(DataError, match="^no batch came in 2 s: a file or its disk hangs$"):
+        list(batches)
+    assert caplog.messages == ["no batch for 1 s: a file or its disk is slow"]
 
 
 @pytest.mark.posix

@@ -466,13 +466,16 @@ def test_a_changed_encoder_is_described_as_it_is(tmp_path):
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), vit(images))
 
 
-def test_an_encoder_that_timm_would_build_otherwise_is_refused(tmp_path):
-    by_hand = timm.models.VisionTransformer(patch_size=8, num_classes=0, **TINY)
-    changed = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY)
-    changed.blocks[1].attn.num_heads = 6  # of the same shapes
-    for vit, cause in ((by_hand, "built by hand"), (changed, "blocks.1.attn.num_heads is 6, but 3 where timm builds it")):
-        with pytest.raises(WeightsError, match=cause):
-            hub.export(vit, tmp_path)
+@pytest.mark.parametrize("options", [{"reg_tokens": 2, "init_values": 0.1}, {"class_token": False, "global_pool": "avg"}])
+def test_an_encoder_built_by_hand_is_described_by_its_modules_or_refused(options, tmp_path):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
+    vit = timm.models.VisionTransformer(**sizes, **options).eval()
+    hub.export(vit, tmp_path, mean=[0.5] * 3, std=[0.5] * 3)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), vit(images))
+    vit.blocks[1].attn.num_heads = 6  # of the same shapes
+    with pytest.raises(WeightsError, match="blocks.1.attn.num_heads is 6, but 3 where timm builds it"):
+        hub.export(vit, tmp_path, mean=[0.5] * 3, std=[0.5] * 3)
 
 
 def test_how_images_are_read_is_one_record_of_the_export(tmp_path):

@@ -17,6 +17,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .sampling import Batch, DataError, Sample
 
+TURN, NOTICE, TIMEOUT = 5, 60, 300
+"""Seconds without a batch after which dead workers are looked for, a line says so, the run ends: a network disk can hang."""
 _USED_UP = ("Too many open files", "File too large", "shared memory", "MemoryError", "DefaultCPUAllocator")
 _logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Loader(DataLoader[Any]):
             pin_memory=pin_memory,
             collate_fn=partial(_collate, collate or stack),
             generator=torch.Generator(),  # else each pass draws from the global one
+            timeout=TURN if num_workers else 0,
             worker_init_fn=_start_worker,
         )
         self._max_bad, self._bad_file = getattr(dataset, "max_bad", 0), Path(bad_file) if bad_file else None
@@ -73,7 +76,22 @@ class Loader(DataLoader[Any]):
             if self.num_workers and threading.current_thread() is threading.main_thread() and os.name == "posix":
                 # torch's handler would raise the death of a worker wherever the main thread is, even within a step
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for batch in batches:
+            waited = 0
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if "DataLoader timed out" not in str(error):
+                        raise
+                    waited += TURN
+                    if waited >= TIMEOUT:
+                        raise DataError(f"no batch came in {TIMEOUT} s: a file or its disk hangs") from error
+                    if waited % NOTICE == 0:
+                        _logger.warning("no batch for %d s: a file or its disk is slow", waited)
+                    continue
+                waited = 0
                 if isinstance(batch, Batch):
                     self._count(batch.bad)
                 yield batch
