@@ -2,7 +2,8 @@ r"""Measure how fast images load and how fast the model trains, each against ano
 
   python examples/benchmark.py
       takes a few minutes on one CPU core; loading is 3 to 4 times as fast as the naive way at 500 x 375 pixels
-  python examples/benchmark.py --parts step --precision bf16 --encoder mvmae_vit_base_patch16 --batch-size 256
+  python examples/benchmark.py --parts step --precision bf16 \
+    --encoder mvmae_vit_base_patch16 --batch-size 256
       on a CUDA device also the model FLOP utilisation, MFU: a step's operations a second as a share of those of a large matrix
       product on the same device
 

@@ -6,7 +6,8 @@ r"""Draw what models attend to (Fig. 2), what they reconstruct (Fig. 8), and wha
   python examples/visualize.py --data path/to/images \
     --models vit_small_patch14_dinov2.lvd142m --image-size 448
       any plain ViT of timm, at any size
-  python examples/visualize.py --data path/to/images --models runs/depth4 runs/depth8 --draw reconstructions
+  python examples/visualize.py --data path/to/images \
+    --models runs/depth4 runs/depth8 --draw reconstructions
       decoders of several depths
 
 The output folder then holds a PNG for each kind of picture.

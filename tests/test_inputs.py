@@ -206,7 +206,8 @@ def test_the_feature_of_an_odd_picture_is_that_of_its_pixels_by_hand(kind, tmp_p
     vit, size, mean, std = tiny_vit(in_chans=channels, img_size=(40, 48)).eval(), (40, 48), (0.4,) * channels, (0.2,) * channels
     with torch.no_grad():
         expected = vit.forward_head(vit.forward_features((pixels - 0.4) / 0.2), pre_logits=True)
-    told = mvmae.embed(vit, tmp_path / "images", mean=mean, std=std, crop_pct=1.0, interpolation="bicubic", **options)
+    set_inputs(vit, Inputs(size, mean, std, crop_pct=1.0))
+    told = mvmae.embed(vit, tmp_path / "images", **options)
     set_inputs(vit, Inputs(size, mean, std, crop_pct=1.0, **options))
     hub.export(vit, tmp_path / "encoder")
     for found in (told, mvmae.embed(tmp_path / "encoder", tmp_path / "images")):

@@ -174,5 +174,10 @@ def without_onnxruntime():
 def test_a_missing_library_is_one_line_before_anything_is_written(tmp_path):
     fine_tuned(tmp_path / "run")
     done = run_script("export.py", "--run", "run", "--onnx", folder=tmp_path, patch=without_onnxruntime)
-    assert done.code == 2 and done.err.count("\n") == 1 and done.err.startswith("error: encoder.onnx needs onnx")
+    assert (
+        done.code == 2
+        and done.err.count("\n") == 1
+        and done.err.startswith("error: encoder.onnx")
+        and "mvmae[onnx]" in done.err
+    )
     assert 'pip install "mvmae[onnx]"' in done.err and not (tmp_path / "run" / "encoder").exists()

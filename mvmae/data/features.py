@@ -122,9 +122,10 @@ def embed(
     *,
     split: str = "train",
     image_size: int | tuple[int, int] = 0,
+    background: str | None = None,
+    value_range: tuple[float, float] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
-    **changes: Any,
 ) -> Embedded:
     """Compute the features of all images of a source, in its order, in memory; ``examples/embed.py`` writes them to a disk.
 
@@ -137,9 +138,10 @@ def embed(
         source: A folder, list, archive or data set, as `open_images` takes it.
         split: "train" or "val", where the source has splits.
         image_size: Side in pixels, or (H, W); 0: the size that the model was built for.
+        background: Colour behind transparent pixels; None: the model's own, as for the next.
+        value_range: Pixel values that are black and white, such as (0, 4095).
         batch_size: Images at a time.
         num_workers: Loading processes; 0 loads in this process.
-        **changes: Attributes of `mvmae.inputs.Inputs` that replace the model's own, such as ``background`` or ``value_range``.
 
     Raises:
         ValueError: No images, no such model, or sizes that do not fit.
@@ -154,7 +156,8 @@ def embed(
         encoder = create_model(os.fspath(model), pretrained=True, num_classes=0)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    transform = EvalTransform(encoder, image_size, **changes)
+    given = {"background": background, "value_range": value_range}
+    transform = EvalTransform(encoder, image_size, **{name: value for name, value in given.items() if value is not None})
     features, bad = torch.empty(0), dict[int, str]()
     for rows, found, unread in embed_rows(encoder, images, batches, transform, num_workers=num_workers):
         if rows:
