@@ -1,4 +1,4 @@
-"""Measures of features: k-NN accuracy, explained variance with labels; view retrieval, rank, uniformity, collapse without.
+"""Measures of features: k-NN accuracy with labels; view retrieval, rank, uniformity, collapse without.
 
 Two more compare the features of the same images before and after further training.
 
@@ -132,25 +132,6 @@ def uniformity(features: Tensor, *, t: float = 2.0, chunk_size: int = 1024) -> f
         parts.append(as_double((-t * distance).masked_fill(~pair, -torch.inf).flatten()).logsumexp(dim=0))
     pairs = len(features) * (len(features) - 1) / 2
     return float(torch.stack(parts).logsumexp(dim=0)) - math.log(pairs)
-
-
-def variance_explained(features: Tensor, groups: Tensor) -> float:
-    """Compute the share of the features' variance that lies between groups of images, in 0 to 1 (the correlation ratio).
-
-    Features are (N, D), of any length; groups (N,) integers. G groups drawn at random give about (G - 1) / (N - 1).
-
-    Raises:
-        ValueError: if there are fewer than two features, they are all the same, or groups and features differ in number.
-    """
-    _check("features", features, groups, at_least=2)
-    centred = as_double(_unit(features))
-    centred = centred - centred.mean(dim=0)
-    _, numbers, counts = groups.to(centred.device).unique(return_inverse=True, return_counts=True)
-    sums = centred.new_zeros(len(counts), centred.shape[1]).index_add_(0, numbers, centred)
-    total = centred.square().sum()
-    if not total > 0:
-        raise ValueError("features must be finite and differ, got equal ones, or NaN or infinity: has the encoder collapsed?")
-    return float((sums.square().sum(dim=1) / counts).sum() / total)
 
 
 def collapse_warning(features: Tensor | float) -> str | None:

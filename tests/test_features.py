@@ -78,6 +78,33 @@ def test_an_evaluation_repeats_and_two_processes_and_workers_measure_what_one_do
         assert evaluate(folder, workers=2)[0] == alone
 
 
+def test_the_neighbours_are_images_that_are_trained_on(tmp_path):
+    """Of noise with labels drawn at random, which no features tell: a held-out image must not be its own neighbour."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / name / f"{i:02}.png")
+    splits = open_splits(str(tmp_path))
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3).eval()
+    vit.reset_classifier(0, "avg")
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "input_size": (3, 32, 32), "crop_pct": 1.0}
+    mean, std = (torch.tensor(vit.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+
+    def by_hand(part):
+        pixels = [np.array(Image.open(part.name(i)), np.float32) for i in range(len(part))]
+        with torch.no_grad():
+            found = vit(torch.stack([(torch.from_numpy(x).permute(2, 0, 1) / 255 - mean) / std for x in pixels]))
+        return torch.nn.functional.normalize(found, dim=1), torch.as_tensor(part.labels)
+
+    (bank, known), (queries, labels) = by_hand(splits.train), by_hand(splits.val)
+    similarity, nearest = (queries @ bank.T).topk(20)
+    votes = torch.zeros(len(queries), 2).scatter_add_(1, known[nearest], (similarity / 0.07).exp())
+    expected = 100 * float((votes.argmax(1) == labels).float().mean())
+    options = {"limit": 100, "ranks": ALONE, "workers": 0, "max_bad": 0}
+    assert Evaluation(vit, splits, MultiViewTransform(32), **options)()["knn"] == pytest.approx(expected) and expected < 90
+
+
 def test_few_images_held_out_are_no_collapse(tmp_path, classes):
     found, _ = evaluate(some(tmp_path, classes, 7))
     assert found["knn"] == 100 and found["effective_rank"] > 2  # 2 held out, 12 neighbours

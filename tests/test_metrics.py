@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
@@ -12,7 +11,6 @@ from mvmae.metrics import (
     effective_rank,
     knn_accuracy,
     uniformity,
-    variance_explained,
     view_retrieval,
 )
 
@@ -89,22 +87,6 @@ def test_a_collapse_is_told_with_the_effective_rank():
     assert collapse_warning(torch.randn(100, 64)) is None and collapse_warning(5.0) is None
 
 
-def test_explained_variance_is_that_of_an_analysis_of_variance():
-    labels = torch.randint(5, (300,)) * 7 - 3
-    angles = 0.1 * labels + torch.randn(300, dtype=torch.float64)
-    features = torch.stack([angles.cos(), angles.sin()], dim=1)
-    between = within = 0.0  # over both dimensions, from the F values of each
-    for values in features.T.numpy():
-        groups = [values[labels == label] for label in labels.unique()]
-        ratio = scipy.stats.f_oneway(*groups).statistic * 4 / 295
-        total = ((values - values.mean()) ** 2).sum()
-        between, within = between + total * ratio / (1 + ratio), within + total / (1 + ratio)
-    assert 0.1 < between / (between + within) < 0.9
-    assert variance_explained(5 * features, labels) == pytest.approx(between / (between + within))
-    assert variance_explained(features, torch.arange(300)) == pytest.approx(1)
-    assert variance_explained(torch.randn(1000, 64), torch.randint(11, (1000,))) == pytest.approx(10 / 999, rel=0.25)
-
-
 @pytest.mark.parametrize("chunk_size", [3, 1024])
 def test_view_retrieval_equals_a_loop_over_all_views(chunk_size):
     n, q, d = 15, 3, 4
@@ -133,10 +115,6 @@ def test_what_cannot_be_measured_is_refused():
         (lambda: effective_rank(train[:0]), "N >= 1"),
         (lambda: effective_rank(nan), "NaN or infinite"),
         (lambda: uniformity(train[:1]), "N >= 2"),
-        (lambda: variance_explained(train, torch.zeros(3)), r"features must be .*, got \(50, 8\) .*, got \(3,\)"),
-        (lambda: variance_explained(torch.ones(4, 3), torch.zeros(4)), "got equal ones"),
-        (lambda: variance_explained(nan, labels), "NaN or infinity"),
-        (lambda: variance_explained(train[:1], labels[:1]), "N >= 2"),
         (lambda: view_retrieval(torch.randn(1, 5, 3)), r"N and Q >= 2, got \(1, 5, 3\)"),
         (lambda: view_retrieval(torch.full((3, 3, 3), math.nan)), "NaN or infinite"),
     ):

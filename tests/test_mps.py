@@ -90,7 +90,6 @@ MEASURES = {
     "k-NN": lambda x, y, labels: metrics.knn_accuracy(x, labels, y, labels, k=5),
     "rank": lambda x, y, labels: metrics.effective_rank(x, chunk_size=16),
     "uniformity": lambda x, y, labels: metrics.uniformity(x, chunk_size=16),
-    "variance": lambda x, y, labels: metrics.variance_explained(x, labels),
     "cosine": lambda x, y, labels: metrics.mean_cosine(x, y),
     "CKA": lambda x, y, labels: metrics.linear_cka(x, y),
     "few labels": lambda x, y, labels: probe.few_label_accuracy(x, labels, y, labels, 5, seed=0),

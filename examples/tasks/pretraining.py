@@ -1,4 +1,4 @@
-"""What pretrain.py and adapt.py train on, and how: images, length, views, masks, parameter groups, the losses of a step.
+"""What pretrain.py and adapt.py train on, and how: images, length, also by `--minutes`, views, masks, parameter groups.
 
 Shapes: B images, V views, C channels, H x W pixels.
 """
