@@ -35,7 +35,7 @@ from mvmae.data import EvalTransform, embed_rows
 from mvmae.weights import read_json, write_json, write_text
 from tasks.feature_files import Features, Parts, fingerprint, one_line, write_array, write_table
 from tasks.features import POOLS, Pooled
-from tasks.inputs import InputOptions, describe_inputs, read_inputs
+from tasks.inputs import InputOptions, describe_inputs, resolve_inputs
 from tasks.labelled import LabelledConfig
 from tasks.models import SHIPPED, load_backbone, summary
 from tasks.splits import named_images
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
     source = named_images(config.data, config.split)
     torch.manual_seed(config.seed)
     model = load_backbone(config.model, arch=config.arch, image_size=config.image_size).to(ranks.device)
-    inputs = read_inputs(config, model, source, config.image_size)
+    inputs = resolve_inputs(config, model, source, config.image_size)
     encoder = Pooled(model, config.pool).eval().requires_grad_(False)
 
     settings = {**dataclasses.asdict(config), "images": source.fingerprint, "weights": fingerprint(model)}

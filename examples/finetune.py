@@ -36,7 +36,7 @@ from mvmae.hub import describe
 from mvmae.weights import write_json
 from tasks import models
 from tasks.features import Pooled, extract
-from tasks.inputs import describe_inputs, read_inputs
+from tasks.inputs import describe_inputs, resolve_inputs
 from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
 from tasks.plots import draw_curves
 from tasks.splits import open_labelled
@@ -145,7 +145,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     model = models.load_backbone(config.model, arch=config.arch, image_size=config.image_size, drop_path_rate=config.drop_path)
     source = models.starting_weights(model, config.model, config.arch)
-    inputs = read_inputs(config, model, data.train, config.image_size)
+    inputs = resolve_inputs(config, model, data.train, config.image_size)
     models.add_head(model, len(data.class_names), std=2e-5)  # MAE
     model.to(ranks.device).train()
     optimizer = build_optimizer(config, model)

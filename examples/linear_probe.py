@@ -34,7 +34,7 @@ from engine.signals import Signals
 from mvmae.data import EvalTransform, StepSampler
 from mvmae.weights import write_json, write_text
 from tasks.features import POOLS, Pooled, extract
-from tasks.inputs import describe_inputs, read_inputs
+from tasks.inputs import describe_inputs, resolve_inputs
 from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
 from tasks.models import load_backbone, starting_weights, summary
 from tasks.plots import draw_curves
@@ -105,7 +105,7 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
     torch.manual_seed(config.seed)
     model = load_backbone(name, arch=config.arch, image_size=config.image_size).to(ranks.device)
     encoder = Pooled(model, config.pool).eval().requires_grad_(False)  # no dropout, no statistics that move
-    inputs = read_inputs(config, model, data.train, config.image_size)
+    inputs = resolve_inputs(config, model, data.train, config.image_size)
     centre = EvalTransform(model)
     loading = {"batch_size": min(config.batch_size, 256), "workers": config.workers, "max_bad": config.max_bad}
     with signals.interruptible(), autocast(config.precision, ranks.device):  # nothing is saved before the features are there

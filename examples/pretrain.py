@@ -35,7 +35,7 @@ from tasks.best import Best
 from tasks.config import Config as Config
 from tasks.config import build_model
 from tasks.evaluation import Evaluation
-from tasks.inputs import describe_inputs, read_inputs
+from tasks.inputs import describe_inputs, resolve_inputs
 from tasks.models import check_plain, describe_start, starting_weights
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
@@ -50,7 +50,7 @@ from tasks.pretraining import (
     step_mask,
     train_last_blocks,
     view_loader,
-    without_colour,
+    without_colour_jitter,
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -107,13 +107,13 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
 
     # data and model
     check_plain(config.encoder, config.arch)  # before the data, which can take minutes to read
-    config = without_colour(config)
+    config = without_colour_jitter(config)
     images = open_data(config)
     model = build_model(config, device).train()
     encoder: Any = model.encoder
     loaded = load_run(model, config) if config.pretrained else ""  # decoder and projector of a run, where they fit
     trained_part = train_last_blocks(encoder, config.train_blocks)
-    inputs = read_inputs(config, encoder, images.train)  # recorded on the encoder, and exported with it
+    inputs = resolve_inputs(config, encoder, images.train)  # recorded on the encoder, and exported with it
     schedule = fit_schedule(config, images.length, ranks)
     evaluation = build_evaluation(config, encoder, images.splits, ranks)
     pictures = Pictures(evaluation, inputs, config.seed)
@@ -123,16 +123,16 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     optimizer = build_optimizer(groups, config.optimizer, lr=schedule.lr, precision=config.precision, device=device)
 
     # step; wrapped once: a frozen encoder is a learning rate of 0, and a late contrastive loss a weight of 0
-    late = schedule.contrast_after > 0
-    trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=late)  # type: ignore[arg-type]
+    contrast_waits = schedule.contrast_after > 0
+    trained = parallel(torch.compile(model) if config.compile else model, ranks, unused=contrast_waits)  # type: ignore[arg-type]
 
-    def backward(step: int, batch: Batch, weight: float) -> mvmae.Losses:
-        """Compute the losses of a batch, Eqs. 1-7, the contrastive one times ``weight``, and their gradients."""
+    def backward(step: int, batch: Batch, loss_weight: float) -> mvmae.Losses:
+        """Compute the losses of a batch, Eqs. 1-7, the contrastive one times ``loss_weight``, and their gradients."""
         views = normalize(to_device(batch.views, device), inputs.mean, inputs.std)  # (B, V, C, H, W)
         mask = step_mask(config, encoder, schedule.batch_size, step, ranks)  # this rank's rows of the global mask
         torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
         with autocast(config.precision, device):  # one part is a plain backward
-            return mvmae.backward_in_parts(trained, views, config.accumulate, mask=mask, loss_weight=weight)
+            return mvmae.backward_in_parts(trained, views, config.accumulate, mask=mask, loss_weight=loss_weight)
 
     # resume
     settings = {**dataclasses.asdict(config), "images": images.fingerprint, "inputs": inputs.to_dict()}
@@ -141,18 +141,18 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
         steps = checkpoint.state["about"].get("steps", 0) if checkpoint.state else 0  # a resumed run has measured already
         if not steps:
             first = view_loader(config, encoder, images, schedule, 0, 4 * max(config.workers, 5), ranks)
-            whole = partial(backward, weight=config.loss_weight)
+            whole = partial(backward, loss_weight=config.loss_weight)
             steps = fit_minutes(config, schedule, model, optimizer, whole, first, evaluation, ranks)
         schedule = fit_schedule(config, images.length, ranks, steps)
     last = min(schedule.steps, config.max_steps or schedule.steps)
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     best, before = Best(encoder), dict[str, float]()
-    record: dict[str, Any] = {"description": describe(model), "inputs": inputs.to_dict(), "start": start}  # for export.py
-    record["command"] = shlex.join(["python", *sys.argv])
+    about: dict[str, Any] = {"description": describe(model), "inputs": inputs.to_dict(), "start": start}  # for export.py
+    about["command"] = shlex.join(["python", *sys.argv])
     log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, schedule.batch_size), Signals()
-    more = {"best": best} if config.pretrained else {}
-    checkpoint.restore(log, signals, model=model, optimizer=optimizer, before=before, about=record, **more)
-    record["steps"] = schedule.steps
+    resumed = {"best": best} if config.pretrained else {}
+    checkpoint.restore(log, signals, model=model, optimizer=optimizer, before=before, about=about, **resumed)
+    about["steps"] = schedule.steps
     if ranks.rank == 0:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
     loader = view_loader(config, encoder, images, schedule, checkpoint.step, last, ranks)
@@ -179,8 +179,8 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
         for step, batch in enumerate(log.timed(signals.batches(loader)), checkpoint.step + 1):
             rates = schedule.learning_rates(step)  # the encoder's own while it is frozen and warms up
             set_learning_rate(optimizer, **rates)
-            weight = config.loss_weight if step > schedule.contrast_after else 0.0  # lambda
-            losses = backward(step, batch, weight)
+            loss_weight = config.loss_weight if step > schedule.contrast_after else 0.0  # lambda
+            losses = backward(step, batch, loss_weight)
             checkpoint.require_finite(step, losses._asdict(), batch.names)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

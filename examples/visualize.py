@@ -43,7 +43,7 @@ from mvmae.visualize import (
 )
 from tasks.drawn_images import take
 from tasks.features import Pooled, extract
-from tasks.inputs import InputOptions, read_inputs
+from tasks.inputs import InputOptions, resolve_inputs
 from tasks.labelled import LabelledConfig
 from tasks.models import SHIPPED, load_backbone
 from tasks.splits import Part, named_images
@@ -107,7 +107,7 @@ def load(config: Config, name: str, source: ImageSource, device: torch.device) -
     """Build a model at the size of the images."""
     torch.manual_seed(config.seed)
     vit: Any = check_encoder(load_backbone(name, arch=config.arch, image_size=config.image_size))
-    read_inputs(config, vit, source)
+    resolve_inputs(config, vit, source)
     return Model(name, vit.to(device).eval(), EvalTransform(vit))
 
 

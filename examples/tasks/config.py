@@ -173,11 +173,11 @@ def build_model(config: Config, device: torch.device) -> mvmae.MultiViewMAE:
     )
     prefix, length = encoder.num_prefix_tokens, encoder.patch_embed.num_patches
     for part, tokens in ((model.encoder, mvmae.num_visible(length, config.mask_ratio)), (model.decoder, length)):
-        fit_attention(part, prefix + tokens, config.precision, device)
+        prefer_plain_attention(part, prefix + tokens, config.precision, device)
     return model.to(device)
 
 
-def fit_attention(model: nn.Module, tokens: int, precision: str, device: torch.device) -> None:
+def prefer_plain_attention(model: nn.Module, tokens: int, precision: str, device: torch.device) -> None:
     """Let timm's attention use plain matrix products in bf16 on a CPU, where sequences are short: the same but for rounding.
 
     ``tokens`` is the length of its sequences in training, ``precision`` as in `autocast`.

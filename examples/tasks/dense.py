@@ -40,7 +40,7 @@ from mvmae.dense import WindowedViT
 from mvmae.inputs import INPUTS, Inputs, set_inputs
 from mvmae.patches import sincos_table
 from mvmae.weights import read_json, write_json
-from tasks.inputs import InputOptions, describe_inputs, read_inputs
+from tasks.inputs import InputOptions, describe_inputs, resolve_inputs
 from tasks.models import SHIPPED, check_plain, load_backbone, summary, timm_arguments
 from tasks.plots import draw_curves
 from tasks.shapes import write_toy
@@ -123,7 +123,7 @@ def build_trunk(
     if INPUTS in saved:
         set_inputs(vit, Inputs.from_config(saved))
     source = open_images(images if images.is_dir() else images.parent)  # file_name of COCO may begin at the data's folder
-    return trunk, read_inputs(config, vit, source, [config.image_size])
+    return trunk, resolve_inputs(config, vit, source, [config.image_size])
 
 
 def param_groups(model: nn.Module, trunk: WindowedViT, config: DenseConfig) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ class InputOptions:
 TYPED = tuple(field.name for field in dataclasses.fields(InputOptions))
 
 
-def read_inputs(config: Any, model: nn.Module, source: ImageSource, size: Sequence[int] = ()) -> Inputs:
+def resolve_inputs(config: Any, model: nn.Module, source: ImageSource, size: Sequence[int] = ()) -> Inputs:
     """Decide how a model's images are read, by `InputOptions`, its own record and the images, and record it on the model.
 
     ``source`` is measured where mean or deviation is "auto", and decides the range of deep pixels. ``size``, one side in pixels

@@ -209,7 +209,7 @@ def describe_schedule(schedule: Schedule, config: Config) -> str:
     return "; ".join(parts)
 
 
-def without_colour(config: Config) -> Config:
+def without_colour_jitter(config: Config) -> Config:
     """Return the options with jitter of brightness and contrast alone where images have other than 3 channels."""
     return config if config.in_chans == 3 else dataclasses.replace(config, jitter=config.jitter[:2], grayscale=0.0)
 

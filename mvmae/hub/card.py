@@ -14,7 +14,7 @@ from .onnx import ONNX_FILES
 CARD_FILE = "README.md"
 FREE = re.compile(r"apache-2\.0|mit|bsd-.*|cc0-1\.0|cc-by-4\.0|cc-by-sa-4\.0|unlicense|isc")
 NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)|non-?commercial|amlr|seer-license")
-SHOWN_TEXTS = ("background", "encoder_args", "mean", "precision", "std")
+SHOWN_TEXTS = ("background", "encoder_args", "mean", "optimizer", "precision", "std")
 """Settings of a run in words that the card shows besides its numbers; others can name places on the machine it ran on."""
 
 

@@ -8,7 +8,7 @@ import torch
 from running import EXAMPLES
 
 sys.path.append(str(EXAMPLES))
-from tasks.config import SHORT, fit_attention
+from tasks.config import SHORT, prefer_plain_attention
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
@@ -22,7 +22,7 @@ def test_products_in_bf16_on_a_cpu_for_short_sequences_give_the_same_features_an
         (17, "bf16", "cuda", True),
         (SHORT, "bf16", "cpu", False),
     ):
-        fit_attention(model, tokens, precision, torch.device(device))
+        prefer_plain_attention(model, tokens, precision, torch.device(device))
         assert {module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")} == {fused}
         features = model(images)
         model.zero_grad()
