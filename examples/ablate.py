@@ -35,7 +35,7 @@ from mvmae.weights import write_json, write_text
 from tasks.comparison import OURS, TABLES, Arm, compare, draw, markdown
 from tasks.config import build_model
 from tasks.flops import flops_of_classifying, flops_per_image
-from tasks.splits import open_labelled
+from tasks.splits import KINDS, open_labelled
 
 BEFORE = {number: signal.getsignal(number) for number in SIGNALS}
 SCRIPTS: dict[str, Any] = {"pretrain": pretrain, "finetune": finetune, "probe": linear_probe}
@@ -49,7 +49,7 @@ H100 = 200e12, 350e12
 class Config:
     data: str = option(
         REQUIRED,
-        "labelled images: class folders, Parquet files, a data set that timm can open, or sample",
+        f"labelled images: class folders, {KINDS}",
         path=True,
         section="Data",
     )

@@ -38,14 +38,12 @@ from tasks.features import POOLS, Pooled
 from tasks.inputs import InputOptions, describe_inputs, resolve_inputs
 from tasks.labelled import LabelledConfig
 from tasks.models import SHIPPED, load_backbone, summary
-from tasks.splits import named_images
+from tasks.splits import KINDS, named_images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(InputOptions):
-    data: str = option(
-        REQUIRED, "images: folder, list of paths, archive, Parquet file, timm data set, or sample", path=True, section="Data"
-    )
+    data: str = option(REQUIRED, f"images: a folder, a list of paths (.txt), {KINDS}", path=True, section="Data")
     split: str = option("train", "split of the images, where they have splits", ["train", "val"])
     image_size: tuple[int, ...] = redefine(LabelledConfig, "image_size", ())
     max_bad: int = redefine(LabelledConfig, "max_bad", 100, "number of unreadable images to tolerate; one more stops the run")

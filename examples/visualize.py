@@ -46,7 +46,7 @@ from tasks.features import Pooled, extract
 from tasks.inputs import InputOptions, resolve_inputs
 from tasks.labelled import LabelledConfig
 from tasks.models import SHIPPED, load_backbone
-from tasks.splits import Part, named_images
+from tasks.splits import KINDS, Part, named_images
 
 DRAWINGS = ("attention", "pca", "neighbours", "reconstructions")
 NEIGHBOURS = 4
@@ -56,9 +56,7 @@ Sheet = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(InputOptions):
-    data: str = option(
-        REQUIRED, "images: a folder, a list, an archive, a data set that timm can open, or sample", path=True, section="Data"
-    )
+    data: str = option(REQUIRED, f"images: a folder, a list of paths (.txt), {KINDS}", path=True, section="Data")
     image_size: tuple[int, ...] = option(
         (), "side in pixels, or height and width; each model's own if not given", at_least=1, lengths=(1, 2)
     )

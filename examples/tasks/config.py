@@ -12,6 +12,7 @@ from engine.options import REQUIRED, RunConfig, option, redefine
 from engine.signals import Stop
 from tasks.inputs import InputOptions
 from tasks.models import start_encoder
+from tasks.splits import KINDS
 
 HEAD = 32  # width of a head of a decoder whose size follows the encoder's
 SHORT = 256  # tokens up to which two matrix products are faster than torch's fused kernel in bf16 on a CPU
@@ -23,8 +24,8 @@ class Config(InputOptions, RunConfig):
 
     data: str = option(
         REQUIRED,
-        "images: a folder, a list of paths (.txt), tar, Parquet or Arrow files, a data set that timm can open, sample "
-        "(photographs of scikit-image), or a stream: URLs of tar files (https://host/{000..099}.tar) or hfids/OWNER/NAME",
+        f"images: a folder, a list of paths (.txt), {KINDS}; "
+        "or a stream: URLs of tar files (https://host/{000..099}.tar) or hfids/OWNER/NAME",
         path=True,
         may_change=True,
         section="Data",

@@ -34,6 +34,7 @@ from mvmae.data import (
 from mvmae.inputs import inputs_of
 from mvmae.metrics import as_double
 from tasks.inputs import InputOptions
+from tasks.splits import KINDS
 
 Config = TypeVar("Config", bound=Any)
 
@@ -44,7 +45,7 @@ class LabelledConfig(InputOptions, RunConfig):
 
     data: str = option(
         REQUIRED,
-        "labelled images: class folders, Parquet files, a timm data set, or sample: scikit-image's photographs",
+        f"labelled images: class folders, {KINDS}",
         path=True,
         may_change=True,
         section="Data",

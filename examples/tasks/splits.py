@@ -106,6 +106,10 @@ def named_images(data: str, split: str = "train", option: str = "--data") -> Ima
         raise ValueError(f"{option}: {error}") from error
 
 
+KINDS = "tar, Parquet or Arrow files, a data set that timm can open, or sample: photographs of scikit-image"
+"""What --data takes in every script that trains, measures or draws, besides folders and lists."""
+
+
 def open_splits(data: str, option: str = "--data") -> Splits:
     """Open images to train on, and those held out: the validation split of the data, with the same numbers of classes.
 
