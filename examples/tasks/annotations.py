@@ -1,7 +1,6 @@
 """COCO's files of annotations: read whole, checked at once, with the defaults of COCO's own tools."""
 
 import contextlib
-import gc
 import io
 import json
 import math
@@ -47,7 +46,6 @@ def read_split(root: Path, split: str, max_pixels: int | None = None) -> tuple[P
         images, categories, items = (Table(file, content[key], key) for key in ("images", "categories", "annotations"))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON in COCO's format, got {first_line(error)}") from error
-    gc.freeze()  # a third of the time is spent on looking for cycles among the annotations, which have none
 
     def find(name: Any) -> str:
         below = str(name).replace("\\", "/")
