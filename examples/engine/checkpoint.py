@@ -94,11 +94,13 @@ class Checkpoint:
         self.objects = {"model": model, "optimizer": optimizer, **more}
         if self.state:
             check_fit(self.folder, self.state, self.objects)
-            options = [{**group} for group in optimizer.param_groups]
+            saved, own = self.state["optimizer"], optimizer.state_dict()["param_groups"]
+            sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], own)]
+            if sizes[0] != sizes[1]:
+                raise Stop(f"the checkpoint in {self.folder} has groups of {sizes[0]} parameters instead of {sizes[1]}")
+            saved["param_groups"] = own
             for name, thing in self.objects.items():
                 (thing.update if isinstance(thing, dict) else thing.load_state_dict)(self.state[name])
-            for group, own in zip(optimizer.param_groups, options, strict=True):
-                group.update(own)
         self.state = None  # free its memory
         self._buffers = [buffer for norm in model.modules() if isinstance(norm, _BatchNorm) for buffer in norm.buffers()]
         self._whole(self.step)
