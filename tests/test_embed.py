@@ -163,7 +163,7 @@ def test_a_killed_run_goes_on_and_computes_a_damaged_foreign_or_odd_part_again(p
     torch.manual_seed(1)
     hub.export(timm.create_model("mvmae_vit_tiny_patch16", **TINY), place / "changed")
     other = run_script("embed.py", *typed, "--model", "changed", "--resume", folder=place)
-    assert other.code == 2 and "weights was" in other.err
+    assert other.code == 2 and "the weights are not those of the start" in other.err
 
 
 @pytest.mark.posix
@@ -205,7 +205,7 @@ def test_unreadable_images_are_logged_in_python(tiny_vit, caplog):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", "empty", "--model", "random:vit_tiny_patch16_224"], "--data: no images in empty"),
+        (["--data", "empty"], "--data: no images in empty"),
         (["--data", "images", "--model", "vit_tiny_patch61_224"], "timm has no model 'vit_tiny_patch61_224'"),
         (["--data", "images", "--model", "runs/nothing"], "there is no file or folder runs/nothing"),
         (["--data", "images", "--model", "encoder", "--split", "val"], "images has no val split"),

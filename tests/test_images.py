@@ -337,7 +337,11 @@ def test_images_with_other_channels_come_from_npy_and_tiff(channels, tmp_path):
     np.save(tmp_path / "deep.npy", array.astype(np.uint16) * 257)
     tifffile.imwrite(tmp_path / "bands.tif", array.transpose(2, 0, 1).copy(), planarconfig="separate", photometric=1)
     tifffile.imwrite(tmp_path / "packed.tif", array, photometric="minisblack", planarconfig="contig")
-    for name in ("last.npy", "first.npy", "deep.npy", "bands.tif", "packed.tif"):
+    tifffile.imwrite(tmp_path / "pages.tif", array.transpose(2, 0, 1).copy(), photometric="minisblack")
+    tifffile.imwrite(tmp_path / "deep.tif", array.transpose(2, 0, 1).astype(np.uint16) * 257, photometric="minisblack")
+    with tifffile.TiffFile(tmp_path / "pages.tif") as file:
+        assert len(file.pages) == channels
+    for name in ("last.npy", "first.npy", "deep.npy", "bands.tif", "packed.tif", "pages.tif", "deep.tif"):
         np.testing.assert_array_equal(open_image(tmp_path / name, channels=channels).decode(), array, err_msg=name)
 
 

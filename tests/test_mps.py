@@ -159,7 +159,7 @@ ENCODER |= dict.fromkeys(["finetune", "detect", "segment", "embed"], "--model")
 @pytest.mark.parametrize("name", ["pretrain", "benchmark", *ENCODER])
 def test_every_script_names_the_device_that_is_not_there(name, tmp_path):
     typed = [] if name == "benchmark" else ["--data", "sample"]
-    typed += [ENCODER[name], "random:vit_tiny_patch16_224"] if name in ENCODER else []
+    typed += [ENCODER[name], "mvmae_vit_micro_patch8_64"] if name in ENCODER else []
     done = run_script(f"{name}.py", *typed, "--device", "mps", folder=tmp_path)
     assert done.code == 2 and done.out == "" and done.err.count("\n") == 1
     assert done.err.startswith("error: --device mps: torch finds no MPS device")

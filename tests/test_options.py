@@ -253,8 +253,8 @@ WITH_DATA = [name for name in SCRIPTS if any(one == name and field.name == "data
 
 @pytest.mark.parametrize("name", [name for name in WITH_DATA if name != "ablate"])  # which names the data to the others
 def test_a_data_set_that_is_not_there_is_named_alone(name, tmp_path):
-    given = {"data": "nowhere/x", "model": "random:vit_tiny_patch16_224", "models": "random:vit_tiny_patch16_224"}
-    given |= {"encoder": "mvmae_vit_micro_patch8_64", "workers": 1000, "device": "cpu"}
+    given = {"data": "nowhere/x", "workers": 1000, "device": "cpu"}
+    given |= dict.fromkeys(("model", "models", "encoder"), "mvmae_vit_micro_patch8_64")
     fields = {field.name for one, field in OPTIONS if one == name}
     typed = [word for one, value in given.items() if one in fields for word in (flag(one), value)]
     done = run_script(f"{name}.py", *typed, folder=tmp_path)

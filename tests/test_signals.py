@@ -18,7 +18,7 @@ sys.path.insert(0, str(EXAMPLES))
 from engine.signals import NOTHING_SAVED, PATIENCE
 
 SHIPPED = ["--encoder-args", "", "--encoder", "mvmae_vit_micro_patch8_64"]
-MODEL = "random:vit_tiny_patch16_224"
+MODEL = "mvmae_vit_micro_patch8_64"
 LABELLED = ["--data", "images", "--image-size", 32, "--batch-size", 8, "--epochs", 10]
 DENSE = ["--preset", "toy", "--model-args", "img_size=32 patch_size=8 embed_dim=32 depth=4 num_heads=2", "--image-size", 32]
 DENSE += ["--toy-images", 12, "--batch-size", 4, "--steps", 40, "--channels", 16, "--pictures", 0]

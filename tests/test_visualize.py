@@ -280,7 +280,7 @@ def test_any_model_of_timm_at_any_size(place, tmp_path):
     images.mkdir()
     for i in range(6):
         Image.effect_noise((80, 60), 40 + 20 * i).convert("RGB").save(images / f"{i}.png")
-    given = ["--data", images, "--models", "random:vit_tiny_patch16_224", "--image-size", 32, 64, "--device", "cpu"]
+    given = ["--data", images, "--models", "mvmae_vit_micro_patch8_64", "--image-size", 32, 64, "--device", "cpu"]
     result = run_script("visualize.py", *given, "--count", 2, "--output-dir", tmp_path / "out", folder=tmp_path)
     assert result.code == 0 and "no reconstructions: none of the models is a run" in result.out, result.err
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"attention.png", "pca.png", "neighbours.png"}

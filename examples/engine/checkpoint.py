@@ -279,6 +279,9 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], may_chan
     """Return a line for each setting that changed and may; raise a `Stop` with both values of each that may not."""
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     lines = {name: f"{name} was {before.get(name)!r} and is {now.get(name)!r} now" for name in changed}
+    lines |= {
+        name: f"the {name} are not those of the start" for name in ("images", "weights") if name in changed
+    }  # fingerprints
     new = now.keys() - before.keys()  # options that came after the run began are told, not refused
     if refused := [line for name, line in lines.items() if name not in may_change | new]:
         raise Stop(f"cannot resume with other settings: {'; '.join(refused)}. Use the old ones, or another --output-dir")

@@ -248,7 +248,9 @@ def _open_bytes(encoded: bytes, name: str, channels: int, max_pixels: int) -> Op
     opened = OpenedImage(name, image, channels, encoded)
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
-        dropped = tags.get(277, 1) == channels != len(image.getbands())  # bands that Pillow has no name for
+        samples = tags.get(277, 1)
+        pages = image.n_frames if samples == 1 and channels not in (1, 3) else samples  # type: ignore[attr-defined]
+        dropped = channels in (samples, pages) and channels != len(image.getbands())  # Pillow would read others
         # of 16 bits, layers and colours that are multiplied by alpha are decoded wrongly
         if dropped or (opened._sixteen and (tags.get(284) == 2 or tags.get(338, (0,))[0] == 1)):
             return _open_bands(encoded, name, channels, max_pixels)

@@ -30,7 +30,8 @@ def pillow_open(encoded: bytes) -> Image.Image:
 def read_bands(encoded: bytes, channels: int, check_size: Callable[[int], None]) -> tuple[NDArray[Any], dict[str, Any]]:
     """Read all bands of a TIFF, (H, W, C), and what its tags say of them, as attributes of `OpenedImage`.
 
-    Of RGB for 1 or 3 channels, only colours and alpha.
+    As many grey pages as channels are its bands, but for 1 or 3 channels, since documents and stacks have pages too. Of RGB for
+    1 or 3 channels, only colours and alpha.
     """
     try:
         import tifffile
@@ -38,11 +39,12 @@ def read_bands(encoded: bytes, channels: int, check_size: Callable[[int], None])
         raise ImportError('a multi-band TIFF needs tifffile: pip install "mvmae[train]"') from error
     with tifffile.TiffFile(io.BytesIO(encoded)) as file:
         page: Any = file.pages[0]
-        check_size(page.nbytes)
+        paged = channels not in (1, 3) and len(file.pages) == channels and page.samplesperpixel == 1
+        check_size(page.nbytes * (channels if paged else 1))
         photometric, extra = int(page.photometric), tuple(map(int, page.extrasamples or ()))
         if photometric not in (0, 1, 2, 5):
             raise ValueError(f"a TIFF of {page.dtype} must be grey, RGB, CMYK or bands, got {page.photometric!r}")
-        pixels = page.asarray()
+        pixels = np.stack([band.asarray() for band in file.pages], axis=-1) if paged else page.asarray()
         if "S" in page.axes:  # samples, which lie in layers if the planar configuration is 2
             pixels = np.moveaxis(pixels, page.axes.index("S"), -1)
         pixels, alpha = pixels.reshape(*pixels.shape[:2], -1), extra[:1] in ((1,), (2,))
