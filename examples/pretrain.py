@@ -39,6 +39,7 @@ from tasks.inputs import describe_inputs, resolve_inputs
 from tasks.models import check_plain, describe_start, starting_weights
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
+    Schedule,
     build_evaluation,
     describe_schedule,
     describe_views,
@@ -138,12 +139,13 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     settings = {**dataclasses.asdict(config), "images": images.fingerprint, "inputs": inputs.to_dict()}
     checkpoint = Checkpoint(Path(config.output_dir), settings, ranks, may_change=changeable(Config), resume=config.resume)
     if config.minutes:
-        steps = checkpoint.state["about"].get("steps", 0) if checkpoint.state else 0  # a resumed run has measured already
-        if not steps:
+        fitted = checkpoint.state["about"].get("schedule") if checkpoint.state else None  # a resumed run has measured already
+        if fitted:
+            schedule = Schedule(**fitted)
+        else:
             first = view_loader(config, encoder, images, schedule, 0, 4 * max(config.workers, 5), ranks)
             whole = partial(backward, loss_weight=config.loss_weight)
-            steps = fit_minutes(config, schedule, model, optimizer, whole, first, evaluation, ranks)
-        schedule = fit_schedule(config, images.length, ranks, steps)
+            schedule = fit_minutes(config, images.length, schedule, model, optimizer, whole, first, evaluation, ranks)
     last = min(schedule.steps, config.max_steps or schedule.steps)
     start = starting_weights(encoder, config.encoder, config.arch) if config.pretrained else {}
     best, before = Best(encoder), dict[str, float]()
@@ -152,7 +154,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     log, signals = Log(checkpoint.folder, ranks, last, checkpoint.step, schedule.batch_size), Signals()
     resumed = {"best": best} if config.pretrained else {}
     checkpoint.restore(log, signals, model=model, optimizer=optimizer, before=before, about=about, **resumed)
-    about["steps"] = schedule.steps
+    about["schedule"] = schedule._asdict()
     if ranks.rank == 0:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
     loader = view_loader(config, encoder, images, schedule, checkpoint.step, last, ranks)

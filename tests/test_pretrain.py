@@ -104,9 +104,8 @@ def test_fewer_images_than_a_batch_cut_it_and_its_rate(processes, parts, batch):
 
 def test_minutes_are_as_many_steps_as_fit_beside_the_evaluations_by_the_slowest_rank(monkeypatch):
     """Steps of 2 s, the first ones quicker; evaluations of 3 s: 20 steps and one evaluation are spent, 11 are to come."""
-    now, config = [0.0], config_of("--data", "x", "--preset", "quick", "--minutes", 10)
+    now, model = [0.0], nn.Linear(1, 1)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    model = nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def wait(seconds):
@@ -116,18 +115,24 @@ def test_minutes_are_as_many_steps_as_fit_beside_the_evaluations_by_the_slowest_
         wait(2 if number > 10 else 1)
         model(torch.ones(1)).backward()
 
-    def fitted(config, other=10**9):
-        ranks = SimpleNamespace(device=CPU, any=bool, gather=lambda number: [number, other])
+    def fitted(minutes, *given, once=3, other=10**9):
+        config = config_of("--data", "x", "--preset", "quick", "--minutes", minutes, *given)
+        ranks = SimpleNamespace(device=CPU, any=bool, world_size=1, gather=lambda number: [number, other])
         schedule = fit_schedule(config, 1000, ALONE)
-        return fit_minutes(config, schedule, model, optimizer, step, range(20), lambda: wait(3), ranks)
+        found = fit_minutes(config, 1000, schedule, model, optimizer, step, range(20), lambda: wait(once), ranks)
+        assert found._replace(eval_every=0) == fit_schedule(config, 1000, ALONE, found.steps)._replace(eval_every=0)
+        return found.steps, found.eval_every
 
     before = [value.clone() for value in model.parameters()]
-    assert fitted(config) == (600 - 30 - 3 - 11 * 3) // 2 and fitted(config, 7) == 7
+    steps = (600 - 30 - 3 - 11 * 3) // 2
+    assert fitted(10) == (steps, round(steps / 10)) and fitted(10, other=7) == (7, 1)
     assert all(map(torch.equal, before, model.parameters())) and not optimizer.state
-    every = config_of("--data", "x", "--preset", "quick", "--minutes", 10, "--eval-every", 2)  # 30 steps: 0.1 s a step
-    assert fitted(every) == int((600 - 30 - 3 - 2 * 3) / 2.1)
-    with pytest.raises(Stop, match="--minutes 0.5 is too short: 11 evaluations take 33 s"):
-        fitted(config_of("--data", "x", "--preset", "quick", "--minutes", 0.5))
+    assert fitted(10, once=40) == ((600 - 30 - 40 - (2 + 3) * 40) // 2, 41)  # three on the way are all that a quarter holds
+    assert fitted(10, once=160) == ((600 - 30 - 160 - 2 * 160) // 2, 0)
+    every = 2 * fit_schedule(config_of("--data", "x", "--preset", "quick"), 1000, ALONE).per_epoch
+    assert fitted(10, "--eval-every", 2) == (int((600 - 30 - 3 - 2 * 3) / (2 + 3 / every)), every)
+    with pytest.raises(Stop, match="--minutes 0.5 is too short: 2 evaluations take 20 s and a step 1 s; use --minutes 1"):
+        fitted(0.5, once=10)
 
 
 def test_a_run_of_minutes_is_one_of_its_steps_to_the_bit_and_goes_on_with_their_number(images, tmp_path):

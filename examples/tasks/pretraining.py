@@ -153,6 +153,7 @@ def fit_schedule(config: Config, number: int, ranks: Ranks, steps: int = 0) -> S
 
 def fit_minutes(
     config: Config,
+    number: int,
     schedule: Schedule,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -160,10 +161,11 @@ def fit_minutes(
     loader: Iterable[Batch],
     evaluation: Evaluation,
     ranks: Ranks,
-) -> int:
-    """Return how many steps fit into ``--minutes`` from now on, by the time of the first ones and of an evaluation.
+) -> Schedule:
+    """Return the schedule that fits into ``--minutes`` from now on, by the time of the first steps and of an evaluation.
 
-    These steps are then undone. All ranks must call it, and get the same number; a `Stop` where none fits.
+    These steps are then undone. Evaluations on the way take at most a quarter of the time. All ranks must call it, and get the
+    same; a `Stop` where no step fits.
     """
     fresh, marks = copy.deepcopy((model.state_dict(), optimizer.state_dict())), [time.monotonic()]
     for step, batch in enumerate(loader, 1):
@@ -180,18 +182,21 @@ def fit_minutes(
     half = (len(marks) - 1) // 2  # the first ones start workers, compile, and find batches that are loaded already
     seconds = (marks[-1] - marks[half]) / (len(marks) - 1 - half)
     evaluation()
-    once, times = time.monotonic() - marks[-1], 11  # before, at each tenth and after
-    if config.eval_every is not None:
-        seconds, times = seconds + (once / schedule.eval_every if schedule.eval_every else 0.0), 2
-    times += 4 if config.pretrained else 0  # adapt.py's table of gains
-    left = 60 * config.minutes - (time.monotonic() - marks[0]) - times * once
-    steps = min(ranks.gather(int(left / seconds)))
+    once = time.monotonic() - marks[-1]
+    fixed = 2 + (4 if config.pretrained else 0)  # before and after, and adapt.py's table of gains
+    between = min(int(15 * config.minutes / once), 9) if config.eval_every is None else 0
+    between = min(ranks.gather(between))
+    if config.eval_every is not None and schedule.eval_every:
+        seconds += once / schedule.eval_every
+    spent = time.monotonic() - marks[0] + (fixed + between) * once
+    steps = min(ranks.gather(int((60 * config.minutes - spent) / seconds)))
     if steps < 1:
-        cost = f"{times} evaluations take {times * once:.0f} s and a step {seconds:.2g} s"
-        raise Stop(
-            f"--minutes {config.minutes:g} is too short: {cost}; use more, or evaluate less (--eval-every, --eval-images)"
-        )
-    return steps
+        cost = f"{fixed + between} evaluations take {(fixed + between) * once:.0f} s and a step {seconds:.2g} s"
+        enough = math.ceil((spent + 20 * seconds) / 60)
+        raise Stop(f"--minutes {config.minutes:g} is too short: {cost}; use --minutes {enough}, or fewer --eval-images")
+    found = fit_schedule(config, number, ranks, steps)
+    every = found.eval_every if config.eval_every is not None else round(steps / (between + 1)) if between else 0
+    return found._replace(eval_every=every)
 
 
 def describe_schedule(schedule: Schedule, config: Config) -> str:
