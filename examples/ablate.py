@@ -30,7 +30,7 @@ import mvmae
 import pretrain
 from engine.distributed import Ranks, start_ranks
 from engine.options import REQUIRED, changeable, option, parse, run
-from engine.signals import SIGNALS, Stop
+from engine.signals import SIGNALS, Signals, Stop
 from mvmae.weights import write_json, write_text
 from tasks.comparison import OURS, TABLES, Arm, compare, draw, markdown
 from tasks.config import build_model
@@ -174,7 +174,9 @@ def run_arm(planned: Planned, ranks: Ranks) -> None:
         SCRIPTS[name].main(planned.scripts[name])
         for number in SIGNALS:  # the script's handlers would only take note
             signal.signal(number, BEFORE[number])
-        ranks.gather(None)  # all wait for the files that the first one writes
+        received = [number for number in ranks.gather(Signals.latest) if number is not None]  # after a run's last step
+        if received:  # all wait here, too, for the files that the first one writes
+            raise Stop(f"stopped after {planned.folder}: run the same command again to go on", 128 + received[0])
 
 
 def describe(config: Config, runs: list[Planned]) -> str:
@@ -189,7 +191,7 @@ def describe(config: Config, runs: list[Planned]) -> str:
     variants = len({planned.arm.options for planned in runs})
     line = f"{len(runs)} runs ({variants} variants, {len(config.seeds)} seeds), {total:.2g} FLOP of pretraining and fine-tuning"
     low, high = (total / speed / 3600 for speed in reversed(H100))
-    return line + (f": estimated at {low:.0f} to {high:.0f} hours of one H100" if low >= 1 else "")
+    return f"{line}: estimated at {low:.2g} to {high:.2g} hours of one H100"
 
 
 def write_tables(config: Config, plans: dict[Arm, list[Planned]]) -> str:
@@ -198,6 +200,8 @@ def write_tables(config: Config, plans: dict[Arm, list[Planned]]) -> str:
     done = {arm: [planned.results() for planned in runs if not planned.missing()] for arm, runs in plans.items()}
     found = {table: [compare(arm, done[arm], done[OURS]) for arm in TABLES[table]] for table in config.tables}
     text = markdown(found)
+    if plans[OURS][0].scripts["pretrain"].max_steps:
+        text += "\n\nFor trying out: --max-steps ended the runs before their schedule."
     write_json(folder / "ablation.json", found)
     write_text(folder / "ablation.md", text + "\n")
     draw(folder / "ablation.png", found)

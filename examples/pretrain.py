@@ -4,7 +4,7 @@ r"""Pretrain an encoder on unlabelled images (Section 4.1.1 of the paper).
       takes minutes on two CPU cores; prints the k-NN accuracy on held-out images before and after
   torchrun --nproc-per-node 8 examples/pretrain.py --data path/to/imagenet \
     --output-dir runs/paper --workers 12
-      the paper's run: 1600 epochs of ViT-B/16, estimated at 120 to 215 hours of one H100 (not measured); after it the paper
+      the paper's run: 1600 epochs of ViT-B/16, estimated at 120 to 211 hours of one H100 (not measured); after it the paper
       reports 84.3 % for fine-tuning and 76.7 % for the linear probe
 
 The defaults are the paper's, or MAE's where the paper gives none. Add --resume to continue an interrupted run. To continue from
@@ -25,7 +25,7 @@ import mvmae
 from engine.checkpoint import Checkpoint
 from engine.distributed import DROPOUT, autocast, parallel, start_ranks, to_device
 from engine.log import Log
-from engine.optim import build_optimizer, set_learning_rate
+from engine.optim import BETAS, build_optimizer, set_learning_rate
 from engine.options import changeable
 from engine.options import run as run_script
 from engine.signals import Signals
@@ -41,6 +41,7 @@ from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
     Schedule,
     build_evaluation,
+    describe_method,
     describe_schedule,
     describe_views,
     fit_minutes,
@@ -158,6 +159,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     if ranks.rank == 0:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
     loader = view_loader(config, encoder, images, schedule, checkpoint.step, last, ranks)
+    optimizing = f"{config.optimizer} with betas {BETAS[0]:g} {BETAS[1]:g} and weight decay {config.weight_decay:g}"
     summary = describe_run(
         log,
         config,
@@ -168,8 +170,9 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
         images=images.listed,
         split=images.splits.note,
         inputs=describe_inputs(config, inputs),
+        method=describe_method(config),
         views=describe_views(config),
-        training=f"{describe_schedule(schedule, config)}; {config.optimizer} on {device}",
+        training=f"{describe_schedule(schedule, config)}; {optimizing} on {device}",
         evaluation=evaluation.describe(),
     )
     if not checkpoint.step:

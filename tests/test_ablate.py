@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import ablate
 from engine.options import parse
-from engine.signals import Stop
+from engine.signals import Signals, Stop
 from tasks import comparison
 from tasks.comparison import MEASURES, summarise
 from tasks.flops import flops_per_image
@@ -80,6 +81,27 @@ def run_of(name):
     """The one folder of an arm of seed 0."""
     (folder,) = Path("ablation").glob(f"{name}-seed0-*")
     return folder
+
+
+@pytest.mark.posix
+def test_a_signal_in_the_last_step_of_a_run_ends_the_ablation_after_it(photographs, scripts, monkeypatch):
+    monkeypatch.setattr(Signals, "latest", None)
+    done = ablate.SCRIPTS["pretrain"].main
+
+    def pretrain(config):
+        signals = Signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.release()
+        done(config)
+
+    monkeypatch.setattr(ablate.SCRIPTS["pretrain"], "main", pretrain)
+    with pytest.raises(Stop, match="stopped after .*ours-seed0.* run the same command again") as caught:
+        ablate.main(read(photographs))
+    assert caught.value.code == 128 + signal.SIGTERM and len(scripts) == 1 and not Path("ablation/ablation.json").exists()
+    monkeypatch.setattr(Signals, "latest", None)
+    monkeypatch.setattr(ablate.SCRIPTS["pretrain"], "main", done)
+    ablate.main(read(photographs))
+    assert len(scripts) == 2 * 4  # the first is not done again
 
 
 @pytest.mark.posix

@@ -294,7 +294,7 @@ def test_the_small_recipe_trains_on_few_images_and_resumes_bit_identical(images,
     found = records(tmp_path / "cut")
     assert [line["step"] for line in found] == [1, 2, 3] and all(line["loss_con"] == 0 for line in found)  # of 6956
     assert "of 8 images (1739 epochs), peak learning rate 0.002; warm-up of 348 steps; contrast from step 3479" in result.out
-    assert "muon on cpu" in result.out  # 44 x sqrt(50 000 / 32)
+    assert "muon with betas 0.9 0.95 and weight decay 0.05 on cpu" in result.out  # 44 x sqrt(50 000 / 32)
 
 
 @pytest.fixture(scope="module")

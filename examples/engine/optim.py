@@ -12,6 +12,7 @@ from engine.distributed import in_bf16
 
 OPTIMIZERS = ("adamw", "muon")
 NEWTON_SCHULZ = muon.zeropower_via_newtonschulz
+BETAS = 0.9, 0.95
 
 
 def build_optimizer(
@@ -23,7 +24,7 @@ def build_optimizer(
     the size of AdamW's (Liu et al., 2025, arXiv 2502.16982), so that learning rates are of the same size for both. It computes
     in the ``precision`` of the training, as in `autocast`; AdamW runs as one fused kernel on CUDA.
     """
-    options: dict[str, Any] = {"opt": name, "lr": lr, "betas": (0.9, 0.95)}
+    options: dict[str, Any] = {"opt": name, "lr": lr, "betas": BETAS}
     if name == "muon":
         options["adjust_lr_fn"] = "match_rms_adamw"
         # timm's Muon always computes in bf16, which is many times slower on a processor without such instructions

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 Batch = TypeVar("Batch")
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
@@ -31,7 +31,10 @@ class Signals:
 
     Attributes:
         received: the number of the first signal; None before.
+        latest: the same of any run of this process, for a script of several runs.
     """
+
+    latest: ClassVar[int | None] = None
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -46,6 +49,7 @@ class Signals:
     def _receive(self, number: int, _: object) -> None:
         if self.received is None:
             self.received, self._since = number, time.monotonic()
+            Signals.latest = number
             if hasattr(signal, "setitimer"):
                 signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         elif time.monotonic() > self._since + PATIENCE and not self._saving:

@@ -108,9 +108,10 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     rows: list[tuple[str, dict[str, Any]]] = []
     for table, arms in results.items():
         rows += [(table.replace("_", " "), {}), *((arm["arm"], arm) for arm in arms)]
-    with plot(path, 1, len(MEASURES), figsize=(9.5, 1.6 + 0.19 * len(rows)), sharey=True) as (figure, panels):
+    shown = [item for item in MEASURES.items() if any(row and row[item[0]] for _, row in rows)] or list(MEASURES.items())
+    with plot(path, 1, len(shown), figsize=(9.5, 1.6 + 0.19 * len(rows)), sharey=True) as (figure, panels):
         legend: dict[str, Any] = {}
-        for axis, (measure, title) in zip(panels[0], MEASURES.items(), strict=True):
+        for axis, (measure, title) in zip(panels[0], shown, strict=True):
             for place, (_, row) in enumerate(rows):
                 if not row:
                     axis.axhline(place, color="0.85", linewidth=1)

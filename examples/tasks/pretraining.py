@@ -232,6 +232,13 @@ def build_evaluation(config: Config, encoder: Any, splits: Splits, ranks: Ranks)
     return Evaluation(encoder, splits, crops, ranks=ranks, **options)
 
 
+def describe_method(config: Config) -> str:
+    """Return a line on the losses, Eqs. 1 to 7."""
+    parts = [f"{config.mask_ratio:g} of the patches masked", f"{'MSE of normalised' if config.norm_pix else 'MSE of'} patches"]
+    parts += [f"lambda {config.loss_weight:g}, temperature {config.temperature:g}"] if config.loss_weight else ["no contrast"]
+    return "; ".join(parts)
+
+
 def describe_views(config: Config) -> str:
     """Return a line on the views of an image."""
     low, high = config.crop_scale
