@@ -45,7 +45,8 @@ def cosine(step: int, steps: int, warmup: int, end: float = 0.0) -> float:
 
 def warmup_steps(config: Any, steps: int, per_epoch: int) -> int:
     """Return the steps of warm-up: ``config.warmup_epochs`` where they are given, else the share ``config.warmup`` of all."""
-    return round(config.warmup * steps if config.warmup_epochs is None else config.warmup_epochs * per_epoch)
+    given: float | None = config.warmup_epochs
+    return round(float(config.warmup * steps if given is None else given * per_epoch))
 
 
 def describe_warmup(warmup: int, steps: int) -> str:
