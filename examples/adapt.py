@@ -2,10 +2,10 @@ r"""Continue training an existing encoder, on unlabelled images of your own: pre
 
   python examples/adapt.py --encoder vit_small_patch14_reg4_dinov2.lvd142m --image-size 224 \
     --data path/to/images --output-dir runs/adapted
-      downloads the weights; prints before and after the k-NN accuracy if the images have labels, else view retrieval: how often
-      the nearest of all crops is another crop of the same image
+      downloads the weights; prints before and after the k-NN accuracy if the images have labels, else view retrieval: of eight
+      crops of each image, the share whose most similar crop is of the same image
   python examples/adapt.py --encoder runs/quick --data sample --image-size 48 --epochs 5 \
-    --decoder-dim 64 --decoder-depth 2 --decoder-heads 4 --workers 2
+    --decoder-depth 2 --decoder-heads 4
       takes minutes of one CPU core, from encoder and decoder of pretrain.py --preset quick
 
 The recipe is that of pretrain.py --preset small with contrast from the start, and gentler: the encoder is frozen while the new
@@ -52,8 +52,8 @@ class Config(shared.Config):
     )
     rehearse: str = option(
         "",
-        "images like those that --encoder was trained on, given as for --data: as many as there are of your own are trained on "
-        "too, so that less is forgotten",
+        "images like those that --encoder was trained on, given as --data is: each epoch also trains on as many of them as "
+        "there are of your own, so that the encoder forgets less",
         path=True,
         section="Data",
     )

@@ -68,7 +68,7 @@ class Config(InputOptions):
     device: str = redefine(RunConfig, "device", "auto")
     precision: str = redefine(RunConfig, "precision", "float32")
     batch_size: int = option(64, "number of images at a time", at_least=1, may_change=True)
-    workers: int = redefine(RunConfig, "workers", 8, "processes that load images; 0: this one")
+    workers: int = redefine(RunConfig, "workers", 8, "processes that load images; 0: this one; by default at most one a core")
 
 
 def main(config: Config) -> None:

@@ -78,7 +78,7 @@ def main(config: Config) -> None:
 
     model = hub.build(about["description"])
     hub.load_weights(model, weights, source=source / "checkpoint.pt")
-    early = unfinished(state["step"], about.get("steps", 0))
+    early = unfinished(state["step"], about.get("schedule", {}).get("steps", 0))
     recorded = {"training": f"{PRETRAINED}; {early}"} if early else {}
     recorded |= {name: about[name] for name in ("label_names", "training") if about.get(name) is not None}
     hub.export(model, folder, license=license, started_from=start, inputs=Inputs.from_config(about), **recorded)

@@ -28,7 +28,7 @@ from torch import nn
 from engine.checkpoint import Checkpoint
 from engine.distributed import DROPOUT, autocast, parallel, start_ranks, to_device
 from engine.log import Log
-from engine.optim import cosine, describe_warmup, set_learning_rate
+from engine.optim import cosine, describe_warmup, set_learning_rate, warmup_steps
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals, Stop
 from mvmae.data import EvalTransform, StepSampler, sample_seed
@@ -37,7 +37,7 @@ from mvmae.weights import write_json
 from tasks import models
 from tasks.features import Pooled, extract
 from tasks.inputs import describe_inputs, resolve_inputs
-from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
+from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, rounded, training_loader
 from tasks.plots import draw_curves
 from tasks.splits import open_labelled
 
@@ -58,7 +58,9 @@ class Config(LabelledConfig):
     output_dir: str = redefine(RunConfig, "output_dir", "runs/finetune")
     save_every: int = redefine(RunConfig, "save_every", 10_000)
     epochs: int = option(100, "number of passes over the images (paper)", at_least=1, section="Length")
-    warmup_epochs: float = option(5, "epochs of linear warm-up of the learning rate (MAE)", at_least=0)
+    warmup_epochs: float | None = option(
+        None, "epochs of linear warm-up; if not given 5 % of the run (MAE), --preset quick 10 %", at_least=0
+    )
     batch_size: int = option(512, "number of images per step, over all processes (paper)", at_least=1, section="Optimizer")
     base_lr: float = option(
         5e-4, "learning rate of AdamW for a batch of 256; it is scaled with the batch, and falls to 1e-6 (MAE)", above=0
@@ -80,6 +82,7 @@ class Config(LabelledConfig):
     mixup: float = option(0.8, "alpha of mixup, which the paper calls a probability; 0: no mixup (paper and MAE)", at_least=0)
     cutmix: float = option(1.0, "alpha of CutMix, in half of the batches instead of mixup; 0: no CutMix (MAE)", at_least=0)
     eval_every: int = option(1, "epochs between two evaluations", at_least=1, may_change=True, section="Evaluation")
+    warmup: float = 0.05  # share of the run, where --warmup-epochs is not given: 5 of 100 epochs (MAE)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -88,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "help": "20 epochs with random crops and flips only, for small data",
         "output_dir": "runs/quick-finetune",
         "epochs": 20,
-        "warmup_epochs": 2,
+        "warmup": 0.1,
         "batch_size": 64,
         "base_lr": 4e-3,
         "drop_path": 0.0,
@@ -129,8 +132,8 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of a step, counted from 1: warm-up and cosine, over the steps of all epochs."""
-    peak, warmup = config.base_lr * config.batch_size / 256, round(config.warmup_epochs * steps_per_epoch)
-    return peak * cosine(step, config.epochs * steps_per_epoch, warmup, min(MIN_LR / peak, 1.0))
+    peak, steps = config.base_lr * config.batch_size / 256, config.epochs * steps_per_epoch
+    return peak * cosine(step, steps, warmup_steps(config, steps, steps_per_epoch), min(MIN_LR / peak, 1.0))
 
 
 def main(config: Config) -> None:
@@ -174,7 +177,7 @@ def main(config: Config) -> None:
     log.say(f"model  {models.summary(model, name=config.model)}")
     log.say(f"inputs  {describe_inputs(config, inputs)}")
     log.say(f"start  {models.describe_start(config.model, about['start'])}\nimages  {data.note}")
-    warmup = describe_warmup(round(config.warmup_epochs * per_epoch), steps)
+    warmup = describe_warmup(warmup_steps(config, steps, per_epoch), steps)
     log.say(f"training  {steps} steps of {config.batch_size} on {ranks.device}{clamped}; {warmup}")
 
     def evaluate(step: int) -> dict[str, float]:
@@ -215,7 +218,8 @@ def main(config: Config) -> None:
     result = evaluate(last)
     if ranks.rank == 0:
         numbers = {"model": config.model, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
-        numbers |= {"started_from": source, **result, "best_top1": best["top1"], "seconds": round(time.monotonic() - start, 1)}
+        numbers |= {"started_from": source, **rounded({**result, "best_top1": best["top1"]})}
+        numbers["seconds"] = round(time.monotonic() - start, 1)
         write_json(folder / "results.json", numbers)
         draw_curves(folder / "curves.png", log.records(), ("loss", "lr", "top1", "top5", "val_loss"))
         print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, best top-1 {best['top1']:.2f} %; see {folder}")

@@ -28,14 +28,14 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint
 from engine.distributed import Ranks, autocast, parallel, start_ranks, to_device
 from engine.log import Log
-from engine.optim import cosine, describe_warmup, set_learning_rate
+from engine.optim import cosine, describe_warmup, set_learning_rate, warmup_steps
 from engine.options import REQUIRED, RunConfig, changeable, option, redefine, run
 from engine.signals import Signals
 from mvmae.data import EvalTransform, StepSampler
 from mvmae.weights import write_json, write_text
 from tasks.features import POOLS, Pooled, extract
 from tasks.inputs import describe_inputs, resolve_inputs
-from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, training_loader
+from tasks.labelled import LabelledConfig, TrainTransform, accuracy, clamp_batch, rounded, training_loader
 from tasks.models import load_backbone, starting_weights, summary
 from tasks.plots import draw_curves
 from tasks.probe import DRAWS, Probe, measure, probe_optimizer, table
@@ -62,7 +62,9 @@ class Config(LabelledConfig):
     save_every: int = redefine(RunConfig, "save_every", 1000)
     log_every: int = redefine(RunConfig, "log_every", 50)
     epochs: int = option(100, "number of passes over the images (paper)", at_least=1, section="Length")
-    warmup_epochs: float = option(0, "epochs of linear warm-up of the learning rate (MoCo v3)", at_least=0)
+    warmup_epochs: float | None = option(
+        None, "epochs of linear warm-up; if not given none (MoCo v3), --preset mae 10 % of the run", at_least=0
+    )
     batch_size: int = option(1024, "number of images per step, over all processes (paper)", at_least=1, section="Optimizer")
     optimizer: str = option("sgd", "optimizer, with momentum 0.9, no weight decay; sgd: MoCo v3, lars: MAE", ["sgd", "lars"])
     base_lr: float = option(3.0, "learning rate for a batch of 256; it is scaled with the batch (MoCo v3)", at_least=0)
@@ -74,13 +76,14 @@ class Config(LabelledConfig):
     few_shot: tuple[int, ...] = option(
         (1, 2, 5), "labels per class, of one more classifier for each number; 0: none", at_least=0, section="Evaluation"
     )
+    warmup: float = 0.0  # share of the run, where --warmup-epochs is not given
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "mocov3": {"help": "MoCo v3's recipe, which the paper follows: 100 epochs of SGD"},
     "mae": {
         "help": "MAE's recipe: LARS and batch normalisation",
-        "warmup_epochs": 10,
+        "warmup": 0.1,
         "base_lr": 0.1,
         "optimizer": "lars",
         "batch_norm": True,
@@ -98,15 +101,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals: Signals) -> dict[str, Any]:
     """Measure one model, in a folder of its own, and return its results."""
     start = time.monotonic()
-    folder = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
-    settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
-    checkpoint = Checkpoint(folder, settings, ranks, may_change=changeable(Config), resume=config.resume)
-
     torch.manual_seed(config.seed)
     model = load_backbone(name, arch=config.arch, image_size=config.image_size).to(ranks.device)
     encoder = Pooled(model, config.pool).eval().requires_grad_(False)  # no dropout, no statistics that move
     inputs = resolve_inputs(config, model, data.train, config.image_size)
     centre = EvalTransform(model)
+
+    folder = Path(config.output_dir) / re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    settings = {**dataclasses.asdict(config), "model": name, "images": [data.train.fingerprint, data.val.fingerprint]}
+    checkpoint = Checkpoint(folder, settings, ranks, may_change=changeable(Config), resume=config.resume)
     loading = {"batch_size": min(config.batch_size, 256), "workers": config.workers, "max_bad": config.max_bad}
     with signals.interruptible(), autocast(config.precision, ranks.device):  # nothing is saved before the features are there
         train, val = (extract(encoder, part, centre, ranks, **loading) for part in (data.train, data.val))
@@ -116,7 +119,8 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
     config, clamped = clamp_batch(config, length, ranks.world_size)
     sampler = StepSampler(length, config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size)
     per_epoch = sampler.steps_per_epoch
-    steps, warmup = config.epochs * per_epoch, round(config.warmup_epochs * per_epoch)
+    steps = config.epochs * per_epoch
+    warmup = warmup_steps(config, steps, per_epoch)
     last, lr = min(steps, config.max_steps or steps), config.base_lr * config.batch_size / 256
     sampler.num_steps, sampler.start_step = last, checkpoint.step
 
@@ -175,7 +179,11 @@ def probe_model(config: Config, name: str, data: Labelled, ranks: Ranks, signals
     scores = evaluate()
     best = max(range(len(scores)), key=lambda head: scores[head]["top1"])
     results |= {"linear": scores[0]["top1"], "linear_top5": scores[0]["top5"], "best": scores[best]["top1"]}
-    results |= {"best_multiple": probe.multiples[best], "seconds": round(time.monotonic() - start, 1)}
+    multiple = probe.multiples[best]
+    results = {**rounded(results), "best_multiple": multiple, "seconds": round(time.monotonic() - start, 1)}
+    for end, word in ((min(probe.multiples), "lower"), (max(probe.multiples), "higher")):
+        if multiple == end and len(probe.multiples) > 1:
+            log.say(f"best on val is at {multiple:g} times the learning rate, an end of --sweep: add {word} ones")
     about = {"model": name, "data": config.data, "note": data.note, "epochs": config.epochs, "seed": config.seed}
     about |= {"pool": config.pool, "started_from": starting_weights(model, name, config.arch), **results}
     if ranks.rank == 0:
@@ -189,6 +197,8 @@ def main(config: Config) -> None:
     """Measure every model, then write and print the table."""
     ranks, folder, signals = start_ranks(config.device), Path(config.output_dir), Signals()
     data = open_labelled(config.data, train_images=config.train_images, val_images=config.val_images)
+    for name in config.models[1:]:  # one that cannot be loaded is told before the first is measured
+        load_backbone(name, arch=config.arch, image_size=config.image_size)
     results = [probe_model(config, name, data, ranks, signals) for name in config.models]
     if ranks.rank == 0:
         text = table(results)

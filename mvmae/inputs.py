@@ -79,7 +79,7 @@ def inputs_of(model: nn.Module, **changes: Any) -> Inputs:
     """Return how a model's images are read, at the size that it was built for, with ``changes``, of which None is none.
 
     By its own record; else by that beside the weights, if timm loaded them from a folder or the Hub; else by timm's cfg. A
-    model of one channel whose cfg is for three has the means over them.
+    model of one channel whose cfg is for three gets the average of the three.
 
     Raises:
         ValueError: if mean and std are known for another number of channels.

@@ -205,7 +205,7 @@ def test_unreadable_images_are_logged_in_python(tiny_vit, caplog):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", "empty"], "--data: no images in empty"),
+        (["--data", "empty"], "--data: empty holds no images: it is empty"),
         (["--data", "images", "--model", "vit_tiny_patch61_224"], "timm has no model 'vit_tiny_patch61_224'"),
         (["--data", "images", "--model", "runs/nothing"], "there is no file or folder runs/nothing"),
         (["--data", "images", "--model", "encoder", "--split", "val"], "images has no val split"),

@@ -115,7 +115,7 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(about, tmp_path):
 def test_of_an_adaptation_the_best_encoder_is_exported_and_of_other_runs_the_last(tmp_path, pretrained, best):
     model = MultiViewMAE(timm.create_model("mvmae_vit_tiny_patch16", **TINY), decoder_dim=16, decoder_depth=1, decoder_heads=2)
     torch.nn.init.zeros_(model.encoder.norm.bias)
-    leave(tmp_path / "run", model, mean=[0.5] * 3, std=[0.5] * 3)
+    leave(tmp_path / "run", model, mean=[0.5] * 3, std=[0.5] * 3, schedule={"steps": 20})
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     weights = {**model.encoder.state_dict(), "norm.bias": torch.ones(48)}
     for kept in ({}, weights):
@@ -126,4 +126,5 @@ def test_of_an_adaptation_the_best_encoder_is_exported_and_of_other_runs_the_las
         assert done.code == (2 if pretrained and not kept else 0), done.err
     exported = timm.create_model(f"local-dir:{tmp_path / 'run/encoder'}", pretrained=True)
     assert exported.norm.bias.unique().tolist() == [best]
+    assert "stopped at step 9 of 20" in (tmp_path / "run/encoder/config.json").read_text()
     assert f"images, %`: {11 if pretrained else 44}" in (tmp_path / "run/encoder/README.md").read_text()

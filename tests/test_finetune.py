@@ -42,9 +42,9 @@ def vit(tiny_vit):
 
 
 def test_the_defaults_are_the_recipe_of_the_paper_and_of_mae():
-    recipe = {"batch_size": 512, "epochs": 100, "warmup_epochs": 5, "base_lr": 5e-4, "layer_decay": 0.65, "weight_decay": 0.05}
+    recipe = {"batch_size": 512, "epochs": 100, "warmup": 0.05, "base_lr": 5e-4, "layer_decay": 0.65, "weight_decay": 0.05}
     recipe |= {"drop_path": 0.1, "augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0}
-    recipe |= {"smoothing": 0.1, "image_size": ()}
+    recipe |= {"smoothing": 0.1, "image_size": (), "warmup_epochs": None}
     parsed = config()
     assert {name: getattr(parsed, name) for name in recipe} == recipe
 

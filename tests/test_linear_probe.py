@@ -39,9 +39,9 @@ def config(*arguments, preset="mocov3"):
 
 
 def test_the_presets_are_the_recipes_of_moco_v3_and_mae():
-    common = {"batch_size": 1024, "epochs": 100, "cached": False, "image_size": (), "pool": "avg"}
-    mocov3 = {**common, "base_lr": 3.0, "warmup_epochs": 0, "optimizer": "sgd", "batch_norm": False}
-    mae = {**common, "base_lr": 0.1, "warmup_epochs": 10, "optimizer": "lars", "batch_norm": True}
+    common = {"batch_size": 1024, "epochs": 100, "warmup_epochs": None, "cached": False, "image_size": (), "pool": "avg"}
+    mocov3 = {**common, "base_lr": 3.0, "warmup": 0.0, "optimizer": "sgd", "batch_norm": False}
+    mae = {**common, "base_lr": 0.1, "warmup": 0.1, "optimizer": "lars", "batch_norm": True}
     for name, recipe in (("mocov3", mocov3), ("mae", mae)):
         parsed = config(preset=name)
         assert {field: getattr(parsed, field) for field in recipe} == recipe
@@ -225,7 +225,9 @@ def test_colours_are_told_apart_by_a_linear_layer(place, preset, options):
     options = [*options, "--preset", preset, "--epochs", 12, "--warmup-epochs", 1, "--workers", 0]
     done = run_script("linear_probe.py", *RUN, "encoder", *options, folder=place)
     assert done.code == 0, done.err
-    assert json.loads((place / "run" / "results.json").read_text())[0]["best"] > 90
+    result = json.loads((place / "run" / "results.json").read_text())[0]
+    assert result["best"] > 90 and "an end of --sweep" in done.out
+    assert [name for name, value in result.items() if isinstance(value, float) and value != round(value, 2)] == []
 
 
 def test_a_cell_of_the_table_without_a_number_is_empty():

@@ -79,15 +79,21 @@ def test_another_image_size_resizes_positions_and_a_model_without_them_takes_any
         ("vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
         ("random:convnxt_atto", "did you mean convnext_atto"),
         ("vit_base_patch16_224.no_such_tag", "vit_base_patch16_224.no_such_tag cannot be loaded"),
-        ("vit_small_patch16_224", "cannot be loaded"),  # tests are offline
+        ("vit_small_patch16_224", "cannot be loaded .* --arch vit_small_patch16_224"),  # tests are offline
         ("hf-hub:nobody/nothing", "nobody/nothing is not in the cache"),
         ("local-dir:nowhere", "there is no file or folder nowhere"),
         ("nowhere.safetensors", "there is no file or folder nowhere.safetensors"),
-        (".", "holds no model"),
+        (".", "holds no model: give"),
+        ("waits", "holds no model: the run there has not begun training"),
+        ("trains", "holds no model: the run there has not ended"),
     ],
 )
 def test_what_there_is_not_is_told_in_one_line(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
+    for run, files in (("waits", [".lock", ".owner"]), ("trains", [".lock", "checkpoint.pt"])):
+        (tmp_path / run).mkdir()
+        for file in files:
+            (tmp_path / run / file).touch()
     with pytest.raises((Stop, WeightsError), match=message) as caught:
         load_backbone(name)
     assert "\n" not in str(caught.value)

@@ -16,7 +16,8 @@ from running import EXAMPLES, run_script
 
 sys.path.insert(0, str(EXAMPLES))
 
-from engine.options import MEMORY, MOST_USED, SECTIONS, RunConfig, changeable, flag, option, parse, redefine, run
+from engine.optim import warmup_steps
+from engine.options import CORES, MEMORY, MOST_USED, SECTIONS, RunConfig, changeable, flag, option, parse, redefine, run
 from engine.signals import NOTHING_SAVED, Stop
 from mvmae.data import DataError
 
@@ -146,6 +147,7 @@ PRESETS = {
         (["--crop", "0.1"], "there is no option --crop: did you mean --crop-scale?"),
         (["--epoch", "3"], "there is no option --epoch: did you mean --epochs?"),
         (["--log-evry=3"], "did you mean --log-every"),
+        (["--minute", "2", "--epoch=x"], "--minute: did you mean --minutes? there is no option --epoch: did you mean"),
         (["more"], "there is no option more"),
         (["--crop-scale", "0.2"], "--crop-scale: expected 2 arguments"),
         (["--crop-scale", "1", "0.2"], "--crop-scale must be two numbers, low and high, got 1 0.2"),
@@ -174,6 +176,26 @@ def test_a_preset_sets_defaults_what_is_typed_wins_and_its_arguments_are_for_its
     assert parse(Config, PRESETS, None, ["--data", "x"]).epochs is None
     monkeypatch.setenv("HOME", "/somebody")
     assert parse(Config, PRESETS, None, ["--data=~/x", "--encoder-args=~/y"]).data == "/somebody/x"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "epochs", "warmup"),
+    [
+        *(("finetune", "paper", 100, 5), ("finetune", "quick", 20, 2)),
+        *(("linear_probe", "mocov3", 100, 0), ("linear_probe", "mae", 100, 10)),
+    ],
+)
+def test_the_warm_up_of_a_recipe_shrinks_with_the_run_unless_it_is_given(name, preset, epochs, warmup):
+    script, per_epoch = SCRIPTS[name], 24
+
+    def steps(*typed):
+        typed = ["--preset", preset, *needed(name), *typed]
+        config = parse(script.Config, script.PRESETS, None, typed)
+        return config.epochs, warmup_steps(config, config.epochs * per_epoch, per_epoch)
+
+    assert steps() == (epochs, warmup * per_epoch)
+    assert steps("--epochs", "4") == (4, round(4 * per_epoch * warmup / epochs))
+    assert steps("--epochs", "4", "--warmup-epochs", "1.5") == (4, 36)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +256,7 @@ def test_torchrun_passes_every_option_on():
     [
         ("pretrain.py", ["--data", "x", "--log-every", 0], ["--log-every", "at least 1", "'0'"]),
         ("finetune.py", ["--data", "x", "--model", "x", "--workers", -1], ["--workers", "at least 0", "'-1'"]),
+        ("linear_probe.py", ["--data", "sample", "--models", "random:mvmae_vit_micro_patch8_64", "rums/quick"], ["rums/quick"]),
         ("segment.py", ["--data", "x", "--lr", "nan"], ["--lr", "finite", "'nan'"]),
         ("pretrain.py", ["--data", "sample", "--preset", "quick", "--encoder-args", "patch_size=0"], ["patch_size=0"]),
         ("pretrain.py", ["--data", "sample", "--preset", "quick", "--transform", "nowhere:f"], ["--transform", "nowhere:f"]),
@@ -246,6 +269,7 @@ def test_a_script_ends_in_one_line_and_exit_code_2_before_it_trains(script, argu
     lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert result.code == 2 and len(lines) == 1 and "Traceback" not in result.err, result
     assert [word for word in words if word not in lines[0]] == [] and "step 1/" not in result.out
+    assert script == "pretrain.py" or not (tmp_path / "run").exists()
 
 
 WITH_DATA = [name for name in SCRIPTS if any(one == name and field.name == "data" for one, field in OPTIONS)]
@@ -305,6 +329,7 @@ def test_help_lists_every_option_once_in_its_section_with_the_default_of_the_pre
         assert all(f"{other}: {presets_of(name)[other]['help']}" in " ".join(text.split()) for other in presets_of(name))
         for one, field in fields.items():
             value = values.get(field.name, field.default)
+            value = min(value, CORES) if field.name == "workers" else value
             about = field.metadata["help"].rpartition(" (")[0] or field.metadata["help"]  # a source has its value beside it
             assert re.match(r"[A-Za-z]{2,}", words[one]) and about.split()[-1] in words[one], (one, words[one])
             shown = re.search(r"default: ([^;]*?)\]$", words[one])

@@ -145,6 +145,7 @@ PUBLIC = "vit_small_patch14_reg4_dinov2.lvd142m"
 LEAVE_OUT = {"--push owner/name --private": "", PUBLIC: "public"}  # the Hub; `public` is a tiny encoder of the same kind
 ENDS = {  # behind what is typed: a short course of small models on small views
     "adapt.py": "--epochs 1 --workers 0 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --eval-images 60",
+    "embed.py": "--workers 0",
     "finetune.py": "--epochs 1 --warmup-epochs 0 --workers 0",
     "linear_probe.py": "--epochs 2 --workers 0",
     "pretrain.py": "--minutes 0 --steps 2 --workers 0 --eval-images 20 --device cpu",
@@ -175,7 +176,8 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other_on_200_pictures(tm
         done = run_script(script, *shlex.split(words), folder=tmp_path)
         assert done.code == 0, f"{script} {words}\n{done.out}\n{done.err}"
         printed[script] = done.out
-    assert printed.keys() == {"pretrain.py", "visualize.py", "adapt.py", "linear_probe.py", "finetune.py", "export.py"}
+    named = "pretrain visualize embed adapt linear_probe finetune export"
+    assert printed.keys() == {f"{name}.py" for name in named.split()}
     assert (tmp_path / "runs/mine/pictures/neighbours.png").is_file()
     assert "180 images" in printed["adapt.py"] and "k-NN accuracy on held-out images" in printed["adapt.py"]
     assert all(

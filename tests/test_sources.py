@@ -90,7 +90,7 @@ def test_odd_names_are_kept_and_junk_is_left_out_and_counted_in_one_line(tmp_pat
     assert not Path("pwned").exists()
     (tmp_path / "only").mkdir()
     write(tmp_path / "only" / "a.jpg", pointer)
-    with pytest.raises(ValueError, match="no images in .*found 1 Git LFS pointer"):
+    with pytest.raises(ValueError, match="holds no images: passed over 1 Git LFS pointer"):
         open_images(tmp_path / "only")
 
 
@@ -261,14 +261,15 @@ def test_a_dark_set_of_12_bits_without_a_tag_is_said(caplog):
     assert "20 deep images of a sample all look black" in caplog.text and "--value-range" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["absent", "empty", "list", "text"])
+@pytest.mark.parametrize("kind", ["absent", "empty", "other", "list", "text"])
 def test_data_without_images_is_refused_with_its_path(tmp_path, kind):
     path = tmp_path / kind
     message = {"absent": "no such .*the current folder is ", "list": "must name images", "text": "is no"}
-    message |= {"empty": r"no images in .*: found 1 \.doc; looked for .*\.jpg"}
-    if kind == "empty":
-        path.mkdir()
-        write(path / "x.doc", b"x")
+    message |= {"empty": "holds no images: it is empty", "other": r"holds no images: passed over 2 \.doc, 1 \.zip"}
+    if kind in ("empty", "other"):
+        (path / "below").mkdir(parents=True)
+    for name in ("x.doc", "y.doc", "z.zip") if kind == "other" else ():
+        write(path / "below" / name, b"x")
     if kind == "list":
         path = write(path.with_suffix(".txt"), b"\n \n")
     if kind == "text":

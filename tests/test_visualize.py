@@ -234,14 +234,16 @@ def drawn_axes(monkeypatch, tmp_path, records, names):
 def test_curves_have_units_and_no_axis_is_zoomed_into_noise(monkeypatch, tmp_path):
     rising = {"loss": (2, 1e-6), "knn": (99, 0.1), "top1": (2, 0), "uniformity": (-0.4, -0.2)}
     records = [{"step": i, **{name: start + i * slope for name, (start, slope) in rising.items()}} for i in range(4)]
-    records += [{"step": 5, "odd": float("nan")}, {"step": 6, "lr": 0.0}]
-    axes = drawn_axes(monkeypatch, tmp_path, records, ["loss", "knn", "top1", "uniformity", "odd", "lr", "absent"])
+    records += [{"step": 5, "odd": float("nan")}, {"step": 6, "lr": 0.0, "loss_main": 203.0}, {"step": 7, "loss_main": 0.5}]
+    names = ["loss", "knn", "top1", "uniformity", "odd", "lr", "loss_main", "absent"]
+    axes = drawn_axes(monkeypatch, tmp_path, records, names)
     units = {"loss": "loss (↓ better)", "knn": "k-NN accuracy, % (↑ better)", "top1": "top-1 accuracy, % (↑ better)"}
-    units |= {"uniformity": "uniformity, nats", "odd": "odd", "lr": "learning rate"}
+    units |= {"uniformity": "uniformity, nats", "odd": "odd", "lr": "learning rate", "loss_main": "loss_main"}
     assert set(axes) == set(units.values()) and all(axis.get_xlabel() == "optimizer steps" for axis in axes.values())
     axes = {name: axes[title] for name, title in units.items()}
     marks = {name: [list(line.get_xdata()) for line in axis.lines[1:]] for name, axis in axes.items()}
     assert marks == {name: [[3, 3]] for name in units}  # where contrast begins
+    assert [name for name, axis in axes.items() if axis.get_yscale() == "log"] == ["loss_main"]
     ends = {name: axis.get_ylim() for name, axis in axes.items()}
     assert ends["loss"][1] - ends["loss"][0] >= 0.2 and ends["knn"][0] <= 90 and ends["knn"][1] == 100
     assert ends["top1"][0] == 0 and ends["top1"][1] >= 10 and ends["uniformity"][0] < -1 and ends["uniformity"][1] > -0.4

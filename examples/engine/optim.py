@@ -44,9 +44,15 @@ def cosine(step: int, steps: int, warmup: int, end: float = 0.0) -> float:
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(steps - warmup, 2)))
 
 
+def warmup_steps(config: Any, steps: int, per_epoch: int) -> int:
+    """Return the steps of warm-up: ``config.warmup_epochs`` where they are given, else the share ``config.warmup`` of all."""
+    given: float | None = config.warmup_epochs
+    return round(float(config.warmup * steps if given is None else given * per_epoch))
+
+
 def describe_warmup(warmup: int, steps: int) -> str:
     """Return words about the warm-up of a run, with a warning where it leaves little of the run at its learning rate."""
-    long = f"; warning: that is more than a quarter of {steps} steps, give a shorter one" if warmup > steps / 4 else ""
+    long = f"; warning: that is more than a quarter of {steps} steps: lower --warmup-epochs" if warmup > steps / 4 else ""
     return f"warm-up of {warmup} steps{long}"
 
 

@@ -37,6 +37,8 @@ COMMON += ["epochs", "minutes", "batch_size", "base_lr", "workers"]
 SECTIONS = [MOST_USED, "Data", "Run", "Length", "Method", "Model", "Optimizer", "Evaluation", "Pictures", "Upload", "Speed"]
 BOUNDS: dict[str, Any] = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 LARGEST = 2**31
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Cores that this process may use: by default there are no more ``--workers``, which would only make each other slower."""
 MEMORY = "the memory is used up ({}): use a smaller model, a smaller --batch-size, or fewer --workers"
 LOST = ("peer", "gloo", "nccl", "socket", "tcpstore")  # words in torch's errors when another process has ended
 
@@ -102,7 +104,7 @@ class RunConfig:
     precision: str = option("auto", "precision; auto: bf16 autocast on CUDA, float32 elsewhere", ["auto", "bf16", "float32"])
     workers: int = option(
         8,
-        "processes that load images, for each training process; 0: the training process",
+        "processes that load images, for each training process; 0: the training process; by default at most one a core",
         at_least=0,
         at_most=1024,
         may_change=True,
@@ -168,12 +170,16 @@ def parse(config: type[Config], presets: Presets, about: str | None, arguments: 
     preset = dict(presets.get(getattr(chooser.parse_known_args(arguments)[0], "preset", ""), {}))
     preset.pop("help", None)
     defaults = {name: preset.get(name, field.default) for name, field in fields.items()}
+    if "workers" in defaults:
+        defaults["workers"] = min(defaults["workers"], CORES)
     known, unknown = _parser(fields, defaults, chooser, about).parse_known_args(arguments)
     if unknown:
-        name, options = unknown[0].split("=")[0], [*(["--preset"] if presets else []), *map(flag, fields)]
-        near = [one for one in options if one.startswith(name)] or difflib.get_close_matches(name, options)
-        cure = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
-        raise ValueError(f"there is no option {name}: {cure}")
+        options, problems = [*(["--preset"] if presets else []), *map(flag, fields)], []
+        for name in [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]:
+            near = [one for one in options if one.startswith(name)] or difflib.get_close_matches(name, options)
+            cure = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
+            problems.append(f"there is no option {name}: {cure}")
+        raise ValueError(" ".join(problems))
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items() if name in fields}
     for name, value in typed.items():
         lengths = fields[name].metadata["lengths"]

@@ -14,7 +14,7 @@ class Best:
     """The encoder of the best evaluation, by k-NN accuracy where there are labels, else by view retrieval.
 
     View retrieval is near 100 % at the start where images are easily distinguished, and only a clear fall is counted against an
-    encoder: of those within a standard error of the best, at most 50 / sqrt(images) points, the latest is the best.
+    encoder: if several are nearly equal, within a standard error (at most 50 / sqrt(images) points), the latest is the best.
 
     Attributes:
         step: of the best evaluation; 0 is the start.

@@ -67,7 +67,7 @@ class Evaluation:
         return self.features(self.train) if self.val is not None else (queries[0][:0], queries[1][:0])
 
     def retrieval(self) -> dict[str, float]:
-        """Compute ``retrieval``, in percent: how often the nearest view is one of the same image."""
+        """Compute ``retrieval``, in percent: the share of views whose most similar view is of the same image."""
         part = Part(self.source, draw(len(self.source), min(self.limit, CROPPED)))
         if len(part) < 2:
             return {}

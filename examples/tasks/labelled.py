@@ -5,7 +5,7 @@ Shapes: B images of a batch, N of a set, C channels, H W pixels.
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,3 +136,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     shares = 100 * as_double(torch.stack([right[:, 0], right.any(dim=1)])).mean(dim=1)
     loss = as_double(nn.functional.cross_entropy(logits.float(), labels, reduction="none")).mean()
     return {"top1": shares[0].item(), "top5": shares[1].item(), "val_loss": loss.item()}
+
+
+def rounded(results: Mapping[str, float]) -> dict[str, float]:
+    """Return results as they are written: a loss with four decimals, percent and the rest with two."""
+    return {name: round(value, 4 if "loss" in name else 2) for name, value in results.items()}

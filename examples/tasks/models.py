@@ -110,7 +110,10 @@ def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
         raise
     except Exception as error:  # timm checks few of its arguments
         given = f" with {arguments!r}" if arguments else ""
-        raise Stop(f"{name} cannot be loaded{given} ({first_line(error)}): check the name and the options") from error
+        cure = "check the name and the options"
+        if isinstance(error, OSError) and ":" not in name:
+            cure += f"; offline? give a local file of its weights with --arch {name}; random:{name} is untrained"
+        raise Stop(f"{name} cannot be loaded{given} ({first_line(error)}): {cure}") from error
 
 
 def timm_arguments(text: str) -> dict[str, Any]:
@@ -132,9 +135,12 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
         if folder is not None and arch and "model_type" in read_json(folder / CONFIG_FILE):
             return arch, locate(folder, WEIGHTS_FILE)  # a kind of transformers' models that needs a name of timm
         if folder is None:
-            raise Stop(
-                f"{path} holds no model: give the folder of a finished run, or one with {CONFIG_FILE} and {WEIGHTS_FILE}"
-            )
+            cure = f"give the folder of a finished run, or one with {CONFIG_FILE} and {WEIGHTS_FILE}"
+            if (path / "checkpoint.pt").exists():
+                cure = "the run there has not ended: continue it by --resume, or write its encoder by export.py"
+            elif (path / ".lock").exists():
+                cure = "the run there has not begun training"
+            raise Stop(f"{path} holds no model: {cure}")
         return f"local-dir:{folder}", locate(folder, WEIGHTS_FILE)
     if path.is_file():
         if not arch and not _is_export(path.parent):

@@ -31,6 +31,7 @@ LABELS = {
     "lr": "learning rate",
     "knn": "k-NN accuracy, %",
     "linear": "linear probe, %",
+    "best": "best layer of the sweep, val, %",
     "top1": "top-1 accuracy, %",
     "top5": "top-5 accuracy, %",
     "retrieval": "view retrieval, %",
@@ -38,8 +39,10 @@ LABELS = {
     "uniformity": "uniformity, nats",
 }
 """What numbers of ``log.jsonl`` are, with their units; others are drawn under their names."""
-BETTER = {"↓": ("loss", "loss_rec", "loss_con", "val_loss"), "↑": ("knn", "linear", "top1", "top5", "retrieval")}
+BETTER = {"↓": ("loss", "loss_rec", "loss_con", "val_loss"), "↑": ("knn", "linear", "best", "top1", "top5", "retrieval")}
 """Which way is better, where that is certain."""
+SPAN = 30
+"""Factor between the least and the largest value of a loss above which its axis is logarithmic."""
 
 
 def limits(values: Iterable[float], label: str) -> tuple[float, float]:
@@ -91,5 +94,9 @@ def draw_curves(path: Path, records: Iterable[Mapping[str, Any]], names: Iterabl
                 xlim=(-last / 50, last * 1.02),
                 ylim=limits([y for _, y in points], label),
             )
-            axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
+            losses = [y for _, y in points if math.isfinite(y)] if "loss" in name else []
+            if losses and 0 < SPAN * min(losses) < max(losses):  # else its beginning makes the rest flat
+                axis.set(yscale="log", ylim=(min(losses) / 1.2, max(losses) * 1.2))
+            else:
+                axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
             axis.grid(alpha=0.3)

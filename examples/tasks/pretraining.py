@@ -17,7 +17,7 @@ from torch import nn
 
 import mvmae
 from engine.distributed import Ranks
-from engine.optim import cosine, describe_warmup
+from engine.optim import cosine, describe_warmup, warmup_steps
 from engine.signals import Stop
 from mvmae.architecture import PRETRAINING_FILE, PRETRAINING_FOLDER, read_pretraining
 from mvmae.data import (
@@ -145,7 +145,7 @@ def fit_schedule(config: Config, number: int, ranks: Ranks, steps: int = 0) -> S
     epochs = config.epochs or max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
     per_epoch = max(number // batch, 1)
     steps = steps or max(round(epochs * per_epoch), 1)
-    warmup = round(config.warmup * steps if config.warmup_epochs is None else config.warmup_epochs * per_epoch)
+    warmup = warmup_steps(config, steps, per_epoch)
     every = round(0.1 * steps if config.eval_every is None else config.eval_every * per_epoch)
     frozen, late = round(config.freeze * steps), round(config.contrast_from * steps) if config.loss_weight else 0
     return Schedule(batch, lr, steps, warmup, frozen, late, every, per_epoch)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .archives import TarSource, expand_braces
 from .decode import ImageLike
-from .files import describe, extensions, kind_of_entry, scan
+from .files import describe, kind_of_entry, scan
 from .formats import FORMATS
 from .sources import FileSource, ImageSource, KeptImages
 from .splits import SplitError, describe_splits, find_splits, split_of, split_words
@@ -104,8 +104,7 @@ def _open_images_below(folder: Path, passed: "Counter[str]") -> FileSource:
     names = sorted(scan(folder, passed))
     line = describe(passed)
     if not names:
-        looked = f"looked for archives and {' '.join(sorted(extensions()))}"
-        raise ValueError(f"no images in {folder}: found {line or 'nothing'}; {looked}")
+        raise ValueError(f"{folder} holds no images: {f'passed over {line}' if line else 'it is empty'}")
     source = FileSource(folder, names)
     inner: dict[bytes, set[str]] = {}
     for top, part in {tuple(name.split(b"/", 2)[:2]) for name in names if name.count(b"/") > 1}:
