@@ -211,12 +211,14 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         run = folder / "encoder"  # a run's own config.json holds its options
         model_name = f"local-dir:{run if (run / CONFIG_FILE).is_file() else folder}"
     file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
-    own_loader = model_name.startswith(("local-dir:", "hf-hub:")) or {"features_only", "use_naflex"} & kwargs.keys()
+    own_loader = model_name.startswith(("local-dir:", "hf-hub:")) or "use_naflex" in kwargs
     if pretrained and file and not own_loader:
         weights = read_weights(file)
-        model: nn.Module = timm.create_model(model_name, **{**arguments_of(model_name, weights), **kwargs})
+        kwargs = {**arguments_of(model_name, weights), **kwargs}
+        wrapped = {name: kwargs.pop(name) for name in ("features_only", "out_indices", "feature_cls") if name in kwargs}
+        model: nn.Module = timm.create_model(model_name, **kwargs, **({"num_classes": 0} if wrapped else {}))
         load_read(model, weights, Path(file))
-        return model
+        return _feature_maps(model, timm.create_model(model_name, **kwargs, **wrapped)) if wrapped else model
     if not model_name.startswith(("local-dir:", "hf-hub:")):
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
     try:
@@ -244,3 +246,14 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         what = f"{keys[0].strip().rstrip('.')} ({len(keys)} such)"
         raise WeightsError(f"{model_name} does not fit the model: {what}; is it a checkpoint of another model?") from error
     return model
+
+
+def _feature_maps(loaded: nn.Module, features: nn.Module) -> nn.Module:
+    """Return timm's model of feature maps with the weights of the whole model: those of the layers that it keeps."""
+    inner = getattr(features, "model", features)  # of timm's FeatureGetterNet, which may leave the last layers out
+    weights = loaded.state_dict()
+    if missing := sorted(inner.state_dict().keys() - weights.keys()):
+        raise WeightsError(f"features_only of {type(loaded).__name__} renames {missing[0]}: load it without, and take its layers")
+    inner.load_state_dict({name: weights[name] for name in inner.state_dict()})
+    set_inputs(features, inputs_of(loaded))
+    return features

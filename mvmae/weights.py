@@ -234,7 +234,10 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         if names
     ]
     if parts:
-        raise WeightsError(f"{source} does not fit the model: {'; '.join(parts)}; is it a checkpoint of another model?")
+        cure = "is it a checkpoint of another model?"
+        if len(parts) == 1 and {name.partition(".")[0] for name in expected.keys() - weights.keys()} == {"head"}:
+            cure = "it has no classifier: load it with num_classes=0, then reset_classifier(N)"
+        raise WeightsError(f"{source} does not fit the model: {'; '.join(parts)}; {cure}")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path) -> None:

@@ -424,6 +424,22 @@ def test_a_peer_s_file_gives_its_own_tokens_mean_and_vector(name, tmp_path):
         assert peer.said in summary(model)
 
 
+@pytest.mark.parametrize("name", ["DINO", "MoCo v3 ViT-S, linear probe", "MoCo v3 ResNet", "BEiT", "I-JEPA"])
+@torch.no_grad()
+def test_feature_maps_of_a_peer_s_file_are_those_of_its_whole_model(name, tmp_path):
+    peer = PEERS[name]()
+    overlay = {"file": str(save(peer, tmp_path / "file.pth"))}
+    size = peer.size if peer.arch.startswith("res") or "img_size" in peer.size else {"img_size": 32, **peer.size}
+    options: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": overlay, **size}
+    whole: Any = mvmae.create_model(peer.arch, num_classes=0, **options).eval()
+    features: Any = mvmae.create_model(peer.arch, features_only=True, out_indices=(0,), **options).eval()
+    images = torch.rand(2, 3, 32, 32)
+    expected = whole.forward_intermediates(images, indices=[0], intermediates_only=True)
+    for maps, other in zip(features(images), expected, strict=True):
+        torch.testing.assert_close(maps, other, rtol=0, atol=0)
+    assert inputs_of(features).mean == pytest.approx(peer.mean)
+
+
 HF = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 HF |= {"intermediate_size": 96, "layer_norm_eps": 1e-6}
 RELATIVE = {"use_relative_position_bias": True}
