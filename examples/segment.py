@@ -3,11 +3,11 @@ r"""Semantic segmentation: UPerNet on ADE20K (Table 4 of the paper).
   python examples/segment.py --preset toy
       takes a minute on two CPU cores, on drawn shapes; the mIoU is above 60
   torchrun --nproc-per-node 8 examples/segment.py --data path/to/ADEChallengeData2016 \
-    --model runs/paper --output-dir runs/ade
-      160 000 steps with BEiT's recipe: about a day on 8 GPUs (not measured); the paper reports 50.2 mIoU; mmsegmentation
-      reaches 48.1 with MAE's weights
+    --model runs/paper --output-dir runs/table4
+      160 000 steps with BEiT's recipe, estimated at 8 to 13 hours of one H100 (not measured); the paper reports 50.2 mIoU;
+      mmsegmentation reaches 48.1 with MAE's weights
   python examples/segment.py --data path/to/ADEChallengeData2016 --model runs/paper \
-    --output-dir runs/ade --evaluate
+    --output-dir runs/table4 --evaluate
       measures the mIoU of the newest checkpoint without training
 
 Other data needs the folders images/{training,validation} and annotations/{training,validation}, with maps of labels from 0 to
