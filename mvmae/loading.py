@@ -253,7 +253,7 @@ def _feature_maps(loaded: nn.Module, features: nn.Module) -> nn.Module:
     inner = getattr(features, "model", features)  # of timm's FeatureGetterNet, which may leave the last layers out
     weights = loaded.state_dict()
     if missing := sorted(inner.state_dict().keys() - weights.keys()):
-        raise WeightsError(f"features_only of {type(loaded).__name__} renames {missing[0]}: load it without, and take its layers")
+        raise WeightsError(f"features_only of {type(loaded).__name__} renames {missing[0]}: load the model without it")
     inner.load_state_dict({name: weights[name] for name in inner.state_dict()})
     set_inputs(features, inputs_of(loaded))
     return features
