@@ -105,6 +105,20 @@ def test_the_feature_is_what_timm_pools_and_the_mean_patch_token_of_this_package
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_another_size_suits_a_model_that_is_named_and_is_told_for_one_that_is_given(place, paths, tiny_vit):
+    name = "mvmae_vit_micro_patch8_64"
+    found = mvmae.embed(name, place / "images", image_size=96).features
+    model = timm.create_model(name, pretrained=True, img_size=96).eval()
+    transform = timm.data.create_transform(**{**timm.data.resolve_model_data_config(model), "input_size": (3, 96, 96)})
+    with torch.no_grad():
+        wanted = model(torch.stack([transform(Image.open(path).convert("RGB")) for path in paths]))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"image_size 96 is not the \(32, 32\) of the model: call model\.set_input_size"):
+        mvmae.embed(tiny_vit(), place / "images", image_size=96)
+    with pytest.raises(ValueError, match="not of features_only"):
+        mvmae.embed(timm.create_model("resnet18", features_only=True), place / "images")
+
+
 def test_parquet_holds_names_features_and_labels_for_pandas(place, paths, written):
     arrow = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     done = run_script("embed.py", *ARGUMENTS, *PARTS, "--format", "parquet", "--output-dir", "table", folder=place)

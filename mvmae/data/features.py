@@ -136,25 +136,36 @@ def embed(
         model: A model of timm, which computes where it is and as its autocast says; or a folder of an export, or a name
             that timm knows, loaded with its weights on a CUDA device if there is one.
         source: A folder, list, archive or data set, as `open_images` takes it.
-        split: "train" or "val", where the source has splits.
+        split: "train" or "val", where the source has splits; else all of its images.
         image_size: Side in pixels, or (H, W); 0: the size that the model was built for.
         background: Colour behind transparent pixels; None: the model's own, as for the next.
         value_range: Pixel values that are black and white, such as (0, 4095).
         batch_size: Images at a time.
         num_workers: Loading processes; 0 loads in this process.
 
+    Returns:
+        ``features``, (N, D), NaN where an image cannot be read; N ``names``; in ``bad`` the reason by row.
+
     Raises:
-        ValueError: No images, no such model, or sizes that do not fit.
+        ValueError: No images, no such model, one of ``features_only``, or sizes that do not fit.
         DataError: No image can be read, or they cannot be loaded.
     """
     images = open_images(source, split=split)
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
     if isinstance(model, nn.Module):
-        encoder: nn.Module = unwrap(model)
+        encoder: Any = unwrap(model)
     else:
         encoder = create_model(os.fspath(model), pretrained=True, num_classes=0)
+        if image_size and hasattr(encoder, "set_input_size"):
+            encoder.set_input_size(img_size=to_2tuple(image_size))
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not hasattr(encoder, "forward_head"):
+        raise ValueError(f"the model must be one of timm with forward_head, not of features_only: got {type(encoder).__name__}")
+    patches: Any = getattr(encoder, "patch_embed", None)
+    if image_size and getattr(patches, "strict_img_size", False) and patches.img_size != to_2tuple(image_size):
+        cure = f"call model.set_input_size(img_size={to_2tuple(image_size)}) before"
+        raise ValueError(f"image_size {image_size} is not the {patches.img_size} of the model: {cure}")
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     given = {"background": background, "value_range": value_range}
     transform = EvalTransform(encoder, image_size, **{name: value for name, value in given.items() if value is not None})
