@@ -1,7 +1,8 @@
 """Multi-View Masked Autoencoder: timm-compatible encoders and their pretraining.
 
-``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Its rooms, such as ``mvmae.hub``, and the transforms and
-``embed`` of ``mvmae.data`` are imported when they are first asked for. Where to read:
+``import mvmae`` registers the encoders ``mvmae_vit_*`` with timm. Most use ``create_model``, ``embed``, ``MultiViewTransform``,
+``MultiViewMAE``, ``backward_in_parts``, ``hub.export`` and ``hub.push``: ``help`` of each says what it takes. Rooms
+such as ``mvmae.hub``, and what comes from ``mvmae.data``, are imported when they are first asked for. Where to read:
 
 - the method, in the order of the paper: ``model`` (Eqs. 1 to 7), ``patches``, ``masking``, ``masked_vit``, ``decoder``,
   ``losses`` with ``gradients``, ``projector``, ``accumulation``, ``metrics``;

@@ -215,8 +215,8 @@ def _encoder_prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor
             "of them"
         )
     if others:
-        left = ", ".join(others)
-        _logger.warning("of the checkpoint's encoders %s is taken, %s left: to take another, save its state dict", taken, left)
+        told = "taking the encoder %s of the checkpoint, not %s: to take that, save it in a file of its own"
+        _logger.warning(told, taken, ", ".join(others))
     return taken
 
 

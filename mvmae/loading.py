@@ -193,13 +193,13 @@ def known_arguments(model: nn.Module) -> set[str]:
 
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a model of timm like ``timm.create_model``, which an error of a folder or a repository leaves with one line.
+    """Build a model as ``timm.create_model`` does, also of other projects' files and transformers' folders.
 
     From a repository only safetensors are read; from a folder the files that timm would read, and of PyTorch's only tensors.
 
     Args:
         model_name: a name that timm knows, a folder (``local-dir:`` may stand before it) or ``hf-hub:owner/name``, of timm's
-            models or of one that transformers saved; of the folder of a run its ``encoder/``.
+            models or of one that transformers saved; a run's folder means its ``encoder/``.
         pretrained: whether to load weights; those of ``pretrained_cfg_overlay=dict(file=...)`` as `hub.load_encoder` does,
             with the arguments that the file says.
         kwargs: other arguments of ``timm.create_model``.

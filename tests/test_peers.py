@@ -554,10 +554,8 @@ def test_heads_biases_and_widths_that_a_model_has_no_place_for_are_refused():
 def test_which_encoder_is_taken_and_that_nothing_says_the_mean_are_logged(tmp_path, caplog):
     file = save(dino(), tmp_path / "dino.pth")
     hub.load_encoder(vit(), file)
-    assert caplog.messages == [
-        "of the checkpoint's encoders teacher.backbone. is taken, student.module.backbone. left: to take another, save its "
-        "state dict"
-    ]
+    told = "taking the encoder teacher.backbone. of the checkpoint, not student.module.backbone.: "
+    assert caplog.messages == [f"{told}to take that, save it in a file of its own"]
     caplog.clear()
     hub.load_encoder(vit(), save(PEERS["DINO's backbone"](), tmp_path / "file.pth"))
     assert len(caplog.messages) == 1 and "--mean 0.485 0.456 0.406 --std 0.229" in caplog.messages[0]
