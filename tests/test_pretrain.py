@@ -481,7 +481,7 @@ def test_channels_need_their_statistics_and_without_colours_have_no_jitter_of_co
     ("arguments", "words"),
     [
         (["--data", "no/such/folder"], ["no/such/folder"]),
-        (["--data", "."], [".jpg", "."]),
+        (["--data", "."], ["holds no images", "empty"]),
         (["--image-size", 30], ["30x30", "multiple of the patch size 8", "32x32"]),
         (["--batch-size", 1], ["--batch-size 1", "--loss-weight 0"]),
         (["--device", "cuda"], ["--device cuda", "--device cpu"]),
