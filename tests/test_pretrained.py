@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from running import EXAMPLES
 
 import mvmae
 from mvmae import encoders, hub
@@ -89,3 +90,10 @@ def test_its_features_tell_photographs_apart_better_than_random_ones():
             parts += [mvmae.embed(encoder, source).features, torch.as_tensor(source.labels)]
         found[pretrained] = 100 * knn_accuracy(*parts, k=20)
     assert found[True] > found[False] + 5
+
+
+def test_the_pretraining_model_that_goes_on_from_it_lies_beside_its_results():
+    (folder,) = [file.parent for file in (EXAMPLES / "results").glob("*/pretraining.json")]
+    model, encoder = mvmae.MultiViewMAE.from_pretrained(folder), timm.create_model(NAME, pretrained=True)
+    for name, value in model.encoder.state_dict().items():
+        assert torch.equal(value, encoder.state_dict()[name]), name
