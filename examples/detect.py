@@ -7,7 +7,8 @@ r"""Detect and segment objects: Mask R-CNN on COCO (Table 3 of the paper).
       100 epochs with the recipe of Li et al. (2021), estimated at 55 to 96 hours of one H100 (not measured). The paper reports
       51.3 box AP and 45.6 mask AP, 50.3 and 44.9 for MAE; expect less: with torchvision's Mask R-CNN no published run reaches
       50 box AP
-  python examples/detect.py --data path/to/coco --model runs/paper --output-dir runs/table3 --evaluate
+  python examples/detect.py --data path/to/coco --model runs/paper --evaluate \
+    --output-dir runs/table3
       measures the AP of the newest checkpoint without training
 
 The data lie in COCO's layout: annotations/instances_train2017.json, train2017/, and the same for val2017; classes are those of
