@@ -1,5 +1,6 @@
 """Load other people's weights into an encoder or a pretraining model: completely, or not at all."""
 
+import difflib
 import inspect
 import logging
 import math
@@ -205,11 +206,12 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         kwargs: other arguments of ``timm.create_model``.
 
     Raises:
-        WeightsError: if weights cannot be found, read or used.
+        WeightsError: if timm has no such name, which is told with near ones, or weights cannot be found, read or used.
     """
     if (folder := Path(model_name.removeprefix("local-dir:"))).is_dir():
         run = folder / "encoder"  # a run's own config.json holds its options
         model_name = f"local-dir:{run if (run / CONFIG_FILE).is_file() else folder}"
+    _check_name(model_name)
     file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
     own_loader = model_name.startswith(("local-dir:", "hf-hub:")) or "use_naflex" in kwargs
     if pretrained and file and not own_loader:
@@ -246,6 +248,27 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         what = f"{keys[0].strip().rstrip('.')} ({len(keys)} such)"
         raise WeightsError(f"{model_name} does not fit the model: {what}; is it a checkpoint of another model?") from error
     return model
+
+
+def _check_name(model_name: str) -> None:
+    """Refuse a name, tag or folder that does not exist, with near ones."""
+    name = model_name.partition(".")[0]
+    path = Path(model_name.removeprefix("local-dir:"))
+    if path.is_file():
+        raise WeightsError(f"{path} is a file: name its architecture, with pretrained_cfg_overlay=dict(file={str(path)!r})")
+    if path.is_dir() or model_name.startswith(("hf-hub:", "hf_hub:")):
+        return
+    if model_name.startswith("local-dir:") or "/" in model_name:
+        raise WeightsError(f"there is no folder {path} (the current folder is {Path.cwd()})")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        cure = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise WeightsError(f"timm has no model {model_name!r}, and it is no folder: {cure}")
+    try:
+        timm.get_pretrained_cfg(model_name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{name}.*")) or "none"
+        raise WeightsError(f"timm has no weights {model_name!r}: it has {tags}") from error
 
 
 def _feature_maps(loaded: nn.Module, features: nn.Module) -> nn.Module:

@@ -178,6 +178,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         cause = f"({path.stat().st_size} bytes) is cut or damaged ({first_line(error)}): get it again"
         if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
             cause = "is a Git LFS pointer, not the weights: run `git lfs pull`"
+        elif path.suffix != ".safetensors" and path.read_bytes()[:1] not in (b"", b"P", b"\x80"):  # zip archive, pickle
+            cause = "is no PyTorch file: name a .safetensors or .pth file with weights"
         elif "weights_only" in str(error):
             cause = "is a pickle of more than weights, which could run code, and was not loaded: "
             cause += "if you trust it, save its state dict alone as safetensors"

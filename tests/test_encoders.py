@@ -83,6 +83,23 @@ def test_naflex_has_the_positions_too():
     assert torch.equal(vit.embeds.pos_embed.flatten(1, 2), tiny().pos_embed[:, 1:])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_smal_patch16_224", "timm has no model 'vit_smal_patch16_224', .* did you mean vit_small_patch16_224"),
+        ("mvmae_vit_micro_patch8_64.imagenet", "it has mvmae_vit_micro_patch8_64.cifar10$"),
+        ("runs/nowhere", "there is no folder runs/nowhere"),
+        ("local-dir:nowhere", "there is no folder nowhere"),
+        ("file.pth", r"file.pth is a file: name its architecture, with pretrained_cfg_overlay=dict\(file='file.pth'\)"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused_with_what_there_is(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.pth").touch()
+    with pytest.raises(WeightsError, match=message):
+        mvmae.create_model(name)
+
+
 def test_the_cfgs_claim_no_weights_and_say_how_to_load_ones_own():
     assert len(timm.list_models("mvmae_vit_*")) == len(TIMM_NAMES) == 6
     for name in timm.list_models("mvmae_vit_*_patch1?", include_tags=True):

@@ -78,7 +78,7 @@ def test_another_image_size_resizes_positions_and_a_model_without_them_takes_any
     [
         ("vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
         ("random:convnxt_atto", "did you mean convnext_atto"),
-        ("vit_base_patch16_224.no_such_tag", "vit_base_patch16_224.no_such_tag cannot be loaded"),
+        ("vit_base_patch16_224.no_such_tag", "timm has no weights 'vit_base_patch16_224.no_such_tag'"),
         ("vit_small_patch16_224", "cannot be loaded .* --arch vit_small_patch16_224"),  # tests are offline
         ("hf-hub:nobody/nothing", "nobody/nothing is not in the cache"),
         ("local-dir:nowhere", "there is no file or folder nowhere"),

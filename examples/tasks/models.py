@@ -7,7 +7,6 @@ leaves the weights out. What does not exist or cannot be built is a `Stop`, what
 
 import ast
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,15 +94,11 @@ def check_plain(name: str, arch: str = "") -> None:
 
 
 def create_encoder(name: str, arguments: str = "", **options: Any) -> nn.Module:
-    """Build a model by timm's name, ``hf-hub:ID`` or ``local-dir:FOLDER``; an unknown name is refused with near ones.
+    """Build a model by timm's name, ``hf-hub:ID`` or ``local-dir:FOLDER``; an unknown name is refused, with near ones.
 
     ``arguments`` are timm's options as a user types them, such as ``"patch_size=8 embed_dim=128"``.
     """
-    typed, known = timm_arguments(arguments), timm.list_models()
-    if ":" not in name and name.split(".")[0] not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        cure = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
-        raise Stop(f"timm has no model {name!r}, and it is no folder: {cure}")
+    typed = timm_arguments(arguments)
     try:
         return mvmae.create_model(name, **{**typed, **options})
     except (MemoryError, WeightsError):
@@ -137,7 +132,7 @@ def find_weights(name: str, arch: str = "") -> tuple[str, Path | None]:
         if folder is None:
             cure = f"give the folder of a finished run, or one with {CONFIG_FILE} and {WEIGHTS_FILE}"
             if (path / "checkpoint.pt").exists():
-                cure = "the run there has not ended: continue it by --resume, or write its encoder by export.py"
+                cure = "the run there has not ended: continue it by --resume; export.py writes the encoder of a pretraining"
             elif (path / ".lock").exists():
                 cure = "the run there has not begun training"
             raise Stop(f"{path} holds no model: {cure}")

@@ -117,7 +117,7 @@ def group_norm(channels: int) -> nn.Module:
 
 
 class ViTPyramid(nn.Module):
-    """Feature maps of a plain ViT at the strides P/4, P/2, P and 2P (4, 8, 16, 32 pixels), under torchvision's conventions.
+    """Feature maps of a plain ViT at the strides P/4, P/2, P, 2P, 4 to 32 pixels for P = 16, under torchvision's conventions.
 
     Serves torchvision's detectors as their backbone, with the ``out_channels`` that they ask for. Transposed convolutions
     enlarge and pooling shrinks the maps after four blocks. The styles:
