@@ -47,11 +47,11 @@ from tasks.pretraining import (
     fit_minutes,
     fit_schedule,
     load_run,
+    load_views,
     open_data,
     parameter_groups,
     step_mask,
     train_last_blocks,
-    view_loader,
     without_colour_jitter,
 )
 
@@ -144,7 +144,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
         if fitted:
             schedule = Schedule(**fitted)
         else:
-            first = view_loader(config, encoder, images, schedule, 0, 4 * max(config.workers, 5), ranks)
+            first = partial(load_views, config, encoder, images, start=0, last=4 * max(config.workers, 5), ranks=ranks)
             whole = partial(backward, loss_weight=config.loss_weight)
             schedule = fit_minutes(config, images.length, schedule, model, optimizer, whole, first, evaluation, ranks)
     last = min(schedule.steps, config.max_steps or schedule.steps)
@@ -158,7 +158,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     about["schedule"] = schedule._asdict()
     if ranks.rank == 0:
         log.trackers.start(config.tracker, checkpoint.folder, settings, checkpoint.step, log.say)
-    loader = view_loader(config, encoder, images, schedule, checkpoint.step, last, ranks)
+    loader = load_views(config, encoder, images, schedule, checkpoint.step, last, ranks)
     optimizing = f"{config.optimizer} with betas {BETAS[0]:g} {BETAS[1]:g} and weight decay {config.weight_decay:g}"
     summary = describe_run(
         log,

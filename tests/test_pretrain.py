@@ -1,5 +1,6 @@
 """examples/pretrain.py and the tasks below it: length, recipe and stages of a run, what it leaves and how it resumes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -29,7 +30,17 @@ from engine.optim import build_optimizer
 from engine.options import parse
 from engine.signals import Stop
 from tasks.config import Config, build_model
-from tasks.pretraining import Schedule, describe_schedule, fit_minutes, fit_schedule, random_views, step_mask
+from tasks.pretraining import (
+    Schedule,
+    describe_schedule,
+    fit_minutes,
+    fit_schedule,
+    load_views,
+    open_data,
+    random_views,
+    step_mask,
+    view_loader,
+)
 from tasks.splits import open_splits
 
 CPU = torch.device("cpu")
@@ -61,7 +72,7 @@ def test_epochs_that_are_not_given_go_with_the_inverse_root_of_the_number_of_ima
 
 
 @pytest.mark.parametrize(
-    ("number", "batch"), [(3, 3), (256, 16), (511, 16), (512, 32), (1562, 64), (4095, 128), (4096, 256), (10**9, 256)]
+    ("number", "batch"), [(3, 3), (256, 16), (511, 16), (512, 32), (1562, 64), (2047, 64), (12_500, 256), (10**9, 256)]
 )
 def test_a_batch_suits_the_number_of_images_and_the_rate_the_batch_whoever_chose_it(number, batch):
     small = ["--preset", "small", "--base-lr", 0.1, "--batch-size"]
@@ -69,6 +80,17 @@ def test_a_batch_suits_the_number_of_images_and_the_rate_the_batch_whoever_chose
     assert length_of(10**9, *small, 64).lr == 0.1 * 64 / 256  # of which the recipe would take 256
     paper = ["--base-lr", 0.1, "--batch-size"]
     assert [length_of(number, *paper, given)[:2] for given in (0, batch)] == [(batch, 0.1 * batch / 256)] * 2
+
+
+@pytest.mark.parametrize(
+    ("number", "length", "batch"),
+    [(50_000, 0.61, 32), (3000, 10, 32), (50_000, 9, 128), (3000, 150, 128), (100, 10, 16), (50_000, 44, 256)],
+)
+def test_a_short_run_takes_a_smaller_batch_for_some_thirty_steps_for_each_of_its_images(number, length, batch):
+    by_epochs = length_of(number, "--preset", "small", "--epochs", length)
+    assert (by_epochs.batch_size, by_epochs.lr) == (batch, 4e-3)
+    by_steps = length_of(number, "--preset", "small", "--steps", by_epochs.steps)
+    assert by_steps.batch_size == batch and by_steps.lr == 4e-3
 
 
 def test_steps_warm_up_and_stages_are_as_given_and_a_long_warm_up_is_warned_of():
@@ -119,7 +141,7 @@ def test_minutes_are_as_many_steps_as_fit_beside_the_evaluations_by_the_slowest_
         config = config_of("--data", "x", "--preset", "quick", "--minutes", minutes, *given)
         ranks = SimpleNamespace(device=CPU, any=bool, world_size=1, gather=lambda number: [number, other])
         schedule = fit_schedule(config, 1000, ALONE)
-        found = fit_minutes(config, 1000, schedule, model, optimizer, step, range(20), lambda: wait(once), ranks)
+        found = fit_minutes(config, 1000, schedule, model, optimizer, step, lambda schedule: range(20), lambda: wait(once), ranks)
         assert found._replace(eval_every=0) == fit_schedule(config, 1000, ALONE, found.steps)._replace(eval_every=0)
         return found.steps, found.eval_every
 
@@ -153,6 +175,23 @@ def test_a_run_of_minutes_is_one_of_its_steps_to_the_bit_and_goes_on_with_their_
     late = [line for line in records(tmp_path / "steps") if "loss" in line]
     half = round(int(told[0][1]) / 2)  # no line is a mean of steps with and without the contrastive loss
     assert half in [line["step"] for line in late] and all((line["loss_con"] > 0.5) == (line["step"] > half) for line in late)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_jitter_waits_for_the_contrastive_loss(images, start):
+    config = config_of("--data", images, "--preset", "small", "--contrast-from", 0.5, "--workers", 0)
+    encoder, pictures = timm.create_model("mvmae_vit_micro_patch8_64"), open_data(config)
+    schedule = fit_schedule(config, pictures.length, ALONE)._replace(batch_size=8, contrast_after=2)
+    plain = dataclasses.replace(config, jitter=(), grayscale=0.0)
+    expected = [
+        batch.views
+        for stage, first, last in ((plain, 0, 2), (config, 2, 4))
+        for batch in view_loader(stage, encoder, pictures, schedule, first, last, ALONE)
+    ]
+    found = [batch.views for batch in load_views(config, encoder, pictures, schedule, start, 4, ALONE)]
+    assert len(expected) == 4 and len(found) == 4 - start and all(map(torch.equal, found, expected[start:]))
+    always = [batch.views for batch in view_loader(config, encoder, pictures, schedule, 0, 4, ALONE)]
+    assert [torch.equal(*both) for both in zip(always, expected, strict=True)] == [False, False, True, True]
 
 
 # ---------------------------------------------------------------------------------------------------------- model and step

@@ -59,7 +59,7 @@ class Config(InputOptions, RunConfig):
         at_least=0,
     )
     batch_size: int = option(
-        256, "images per step, over all processes; 0: chosen from their number, and printed (paper)", at_least=0
+        256, "images per step, over all processes; 0: chosen from number and length, and printed (paper)", at_least=0
     )
     num_views: int = option(
         2, "views of each image; 1 with --loss-weight 0 is MAE (paper)", at_least=1, at_most=64, section="Method"
@@ -86,7 +86,7 @@ class Config(InputOptions, RunConfig):
     loss_weight: float = option(2.0, "weight of the contrastive loss, lambda; 0: none (paper, Table 5)", at_least=0)
     temperature: float = option(0.07, "temperature of the contrastive loss, tau (paper, Section 3.2.2)", above=0)
     contrast_from: float = option(
-        0.0, "share of the run before the contrastive loss is added (paper: 0; MAE-CT)", at_least=0, below=1
+        0.0, "share of the run before the contrastive loss, and jitter, begin (paper: 0; MAE-CT)", at_least=0, below=1
     )
     projector: int = option(
         0,

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ from tasks.splits import Joined, Part, Splits, draw, open_splits
 
 MASKS = -1
 """Takes the place of an epoch in the seed of a step's masks."""
+STEPS_PER_IMAGE = 30  # of a batch, measured: RESULTS.md, "Short runs"
 FIRST = 512  # images of a stream that stand for all where they are evaluated or measured
 EPOCHS, IMAGES = 44, 50_000
 """Epochs of two views for that many images: an hour and a half of two CPU cores at the 400 images/s of ``--preset small``."""
@@ -121,28 +122,37 @@ def open_data(config: Config) -> Images:
     return Images(splits, train, len(train), "; ".join([f"{len(splits.train)} images{more}", *train.problems]))
 
 
-def fit_schedule(config: Config, number: int, ranks: Ranks, steps: int = 0) -> Schedule:
+def choose_batch(number: int, length: float) -> int:
+    """Return the batch for a run that passes ``length`` images, of ``number`` different ones: a power of two from 16 to 256.
+
+    A short run needs steps more than negatives: about 30 for each image of its batch. So does a small set: at most a 16th.
+    """
+    most = min(max(int(math.log2(max(number / 16, 1))), 4), 8)
+    return int(2 ** min(max(round(math.log2(max(length / STEPS_PER_IMAGE, 1)) / 2), 4), most))
+
+
+def fit_schedule(config: Config, number: int, ranks: Ranks, steps: int = 0, batch: int = 0) -> Schedule:
     """Return the length of a run on ``number`` images, 0 where it is not known; what is not given is chosen from that number.
 
-    ``steps`` is what `fit_minutes` has found; without it, epochs or steps are the length.
+    ``steps`` and ``batch`` are what `fit_minutes` has found; without them, epochs or steps are the length.
 
-    Batch: about a 16th of the images, a power of two from 16 to 256, of which ``lr_batch`` 0 says that --base-lr is for it: a
-    small set needs steps more than negatives. Epochs: as the inverse square root of the number, so that a larger set is passed
-    fewer times, though more images are seen in all; twice as many with one view instead of two.
+    Batch: that of `choose_batch`, of which ``lr_batch`` 0 says that --base-lr is for it. Epochs: as the inverse square root of
+    the number, so that a larger set is passed fewer times, though more images are seen in all; twice as many with one view
+    instead of two.
     """
     steps = steps or config.steps
     if not number:
         if not steps and not config.minutes:
             raise Stop(f"--data {config.data} has a length that is not known: add --steps N or --minutes N")
         number = max(steps, 1) * (config.batch_size or 256)  # one epoch
-    chosen = min(max(2 ** int(math.log2(max(number / 16, 1))), 16), 256)
+    epochs = config.epochs or max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
+    chosen = batch or choose_batch(number, steps**2 / STEPS_PER_IMAGE if steps else epochs * number)
     batch, multiple = config.batch_size or chosen, ranks.world_size * config.accumulate
     if batch > number >= multiple:
         batch = number // multiple * multiple
     lr = config.base_lr * batch / (config.lr_batch or chosen)
     if config.loss_weight and batch < 2:
         raise Stop(f"--batch-size {batch} leaves the contrastive loss no negatives: use more, or --loss-weight 0")
-    epochs = config.epochs or max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
     per_epoch = max(number // batch, 1)
     steps = steps or max(round(epochs * per_epoch), 1)
     warmup = warmup_steps(config, steps, per_epoch)
@@ -158,17 +168,18 @@ def fit_minutes(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     backward: Callable[[int, Batch], Any],
-    loader: Iterable[Batch],
+    load: Callable[[Schedule], Iterable[Batch]],
     evaluation: Evaluation,
     ranks: Ranks,
+    begun: float = 0.0,
 ) -> Schedule:
     """Return the schedule that fits into ``--minutes`` from now on, by the time of the first steps and of an evaluation.
 
-    These steps are then undone. Evaluations on the way take at most a quarter of the time. All ranks must call it, and get the
-    same; a `Stop` where no step fits.
+    These steps are then undone; where they suit another batch, steps of that batch are timed in their place, once. Evaluations
+    on the way take at most a quarter of the time. All ranks must call it, and get the same; a `Stop` where no step fits.
     """
     fresh, marks = copy.deepcopy((model.state_dict(), optimizer.state_dict())), [time.monotonic()]
-    for step, batch in enumerate(loader, 1):
+    for step, batch in enumerate(load(schedule), 1):
         backward(step, batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -188,13 +199,17 @@ def fit_minutes(
     between = min(ranks.gather(between))
     if config.eval_every is not None and schedule.eval_every:
         seconds += once / schedule.eval_every
-    spent = time.monotonic() - marks[0] + (fixed + between) * once
+    spent = time.monotonic() - (begun or marks[0]) + (fixed + between) * once
     steps = min(ranks.gather(int((60 * config.minutes - spent) / seconds)))
     if steps < 1:
         cost = f"{fixed + between} evaluations take {(fixed + between) * once:.0f} s and a step {seconds:.2g} s"
         enough = math.ceil((spent + 20 * seconds) / 60)
         raise Stop(f"--minutes {config.minutes:g} is too short: {cost}; use --minutes {enough}, or fewer --eval-images")
-    found = fit_schedule(config, number, ranks, steps)
+    chosen = choose_batch(number, steps * schedule.batch_size)
+    if not (config.batch_size or begun or chosen == schedule.batch_size):
+        schedule = fit_schedule(config, number, ranks, steps, chosen)
+        return fit_minutes(config, number, schedule, model, optimizer, backward, load, evaluation, ranks, marks[0])
+    found = fit_schedule(config, number, ranks, steps, schedule.batch_size)
     every = found.eval_every if config.eval_every is not None else round(steps / (between + 1)) if between else 0
     return found._replace(eval_every=every)
 
@@ -208,7 +223,8 @@ def describe_schedule(schedule: Schedule, config: Config) -> str:
     parts += [f"as many as fit into {config.minutes:g} minutes"] if config.minutes else []
     parts += [describe_warmup(schedule.warmup, schedule.steps)]
     parts += [f"encoder frozen for {schedule.frozen}"] if schedule.frozen else []
-    parts += [f"contrast from step {schedule.contrast_after + 1}"] if schedule.contrast_after else []
+    late = "contrast and jitter" if any(config.jitter) or config.grayscale else "contrast"
+    parts += [f"{late} from step {schedule.contrast_after + 1}"] if schedule.contrast_after else []
     if config.batch_size > schedule.batch_size:
         parts.append(f"batch and rate cut from --batch-size {config.batch_size}, which is more than there are images")
     return "; ".join(parts)
@@ -250,6 +266,17 @@ def describe_views(config: Config) -> str:
     parts += [f"no jitter of colour, which {config.in_chans} channels do not have"] if config.in_chans != 3 and jitter else []
     parts += [f"then {config.transform}"] if config.transform else []
     return "; ".join(parts)
+
+
+def load_views(
+    config: Config, encoder: Any, images: Images, schedule: Schedule, start: int, last: int, ranks: Ranks
+) -> Iterator[Batch]:
+    """Yield V views of each image of the steps after ``start`` up to ``last``; jitter waits for the contrastive loss."""
+    switch = min(max(schedule.contrast_after, start), last)
+    plain = dataclasses.replace(config, jitter=(), grayscale=0.0)
+    for stage, first, end in ((plain, start, switch), (config, switch, last)):
+        if first < end:
+            yield from view_loader(stage, encoder, images, schedule, first, end, ranks)
 
 
 def view_loader(
