@@ -107,7 +107,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         part.chmod(mode)  # safetensors makes one that only its owner may read
         with part.open("r+b") as file:  # Windows brings to the disk only what is open for writing
             os.fsync(file.fileno())
-        part.replace(path)
+        os.replace(part, path)
     except OSError as error:
         if error.errno and error.filename is None:  # of a full disk, or a limit on the size of files
             error.filename = str(path)

@@ -113,7 +113,7 @@ def test_a_full_disk_costs_a_line_and_a_kill_while_the_log_is_rewritten_nothing(
     assert f"warning: cannot write {tmp_path / 'log.jsonl'}: No space left on device" in capsys.readouterr().out
     log.write(step=3)
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", killed)
+        patched.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             Log(tmp_path, ALONE, 9, start=1)
     assert [record["step"] for record in log.records()] == [1, 3]

@@ -141,7 +141,8 @@ def test_minutes_are_as_many_steps_as_fit_beside_the_evaluations_by_the_slowest_
         config = config_of("--data", "x", "--preset", "quick", "--minutes", minutes, *given)
         ranks = SimpleNamespace(device=CPU, any=bool, world_size=1, gather=lambda number: [number, other])
         schedule = fit_schedule(config, 1000, ALONE)
-        found = fit_minutes(config, 1000, schedule, model, optimizer, step, lambda schedule: range(20), lambda: wait(once), ranks)
+        timed = step, lambda schedule: range(20), lambda: wait(once)
+        found = fit_minutes(config, 1000, schedule, model, optimizer, *timed, ranks)
         assert found._replace(eval_every=0) == fit_schedule(config, 1000, ALONE, found.steps)._replace(eval_every=0)
         return found.steps, found.eval_every
 
