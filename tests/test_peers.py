@@ -460,7 +460,7 @@ OF_TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str]] = {  # class, its op
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
 @torch.no_grad()
 def test_a_folder_and_a_file_of_transformers_give_its_tokens(name, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="4.56")
     kind, options, arch = OF_TRANSFORMERS[name]
     of_kind = f"{kind}ForImageClassification" if kind == "Data2VecVision" else f"{kind}Model"  # whose encoder lacks the norm
     model = filled(getattr(transformers, of_kind)(getattr(transformers, f"{kind}Config")(**{**HF, **options})))

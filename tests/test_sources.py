@@ -423,7 +423,7 @@ def test_parquet_and_arrow_of_hugging_face_with_and_without_labels(tmp_path, lab
     dataset.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00002.parquet")
     dataset.to_parquet(tmp_path / "hub" / "data" / "train-00001-of-00002.parquet")
     dataset.to_parquet(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet")
-    dataset.save_to_disk(tmp_path / "saved")
+    dataset.save_to_disk(str(tmp_path / "saved"))
     for source, count in (
         (open_images(tmp_path / "hub"), 12),
         (open_images(tmp_path / "hub", split="val"), 6),

@@ -26,7 +26,7 @@ sys.path.append(str(EXAMPLES))
 from engine.signals import Stop
 from tasks.models import load_backbone, start_encoder, starting_weights
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 SIZES = {
     "small": {},
     "deep": {"num_hidden_layers": 3, "decoder_num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160},

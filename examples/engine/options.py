@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import time
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -140,7 +139,6 @@ def run(main: Callable[[Config], None], config: type[Config], presets: Presets, 
         _end(f"another process of this run has ended, see its message; --resume continues ({first_line(error)})", 1)
     finally:
         if dist.is_initialized():
-            time.sleep(0.1)  # gloo's threads take Python's lock a last time: torch before 2.8 holds it while it waits for them
             dist.destroy_process_group()
 
 
