@@ -22,7 +22,7 @@ SHARDS, EACH = 4, 9
 
 @pytest.fixture(autouse=True)
 def _no_pause_behind_parquet(monkeypatch):
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # is for the end of a process
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)  # is for the end of a process
 
 
 def picture(value):
