@@ -131,7 +131,7 @@ def main(config: Config, compare: Callable[[Config, Best, Evaluation], list[str]
     def backward(step: int, batch: Batch, loss_weight: float) -> mvmae.Losses:
         """Compute the losses of a batch, Eqs. 1-7, the contrastive one times ``loss_weight``, and their gradients."""
         views = normalize(to_device(batch.views, device), inputs.mean, inputs.std)  # (B, V, C, H, W)
-        mask = step_mask(config, encoder, schedule.batch_size, step, ranks)  # this rank's rows of the global mask
+        mask = step_mask(config, encoder, len(views) * ranks.world_size, step, ranks)  # this rank's rows of the global mask
         torch.manual_seed(sample_seed(config.seed, DROPOUT, step, ranks.rank))  # dropout, whatever was drawn before
         with autocast(config.precision, device):  # one part is a plain backward
             return mvmae.backward_in_parts(trained, views, config.accumulate, mask=mask, loss_weight=loss_weight)

@@ -158,6 +158,24 @@ def test_minutes_are_as_many_steps_as_fit_beside_the_evaluations_by_the_slowest_
         fitted(0.5, once=10)
 
 
+def test_minutes_that_hold_more_images_than_guessed_take_a_larger_batch_and_time_that(monkeypatch):
+    """An image takes 1 ms: ten minutes pass not 60 000 images but 600 000, for which a batch of 128 is due."""
+    now, batches, model = [0.0], [], nn.Linear(1, 1)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def step(number, batch):
+        now[0] += 1e-3 * batch
+        batches.append(batch)
+
+    config = config_of("--data", "x", "--preset", "small", "--minutes", 10, "--eval-every", 0)
+    ranks = SimpleNamespace(device=CPU, any=bool, world_size=1, gather=lambda number: [number])
+    schedule = fit_schedule(config, 10**6, ALONE)
+    timed = step, lambda schedule: [schedule.batch_size] * 20, lambda: None
+    found = fit_minutes(config, 10**6, schedule, model, torch.optim.AdamW(model.parameters()), *timed, ranks)
+    assert batches == [32] * 20 + [128] * 20
+    assert (found.batch_size, found.lr, found.steps) == (128, 4e-3, int((600 - 20 * 0.032 - 20 * 0.128) / 0.128))
+
+
 def test_a_run_of_minutes_is_one_of_its_steps_to_the_bit_and_goes_on_with_their_number(images, tmp_path):
     given = ["--epochs", 0, "--warmup-epochs", 1, *LATE, "--save-every", 10**6, "--log-every", 30, "--contrast-from", 0.5]
     printed = [

@@ -42,6 +42,7 @@ from tasks.splits import Joined, Part, Splits, draw, open_splits
 
 MASKS = -1
 """Takes the place of an epoch in the seed of a step's masks."""
+IMAGES_PER_MINUTE = 6000  # of two CPU cores: a first guess of how many images --minutes can pass
 STEPS_PER_IMAGE = 30  # of a batch, measured: RESULTS.md, "Short runs"
 FIRST = 512  # images of a stream that stand for all where they are evaluated or measured
 EPOCHS, IMAGES = 44, 50_000
@@ -146,7 +147,8 @@ def fit_schedule(config: Config, number: int, ranks: Ranks, steps: int = 0, batc
             raise Stop(f"--data {config.data} has a length that is not known: add --steps N or --minutes N")
         number = max(steps, 1) * (config.batch_size or 256)  # one epoch
     epochs = config.epochs or max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
-    chosen = batch or choose_batch(number, steps**2 / STEPS_PER_IMAGE if steps else epochs * number)
+    passed = steps**2 / STEPS_PER_IMAGE if steps else IMAGES_PER_MINUTE * config.minutes or epochs * number
+    chosen = batch or choose_batch(number, passed)
     batch, multiple = config.batch_size or chosen, ranks.world_size * config.accumulate
     if batch > number >= multiple:
         batch = number // multiple * multiple
@@ -171,7 +173,7 @@ def fit_minutes(
     load: Callable[[Schedule], Iterable[Batch]],
     evaluation: Evaluation,
     ranks: Ranks,
-    begun: float = 0.0,
+    begun: float | None = None,
 ) -> Schedule:
     """Return the schedule that fits into ``--minutes`` from now on, by the time of the first steps and of an evaluation.
 
@@ -199,14 +201,14 @@ def fit_minutes(
     between = min(ranks.gather(between))
     if config.eval_every is not None and schedule.eval_every:
         seconds += once / schedule.eval_every
-    spent = time.monotonic() - (begun or marks[0]) + (fixed + between) * once
+    spent = time.monotonic() - (marks[0] if begun is None else begun) + (fixed + between) * once
     steps = min(ranks.gather(int((60 * config.minutes - spent) / seconds)))
     if steps < 1:
         cost = f"{fixed + between} evaluations take {(fixed + between) * once:.0f} s and a step {seconds:.2g} s"
         enough = math.ceil((spent + 20 * seconds) / 60)
         raise Stop(f"--minutes {config.minutes:g} is too short: {cost}; use --minutes {enough}, or fewer --eval-images")
     chosen = choose_batch(number, steps * schedule.batch_size)
-    if not (config.batch_size or begun or chosen == schedule.batch_size):
+    if begun is None and not config.batch_size and chosen != schedule.batch_size:
         schedule = fit_schedule(config, number, ranks, steps, chosen)
         return fit_minutes(config, number, schedule, model, optimizer, backward, load, evaluation, ranks, marks[0])
     found = fit_schedule(config, number, ranks, steps, schedule.batch_size)
