@@ -39,13 +39,9 @@ from tasks.inputs import describe_inputs, resolve_inputs
 from tasks.models import check_plain, describe_start, starting_weights
 from tasks.outcome import Pictures, describe_run, evaluate, finish
 from tasks.pretraining import (
-    Schedule,
     build_evaluation,
     describe_method,
-    describe_schedule,
     describe_views,
-    fit_minutes,
-    fit_schedule,
     load_run,
     load_views,
     open_data,
@@ -54,6 +50,7 @@ from tasks.pretraining import (
     train_last_blocks,
     without_colour_jitter,
 )
+from tasks.schedule import Schedule, describe_schedule, fit_minutes, fit_schedule
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"help": "the paper's run, ViT-B/16 at 224 pixels, 1600 epochs", "warmup": 40 / 1600},

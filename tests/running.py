@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -59,7 +60,8 @@ class Started:
         return Finished(self.process.exitcode, *self.texts())
 
     def texts(self):
-        return [file.read_text() if file.is_file() else "" for file in self.files]
+        texts = [file.read_text() if file.is_file() else "" for file in self.files]
+        return [re.sub(r"^\[Gloo\].*\n", "", text, flags=re.MULTILINE) for text in texts]  # of torch 2.10
 
 
 def run_script(script, *arguments, folder, timeout=900, **options):

@@ -36,15 +36,9 @@ from tasks.best import Best
 from tasks.config import build_model
 from tasks.inputs import jittered
 from tasks.models import describe_start, save_classifier, starting_weights
-from tasks.pretraining import (
-    describe_schedule,
-    fit_schedule,
-    load_run,
-    open_data,
-    parameter_groups,
-    train_last_blocks,
-)
+from tasks.pretraining import load_run, open_data, parameter_groups, train_last_blocks
 from tasks.probe import linear_accuracy
+from tasks.schedule import describe_schedule, fit_schedule
 from tasks.splits import draw, open_splits
 
 CPU = torch.device("cpu")

@@ -30,17 +30,8 @@ from engine.optim import build_optimizer
 from engine.options import parse
 from engine.signals import Stop
 from tasks.config import Config, build_model
-from tasks.pretraining import (
-    Schedule,
-    describe_schedule,
-    fit_minutes,
-    fit_schedule,
-    load_views,
-    open_data,
-    random_views,
-    step_mask,
-    view_loader,
-)
+from tasks.pretraining import load_views, open_data, random_views, step_mask, view_loader
+from tasks.schedule import Schedule, describe_schedule, fit_minutes, fit_schedule
 from tasks.splits import open_splits
 
 CPU = torch.device("cpu")
@@ -351,7 +342,10 @@ def test_the_small_recipe_trains_on_few_images_and_resumes_bit_identical(images,
     assert_identical(end_of(tmp_path / "cut"), end_of(tmp_path / "whole"))
     found = records(tmp_path / "cut")
     assert [line["step"] for line in found] == [1, 2, 3] and all(line["loss_con"] == 0 for line in found)  # of 6956
-    assert "of 8 images (1739 epochs), peak learning rate 0.002; warm-up of 348 steps; contrast from step 3479" in result.out
+    assert (
+        "of 8 images (1739 epochs), peak learning rate 0.002; warm-up of 348 steps; contrast and jitter from step 3479"
+        in result.out
+    )
     assert "muon with betas 0.9 0.95 and weight decay 0.05 on cpu" in result.out  # 44 x sqrt(50 000 / 32)
 
 

@@ -30,7 +30,7 @@ from tasks.drawn_images import varied
 from tasks.evaluation import Evaluation
 from tasks.models import summary
 from tasks.plots import draw_curves
-from tasks.pretraining import Schedule
+from tasks.schedule import Schedule
 
 CURVES = ("loss", "loss_rec", "loss_con", "knn", "retrieval", "effective_rank", "uniformity", "lr")
 
