@@ -82,6 +82,7 @@ def test_a_short_run_takes_a_smaller_batch_for_some_thirty_steps_for_each_of_its
     assert (by_epochs.batch_size, by_epochs.lr) == (batch, 4e-3)
     by_steps = length_of(number, "--preset", "small", "--steps", by_epochs.steps)
     assert by_steps.batch_size == batch and by_steps.lr == 4e-3
+    assert number < 50_000 or length_of(0, "--preset", "small", "--steps", by_epochs.steps).batch_size == batch  # of a stream
 
 
 def test_steps_warm_up_and_stages_are_as_given_and_a_long_warm_up_is_warned_of():

@@ -56,11 +56,12 @@ class Schedule(NamedTuple):
 
 
 def choose_batch(number: int, length: float) -> int:
-    """Return the batch for a run that passes ``length`` images, of ``number`` different ones: a power of two from 16 to 256.
+    """Return the batch for a run that passes ``length`` images, of ``number`` different ones, 0 where that is not known.
 
-    A short run needs steps more than negatives: about 30 for each image of its batch. So does a small set: at most a 16th.
+    It is a power of two from 16 to 256. A short run needs steps more than negatives: about 30 for each image of its batch. So
+    does a small set: at most a 16th.
     """
-    most = min(max(int(math.log2(max(number / 16, 1))), 4), 8)
+    most = min(max(int(math.log2(max(number / 16, 1))), 4), 8) if number else 8
     return int(2 ** min(max(round(math.log2(max(length / STEPS_PER_IMAGE, 1)) / 2), 4), most))
 
 
@@ -73,14 +74,14 @@ def fit_schedule(config: Config, number: int, ranks: Ranks, steps: int = 0, batc
     the number, so that a larger set is passed fewer times, though more images are seen in all; twice as many with one view
     instead of two.
     """
-    steps = steps or config.steps
+    steps, known = steps or config.steps, number
     if not number:
         if not steps and not config.minutes:
             raise Stop(f"--data {config.data} has a length that is not known: add --steps N or --minutes N")
         number = max(steps, 1) * (config.batch_size or 256)  # one epoch
     epochs = config.epochs or max(round(EPOCHS * (IMAGES / number) ** 0.5 * 2 / config.num_views), 1)
     passed = steps**2 / STEPS_PER_IMAGE if steps else IMAGES_PER_MINUTE * config.minutes or epochs * number
-    chosen = batch or choose_batch(number, passed)
+    chosen = batch or choose_batch(known, passed)
     batch, multiple = config.batch_size or chosen, ranks.world_size * config.accumulate
     if batch > number >= multiple:
         batch = number // multiple * multiple
